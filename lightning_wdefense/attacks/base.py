@@ -1,0 +1,190 @@
+"""The contract of every attack, kept in one place."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from lightning_wdefense.attacks.isolation import isolated
+from lightning_wdefense.attacks.losses import AttackLoss, cross_entropy, kl_divergence, margin
+from lightning_wdefense.attacks.outputs import check_logits, class_labels, hard_labels, logits_of, predictions
+from lightning_wdefense.attacks.threat import Box, ThreatModel
+
+Model = Callable[[Tensor], Any]
+AttackT = TypeVar("AttackT", bound="Attack")
+
+
+class Attack(ABC):
+    """Turns inputs into adversarial inputs: ``attack(model, inputs, labels) -> adversarial inputs``.
+
+    An attack is configuration only. It is given the model at the call, so it can be pickled, named in YAML and shared.
+    Whatever it does, the model's modes (each submodule's), parameter gradients, buffers and the global random
+    state are afterwards as they were, also after an exception; it works under ``no_grad``, ``inference_mode`` and
+    autocast; its results never leave the bounds and, if ``bounded``, never leave the ball.
+
+    Attributes:
+        threat: what the attacker may do.
+        name: the attack's short name, as in logs and in :func:`get_attack`.
+        bounded: whether the results stay inside the threat's ball. Attacks that do not are for training only.
+        seed: seeds the noise of a call that is not given a generator: the same call gives the same result.
+    """
+
+    threat: ThreatModel
+    seed: int
+    name: ClassVar[str]
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the results stay inside the threat's ball."""
+        return True
+
+    @abstractmethod
+    def perturb(self, problem: Problem) -> Tensor:
+        """Adversarial inputs in data units. The caller has isolated the model and clamps and converts the result."""
+
+    def with_eps(self: AttackT, eps: float) -> AttackT:
+        """The same attack at another radius (data units); an explicit step size keeps its ratio to the radius."""
+        return replace(self, threat=self.threat.with_eps(eps))  # type: ignore[type-var]
+
+    def __call__(
+        self, model: Model, inputs: Tensor, labels: Any = None, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Attack a batch.
+
+        Args:
+            model: an ``nn.Module`` or any callable from inputs to outputs. Modes and buffers are looked after for a
+                module or a method of one.
+            inputs: ``(N, ...)`` floating point, of any shape, in *model* units.
+            labels: whatever the loss takes: class indices ``(N,)`` or soft labels ``(N, K)`` for the named ones.
+            generator: source of all noise; ``None`` for one seeded with ``seed``.
+
+        Returns:
+            Adversarial inputs in model units, with the shape, dtype and device of ``inputs``, detached.
+
+        Raises:
+            TypeError: if the inputs are not floating point, or the outputs are not logits.
+            ValueError: if inputs or labels do not fit the threat model or the outputs.
+        """
+        if not isinstance(inputs, Tensor):
+            raise TypeError(f"The inputs must be a tensor, got {type(inputs).__name__}. Name theirs with inputs=.")
+        if inputs.ndim == 0 or len(inputs) == 0:
+            raise ValueError(f"The inputs must be a batch with at least one sample, got shape {tuple(inputs.shape)}.")
+        if not inputs.is_floating_point():
+            self.threat.box(inputs)
+        with isolated(model, inputs.device):
+            clean = inputs.detach().clone()
+            if isinstance(labels, Tensor):
+                labels = labels.detach().clone()
+            # Half precision cannot hold small steps: the attack iterates in float32, the model sees its own dtype.
+            data = self.threat.to_data(clean.to(torch.promote_types(clean.dtype, torch.float32)))
+            box = self.threat.box(data, precision=inputs.dtype)
+            if self.threat.eps == 0 and self.bounded:
+                return clean
+            generator = generator or torch.Generator(inputs.device).manual_seed(self.seed)
+            problem = Problem(model, data, labels, box, self.threat, generator, inputs.dtype)
+            adversarial = box.clamp(self.perturb(problem))
+            return self.threat.to_model(adversarial).to(inputs.dtype).detach()
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One batch under attack, in data units: what :meth:`Attack.perturb` works with.
+
+    Attributes:
+        model: takes inputs in model units; use :meth:`forward`.
+        data: clean inputs, data units, float32 or better.
+        labels: as given.
+        box: element-wise limits.
+        threat: the threat model.
+        generator: source of all noise.
+        dtype: the dtype that the model takes.
+        clean_outputs: the model's outputs on the clean inputs, where the loss needs them.
+    """
+
+    model: Model
+    data: Tensor
+    labels: Any
+    box: Box
+    threat: ThreatModel
+    generator: torch.Generator
+    dtype: torch.dtype
+    clean_outputs: Any = None
+
+    def forward(self, data: Tensor) -> Any:
+        """The model's outputs for inputs in data units."""
+        return self.model(self.threat.to_model(data).to(self.dtype))
+
+    def select(self, index: Tensor) -> Problem:
+        """The same problem for some of the samples (a boolean mask or indices)."""
+        return replace(
+            self,
+            data=self.data[index],
+            labels=self.labels[index] if isinstance(self.labels, Tensor) else self.labels,
+            box=self.box.select(index),
+            clean_outputs=self.clean_outputs[index] if isinstance(self.clean_outputs, Tensor) else self.clean_outputs,
+        )
+
+    def project(self, data: Tensor) -> Tensor:
+        """Into the ball around the clean inputs, and into the box."""
+        return self.threat.project(data, self.data, self.box)
+
+    def with_clean_outputs(self) -> Problem:
+        """The same problem with the clean outputs known, at the cost of a forward pass."""
+        return replace(self, clean_outputs=logits_of(self.forward(self.data)).detach())
+
+    def loss(self, outputs: Any, loss: AttackLoss) -> Tensor:
+        """Per-sample loss ``(N,)`` of these outputs, to be maximised."""
+        if loss == "kl":
+            return kl_divergence(outputs, self.clean_outputs)
+        if loss in ("ce", "margin"):
+            labels = class_labels(self.labels, outputs)
+            return cross_entropy(outputs, labels) if loss == "ce" else margin(outputs, labels)
+        values = loss(outputs, self.labels)  # type: ignore[operator]
+        if not isinstance(values, Tensor) or values.ndim == 0 or len(values) != len(self.data):
+            shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(f"loss= must return one loss a sample, ({len(self.data)},) here, got {shape}.")
+        return values.flatten(1).sum(1) if values.ndim > 1 else values
+
+    def gradient(self, data: Tensor, loss: AttackLoss, *, check: bool = False) -> Tensor:
+        """Gradient of the summed loss with respect to the inputs, in data units; NaN becomes zero.
+
+        Args:
+            data: where, in data units.
+            loss: what to maximise.
+            check: also check the values of outputs and labels, which waits for the device: once an attack is enough.
+        """
+        for scale in self._loss_scales():
+            point = data.detach().requires_grad_()
+            outputs = self.forward(point)
+            if check and not callable(loss):
+                check_logits(logits_of(outputs))
+                if loss != "kl":
+                    class_labels(self.labels, outputs, check_values=True)
+            values = self.loss(outputs, loss)
+            if not values.requires_grad:
+                raise ValueError(
+                    "The model's outputs do not depend differentiably on its inputs (is there a detach(), a no_grad() "
+                    "block or an argmax in forward?), so a gradient attack cannot work."
+                )
+            (gradient,) = torch.autograd.grad(values.sum() * scale, point)
+            if scale == 1 or bool(torch.isfinite(gradient).all()):
+                break
+        return torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
+
+    def _loss_scales(self) -> tuple[int, ...]:
+        # float16 gradients underflow: scale the loss up, and less if that overflows. The direction is all we use.
+        half = self.dtype == torch.float16 or (
+            torch.is_autocast_enabled(self.data.device.type)
+            and torch.get_autocast_dtype(self.data.device.type) == torch.float16
+        )
+        return (4096, 64, 1) if half else (1,)
+
+    def fooled(self, outputs: Any) -> Tensor:
+        """Which samples these outputs misclassify, ``(N,)`` boolean."""
+        wrong = predictions(outputs) != hard_labels(class_labels(self.labels, outputs))
+        return wrong.flatten(1).any(1) if wrong.ndim > 1 else wrong

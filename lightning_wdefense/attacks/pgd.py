@@ -1,0 +1,126 @@
+"""Projected gradient descent, the workhorse of adversarial training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Union
+
+import torch
+from torch import Tensor
+
+from lightning_wdefense.attacks.base import Attack, Problem
+from lightning_wdefense.attacks.losses import AttackLoss, check_loss
+from lightning_wdefense.attacks.norms import random_normal
+from lightning_wdefense.attacks.threat import ThreatModel
+
+GAUSSIAN_START = 0.001
+"""Standard deviation of the ``"gaussian"`` start, as in TRADES, in units of the data's range."""
+
+
+@dataclass(frozen=True)
+class PGD(Attack):
+    """Projected gradient ascent on the loss, inside the ball and the bounds.
+
+    Args:
+        threat: what the attacker may do (norm ``linf`` or ``l2``).
+        steps: number of gradient steps.
+        step_size: length of a step in data units; ``None`` for ``2.5 * eps / steps``.
+        random_start: ``True`` to start uniformly in the ball, ``"gaussian"`` for TRADES' start (standard deviation
+            0.001), ``False`` to start at the clean inputs (which are a stationary point of ``loss="kl"``).
+        restarts: runs from different starts, of which each sample keeps its worst; with ``loss`` ``"ce"`` or
+            ``"margin"`` the later runs attack only what is still classified correctly.
+        loss: ``"ce"``, ``"kl"``, ``"margin"``, or a callable ``(outputs, labels) -> per-sample loss``.
+        seed: seeds the noise of calls that are given no generator.
+
+    Raises:
+        ValueError: for a norm without a ball, an unknown loss, ``steps`` or ``restarts`` below 1, or a step size that
+            is not positive.
+
+    References:
+        Madry et al., "Towards deep learning models resistant to adversarial attacks", 2018.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(4, 3)
+        >>> attack = PGD(ThreatModel(norm="l2", eps=0.5), steps=5)
+        >>> inputs = torch.rand(2, 4)
+        >>> adversarial = attack(model, inputs, torch.tensor([0, 2]))
+        >>> bool((adversarial - inputs).norm(dim=1).max() <= 0.5 + 1e-6)
+        True
+    """
+
+    name: ClassVar[str] = "pgd"
+
+    threat: ThreatModel
+    steps: int = 10
+    step_size: Union[float, None] = None  # noqa: UP007
+    random_start: Union[bool, Literal["gaussian"]] = True  # noqa: UP007
+    restarts: int = 1
+    loss: AttackLoss = "ce"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_loss(self.loss)
+        _ = self.threat.ball
+        for name in ("steps", "restarts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.step_size is not None and not self.step_size > 0:
+            raise ValueError(f"step_size must be positive (data units), got {self.step_size}.")
+        if self.random_start not in (True, False, "gaussian"):
+            raise ValueError(f'random_start must be True, False or "gaussian", got {self.random_start!r}.')
+        if self.loss == "kl" and not self.random_start:
+            raise ValueError('loss="kl" has zero gradient at the clean inputs: use random_start=True or "gaussian".')
+
+    def with_eps(self, eps: float) -> PGD:
+        """The same attack at another radius (data units); an explicit step size keeps its ratio to the radius."""
+        scaled = self.step_size
+        if scaled is not None and self.threat.eps > 0 and eps > 0:
+            scaled = scaled * eps / self.threat.eps
+        return replace(self, threat=self.threat.with_eps(eps), step_size=scaled)
+
+    def perturb(self, problem: Problem) -> Tensor:
+        """The adversarial inputs, in data units."""
+        if self.loss == "kl":
+            problem = problem.with_clean_outputs()
+        adversarial = self._ascend(problem)
+        if self.restarts == 1:
+            return adversarial
+        fooled, worst = self._judge(problem, adversarial)
+        for _ in range(self.restarts - 1):
+            open_ = (~fooled).nonzero().squeeze(1)
+            if len(open_) == 0:
+                break
+            candidate = self._ascend(part := problem.select(open_))
+            newly, loss = self._judge(part, candidate)
+            better = newly | (loss > worst[open_])
+            adversarial[open_[better]] = candidate[better]
+            fooled[open_], worst[open_] = newly, torch.maximum(loss, worst[open_])
+        return adversarial
+
+    def _ascend(self, problem: Problem) -> Tensor:
+        threat = self.threat
+        step = self.step_size if self.step_size is not None else 2.5 * threat.eps / self.steps
+        data = self._start(problem)
+        for index in range(self.steps):
+            gradient = problem.gradient(data, self.loss, check=index == 0)
+            data = problem.project(data + step * threat.ball.steepest(gradient))
+        return data
+
+    def _start(self, problem: Problem) -> Tensor:
+        clean, threat = problem.data, self.threat
+        if self.random_start == "gaussian":
+            spread = 1.0 if threat.bounds is None else threat.bounds[1] - threat.bounds[0]
+            return problem.project(clean + GAUSSIAN_START * spread * random_normal(clean, problem.generator))
+        if self.random_start:
+            return problem.box.clamp(clean + threat.ball.uniform(clean, threat.eps, problem.generator))
+        return clean
+
+    def _judge(self, problem: Problem, adversarial: Tensor) -> tuple[Tensor, Tensor]:
+        """Which samples are misclassified (never any, where the loss does not say what that means), and their loss."""
+        # With gradients on: a forward pass under no_grad would poison autocast's cache of cast weights.
+        outputs = problem.forward(adversarial)
+        loss = problem.loss(outputs, self.loss).detach()
+        if self.loss in ("ce", "margin"):
+            return problem.fooled(outputs), loss
+        return torch.zeros_like(loss, dtype=torch.bool), loss
