@@ -7,5 +7,6 @@ from lightning_wdefense.attacks.pgd import PGD
 from lightning_wdefense.attacks.registry import ATTACKS, get_attack
 from lightning_wdefense.attacks.threat import ThreatModel
 from lightning_wdefense.attacks.torchattack import TorchAttack
+from lightning_wdefense.attacks.worst_case import WorstCase, worst_case
 
-__all__ = ["ATTACKS", "FGSM", "PGD", "Attack", "AutoAttack", "ThreatModel", "TorchAttack", "get_attack"]
+__all__ = ["ATTACKS", "FGSM", "PGD", "Attack", "AutoAttack", "ThreatModel", "TorchAttack", "WorstCase", "get_attack", "worst_case"]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_wdefense.attacks.isolation import isolated
@@ -78,8 +79,7 @@ class Attack(ABC):
             self.threat.box(inputs)
         with isolated(model, inputs.device):
             clean = inputs.detach().clone()
-            if isinstance(labels, Tensor):
-                labels = labels.detach().clone()
+            labels = apply_to_collection(labels, Tensor, lambda label: label.detach().clone())
             # Half precision cannot hold small steps: the attack iterates in float32, the model sees its own dtype.
             data = self.threat.to_data(clean.to(torch.promote_types(clean.dtype, torch.float32)))
             box = self.threat.box(data, precision=inputs.dtype)
@@ -116,8 +116,8 @@ class Problem:
     clean_outputs: Any = None
 
     def forward(self, data: Tensor) -> Any:
-        """The model's outputs for inputs in data units."""
-        return self.model(self.threat.to_model(data).to(self.dtype))
+        """The model's outputs for inputs in data units (a copy: the model may work in place)."""
+        return self.model(self.threat.to_model(data).to(self.dtype, copy=True))
 
     def select(self, index: Tensor) -> Problem:
         """The same problem for some of the samples (a boolean mask or indices)."""
@@ -158,29 +158,41 @@ class Problem:
             loss: what to maximise.
             check: also check the values of outputs and labels, which waits for the device: once an attack is enough.
         """
-        for scale in self._loss_scales():
-            point = data.detach().requires_grad_()
-            outputs = self.forward(point)
-            if check and not callable(loss):
-                check_logits(logits_of(outputs))
-                if loss != "kl":
-                    class_labels(self.labels, outputs, check_values=True)
-            values = self.loss(outputs, loss)
-            if not values.requires_grad:
+        point = data.detach().requires_grad_()
+        outputs = self.forward(point)
+        if check and not callable(loss):
+            check_logits(logits_of(outputs))
+            if loss != "kl":
+                class_labels(self.labels, outputs, check_values=True)
+        values = self.loss(outputs, loss)
+        return self.differentiate(values, point, torch.ones_like(values))
+
+    def differentiate(self, values: Tensor, point: Tensor, weights: Tensor) -> Tensor:
+        """Gradient of the weighted sum of ``values`` with respect to ``point``; the graph is kept, NaN becomes zero.
+
+        Raises:
+            ValueError: if ``values`` do not depend differentiably on ``point``.
+        """
+        for scale in self._scales():
+            gradient = None
+            if values.requires_grad:
+                (gradient,) = torch.autograd.grad(
+                    values, point, weights * scale, retain_graph=True, allow_unused=True
+                )
+            if gradient is None:
                 raise ValueError(
                     "The model's outputs do not depend differentiably on its inputs (is there a detach(), a no_grad() "
                     "block or an argmax in forward?), so a gradient attack cannot work."
                 )
-            (gradient,) = torch.autograd.grad(values.sum() * scale, point)
             if scale == 1 or bool(torch.isfinite(gradient).all()):
                 break
-        return torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
+        return torch.nan_to_num(gradient / scale, nan=0.0, posinf=0.0, neginf=0.0)
 
-    def _loss_scales(self) -> tuple[int, ...]:
-        # float16 gradients underflow: scale the loss up, and less if that overflows. The direction is all we use.
+    def _scales(self) -> tuple[int, ...]:
+        # float16 gradients underflow: scale them up, and less if that overflows.
+        device = self.data.device.type
         half = self.dtype == torch.float16 or (
-            torch.is_autocast_enabled(self.data.device.type)
-            and torch.get_autocast_dtype(self.data.device.type) == torch.float16
+            torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
         )
         return (4096, 64, 1) if half else (1,)
 

@@ -27,7 +27,7 @@ class FGSM(Attack):
         seed: seeds the noise of calls that are given no generator.
 
     Raises:
-        ValueError: for a norm without a ball, an unknown loss or a negative ``noise``.
+        ValueError: for a norm without a ball, an unknown loss, a negative ``noise``, or ``loss="kl"`` without noise.
 
     References:
         Goodfellow et al., "Explaining and harnessing adversarial examples", 2015. de Jorge et al., "Make some
@@ -55,6 +55,8 @@ class FGSM(Attack):
         _ = self.threat.ball
         if self.noise < 0:
             raise ValueError(f"noise must not be negative (multiples of eps), got {self.noise}.")
+        if self.loss == "kl" and self.noise == 0:
+            raise ValueError('loss="kl" has zero gradient at the clean inputs: use noise > 0.')
 
     @property
     def bounded(self) -> bool:

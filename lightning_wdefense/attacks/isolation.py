@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 
 @contextlib.contextmanager
 def isolated(model: Callable[..., Any], device: torch.device, *, evaluation: bool = True) -> Iterator[None]:
-    """Everything done inside is undone: each submodule's own mode, the buffers, and the global random state.
+    """Everything done inside is undone: each submodule's own mode, the buffers, and the global random states.
 
     Inside, gradients are enabled even under ``no_grad`` and ``inference_mode`` (clone inference tensors before
     use). Parameter gradients are not touched as long as the body uses :func:`torch.autograd.grad`. All of it is
     restored after an exception as well.
 
     Args:
-        model: an ``nn.Module``, or a method of one; of any other callable only the random state is kept.
-        device: where it runs; the random states of the CPU and of this device are kept.
+        model: an ``nn.Module``, or a method or ``functools.partial`` of one; of any other callable only the random
+            states are kept.
+        device: where it runs; the random states of the CPU, of this device, of numpy and of Python are kept.
         evaluation: put every submodule into eval mode inside; otherwise leave the modes alone.
     """
     module = module_of(model)
@@ -28,6 +32,7 @@ def isolated(model: Callable[..., Any], device: torch.device, *, evaluation: boo
         stack.enter_context(_random_state_kept(device))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(_fresh_autocast_cache())
         if module is not None:
             stack.enter_context(_buffers_kept(module))
             if evaluation:
@@ -36,15 +41,33 @@ def isolated(model: Callable[..., Any], device: torch.device, *, evaluation: boo
 
 
 def module_of(model: Callable[..., Any]) -> nn.Module | None:
-    """The module behind a callable: itself, or the one whose method it is."""
+    """The module behind a callable: itself, or the one whose method (or partial) it is."""
+    while isinstance(model, functools.partial):
+        model = model.func
     owner = model if isinstance(model, nn.Module) else getattr(model, "__self__", None)
     return owner if isinstance(owner, nn.Module) else None
 
 
-def _random_state_kept(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    if device.type in ("cpu", "meta"):
-        return torch.random.fork_rng(devices=[])
-    return torch.random.fork_rng(devices=[device], device_type=device.type)
+@contextlib.contextmanager
+def _random_state_kept(device: torch.device) -> Iterator[None]:
+    devices, kind = ([], None) if device.type in ("cpu", "meta") else ([device], device.type)
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=devices, device_type=kind):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+@contextlib.contextmanager
+def _fresh_autocast_cache() -> Iterator[None]:
+    # Weights that were cast under inference_mode cannot be differentiated through, nor the user later with ours.
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
 
 
 @contextlib.contextmanager
@@ -62,27 +85,27 @@ def _in_eval_mode(module: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _buffers_kept(module: nn.Module) -> Iterator[None]:
-    kept = [
-        (submodule, name, buffer, buffer.detach().clone(), _version(buffer))
-        for submodule in module.modules()
-        for name, buffer in submodule._buffers.items()
-        if buffer is not None
-    ]
+    owners = [(submodule._buffers, dict(submodule._buffers)) for submodule in module.modules()]
+    kept = []
+    for buffers, found in owners:
+        for name, buffer in found.items():
+            if buffer is None:
+                continue
+            value = buffer.detach().clone()
+            if buffer.is_inference():
+                buffers[name] = value  # no graph may save an inference tensor: the body works on the copy
+            else:
+                kept.append((buffer, value, buffer._version))
     try:
         yield
     finally:
+        for buffers, found in owners:
+            for name in set(buffers.keys()) - set(found):
+                del buffers[name]
+            for name, buffer in found.items():
+                buffers[name] = buffer
         with torch.no_grad():
-            for submodule, name, buffer, value, version in kept:
-                submodule._buffers[name] = buffer
+            for buffer, value, version in kept:
                 # Only what was written: a copy would spoil graphs that saved the buffer for their backward.
-                if version is None or _version(buffer) != version:
-                    _restore(buffer, value)
-
-
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
-
-
-def _restore(buffer: Tensor, value: Tensor) -> None:
-    with torch.inference_mode(buffer.is_inference()):
-        buffer.copy_(value)
+                if buffer._version != version:
+                    buffer.copy_(value)

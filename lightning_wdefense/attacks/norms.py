@@ -38,11 +38,11 @@ def _linf_project(delta: Tensor, eps: float) -> Tensor:
 
 
 def _linf_length(delta: Tensor) -> Tensor:
-    return delta.flatten(1).abs().amax(1)
+    return delta.reshape(len(delta), -1).abs().amax(1)
 
 
 def _l2_length(delta: Tensor) -> Tensor:
-    return delta.flatten(1).norm(dim=1)
+    return delta.reshape(len(delta), -1).norm(dim=1)
 
 
 def _l2_uniform(like: Tensor, eps: float, generator: torch.Generator) -> Tensor:

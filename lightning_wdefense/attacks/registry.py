@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Union
 
 from lightning_wdefense._names import unknown_name
 from lightning_wdefense.attacks.autoattack import PARTS, AutoAttack, autoattack_part
@@ -12,6 +12,9 @@ from lightning_wdefense.attacks.base import Attack
 from lightning_wdefense.attacks.fgsm import FGSM
 from lightning_wdefense.attacks.pgd import PGD
 from lightning_wdefense.attacks.threat import ThreatModel
+
+Attacks = Union[Sequence[Union[str, Attack]], Mapping[str, Union[str, Attack]]]  # noqa: UP007
+"""Several attacks: names, attacks, or a mapping from names of your own to either."""
 
 ATTACKS: dict[str, Callable[..., Attack]] = {
     "fgsm": FGSM,
@@ -41,3 +44,28 @@ def get_attack(name: str, threat: ThreatModel, **options: Any) -> Attack:
     if name not in ATTACKS:
         raise ValueError(unknown_name("attack", name, ATTACKS))
     return ATTACKS[name](threat, **options)
+
+
+def evaluation_attacks(attacks: Attacks, threat: ThreatModel) -> dict[str, Attack]:
+    """Attacks by name, fit for measuring: bounded, for this threat model, each name once.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    if isinstance(attacks, (str, Attack)):
+        raise ValueError(f"attacks= takes a sequence or a mapping: [{attacks!r}].")
+    pairs = list(attacks.items()) if isinstance(attacks, Mapping) else [(None, attack) for attack in attacks]
+    resolved: dict[str, Attack] = {}
+    for name, given in pairs:
+        attack = get_attack(given, threat) if isinstance(given, str) else given
+        key = name or (given if isinstance(given, str) else attack.name)
+        if not attack.bounded:
+            raise ValueError(f"{key!r} leaves the threat model's ball, so it serves training alone: measure with 'pgd' or 'autoattack'.")
+        if attack.threat != threat:
+            raise ValueError(f"{key!r} was made for {attack.threat}, but the monitor measures {threat}: use the same one.")
+        if key in resolved:
+            raise ValueError(f"Two attacks are called {key!r}: give attacks= as a mapping from names of your own.")
+        resolved[key] = attack
+    if not resolved:
+        raise ValueError("attacks= is empty: name at least one, such as 'pgd'.")
+    return resolved

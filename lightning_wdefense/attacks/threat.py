@@ -74,7 +74,7 @@ class ThreatModel:
         if not (math.isfinite(self.eps) and self.eps >= 0):
             raise ValueError(f"eps must be finite and not negative (data units), got {self.eps}.")
         if self.bounds is not None:
-            if len(self.bounds) != 2 or not self.bounds[0] < self.bounds[1]:
+            if len(self.bounds) != 2 or not -math.inf < self.bounds[0] < self.bounds[1] < math.inf:
                 raise ValueError(f"bounds must be (low, high) with low < high, or None, got {self.bounds!r}.")
             object.__setattr__(self, "bounds", tuple(map(float, self.bounds)))
         for name in ("mean", "std"):
@@ -187,6 +187,4 @@ def _as_tuple(values: float | Sequence[float] | Tensor | None) -> tuple[float, .
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # cached: an inference tensor would break every later backward
 def _broadcastable(values: tuple[float, ...], device: torch.device, dtype: torch.dtype, ndim: int) -> Tensor:
-    return torch.tensor(values, device=device, dtype=dtype).reshape(1, -1, *[1] * max(ndim - 2, 0))[
-        (slice(None),) * min(ndim, 2)
-    ]
+    return torch.tensor(values, device=device, dtype=dtype).reshape([1, -1, *[1] * (ndim - 2)] if ndim > 1 else [-1])

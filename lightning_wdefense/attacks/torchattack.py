@@ -5,8 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -78,10 +77,8 @@ class TorchAttack(Attack):
     def perturb(self, problem: Problem) -> Tensor:
         """The adversarial inputs, in data units."""
         view = UnitImages(problem)
-        with seeded(problem.generator) as seed:
-            attack = self._build(view.model, view.classes, seed)
-            adversarial = attack(view.images, view.labels)
-        return problem.project(view.to_data(adversarial))
+        attack = self._build(view.model, view.classes, seed_globally(problem.generator))
+        return problem.project(view.to_data(attack(view.images, view.labels)))
 
     def _build(self, model: nn.Module, classes: int, seed: int) -> Any:
         if classes < MIN_CLASSES.get(self.attack, 2):
@@ -127,7 +124,8 @@ class UnitImages:
             channels = shape[1] if len(shape) == 4 else 1
             side = math.isqrt(max(shape[1:].numel() // channels, 25) - 1) + 1
             self._grid = (channels, side)
-        self.images = self._to_grid(((problem.data - low) / self._range).clamp(0, 1))
+        # float32 and contiguous: FAB and Square fail on other dtypes and strides.
+        self.images = self._to_grid(((problem.data - low) / self._range).clamp(0, 1).float().contiguous())
         outputs = problem.forward(problem.data)
         logits = logits_of(outputs)
         if logits.ndim != 2:
@@ -135,7 +133,7 @@ class UnitImages:
         check_logits(logits)
         self.classes = logits.shape[1]
         self.labels = hard_labels(class_labels(problem.labels, outputs, check_values=True))
-        self.model = _LogitsModule(self._logits, problem.data.device)
+        self.model = _LogitsModule(self._logits, problem)
 
     def to_data(self, images: Tensor) -> Tensor:
         """Unit images back to data units and to the inputs' own shape."""
@@ -169,13 +167,13 @@ def _square_fits(height: int, width: int, *, l2: bool) -> bool:
 class _LogitsModule(nn.Module):
     """Shows torchattacks a module without showing it the user's: no mode to change, no parameter to find."""
 
-    def __init__(self, logits: Any, device: torch.device) -> None:
+    def __init__(self, logits: Callable[[Tensor], Tensor], problem: Problem) -> None:
         super().__init__()
-        self._logits = logits
-        self.device_marker = nn.Parameter(torch.empty(0, device=device), requires_grad=False)
+        self._logits, self._problem = logits, problem
+        self.device_marker = nn.Parameter(torch.empty(0, device=problem.data.device), requires_grad=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        return _InputGradientOnly.apply(images, self._logits)
+        return _InputGradientOnly.apply(images, self._logits, self._problem)
 
 
 class _InputGradientOnly(torch.autograd.Function):
@@ -185,38 +183,27 @@ class _InputGradientOnly(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, images: Tensor, logits: Any) -> Tensor:  # type: ignore[override]
-        ctx.wanted = images.requires_grad
+    def forward(ctx: Any, images: Tensor, logits: Callable[[Tensor], Tensor], problem: Problem) -> Tensor:  # type: ignore[override]
         with torch.enable_grad():
             point = images.detach().requires_grad_()
             outputs = logits(point)
-        ctx.graph = (point, outputs)
+        ctx.graph = (outputs, point)
+        ctx.problem = problem
         return outputs.detach().clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        point, outputs = ctx.graph
-        # Kept: FAB walks the same graph once for each class.
-        (result,) = torch.autograd.grad(outputs, point, gradient, retain_graph=True)
-        return torch.nan_to_num(result), None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        # The graph is kept: FAB walks it once for each class.
+        return ctx.problem.differentiate(*ctx.graph, gradient).contiguous(), None, None
 
 
-@contextmanager
-def seeded(generator: torch.Generator) -> Iterator[int]:
-    """Seed the global random states from a generator and yield the seed; Python's and numpy's are put back after.
-
-    torch's own are kept by the caller's isolation.
-    """
+def seed_globally(generator: torch.Generator) -> int:
+    """Seed the global random states, which the caller's isolation keeps, from a generator; returns the seed."""
     seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed)
-        yield seed
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
+    return seed
 
 
 def _require_bounds(attack: str, threat: ThreatModel) -> None:

@@ -1,1 +1,23 @@
+"""Robustness metrics in the manner of torchmetrics: tensors in, numbers and plots out. None ever runs an attack."""
 
+from lightning_wdefense.metrics.accuracy import RobustAccuracy, robust_accuracy
+from lightning_wdefense.metrics.curve import (
+    AccuracyCurve,
+    RobustAccuracyCurve,
+    area_under_accuracy_curve,
+    robust_accuracy_curve,
+)
+from lightning_wdefense.metrics.shift import TransportShift
+from lightning_wdefense.metrics.success import AttackSuccessRate, attack_success_rate
+
+__all__ = [
+    "AccuracyCurve",
+    "AttackSuccessRate",
+    "RobustAccuracy",
+    "RobustAccuracyCurve",
+    "TransportShift",
+    "area_under_accuracy_curve",
+    "attack_success_rate",
+    "robust_accuracy",
+    "robust_accuracy_curve",
+]

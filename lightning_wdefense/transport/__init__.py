@@ -1,1 +1,12 @@
+"""Optimal transport on tensors: differentiable Sinkhorn costs and divergences, usable without Lightning."""
 
+from lightning_wdefense.transport.divergence import SinkhornDivergence, sinkhorn_divergence
+from lightning_wdefense.transport.entropic import SinkhornConvergenceWarning, SinkhornResult, sinkhorn
+
+__all__ = [
+    "SinkhornConvergenceWarning",
+    "SinkhornDivergence",
+    "SinkhornResult",
+    "sinkhorn",
+    "sinkhorn_divergence",
+]

@@ -1,0 +1,21 @@
+"""Which Lightning namespace is used: ``lightning.pytorch`` where it is installed, else ``pytorch_lightning``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+except ImportError:  # pragma: no cover - a pipeline that has only the old package
+    from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[no-redef]
+    from pytorch_lightning.utilities.exceptions import MisconfigurationException  # type: ignore[no-redef]
+    from pytorch_lightning.utilities.rank_zero import rank_zero_warn  # type: ignore[no-redef]
+
+__all__ = ["Callback", "LightningModule", "MisconfigurationException", "Trainer", "is_a", "rank_zero_warn"]
+
+
+def is_a(instance: Any, class_name: str) -> bool:
+    """Whether an object is of a class or a subclass of this name, whichever namespace it comes from."""
+    return any(cls.__name__ == class_name for cls in type(instance).__mro__)

@@ -1,0 +1,102 @@
+"""What is left of a model's accuracy after several attacks, sample by sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_wdefense.attacks.base import Attack, Model
+from lightning_wdefense.attacks.isolation import isolated
+from lightning_wdefense.attacks.outputs import check_logits, class_labels, hard_labels, logits_of, predictions
+
+
+class WorstCase(NamedTuple):
+    """The outcome of :func:`worst_case`.
+
+    Attributes:
+        labels: true classes.
+        clean: predicted classes on the clean inputs.
+        adversarial: predicted classes after each attack, by its name, in order. In order mode a sample that an
+            earlier attack broke keeps its wrong prediction.
+        inputs: for each sample the input that broke it, else the last one tried, else (never attacked) the clean one.
+        attacked: which samples were attacked.
+    """
+
+    labels: Tensor
+    clean: Tensor
+    adversarial: dict[str, Tensor]
+    inputs: Tensor
+    attacked: Tensor
+
+    @property
+    def robust(self) -> Tensor:
+        """Which samples are right on the clean input and after every attack."""
+        left = self.clean == self.labels
+        for predicted in self.adversarial.values():
+            left = left & (predicted == self.labels)
+        return left
+
+    @property
+    def worst(self) -> Tensor:
+        """Predicted classes where it went wrong, else the clean ones."""
+        worst = self.clean
+        for predicted in self.adversarial.values():
+            worst = torch.where(worst == self.labels, predicted, worst)
+        return worst
+
+
+def worst_case(
+    model: Model,
+    attacks: Mapping[str, Attack],
+    inputs: Tensor,
+    labels: Any,
+    *,
+    independent: bool = False,
+    generator: Callable[[], torch.Generator] | None = None,
+    on_attack: Callable[[str, Tensor], None] | None = None,
+) -> WorstCase:
+    """Run attacks in the order given, each only on the samples that are still classified correctly.
+
+    Args:
+        model: an ``nn.Module`` or a callable, left as it was.
+        attacks: by name.
+        inputs: ``(N, ...)`` in model units.
+        labels: class indices or soft labels. With one label an element (segmentation) every attack runs on all samples.
+        independent: run each attack on all samples that the model gets right, not only on what is left.
+        generator: makes the source of noise for each attack; ``None`` for each attack's own seed.
+        on_attack: called after each attack with its name and the samples that are left, ``(N,)``.
+
+    Raises:
+        TypeError: if the outputs are not logits.
+        ValueError: if inputs or labels do not fit, or an attack finds the outputs unfit.
+    """
+    with isolated(model, inputs.device):
+        inputs = inputs.detach().clone()
+        labels = labels.detach().clone() if isinstance(labels, Tensor) else labels
+        outputs = model(inputs)
+        check_logits(logits_of(outputs))
+        target = hard_labels(class_labels(labels, outputs, check_values=True))
+        clean = predictions(outputs)
+        whole = clean.ndim > 1
+        open_ = torch.ones(len(inputs), dtype=torch.bool, device=inputs.device) if whole else clean == target
+        worst, latest, attacked = inputs.clone(), clean, open_.clone()
+        broken = torch.zeros_like(open_)
+        adversarial: dict[str, Tensor] = {}
+        for name, attack in attacks.items():
+            chosen = (open_ if independent or whole else open_ & ~broken).nonzero().squeeze(1)
+            predicted = (clean if independent or whole else latest).clone()
+            if len(chosen):
+                noise = generator() if generator is not None else None
+                found = attack(model, inputs[chosen], labels[chosen], generator=noise)
+                predicted[chosen] = predictions(model(found))
+                fresh = ~broken[chosen]
+                worst[chosen[fresh]] = found[fresh]
+            wrong = predicted != target
+            broken = broken | (wrong.flatten(1).any(1) if whole else wrong & open_)
+            adversarial[name], latest = predicted, predicted
+            if on_attack is not None:
+                on_attack(name, open_ & ~broken)
+    return WorstCase(target, clean, adversarial, worst, attacked)

@@ -1,0 +1,106 @@
+"""Find inputs and labels in whatever a dataloader yields, and put other inputs in."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, Union
+
+import torch
+from torch import Tensor
+
+Key = Union[int, str, None]
+
+INPUT_KEYS = ("image", "images", "x", "input", "inputs", "pixel_values")
+LABEL_KEYS = ("label", "labels", "y", "target", "targets")
+
+
+class Batches:
+    """Reads batches that are tuples, lists, mappings, or objects with attributes.
+
+    Args:
+        inputs: key, position or attribute of the inputs; ``None`` for position 0 or a usual name.
+        labels: the same for the labels; ``None`` for position 1 or a usual name.
+    """
+
+    def __init__(self, inputs: Key = None, labels: Key = None) -> None:
+        self.inputs, self.labels = inputs, labels
+
+    def read(self, batch: Any) -> tuple[Tensor, Any]:
+        """Inputs and labels of a batch.
+
+        Raises:
+            TypeError: if the inputs are not a tensor.
+            ValueError: if they are not found; lists what is there.
+        """
+        inputs = _get(batch, self._key(batch, "inputs"))
+        labels = _get(batch, self._key(batch, "labels"))
+        if not isinstance(inputs, Tensor):
+            raise TypeError(f"The inputs of the batch are a {type(inputs).__name__}, not a tensor. Name theirs with inputs=.")
+        return inputs, labels
+
+    def replace(self, batch: Any, inputs: Tensor) -> Any:
+        """The same batch with other inputs; the given one is not changed."""
+        key = self._key(batch, "inputs")
+        if isinstance(batch, tuple):
+            items = list(batch)
+            items[key if isinstance(key, int) else batch._fields.index(key)] = inputs  # type: ignore[attr-defined]
+            return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
+        changed = copy.copy(batch)
+        if isinstance(batch, (list, Mapping)):
+            changed[key] = inputs  # type: ignore[index]
+        else:
+            object.__setattr__(changed, str(key), inputs)  # also where the dataclass is frozen
+        return changed
+
+    def _key(self, batch: Any, role: str) -> int | str:
+        key = getattr(self, role)
+        names = _names(batch)
+        if key is not None:
+            if _has(batch, key):
+                return key
+            raise ValueError(f"{role}={key!r} names nothing in the batch, {_describe(batch, names)}.")
+        position, usual = (0, INPUT_KEYS) if role == "inputs" else (1, LABEL_KEYS)
+        if isinstance(batch, (tuple, list)) and len(batch) > position:
+            return position
+        for name in usual:
+            if name in names:
+                return name
+        raise ValueError(
+            f"No {role} were recognised in the batch, {_describe(batch, names)}: name theirs with {role}=. Known by "
+            f"convention: position {position} of a tuple or list, or {', '.join(usual)}."
+        )
+
+
+def _names(batch: Any) -> list[Any]:
+    if isinstance(batch, Mapping):
+        return list(batch)
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return list(batch._fields)
+    if isinstance(batch, (tuple, list, Tensor)):
+        return []
+    return [name for name in (getattr(batch, "__dict__", None) or getattr(batch, "__slots__", ())) if name[:1] != "_"]
+
+
+def _has(batch: Any, key: int | str) -> bool:
+    if isinstance(batch, (tuple, list)) and isinstance(key, int):
+        return -len(batch) <= key < len(batch)
+    return key in _names(batch)
+
+
+def _get(batch: Any, key: int | str) -> Any:
+    if isinstance(batch, Mapping) or (isinstance(batch, (tuple, list)) and isinstance(key, int)):
+        return batch[key]  # type: ignore[index]
+    return getattr(batch, str(key))
+
+
+def _describe(batch: Any, names: list[Any]) -> str:
+    if isinstance(batch, Tensor):
+        return f"which is one tensor of shape {tuple(batch.shape)}"
+    if isinstance(batch, (tuple, list)) and not names:
+        return f"a {type(batch).__name__} of {len(batch)} ({', '.join(_brief(item) for item in batch)})"
+    return f"a {type(batch).__name__} with {', '.join(map(repr, names)) or 'nothing in it'}"
+
+
+def _brief(item: Any) -> str:
+    return f"tensor {tuple(item.shape)}" if torch.is_tensor(item) else type(item).__name__

@@ -1,0 +1,161 @@
+"""The callback that makes a pipeline robust."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Union
+
+from lightning_wdefense._compat import Callback, LightningModule, Trainer, rank_zero_warn
+from lightning_wdefense.attacks import ThreatModel
+from lightning_wdefense.callbacks.batches import Batches, Key
+from lightning_wdefense.callbacks.interception import intercept_training_step
+from lightning_wdefense.callbacks.schedule import is_logging_step, noise_generator, warmup_radius
+from lightning_wdefense.callbacks.support import attacked_model, check_automatic_optimization, check_strategy
+from lightning_wdefense.defenses.defense import Defense
+from lightning_wdefense.defenses.objective import combine
+from lightning_wdefense.defenses.recipe import Recipe
+
+
+class WassersteinDefense(Callback):
+    """Trains any LightningModule robustly, without a change to it.
+
+    The module's ``training_step`` is called once a batch, with its own loss, logging and metrics; the recipe decides whether
+    it sees the clean or the adversarial inputs, and adds its terms to the loss that comes back. Logged on every logger,
+    under ``defense/``: the parts of the loss and the attack's current ``eps``; every ``log_every_n_steps`` also what the attack did
+    (``clean_acc``, ``adversarial_acc``, ``attack_success``) and the ``transport_cost`` between clean and adversarial features.
+
+    Args:
+        recipe: a name, see :meth:`Recipe.named`, or a :class:`Recipe`.
+        threat: what the attacker may do; needed beside a name, and absent or equal beside a ``Recipe``.
+        weight: replaces the recipe's weight of the discrepancy.
+        features: replaces the recipe's: ``"outputs"``, ``"penultimate"``, or a dotted path to a submodule of the model.
+        warmup_epochs: replaces the recipe's: epochs over which eps grows from 0 to the threat's.
+        model: dotted path to the submodule that takes the inputs and returns logits, where ``training_step`` calls that
+            (``self.net(x)``) and not the module itself.
+        inputs: position, key or attribute of the inputs in a batch; by default found by convention.
+        labels: the same for the labels.
+        seed: seeds the attack's noise, which depends only on it, the epoch, the batch and the rank.
+        name: tells several of these callbacks apart, in the logs (``defense/{name}/``) and in checkpoints.
+
+    Raises:
+        ValueError: for an unknown recipe, a missing threat, or one that differs from the recipe's; in training, for
+            inputs or labels that do not fit.
+        MisconfigurationException: at the start of training, for manual optimisation (use
+            :class:`~lightning_wdefense.WassersteinDefenseMixin`), or a strategy that shards the parameters.
+
+    Example:
+        >>> from lightning_wdefense import ThreatModel, WassersteinDefense
+        >>> defense = WassersteinDefense("trades", threat=ThreatModel(eps=8 / 255), weight=3.0)
+        >>> defense.recipe.weight
+        3.0
+    """
+
+    def __init__(
+        self,
+        recipe: Union[str, Recipe] = "sat-features",  # noqa: UP007
+        *,
+        threat: Union[ThreatModel, None] = None,  # noqa: UP007
+        weight: Union[float, None] = None,  # noqa: UP007
+        features: Union[str, None] = None,  # noqa: UP007
+        warmup_epochs: Union[float, None] = None,  # noqa: UP007
+        model: Union[str, None] = None,  # noqa: UP007
+        inputs: Key = None,
+        labels: Key = None,
+        seed: int = 0,
+        name: Union[str, None] = None,  # noqa: UP007
+    ) -> None:
+        changes = {"weight": weight, "features": features, "warmup_epochs": warmup_epochs}
+        self.recipe = resolve_recipe(recipe, threat, {key: value for key, value in changes.items() if value is not None})
+        self.model, self.seed, self.name = model, seed, name
+        self._batches = Batches(inputs, labels)
+        self._undo: list[Callable[[], None]] = []
+
+    @property
+    def state_key(self) -> str:
+        """Identifies the callback in a checkpoint: by ``name`` alone."""
+        return f"WassersteinDefense({self.name!r})"
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Stand between Lightning and the module's ``training_step``."""
+        if stage != "fit":
+            return
+        self._restore()
+        check_automatic_optimization(pl_module)
+        check_strategy(trainer, "WassersteinDefense")
+        if self.recipe.active:
+            defense = Defense(self.recipe, attacked_model(pl_module, self.model))
+            step = functools.partial(self._training_step, trainer, pl_module, defense)
+            self._undo = [defense.recorder.detach, intercept_training_step(pl_module, step)]
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the module back as it was."""
+        self._restore()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give the module back as it was (after an exception Lightning does not call ``teardown``)."""
+        self._restore()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so if training ended before the attack had its full radius."""
+        if not self.recipe.active or trainer.fast_dev_run or trainer.global_step == 0:
+            return
+        radius = warmup_radius(trainer, self.recipe.warmup_epochs)
+        if radius < 1:
+            rank_zero_warn(
+                f"Training ended in the warm-up of recipe {self.recipe.name!r}: the attack reached {radius:.0%} of "
+                f"eps={self.recipe.eps:g}. Train longer or lower warmup_epochs={self.recipe.warmup_epochs:g}."
+            )
+
+    def _restore(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+
+    def _training_step(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        defense: Defense,
+        step: Callable[..., Any],
+        batch: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        recipe = self.recipe
+        inputs, labels = self._batches.read(batch)
+        defense.recorder.attach(inputs)
+        radius = warmup_radius(trainer, recipe.warmup_epochs)
+        generator = noise_generator(trainer, self.seed, inputs.device)
+        adversarial = defense.adversarial(inputs, labels, radius=radius, generator=generator)
+        with defense.watch(len(inputs)) as watch:
+            sees_clean = recipe.sees == "clean"
+            result = step(batch if sees_clean else self._batches.replace(batch, adversarial), *args, **kwargs)
+        loss = result["loss"] if isinstance(result, dict) else result
+        if loss is None:  # the user's way to skip a batch
+            return result
+        seen = watch.branch()
+        other = defense.forward(adversarial if sees_clean else inputs) if recipe.needs_both else None
+        clean, attacked = (seen, other) if sees_clean else (other, seen)
+        total, logs = combine(recipe, loss, clean, attacked, labels)
+        if is_logging_step(trainer):
+            logs |= defense.measure(inputs, adversarial, labels)
+        prefix = f"defense/{self.name}/" if self.name else "defense/"
+        logged = {prefix + key: value for key, value in logs.items()} | {prefix + "eps": radius * recipe.eps}
+        pl_module.log_dict(logged, on_step=True, on_epoch=False, batch_size=len(inputs))
+        return {**result, "loss": total} if isinstance(result, dict) else total
+
+
+def resolve_recipe(recipe: str | Recipe, threat: ThreatModel | None, changes: dict[str, Any]) -> Recipe:
+    """The recipe that a name or a recipe, a threat and single changes mean.
+
+    Raises:
+        ValueError: if a name comes without a threat, or a recipe with another one.
+    """
+    if isinstance(recipe, str):
+        if threat is None:
+            raise ValueError(f"threat= is needed beside the recipe's name {recipe!r}: WassersteinDefense({recipe!r}, threat=...).")
+        return Recipe.named(recipe, threat, **changes)
+    if threat is not None and recipe.threat is not None and threat != recipe.threat:
+        raise ValueError(f"threat={threat} differs from the recipe's own, {recipe.threat}: leave threat= out beside a Recipe.")
+    return replace(recipe, **changes)

@@ -1,0 +1,50 @@
+"""The metrics that the monitor keeps of one dataloader."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lightning_wdefense.metrics import AccuracyCurve, AttackSuccessRate, RobustAccuracy, RobustAccuracyCurve, TransportShift
+
+
+@dataclass
+class Measures:
+    """The metrics of one dataloader, each reduced over the ranks when it is computed."""
+
+    accuracy: RobustAccuracy
+    success: AttackSuccessRate
+    curve: RobustAccuracyCurve | None
+    shift: TransportShift | None
+
+    @classmethod
+    def of(cls, attacks: Sequence[str], epsilons: Sequence[float] | None, *, shift: bool) -> Measures:
+        """Fresh metrics for these attacks and radii."""
+        return cls(
+            RobustAccuracy(attacks),
+            AttackSuccessRate(),
+            None if epsilons is None else RobustAccuracyCurve(epsilons),
+            TransportShift() if shift else None,
+        )
+
+    def to(self, device: torch.device) -> Measures:
+        """The same on another device."""
+        for metric in (self.accuracy, self.success, self.curve, self.shift):
+            if metric is not None:
+                metric.to(device)
+        return self
+
+    def compute(self) -> tuple[dict[str, float], AccuracyCurve | None]:
+        """Values by the names they are logged under, and the accuracy curve."""
+        accuracy = self.accuracy.compute()
+        values = {"clean_acc": accuracy.pop("clean"), "robust_acc": accuracy.pop("robust")}
+        values |= {f"robust_acc_{attack}": value for attack, value in accuracy.items()}
+        values["attack_success"] = self.success.compute()
+        curve = None if self.curve is None else self.curve.compute()
+        if curve is not None:
+            values["auac"] = curve.auac
+        if self.shift is not None:
+            values["transport_shift"] = self.shift.compute()
+        return {key: float(value) for key, value in values.items()}, curve

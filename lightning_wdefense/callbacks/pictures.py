@@ -1,0 +1,54 @@
+"""Send pictures to the loggers that can show them: Weights & Biases and TensorBoard."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from lightning_wdefense._compat import Trainer, is_a, rank_zero_warn
+from lightning_wdefense.metrics import AccuracyCurve, RobustAccuracyCurve
+
+Picture = np.ndarray
+"""``(H, W, 3)``, uint8."""
+
+
+def shows_pictures(trainer: Trainer) -> bool:
+    """Whether a logger of this trainer can show pictures."""
+    return trainer.is_global_zero and any(is_a(it, "WandbLogger") or is_a(it, "TensorBoardLogger") for it in trainer.loggers)
+
+
+def log_pictures(trainer: Trainer, key: str, pictures: Sequence[Picture], captions: Sequence[str]) -> None:
+    """Log pictures under ``key`` at the current step; other loggers are passed over.
+
+    W&B shows the captions under the pictures; TensorBoard, which has none, gets them as text beside.
+    """
+    if not trainer.is_global_zero:
+        return
+    step = trainer.global_step
+    for logger in trainer.loggers:
+        if is_a(logger, "WandbLogger"):
+            logger.log_image(key, list(pictures), step=step, caption=list(captions))  # type: ignore[attr-defined]
+        elif is_a(logger, "TensorBoardLogger"):
+            for index, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+                tag = key if len(pictures) == 1 else f"{key}/{index}"
+                logger.experiment.add_image(tag, picture, step, dataformats="HWC")  # type: ignore[attr-defined]
+                logger.experiment.add_text(f"{tag}/caption", caption, step)  # type: ignore[attr-defined]
+
+
+def log_curve(trainer: Trainer, key: str, curve: AccuracyCurve) -> None:
+    """Draw accuracy against eps and log the picture, where a logger can show it and matplotlib is installed."""
+    if not shows_pictures(trainer):
+        return
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        rank_zero_warn('The robustness curve is not drawn: pip install "lightning-wdefense[plot]" for matplotlib.')
+        return
+    # Not through pyplot, which would keep the figure and may open a window.
+    canvas = FigureCanvasAgg(figure := Figure(figsize=(5, 4), layout="constrained"))
+    RobustAccuracyCurve(curve.epsilons.tolist()).plot(curve, ax=figure.subplots())
+    canvas.draw()
+    picture = np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    log_pictures(trainer, key, [picture], [f"AUAC {float(curve.auac):.3f}"])

@@ -1,0 +1,55 @@
+"""Where training stands: the attack's radius in its warm-up, and noise that a resumed run draws again."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+
+import torch
+
+from lightning_wdefense._compat import MisconfigurationException, Trainer
+
+
+def noise_generator(trainer: Trainer, seed: int, device: torch.device) -> torch.Generator:
+    """A generator for the attack on the current batch, seeded by (seed, epoch, batch, rank).
+
+    Lightning does not restore the global random state when a run is resumed, and ``global_step`` stands still while
+    gradients accumulate.
+    """
+    return _seeded(device, seed, trainer.current_epoch, trainer.fit_loop.batch_idx, trainer.global_rank)
+
+
+def evaluation_generator(
+    trainer: Trainer, seed: int, batch_idx: int, dataloader_idx: int, device: torch.device
+) -> torch.Generator:
+    """A generator for an attack on an evaluation batch: the same in every epoch, so that epochs can be compared."""
+    return _seeded(device, seed, dataloader_idx, batch_idx, trainer.global_rank)
+
+
+def _seeded(device: torch.device, *place: int) -> torch.Generator:
+    digest = hashlib.blake2b(struct.pack(f"<{len(place)}q", *place), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def warmup_radius(trainer: Trainer, warmup_epochs: float) -> float:
+    """Fraction of the full radius at the current ``global_step``: linear over the first ``warmup_epochs``.
+
+    Raises:
+        MisconfigurationException: if the training dataloader has no length.
+    """
+    if warmup_epochs == 0:
+        return 1.0
+    batches = trainer.num_training_batches
+    if math.isinf(batches):
+        raise MisconfigurationException(
+            f"A warm-up of warmup_epochs={warmup_epochs} needs to know how long an epoch is, but the training dataloader has no "
+            "length: set Trainer(limit_train_batches=...), or warmup_epochs=0."
+        )
+    steps = warmup_epochs * math.ceil(batches / trainer.accumulate_grad_batches)
+    return min(1.0, (trainer.global_step + 1) / max(steps, 1.0))
+
+
+def is_logging_step(trainer: Trainer) -> bool:
+    """Whether what is measured now will reach the loggers (every ``log_every_n_steps``)."""
+    return (trainer.global_step + 1) % trainer.log_every_n_steps == 0

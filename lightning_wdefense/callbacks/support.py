@@ -1,0 +1,46 @@
+"""What a trainer and a module must be for our callbacks."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lightning_wdefense._compat import LightningModule, MisconfigurationException, Trainer, is_a
+from lightning_wdefense.defenses.recording import submodule
+
+SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
+
+
+def attacked_model(pl_module: LightningModule, path: str | None) -> nn.Module:
+    """The module itself, or its submodule at ``path``.
+
+    Raises:
+        ValueError: if there is none, with the nearest ones.
+    """
+    return pl_module if path is None else submodule(pl_module, path, "model")
+
+
+def check_strategy(trainer: Trainer, callback: str) -> None:
+    """Refuse strategies that shard the parameters: an attack needs the whole model on every rank.
+
+    Raises:
+        MisconfigurationException: for FSDP, DeepSpeed and model parallelism.
+    """
+    for strategy in SHARDED:
+        if is_a(trainer.strategy, strategy):
+            raise MisconfigurationException(
+                f"{callback} cannot attack a model whose parameters are sharded ({type(trainer.strategy).__name__}): use "
+                "strategy='ddp', or one device."
+            )
+
+
+def check_automatic_optimization(pl_module: LightningModule) -> None:
+    """Refuse manual optimisation, which ignores the loss that ``training_step`` returns.
+
+    Raises:
+        MisconfigurationException: naming the mixin.
+    """
+    if not pl_module.automatic_optimization:
+        raise MisconfigurationException(
+            "WassersteinDefense adds to the loss that training_step returns, which manual optimisation ignores: let "
+            f"{type(pl_module).__name__} inherit WassersteinDefenseMixin and call self.defend(inputs, labels) instead."
+        )

@@ -1,0 +1,68 @@
+"""How far the adversarial outputs or features are from the clean ones: ``(clean, adversarial, labels) -> scalar``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from lightning_wdefense._names import unknown_name
+from lightning_wdefense.attacks.losses import kl_divergence
+from lightning_wdefense.transport import SinkhornDivergence
+
+Discrepancy = Callable[[Tensor, Tensor, Any], Tensor]
+
+
+def kl(clean: Tensor, adversarial: Tensor, labels: Any = None) -> Tensor:
+    """``KL(softmax(clean) || softmax(adversarial))``, the batch mean (TRADES)."""
+    return kl_divergence(adversarial, clean).mean()
+
+
+def paired_l2(clean: Tensor, adversarial: Tensor, labels: Any = None) -> Tensor:
+    """``mean |clean_i - adversarial_i|^2 / 2``: the transport cost of the coupling that pairs each sample with itself."""
+    return (clean.float() - adversarial.float()).square().sum() / (2 * len(clean))
+
+
+@dataclass(frozen=True)
+class Transport:
+    """The Sinkhorn divergence between the clean and the adversarial batch, which uses the labels if it has a label cost.
+
+    Args:
+        divergence: the divergence and its settings.
+    """
+
+    divergence: SinkhornDivergence = field(default_factory=SinkhornDivergence)
+
+    def __call__(self, clean: Tensor, adversarial: Tensor, labels: Any = None) -> Tensor:
+        """The divergence of two batches ``(N, ...)``."""
+        return self.divergence(_rows(clean), _rows(adversarial), x_labels=labels, y_labels=labels)
+
+
+def _rows(points: Tensor) -> Tensor:
+    return points.reshape(len(points), -1)
+
+
+LABEL_COST = 100.0
+"""Far above the distance between logits of different classes: mass stays within its class."""
+
+DISCREPANCIES: dict[str, Callable[[], Discrepancy]] = {
+    "kl": lambda: kl,
+    "paired-l2": lambda: paired_l2,
+    "sinkhorn": Transport,
+    "sinkhorn-label": lambda: Transport(SinkhornDivergence(label_cost=LABEL_COST)),
+}
+
+
+def get_discrepancy(discrepancy: str | Discrepancy) -> Discrepancy:
+    """A discrepancy by its name; callables ``(clean, adversarial, labels) -> scalar`` pass.
+
+    Raises:
+        ValueError: if the name does not exist, with the nearest ones.
+    """
+    if callable(discrepancy):
+        return Transport(discrepancy) if isinstance(discrepancy, SinkhornDivergence) else discrepancy
+    if discrepancy not in DISCREPANCIES:
+        raise ValueError(unknown_name("discrepancy", discrepancy, DISCREPANCIES))
+    return DISCREPANCIES[discrepancy]()

@@ -1,0 +1,68 @@
+"""The arithmetic of a recipe, in one place for the callback and the mixin."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_wdefense.defenses.discrepancies import get_discrepancy
+from lightning_wdefense.defenses.recipe import Recipe
+
+
+class Branch(NamedTuple):
+    """The model's view of one set of inputs: raw outputs, and features ``(N, ...)``."""
+
+    outputs: Any
+    features: Tensor
+
+
+def combine(
+    recipe: Recipe, task_loss: Tensor, clean: Branch | None, adversarial: Branch | None, labels: Any
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The training loss, ``task_loss + other_weight * task(other) + weight * discrepancy``, and its parts.
+
+    Args:
+        recipe: says what is added.
+        task_loss: the loss on the inputs that the user's step saw.
+        clean: the clean inputs' branch; may be ``None`` where no term needs it.
+        adversarial: the adversarial inputs' branch, likewise.
+        labels: of the batch.
+
+    Returns:
+        The loss, and its detached parts: ``loss`` (the sum), ``task_loss``, and those of ``other_loss`` and ``discrepancy``
+        (unweighted) that the recipe has.
+
+    Raises:
+        FloatingPointError: if a part is NaN or infinite; says which.
+    """
+    parts = {"task_loss": task_loss}
+    loss = task_loss
+    if recipe.needs_both:
+        assert clean is not None
+        assert adversarial is not None
+        if recipe.other_weight > 0:
+            other = clean if recipe.sees == "adversarial" else adversarial
+            parts["other_loss"] = recipe.task_loss(other.outputs, labels)
+            loss = loss + recipe.other_weight * parts["other_loss"]
+        if recipe.weight > 0:
+            assert recipe.discrepancy is not None
+            measure = get_discrepancy(recipe.discrepancy)
+            parts["discrepancy"] = measure(clean.features, adversarial.features, labels)
+            loss = loss + recipe.weight * parts["discrepancy"]
+    if not bool(torch.isfinite(loss).all()):
+        _explain(recipe, parts)
+    return loss, {name: part.detach() for name, part in ({"loss": loss} | parts).items()}
+
+
+def _explain(recipe: Recipe, parts: dict[str, Tensor]) -> None:
+    culprits = [name for name, part in parts.items() if not bool(torch.isfinite(part).all())]
+    values = ", ".join(f"{name} = {float(part.detach().float().mean()):.4g}" for name, part in parts.items())
+    advice = {
+        "task_loss": "task_loss is the training_step's own loss: lower the learning rate, clip gradients, or look at the data",
+        "other_loss": "other_loss is the task loss on the other branch's outputs: do the labels fit it?",
+        "discrepancy": f"lower weight={recipe.weight}, or choose other features than {recipe.features!r}",
+    }
+    hints = "; ".join(advice[name] for name in culprits) or "the weighted sum overflowed: lower the weights"
+    raise FloatingPointError(f"The loss of recipe {recipe.name!r} is not finite ({values}): {hints}.")

@@ -1,0 +1,135 @@
+"""A way to train robustly, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from torch import Tensor
+
+from lightning_wdefense._names import unknown_name
+from lightning_wdefense.attacks import PGD, Attack, ThreatModel
+from lightning_wdefense.attacks.losses import cross_entropy
+from lightning_wdefense.defenses.discrepancies import Discrepancy, get_discrepancy
+
+Branch = Literal["clean", "adversarial"]
+
+
+def mean_cross_entropy(outputs: Any, labels: Tensor) -> Tensor:
+    """Cross-entropy with hard or soft labels, the batch mean."""
+    return cross_entropy(outputs, labels).mean()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a robust training step computes: ``step(seen) + other_weight * task(other) + weight * discrepancy``.
+
+    Args:
+        attack: makes the adversarial inputs; ``None`` for none.
+        sees: which inputs the user's own ``training_step`` is given, ``"clean"`` or ``"adversarial"``. The other ones get a
+            plain forward pass, where a term needs it.
+        discrepancy: between clean and adversarial features: ``"kl"``, ``"paired-l2"``, ``"sinkhorn"``, ``"sinkhorn-label"``,
+            a :class:`~lightning_wdefense.transport.SinkhornDivergence`, or a callable ``(clean, adversarial, labels)``.
+        weight: of the discrepancy.
+        features: where it is measured: ``"outputs"``, ``"penultimate"`` (the input of the last linear layer that runs), or a
+            dotted path to a submodule.
+        other_weight: of the task loss on the inputs that ``training_step`` does not see.
+        task_loss: ``(outputs, labels) -> scalar`` for that term.
+        warmup_epochs: the attack's radius grows linearly from 0 over so many epochs. Training at a large radius
+            from the start collapses to a constant output.
+        name: for logs and messages.
+
+    Raises:
+        ValueError: if a value is unknown or negative, or a term needs an attack and there is none.
+
+    Example:
+        >>> Recipe.named("trades", ThreatModel(eps=0.1)).weight
+        6.0
+    """
+
+    attack: Attack | None
+    sees: Branch = "adversarial"
+    discrepancy: str | Discrepancy | None = None
+    weight: float = 0.0
+    features: str = "outputs"
+    other_weight: float = 0.0
+    task_loss: Callable[[Any, Any], Tensor] = mean_cross_entropy
+    warmup_epochs: float = 3.0
+    name: str = "custom"
+
+    def __post_init__(self) -> None:
+        if self.sees not in ("clean", "adversarial"):
+            raise ValueError(f'sees must be "clean" or "adversarial", got {self.sees!r}.')
+        for field in ("weight", "other_weight", "warmup_epochs"):
+            if not getattr(self, field) >= 0:
+                raise ValueError(f"{field} must not be negative, got {getattr(self, field)}.")
+        if self.attack is None and (self.sees == "adversarial" or self.weight or self.other_weight):
+            raise ValueError('Without an attack there are no adversarial inputs: sees="clean" and both weights 0.')
+        if self.weight and self.discrepancy is None:
+            raise ValueError(f"weight={self.weight} needs a discrepancy=.")
+        if self.discrepancy is not None:
+            get_discrepancy(self.discrepancy)
+
+    @property
+    def threat(self) -> ThreatModel | None:
+        """The attack's threat model."""
+        return None if self.attack is None else self.attack.threat
+
+    @property
+    def eps(self) -> float:
+        """The attack's full radius, in data units; 0 without an attack."""
+        return 0.0 if self.attack is None else self.attack.threat.eps
+
+    @property
+    def active(self) -> bool:
+        """Whether the recipe changes anything: otherwise training is exactly as without it."""
+        return self.sees == "adversarial" or self.needs_both
+
+    @property
+    def needs_both(self) -> bool:
+        """Whether a term needs the model's outputs on both the clean and the adversarial inputs."""
+        return self.weight > 0 or self.other_weight > 0
+
+    @classmethod
+    def named(cls, name: str, threat: ThreatModel, **changes: Any) -> Recipe:
+        """A published recipe by its name, for a threat model.
+
+        ===============  ============================================================================================
+        ``standard``     ``CE(f(x), y)``: the user's training as it is
+        ``pgd-at``       ``CE(f(x'), y)`` (Madry et al., 2018)
+        ``trades``       ``CE(f(x), y) + 6 KL(f(x) || f(x'))`` (Zhang et al., 2019)
+        ``alp``          ``CE(f(x'), y) + 1 paired L2`` of logits (Kannan et al., 2018; adversarial batch only)
+        ``alp-features`` ``CE(f(x'), y) + 0.1 paired L2`` of penultimate features
+        ``sat``          ``CE(f(x'), y) + 1 Sinkhorn divergence`` of logits (Bouniot et al., 2020)
+        ``sat-label``    the same, with a ground cost that keeps mass within its class
+        ``sat-features`` ``CE(f(x'), y) + 0.1 Sinkhorn divergence`` of penultimate features
+        ===============  ============================================================================================
+
+        Paired L2 is ``mean |z_i - z'_i|^2 / 2``, the transport cost of the identity coupling, so that each ``alp`` is the
+        ablation of a ``sat``. The attack is PGD with 10 steps.
+
+        Args:
+            name: one of the above.
+            threat: what the attacker may do.
+            **changes: fields of the recipe to replace, such as ``weight=0.3`` or ``attack=PGD(threat, steps=7)``.
+
+        Raises:
+            ValueError: if the name does not exist, with the nearest ones.
+        """
+        if name not in RECIPES:
+            raise ValueError(unknown_name("recipe", name, RECIPES))
+        return replace(RECIPES[name](threat), name=name, **changes)
+
+
+RECIPES: dict[str, Callable[[ThreatModel], Recipe]] = {
+    "standard": lambda threat: Recipe(None, "clean"),
+    "pgd-at": lambda threat: Recipe(PGD(threat)),
+    "trades": lambda threat: Recipe(PGD(threat, loss="kl", random_start="gaussian"), "clean", "kl", 6.0),
+    "alp": lambda threat: Recipe(PGD(threat), discrepancy="paired-l2", weight=1.0),
+    "alp-features": lambda threat: Recipe(PGD(threat), discrepancy="paired-l2", weight=0.1, features="penultimate"),
+    "sat": lambda threat: Recipe(PGD(threat), discrepancy="sinkhorn", weight=1.0),
+    "sat-label": lambda threat: Recipe(PGD(threat), discrepancy="sinkhorn-label", weight=1.0),
+    "sat-features": lambda threat: Recipe(PGD(threat), discrepancy="sinkhorn", weight=0.1, features="penultimate"),
+}
+"""Every recipe that has a name."""

@@ -1,0 +1,169 @@
+"""See a model's outputs and features as they pass, without changing the model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_wdefense._names import unknown_name
+from lightning_wdefense.attacks.isolation import isolated
+
+OUTPUTS, PENULTIMATE = "outputs", "penultimate"
+
+
+@dataclass
+class Recording:
+    """What one forward pass of the model showed.
+
+    Attributes:
+        outputs: what each call of the model returned.
+        features: what the feature layer showed, ``(N, D)`` each time it ran.
+    """
+
+    outputs: list[Any] = field(default_factory=list)
+    features: list[Tensor] = field(default_factory=list)
+
+
+class ForwardRecorder:
+    """Records a model's outputs, and the features of one of its layers, through forward hooks.
+
+    The hooks stay for as long as the recorder is attached (a compiled model does not notice hooks that come later) and do
+    nothing outside of :meth:`recording`.
+
+    Args:
+        model: the module whose outputs are wanted.
+        features: ``"outputs"``, ``"penultimate"`` (the input of the last linear layer that runs), or a dotted path to a
+            submodule of ``model``, whose output is taken.
+
+    Raises:
+        ValueError: if there is no such submodule, with the nearest ones.
+    """
+
+    def __init__(self, model: nn.Module, features: str = OUTPUTS) -> None:
+        self.model, self.features = model, features
+        self._handles: list[Any] = []
+        self._current: Recording | None = None
+        self._layer = None if features in (OUTPUTS, PENULTIMATE) else submodule(model, features, "features")
+
+    def attach(self, example: Tensor) -> None:
+        """Register the hooks, once; ``example`` is a batch from which the penultimate layer is found."""
+        if self._handles:
+            return
+        if self.features == PENULTIMATE:
+            self._layer = _last_linear(self.model, example)
+        self._handles.append(self.model.register_forward_hook(self._saw_outputs))
+        if self.features == PENULTIMATE:
+            assert self._layer is not None
+            self._handles.append(self._layer.register_forward_pre_hook(self._saw_input))
+        elif self._layer is not None:
+            self._handles.append(self._layer.register_forward_hook(self._saw_features))
+
+    def detach(self) -> None:
+        """Remove the hooks."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[Recording]:
+        """Record every forward pass made inside; records may be nested, each sees its own."""
+        outer, self._current = self._current, Recording()
+        try:
+            yield self._current
+        finally:
+            self._current = outer
+
+    def see(self, inputs: Tensor) -> Tensor:
+        """The features of a forward pass on these inputs, detached, ``(N, D)``."""
+        with self.recording() as recording:
+            outputs = self.model(inputs)
+        return self.features_of(outputs, recording, len(inputs)).detach().reshape(len(inputs), -1)
+
+    def features_of(self, outputs: Any, recording: Recording, size: int) -> Tensor:
+        """The features of a recorded pass over ``size`` samples: ``(N, D)``, outputs in their own shape.
+
+        Raises:
+            TypeError: if the layer's features are not a tensor.
+            ValueError: if the layer did not run, or not on the whole batch.
+        """
+        found = tensor_of(outputs) if self.features == OUTPUTS else recording.features[-1] if recording.features else None
+        if found is None:
+            raise ValueError(
+                f"The layer of features={self.features!r} did not run in the forward pass: name one that does with features=."
+            )
+        if not isinstance(found, Tensor):
+            raise TypeError(
+                f"The layer of features={self.features!r} returns a {type(found).__name__}, not a tensor: name one that does."
+            )
+        if found.ndim == 0 or len(found) != size:
+            raise ValueError(
+                f"The features={self.features!r} have shape {tuple(found.shape)}, but the batch has {size} samples: they must "
+                "come one row a sample."
+            )
+        return found if self.features == OUTPUTS else found.reshape(size, -1)
+
+    def _saw_outputs(self, module: nn.Module, args: Any, outputs: Any) -> None:
+        if self._current is not None:
+            self._current.outputs.append(outputs)
+
+    def _saw_features(self, module: nn.Module, args: Any, outputs: Any) -> None:
+        if self._current is not None:
+            self._current.features.append(outputs)
+
+    def _saw_input(self, module: nn.Module, args: Any) -> None:
+        if self._current is not None:
+            self._current.features.append(args[0])
+
+
+def tensor_of(outputs: Any) -> Tensor:
+    """The tensor in a model's outputs: the outputs themselves, or their ``logits``.
+
+    Raises:
+        TypeError: if there is none.
+    """
+    found = outputs["logits"] if isinstance(outputs, dict) and "logits" in outputs else getattr(outputs, "logits", outputs)
+    if not isinstance(found, Tensor):
+        raise TypeError(
+            f"The model's outputs are not logits but a {type(outputs).__name__}: return a tensor (or an object with .logits) "
+            "from forward, or name the submodule that does with model=."
+        )
+    return found
+
+
+def submodule(model: nn.Module, path: str, argument: str) -> nn.Module:
+    """The submodule at a dotted path, or an error that lists the nearest ones."""
+    known = dict(model.named_modules())
+    known.pop("", None)
+    if path not in known:
+        shown = sorted(known, key=lambda name: (name.count("."), name))
+        raise ValueError(unknown_name(f"submodule for {argument}=", path, shown[:60]))
+    return known[path]
+
+
+def eager() -> contextlib.AbstractContextManager[Any]:
+    """Run compiled modules eagerly inside, so that hooks made for the moment are seen (and not compiled in)."""
+    set_stance = getattr(torch.compiler, "set_stance", None)  # torch 2.6 and later
+    return contextlib.nullcontext() if set_stance is None else set_stance("force_eager")
+
+
+def _last_linear(model: nn.Module, example: Tensor) -> nn.Module:
+    ran: list[nn.Module] = []
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    handles = [module.register_forward_pre_hook(lambda module, args: ran.append(module)) for module in linear]
+    try:
+        with isolated(model, example.device), eager():
+            model(example.detach().clone())
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not ran:
+        layers = ", ".join(repr(name) for name, module in model.named_modules() if name and not list(module.children()))
+        raise ValueError(
+            f'features="penultimate" is the input of the last nn.Linear that runs, but {type(model).__name__} runs none: name a '
+            f"layer with features=. Its layers: {layers}."
+        )
+    return ran[-1]

@@ -1,0 +1,107 @@
+"""Which predictions are right: the one place that turns outputs and targets into class indices."""
+
+import torch
+from torch import Tensor
+from torchmetrics.utilities import rank_zero_warn
+
+
+def is_correct(preds: Tensor, target: Tensor, name: str = "preds") -> Tensor:
+    """Tell, element by element, whether a prediction is right.
+
+    Args:
+        preds: class indices ``(N, ...)`` (an integer tensor), logits or probabilities ``(N, C, ...)``, or the logits
+            of a binary classifier ``(N,)`` or ``(N, 1, ...)``, which say class 1 where they are positive.
+        target: class indices ``(N, ...)``, soft labels ``(N, C, ...)`` (the largest counts), or binary labels as
+            floats in [0, 1], ``(N, ...)`` or ``(N, 1, ...)`` (above one half is class 1).
+        name: what to call ``preds`` in an error.
+
+    Returns:
+        A boolean tensor ``(N, ...)``.
+
+    Raises:
+        TypeError: If ``preds`` or ``target`` is not a tensor.
+        ValueError: If the shapes do not match, a value is NaN, or a label is no class of ``preds``.
+
+    Example:
+        >>> import torch
+        >>> is_correct(torch.tensor([[2.0, -1.0], [0.5, 1.0]]), torch.tensor([0, 0]))
+        tensor([ True, False])
+    """
+    classes, num_classes = _predicted_classes(preds, name)
+    labels = _target_classes(target, classes.ndim, num_classes)
+    if classes.shape != labels.shape:
+        raise ValueError(
+            f"`{name}` of shape {tuple(preds.shape)} gives predictions of shape {tuple(classes.shape)}, but `target` of"
+            f" shape {tuple(target.shape)} gives labels of shape {tuple(labels.shape)}. Pass one prediction for each"
+            " label: logits as (N, C, ...) or class indices as (N, ...), with integer labels (N, ...) or float soft"
+            " labels (N, C, ...)."
+        )
+    return classes == labels
+
+
+def _predicted_classes(preds: Tensor, name: str) -> tuple[Tensor, int | None]:
+    """Return the class indices and the number of classes, where ``preds`` tells it."""
+    _check_tensor(preds, name)
+    if not preds.is_floating_point():
+        return preds.long(), None
+    _check_no_nan(preds, name)
+    if preds.ndim > 1 and preds.size(1) > 1:
+        return preds.argmax(1), preds.size(1)
+    if preds.numel() > 1 and preds.min() >= 0 and preds.max() <= 1:
+        rank_zero_warn(
+            f"`{name}` has a single output per sample and lies in [0, 1]. It is read as logits, which say class 1 where"
+            " they are positive: if these are probabilities, pass the logits or the class indices instead."
+        )
+    return (preds if preds.ndim == 1 else preds.squeeze(1)).gt(0).long(), 2
+
+
+def _target_classes(target: Tensor, ndim: int, num_classes: int | None) -> Tensor:
+    """Return integer labels with ``ndim`` dimensions where the shape of ``target`` allows it."""
+    _check_tensor(target, "target")
+    has_class_dim = target.ndim == ndim + 1
+    if target.is_floating_point():
+        _check_no_nan(target, "target")
+        if has_class_dim and target.size(1) > 1:
+            if num_classes not in (None, target.size(1)):
+                raise ValueError(
+                    f"`target` holds soft labels over {target.size(1)} classes, but the predictions are over"
+                    f" {num_classes}. Pass both over the same classes, in dimension 1."
+                )
+            return target.argmax(1)
+        target = _binary_labels(target, num_classes)
+    labels = (target.squeeze(1) if has_class_dim and target.size(1) == 1 else target).long()
+    if labels.numel():
+        low, high = (int(bound) for bound in labels.aminmax())
+        if low < 0 or (num_classes is not None and high >= num_classes):
+            classes = "non-negative" if num_classes is None else f"in 0..{num_classes - 1}, the classes of the logits"
+            raise ValueError(
+                f"`target` holds labels from {low} to {high}; they should be {classes}. Leave out what is to be"
+                " ignored (a label such as -100 or 255) before the update."
+            )
+    return labels
+
+
+def _binary_labels(target: Tensor, num_classes: int | None) -> Tensor:
+    if num_classes not in (None, 2) or (target.numel() and (target.min() < 0 or target.max() > 1)):
+        raise ValueError(
+            f"`target` is a float tensor of shape {tuple(target.shape)}, which is read as binary labels in [0, 1], but"
+            " its values or the number of classes say otherwise. Pass class indices as integers (`target.long()`) or"
+            " soft labels as (N, C, ...)."
+        )
+    return target > 0.5
+
+
+def _check_tensor(value: Tensor, name: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"`{name}` should be a tensor of outputs, class indices or labels, got {type(value).__name__}.")
+    if value.ndim == 0:
+        raise ValueError(f"`{name}` is a single number; it should have a batch dimension. Unsqueeze it to shape (1,).")
+
+
+def _check_no_nan(value: Tensor, name: str) -> None:
+    count = int(torch.isnan(value).sum())
+    if count:
+        raise ValueError(
+            f"`{name}` holds NaN ({count} of {value.numel()} values), so no class can be read from it. Look for a model"
+            " that diverged, or for an attack or a precision that overflowed."
+        )

@@ -1,0 +1,217 @@
+"""Accuracy as a function of the attack's budget, and the area under it."""
+
+import math
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_wdefense.metrics._plot import get_axes
+from lightning_wdefense.metrics._predictions import is_correct
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+class AccuracyCurve(NamedTuple):
+    """Accuracy by eps.
+
+    Attributes:
+        epsilons: the budgets ``(E,)``, from 0 upwards, in the units in which they were given (data units for a
+            ``ThreatModel``).
+        accuracies: the shares in [0, 1] that are left at them ``(E,)``, never rising.
+        auac: the area under the curve divided by the largest eps, a scalar in [0, 1].
+    """
+
+    epsilons: Tensor
+    accuracies: Tensor
+    auac: Tensor
+
+
+def area_under_accuracy_curve(epsilons: Sequence[float] | Tensor, accuracies: Sequence[float] | Tensor) -> Tensor:
+    """Compute the area under an accuracy curve: the trapezoid rule over [0, eps_max], divided by eps_max.
+
+    It is the mean accuracy when eps is drawn uniformly from that interval: 1 for a model that no budget harms.
+
+    Args:
+        epsilons: budgets ``(E,)``, strictly increasing from 0.
+        accuracies: accuracies at them ``(..., E)``.
+
+    Returns:
+        The normalised area ``(...)``, a scalar for one curve.
+
+    Raises:
+        ValueError: If ``epsilons`` does not start at 0, does not increase strictly, holds fewer than two values, or is
+            not as long as ``accuracies``.
+
+    Example:
+        >>> from lightning_wdefense.metrics import area_under_accuracy_curve
+        >>> area_under_accuracy_curve([0.0, 1.0, 2.0], [0.9, 0.5, 0.1])
+        tensor(0.5000)
+    """
+    values = torch.as_tensor(accuracies)
+    if not values.is_floating_point():
+        values = values.to(torch.get_default_dtype())
+    budgets = torch.tensor(_check_epsilons(epsilons), dtype=values.dtype, device=values.device)
+    if values.shape[-1:] != budgets.shape:
+        raise ValueError(
+            f"`accuracies` of shape {tuple(values.shape)} does not match {len(budgets)} epsilons: its last dimension"
+            " should hold one accuracy for each."
+        )
+    return torch.trapezoid(values, budgets) / budgets[-1]
+
+
+def robust_accuracy_curve(
+    preds: Sequence[Tensor] | Tensor, target: Tensor, epsilons: Sequence[float] | Tensor
+) -> AccuracyCurve:
+    """Compute the accuracy that is left at each eps, and the area under that curve.
+
+    The balls are nested, so what fools the model at one eps is also allowed at every larger one: a sample that fell
+    counts as fallen from there on, whatever the attack found later. So the curve never rises.
+
+    Args:
+        preds: the outputs on the inputs attacked at each eps, in the order of ``epsilons``: a sequence of E tensors, or
+            one tensor stacked in the first dimension. Each holds logits or probabilities ``(N, C, ...)``, class
+            indices ``(N, ...)``, or the logits (not probabilities) of a binary classifier, ``(N,)`` or ``(N, 1, ...)``.
+        target: integer labels ``(N, ...)``, soft labels ``(N, C, ...)``, or binary labels as floats.
+        epsilons: budgets ``(E,)``, strictly increasing from 0, where 0 stands for the clean inputs.
+
+    Returns:
+        The curve, with accuracies as shares in [0, 1] (NaN if there is no sample).
+
+    Raises:
+        TypeError: If predictions or labels are not tensors.
+        ValueError: If ``epsilons`` does not start at 0, does not increase strictly or holds fewer than two values;
+            if ``preds`` is not as long; if shapes do not match, a prediction is NaN, or a label is no class of the
+            logits.
+
+    References:
+        Dong et al., "Benchmarking Adversarial Robustness on Image Classification", CVPR 2020 (accuracy curves).
+
+    Example:
+        >>> import torch
+        >>> from lightning_wdefense.metrics import robust_accuracy_curve
+        >>> preds = torch.tensor([[0, 1, 1, 0], [0, 1, 0, 0], [1, 1, 1, 0]])
+        >>> robust_accuracy_curve(preds, torch.tensor([0, 1, 1, 0]), epsilons=[0.0, 0.1, 0.2]).accuracies
+        tensor([1.0000, 0.7500, 0.5000])
+    """
+    budgets = _check_epsilons(epsilons)
+    correct, total = _count_correct(preds, target, budgets)
+    return _to_curve(budgets, correct / total)
+
+
+class RobustAccuracyCurve(Metric):
+    """Accuracy by eps, and the area under that curve (AUAC).
+
+    A sample that fell at one eps counts as fallen at every larger one, since the balls are nested; so the curve never
+    rises. The area is the trapezoid rule over [0, eps_max] divided by eps_max: the mean accuracy over the budgets.
+
+    ``update`` and ``forward`` accept ``preds`` (one tensor for each eps, in order; or one tensor stacked in the first
+    dimension) and ``target``, with the shapes given in :func:`robust_accuracy_curve`. ``compute`` returns an
+    :class:`AccuracyCurve` of ``epsilons``, ``accuracies`` and ``auac``. Before any update the last two are NaN, with
+    the warning that torchmetrics gives.
+
+    Args:
+        epsilons: budgets ``(E,)``, strictly increasing from 0, where 0 stands for the clean inputs.
+        kwargs: keyword arguments of :class:`torchmetrics.Metric`.
+
+    Raises:
+        TypeError: In ``update``, if predictions or labels are not tensors.
+        ValueError: If ``epsilons`` does not start at 0, does not increase strictly or holds fewer than two values; in
+            ``update``, if ``preds`` is not as long, shapes do not match, a prediction is NaN, or a label is no class.
+
+    References:
+        Dong et al., "Benchmarking Adversarial Robustness on Image Classification", CVPR 2020 (accuracy curves).
+
+    Example:
+        >>> import torch
+        >>> from lightning_wdefense.metrics import RobustAccuracyCurve
+        >>> metric = RobustAccuracyCurve(epsilons=[0.0, 0.1, 0.2])
+        >>> metric.update(torch.tensor([[0, 1, 1, 0], [0, 1, 0, 0], [1, 1, 1, 0]]), torch.tensor([0, 1, 1, 0]))
+        >>> curve = metric.compute()
+        >>> curve.accuracies, curve.auac
+        (tensor([1.0000, 0.7500, 0.5000]), tensor(0.7500))
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+
+    correct: Tensor
+    total: Tensor
+
+    def __init__(self, epsilons: Sequence[float] | Tensor, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.epsilons = _check_epsilons(epsilons)
+        self.add_state("correct", torch.zeros(len(self.epsilons), dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("total", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, preds: Sequence[Tensor] | Tensor, target: Tensor) -> None:
+        """Add a batch of predictions, one tensor for each eps; see the class for shapes."""
+        correct, total = _count_correct(preds, target, self.epsilons)
+        self.correct = self.correct + correct
+        self.total = self.total + total
+
+    def compute(self) -> AccuracyCurve:
+        """Return the curve and the area under it."""
+        return _to_curve(self.epsilons, self.correct / self.total)
+
+    def plot(
+        self, val: AccuracyCurve | None = None, ax: "Axes | None" = None, label: str | None = None
+    ) -> tuple["Figure", "Axes"]:
+        """Plot a curve (by default what ``compute`` returns) on ``ax``; pass the same ``ax`` again to compare models.
+
+        Args:
+            val: a result of ``compute`` or ``forward``.
+            ax: matplotlib axes to draw on. By default those of a new figure.
+            label: name of the curve in the legend, before its area.
+
+        Raises:
+            ModuleNotFoundError: If matplotlib is not installed.
+        """
+        curve = self.compute() if val is None else val
+        figure, ax = get_axes(ax)
+        area = f"AUAC={curve.auac.item():.3f}"
+        name = area if label is None else f"{label} ({area})"
+        ax.plot(curve.epsilons.cpu().numpy(), curve.accuracies.cpu().numpy(), marker="o", label=name)
+        ax.set(xlabel="eps", ylabel="Robust accuracy", ylim=(-0.02, 1.02))
+        ax.grid(True)
+        ax.legend()
+        return figure, ax
+
+
+def _count_correct(preds: Sequence[Tensor] | Tensor, target: Tensor, epsilons: Sequence[float]) -> tuple[Tensor, int]:
+    """Count the elements that are right up to each eps, and all elements."""
+    if len(preds) != len(epsilons):
+        raise ValueError(
+            f"`preds` holds predictions for {len(preds)} budgets, but there are {len(epsilons)} epsilons, {epsilons}."
+            " Pass one tensor for each, in the same order, the first on clean inputs."
+        )
+    right = [is_correct(pred, target, f"preds[{i}]") for i, pred in enumerate(preds)]
+    left = torch.stack(list(accumulate(right, torch.logical_and)))
+    return left.flatten(1).sum(1), right[0].numel()
+
+
+def _to_curve(epsilons: Sequence[float], accuracies: Tensor) -> AccuracyCurve:
+    budgets = torch.tensor(epsilons, dtype=accuracies.dtype, device=accuracies.device)
+    return AccuracyCurve(budgets, accuracies, area_under_accuracy_curve(epsilons, accuracies))
+
+
+def _check_epsilons(epsilons: Sequence[float] | Tensor) -> tuple[float, ...]:
+    budgets = tuple(float(eps) for eps in epsilons)
+    if len(budgets) < 2:
+        raise ValueError(
+            f"`epsilons` should hold 0.0 (the clean inputs) and at least one larger budget, got {budgets}."
+        )
+    if not all(low < high < math.inf for low, high in pairwise(budgets)):
+        raise ValueError(f"`epsilons` should be finite and increase strictly, got {budgets}. Sort it, drop duplicates.")
+    if budgets[0] != 0:
+        raise ValueError(
+            f"`epsilons` should start at 0.0, which stands for the clean inputs, got {budgets}. Put 0.0 first, and the"
+            " clean predictions first among `preds`."
+        )
+    return budgets

@@ -1,0 +1,109 @@
+"""How often an attack turns a right prediction into a wrong one."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_wdefense.metrics._plot import plot_values
+from lightning_wdefense.metrics._predictions import is_correct
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def attack_success_rate(clean_preds: Tensor, adversarial_preds: Tensor, target: Tensor) -> Tensor:
+    """Compute the share of the samples right on clean inputs that an attack made wrong.
+
+    Samples that were wrong already are left out, so a poor model does not flatter the attack.
+
+    Args:
+        clean_preds: outputs on clean inputs: logits or probabilities ``(N, C, ...)``, class indices ``(N, ...)``, or
+            the logits (not probabilities) of a binary classifier, ``(N,)`` or ``(N, 1, ...)``. With further dimensions
+            each element counts.
+        adversarial_preds: outputs on the attacked inputs, as ``clean_preds``.
+        target: integer labels ``(N, ...)``, soft labels ``(N, C, ...)``, or binary labels as floats.
+
+    Returns:
+        A scalar in [0, 1]; NaN if no sample was right on its clean input.
+
+    Raises:
+        TypeError: If an argument is not a tensor.
+        ValueError: If shapes do not match, a prediction is NaN, or a label is no class of the logits.
+
+    References:
+        Carlini and Wagner, "Towards Evaluating the Robustness of Neural Networks", IEEE S&P 2017.
+
+    Example:
+        >>> import torch
+        >>> from lightning_wdefense.metrics import attack_success_rate
+        >>> clean, adversarial, target = torch.tensor([0, 1, 2]), torch.tensor([0, 2, 1]), torch.tensor([0, 1, 1])
+        >>> attack_success_rate(clean, adversarial, target)
+        tensor(0.5000)
+    """
+    fooled, right = _count_fooled(clean_preds, adversarial_preds, target)
+    return fooled / right
+
+
+class AttackSuccessRate(Metric):
+    """Share of the samples right on clean inputs that an attack made wrong.
+
+    ``update`` and ``forward`` accept ``clean_preds``, ``adversarial_preds`` and ``target``, with the shapes given in
+    :func:`attack_success_rate`. ``compute`` returns a scalar in [0, 1], or NaN if no sample was right on its clean
+    input (also before any update, then with the warning that torchmetrics gives). Lower is better: the point of view
+    is the defender's.
+
+    Args:
+        kwargs: keyword arguments of :class:`torchmetrics.Metric`.
+
+    Raises:
+        TypeError: In ``update``, if an argument is not a tensor.
+        ValueError: In ``update``, if shapes do not match, a prediction is NaN, or a label is no class of the logits.
+
+    References:
+        Carlini and Wagner, "Towards Evaluating the Robustness of Neural Networks", IEEE S&P 2017.
+
+    Example:
+        >>> import torch
+        >>> from lightning_wdefense.metrics import AttackSuccessRate
+        >>> metric = AttackSuccessRate()
+        >>> metric.update(torch.tensor([0, 1, 2]), torch.tensor([0, 2, 1]), torch.tensor([0, 1, 1]))
+        >>> metric.compute()
+        tensor(0.5000)
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
+
+    fooled: Tensor
+    right: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("fooled", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("right", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, clean_preds: Tensor, adversarial_preds: Tensor, target: Tensor) -> None:
+        """Add a batch of predictions; see the class for shapes."""
+        fooled, right = _count_fooled(clean_preds, adversarial_preds, target)
+        self.fooled = self.fooled + fooled
+        self.right = self.right + right
+
+    def compute(self) -> Tensor:
+        """Return the share in [0, 1], or NaN if no sample was right on its clean input."""
+        return self.fooled / self.right
+
+    def plot(self, val: Any = None, ax: "Axes | None" = None) -> tuple["Figure", "Axes"]:
+        """Plot ``val``, a result or a list of results over steps (by default what ``compute`` returns), on ``ax``."""
+        return plot_values(self, val, ax)
+
+
+def _count_fooled(clean_preds: Tensor, adversarial_preds: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    right = is_correct(clean_preds, target, "clean_preds")
+    fooled = right & ~is_correct(adversarial_preds, target, "adversarial_preds")
+    return fooled.sum(), right.sum()

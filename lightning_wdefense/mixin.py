@@ -1,0 +1,123 @@
+"""Robust training for a LightningModule that wants to make the call itself."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_wdefense._compat import is_a
+from lightning_wdefense.callbacks.schedule import is_logging_step, noise_generator, warmup_radius
+from lightning_wdefense.defenses.defense import Defense
+from lightning_wdefense.defenses.objective import Branch, combine
+from lightning_wdefense.defenses.recipe import Recipe
+
+
+class DefenseOutput(NamedTuple):
+    """What one defended step computed.
+
+    Attributes:
+        loss: to minimise: the task loss and the recipe's terms.
+        clean_outputs: of the model on the inputs; ``None`` where the recipe needs no such pass.
+        adversarial_outputs: of the model on the adversarial inputs, likewise.
+        adversarial_inputs: in model units; the inputs themselves where the recipe has no attack.
+        logs: detached parts of the loss, the current ``eps``, and every ``log_every_n_steps`` what the attack did.
+    """
+
+    loss: Tensor
+    clean_outputs: Any
+    adversarial_outputs: Any
+    adversarial_inputs: Tensor
+    logs: dict[str, Any]
+
+
+class WassersteinDefenseMixin:
+    """Gives a LightningModule ``self.defend(inputs, labels)``, under automatic and manual optimisation alike.
+
+    It has no ``__init__``; list it before ``LightningModule``. The module's ``forward`` must map inputs to logits.
+
+    Example:
+        >>> import torch
+        >>> from lightning.pytorch import LightningModule
+        >>> from lightning_wdefense import Recipe, ThreatModel, WassersteinDefenseMixin
+        >>> class Classifier(WassersteinDefenseMixin, LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.net = torch.nn.Linear(4, 3)
+        ...     def forward(self, x):
+        ...         return self.net(x)
+        ...     def configure_defense(self):
+        ...         return Recipe.named("sat", ThreatModel(eps=0.1))
+        ...     def training_step(self, batch, batch_idx):
+        ...         output = self.defend(*batch)
+        ...         self.log_dict({f"defense/{key}": value for key, value in output.logs.items()})
+        ...         return output.loss
+        >>> sorted(Classifier().defend(torch.rand(8, 4), torch.arange(8) % 3).logs)
+        ['discrepancy', 'eps', 'loss', 'task_loss']
+    """
+
+    _defense: Defense | None = None
+
+    def configure_defense(self) -> Recipe:
+        """The recipe; called once, at the first :meth:`defend`. To be overridden."""
+        raise NotImplementedError(
+            f"{type(self).__name__} must define configure_defense(self), which returns a Recipe such as "
+            'Recipe.named("sat-features", threat).'
+        )
+
+    def task_loss(self, outputs: Any, labels: Any) -> Tensor:
+        """The loss of the task itself, a scalar: cross-entropy unless overridden."""
+        return self.defense.recipe.task_loss(outputs, labels)
+
+    @property
+    def defense(self) -> Defense:
+        """The recipe at work on this module."""
+        if self._defense is None:
+            # Past nn.Module.__setattr__, which would register the recorder's model (this module) as its own child.
+            object.__setattr__(self, "_defense", Defense(self.configure_defense(), self))  # type: ignore[arg-type]
+        assert self._defense is not None
+        return self._defense
+
+    def defend(self, inputs: Tensor, labels: Any, *, seed: int = 0) -> DefenseOutput:
+        """Attack the batch and compute the recipe's loss on it.
+
+        Args:
+            inputs: ``(N, ...)`` in model units.
+            labels: whatever the attack and :meth:`task_loss` take.
+            seed: seeds the attack's noise, together with the epoch, the batch and the rank.
+
+        Raises:
+            TypeError: if inputs or outputs are not what the attack needs.
+            ValueError: if inputs or labels do not fit the threat model or the outputs.
+            FloatingPointError: if a part of the loss is NaN or infinite; says which.
+        """
+        defense, recipe = self.defense, self.defense.recipe
+        trainer = getattr(self, "_trainer", None)
+        trainer = trainer if is_a(trainer, "Trainer") else None
+        radius = 1.0 if trainer is None else warmup_radius(trainer, recipe.warmup_epochs)
+        generator = None if trainer is None else noise_generator(trainer, seed, inputs.device)
+        defense.recorder.attach(inputs)
+        adversarial = inputs
+        if recipe.active:
+            adversarial = defense.adversarial(inputs, labels, radius=radius, generator=generator)
+        needs_clean = recipe.needs_both or recipe.sees == "clean"
+        needs_adversarial = recipe.needs_both or recipe.sees == "adversarial"
+        clean: Branch | None = defense.forward(inputs) if needs_clean else None
+        attacked: Branch | None = defense.forward(adversarial) if needs_adversarial else None
+        seen = clean if recipe.sees == "clean" else attacked
+        assert seen is not None
+        loss, logs = combine(recipe, self.task_loss(seen.outputs, labels), clean, attacked, labels)
+        if trainer is not None and is_logging_step(trainer):
+            logs |= defense.measure(inputs, adversarial, labels)
+        return DefenseOutput(
+            loss,
+            clean.outputs if clean is not None else None,
+            attacked.outputs if attacked is not None else None,
+            adversarial,
+            {**logs, "eps": radius * recipe.eps},
+        )
+
+
+# Under torch.compile the attack's own loop stays eager; the module's forward inside it is still compiled.
+WassersteinDefenseMixin.defend = torch.compiler.disable(WassersteinDefenseMixin.defend, recursive=False)  # type: ignore[method-assign]

@@ -1,0 +1,142 @@
+"""Entropic optimal transport between point clouds, with the potentials and how well the iterations converged."""
+
+from __future__ import annotations
+
+import warnings
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_wdefense.transport.options import Cost, SinkhornOptions, Solver
+from lightning_wdefense.transport.problem import cross_transport, read_problem
+from lightning_wdefense.transport.second_opinion import geomloss_potentials, geomloss_value
+from lightning_wdefense.transport.solver import Potentials
+
+
+class SinkhornConvergenceWarning(UserWarning):
+    """The iterations ended before the plan had the right marginals, so that value and gradient are inexact."""
+
+
+class SinkhornResult(NamedTuple):
+    """What :func:`sinkhorn` found. ``B`` is absent from every shape if it was absent from the inputs.
+
+    Attributes:
+        value: the optimal value, ``()`` or ``(B,)``; the only field with a gradient.
+        f: dual potential on ``x``, ``(N,)`` or ``(B, N)``, in units of the cost.
+        g: dual potential on ``y``, ``(M,)`` or ``(B, M)``.
+        n_iter: iterations taken, those of the annealing included.
+        marginal_error: L1 distance between the plan's marginals and those it should have, as a share of the mass.
+        converged: whether ``marginal_error`` is at most ``tol``.
+        blur: the blur that was used, which a relative one depends on the data for.
+    """
+
+    value: Tensor
+    f: Tensor
+    g: Tensor
+    n_iter: int
+    marginal_error: Tensor
+    converged: Tensor
+    blur: Tensor
+
+
+def sinkhorn(
+    x: Tensor,
+    y: Tensor,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    *,
+    p: int = 2,
+    blur: float | None = None,
+    relative_blur: float = 0.2,
+    reach: float | None = None,
+    cost: Cost | None = None,
+    label_cost: float | None = None,
+    x_labels: Tensor | None = None,
+    y_labels: Tensor | None = None,
+    tol: float = 1e-3,
+    max_iter: int = 1000,
+    solver: Solver = "native",
+) -> SinkhornResult:
+    r"""Entropic optimal transport between two weighted point clouds (Cuturi 2013).
+
+    The value is the minimum over plans ``P`` of
+    ``<P, C> + eps KL(P | a b^T) + rho KL(P 1 | a) + rho KL(P^T 1 | b)``, with the conventions of geomloss:
+    ``C = |x - y|^p / p``, ``eps = blur^p``, ``rho = reach^p``, and infinite ``rho`` (marginals exactly ``a`` and ``b``)
+    without ``reach``. It is not zero between equal clouds: :func:`sinkhorn_divergence` is.
+
+    Gradients reach ``x``, ``y``, ``a`` and ``b`` by the envelope theorem, without a graph through the iterations.
+    Computed in float32 or better whatever autocast says; gradients come back in the dtype of the inputs.
+
+    Args:
+        x: points ``(N, D)`` or ``(B, N, D)``, of a floating dtype.
+        y: points ``(M, D)`` or ``(B, M, D)``.
+        a: weights of ``x``, ``(N,)`` or ``(B, N)``, not negative; ``None`` for ``1 / N`` each.
+        b: weights of ``y``, likewise. Without ``reach`` they must sum to what ``a`` sums to.
+        p: 1 for the distance as cost, 2 for half the squared distance.
+        blur: scale below which the transport does not look, in units of the distance; wins over ``relative_blur``.
+        relative_blur: blur in units of the typical distance of the batch, ``mean(C)^(1/p)`` between ``x`` and ``y``
+            (without the label cost). It is recomputed at each call and is a constant for the gradient.
+        reach: distance beyond which mass is rather destroyed and created than moved (Séjourné 2019); ``None`` for
+            balanced transport.
+        cost: differentiable ``(x, y) -> (N, M)``, or ``(B, N, M)`` if the inputs are batched, in place of
+            ``|x - y|^p / p``.
+        label_cost: added to the cost where labels differ, in units of the cost. For soft labels it is multiplied by the
+            total variation distance between them.
+        x_labels: labels of ``x``: integers ``(N,)`` or ``(B, N)``, or probabilities ``(N, K)`` or ``(B, N, K)``.
+            Unused without ``label_cost``, so that callers may always pass them.
+        y_labels: labels of ``y``, likewise.
+        tol: marginal error, as a share of the mass, at which to stop.
+        max_iter: most iterations at the final temperature.
+        solver: ``"native"``, or ``"geomloss"`` for a second opinion (slower, blind to ``tol`` and ``max_iter``, and its
+            unbalanced gradients are known to be too small by a factor of ``(rho + eps / 2) / (rho + eps)``).
+
+    Returns:
+        The value, the potentials, and how well the iterations converged.
+
+    Raises:
+        TypeError: if an argument is of the wrong type, or points or weights are not of a floating dtype.
+        ValueError: if shapes do not fit together, clouds are empty or not finite, weights are negative or their sums
+            differ, a setting is out of its range, or ``label_cost`` is given without labels.
+
+    Warns:
+        SinkhornConvergenceWarning: if ``tol`` was not reached in ``max_iter`` iterations.
+
+    References:
+        Cuturi, "Sinkhorn distances: lightspeed computation of optimal transport", NeurIPS 2013.
+        Séjourné, Feydy, Vialard, Trouvé, Peyré, "Sinkhorn divergences for unbalanced optimal transport", 2019.
+
+    Example:
+        >>> import torch
+        >>> x = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
+        >>> result = sinkhorn(x, x + torch.tensor([0.0, 2.0]), blur=0.01)
+        >>> round(result.value.item(), 3), bool(result.converged)
+        (2.0, True)
+    """
+    options = SinkhornOptions(p, blur, relative_blur, reach, cost, label_cost, tol, max_iter, solver)
+    with torch.autocast(x.device.type if isinstance(x, Tensor) else "cpu", enabled=False):
+        problem = read_problem(x, y, a, b, x_labels, y_labels, options)
+        if options.solver == "geomloss":
+            value, potentials = geomloss_value(problem, debias=False), geomloss_potentials(problem)
+        else:
+            value, potentials = cross_transport(problem)
+            warn_unless_converged(options, potentials)
+    per_problem = value, potentials.f, potentials.g, potentials.error, problem.blur
+    value, f, g, error, used_blur = per_problem if x.ndim == 3 else (tensor[0] for tensor in per_problem)
+    return SinkhornResult(value, f, g, potentials.n_iter, error, error <= tol, used_blur)
+
+
+def warn_unless_converged(options: SinkhornOptions, *solutions: Potentials) -> None:
+    """One warning for all the solutions of a call.
+
+    The error has one digit so that the same text comes back, which Python's default filter shows once.
+    """
+    error = max(float(solution.error.max()) for solution in solutions)
+    if not error <= options.tol:
+        warnings.warn(
+            f"Sinkhorn stopped after max_iter={options.max_iter} iterations at a marginal error of {error:.0e}, above "
+            f"tol={options.tol:g}: value and gradient are inexact. Use a larger blur, a larger max_iter or tol, or "
+            "float64 inputs if the blur is so small that float32 cannot resolve it.",
+            SinkhornConvergenceWarning,
+            stacklevel=3,
+        )

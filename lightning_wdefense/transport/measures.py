@@ -1,0 +1,158 @@
+"""Weighted point clouds, read from whatever the caller passed and checked once."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MASS_TOLERANCE = 1e-3
+"""Relative difference between the two total masses that counts as rounding (bfloat16 weights are off by this much)."""
+
+
+class Measure(NamedTuple):
+    """A batch of weighted clouds: points ``(B, N, D)``, weights ``(B, N)``, labels ``(B, N)``, ``(B, N, K)`` or none."""
+
+    points: Tensor
+    weights: Tensor
+    labels: Tensor | None
+
+
+def read_measures(
+    x: Tensor,
+    y: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    x_labels: Tensor | None,
+    y_labels: Tensor | None,
+    *,
+    balanced: bool,
+) -> tuple[Measure, Measure]:
+    """Both clouds as batched measures in float32 or float64, or an error that says what is wrong with which argument.
+
+    In the balanced case the second mass is scaled to the first, so that rounding cannot make the problem infeasible.
+    """
+    _check_cloud("x", x)
+    _check_cloud("y", y)
+    _check_pair(x, y)
+    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+    weights_x = _read_weights("a", a, "x", x, dtype)
+    weights_y = _read_weights("b", b, "y", y, dtype)
+    if balanced:
+        mass_x, mass_y = weights_x.sum(-1, keepdim=True), weights_y.sum(-1, keepdim=True)
+        if bool(((mass_x - mass_y).abs() > MASS_TOLERANCE * mass_x).any()):
+            raise ValueError(
+                f"a and b must have equal sums, got {_show(mass_x)} and {_show(mass_y)} (weights not given sum to 1): "
+                "normalise them, or pass reach= to let mass be created and destroyed."
+            )
+        weights_y = weights_y * (mass_x / mass_y)
+    _check_labels("x_labels", x_labels, "x", x)
+    _check_labels("y_labels", y_labels, "y", y)
+    if x_labels is not None and y_labels is not None:
+        _check_label_pair(x_labels, y_labels)
+
+    def batch(tensor: Tensor) -> Tensor:
+        return tensor if x.ndim == 3 else tensor[None]
+
+    def labels(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        return batch(tensor.detach().to(dtype) if tensor.is_floating_point() else tensor)
+
+    return (
+        Measure(batch(_usable(x.to(dtype))), batch(weights_x), labels(x_labels)),
+        Measure(batch(_usable(y.to(dtype))), batch(weights_y), labels(y_labels)),
+    )
+
+
+def _usable(tensor: Tensor) -> Tensor:
+    """Autograd cannot save an inference tensor, but a copy made outside inference mode is an ordinary one."""
+    return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
+
+
+def _check_cloud(name: str, points: Tensor) -> None:
+    _check_float(name, points)
+    if points.ndim not in (2, 3):
+        hint = f" Flatten each sample first: {name}.flatten(1)." if points.ndim > 3 else ""
+        raise ValueError(f"{name} must have shape (N, D) or (B, N, D), got {tuple(points.shape)}.{hint}")
+    if 0 in points.shape:
+        raise ValueError(f"{name} is empty: its shape is {tuple(points.shape)}, and each size must be at least 1.")
+    _check_finite(name, points)
+
+
+def _check_pair(x: Tensor, y: Tensor) -> None:
+    if x.ndim != y.ndim or x.shape[:-2] != y.shape[:-2] or x.shape[-1] != y.shape[-1]:
+        raise ValueError(
+            f"x and y must agree in all but the number of points, (N, D) and (M, D) or (B, N, D) and (B, M, D); "
+            f"got x {tuple(x.shape)} and y {tuple(y.shape)}."
+        )
+    _check_device("y", y, x)
+
+
+def _read_weights(name: str, weights: Tensor | None, of: str, points: Tensor, dtype: torch.dtype) -> Tensor:
+    if weights is None:
+        return torch.full(points.shape[:-1], 1 / points.shape[-2], dtype=dtype, device=points.device)
+    _check_float(name, weights)
+    if weights.shape != points.shape[:-1]:
+        raise ValueError(
+            f"{name} must hold one weight for each point of {of}, shape {tuple(points.shape[:-1])}; "
+            f"got {tuple(weights.shape)}."
+        )
+    _check_device(name, weights, points)
+    _check_finite(name, weights)
+    if bool((weights < 0).any()):
+        raise ValueError(f"{name} must not be negative, its smallest value is {float(weights.min()):.3g}.")
+    if bool((weights.sum(-1) == 0).any()):
+        raise ValueError(f"{name} sums to zero: there is nothing to transport.")
+    return _usable(weights.to(dtype))
+
+
+def _check_labels(name: str, labels: Tensor | None, of: str, points: Tensor) -> None:
+    if labels is None:
+        return
+    _check_tensor(name, labels)
+    _check_device(name, labels, points)
+    expected = tuple(points.shape[:-1])
+    soft = labels.is_floating_point()
+    if tuple(labels.shape[:-1] if soft else labels.shape) != expected:
+        shape = f"({', '.join(map(str, expected))}, K) if floating point" if soft else f"{expected} if integer"
+        raise ValueError(
+            f"{name} must hold one label for each point of {of}, shape {shape}; got {tuple(labels.shape)}."
+        )
+    if soft and bool(((labels < 0).any(-1) | ((labels.sum(-1) - 1).abs() > 0.02)).any()):
+        raise ValueError(f"{name} of a floating dtype must be probabilities (at least 0, rows summing to 1).")
+
+
+def _check_label_pair(x_labels: Tensor, y_labels: Tensor) -> None:
+    soft = x_labels.is_floating_point()
+    if soft != y_labels.is_floating_point() or (soft and x_labels.shape[-1] != y_labels.shape[-1]):
+        raise ValueError(
+            f"x_labels and y_labels must both be integer, or both probabilities over the same classes; got "
+            f"{x_labels.dtype} {tuple(x_labels.shape)} and {y_labels.dtype} {tuple(y_labels.shape)}."
+        )
+
+
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}.")
+
+
+def _check_float(name: str, tensor: Tensor) -> None:
+    _check_tensor(name, tensor)
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must have a floating dtype, got {tensor.dtype}: pass {name}.float().")
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    if not bool(tensor.isfinite().all()):
+        raise ValueError(f"{name} {tuple(tensor.shape)} holds NaN or infinite values.")
+
+
+def _check_device(name: str, tensor: Tensor, points: Tensor) -> None:
+    if tensor.device != points.device:
+        raise ValueError(f"{name} is on {tensor.device}, x is on {points.device}: move them to one device.")
+
+
+def _show(mass: Tensor) -> str:
+    return ", ".join(f"{value:.4g}" for value in mass.flatten()[:4].tolist())
