@@ -9,9 +9,9 @@ try:
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 except ImportError:  # pragma: no cover - a pipeline that has only the old package
-    from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[no-redef]
-    from pytorch_lightning.utilities.exceptions import MisconfigurationException  # type: ignore[no-redef]
-    from pytorch_lightning.utilities.rank_zero import rank_zero_warn  # type: ignore[no-redef]
+    from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[no-redef, assignment]
+    from pytorch_lightning.utilities.exceptions import MisconfigurationException  # type: ignore[no-redef, assignment]
+    from pytorch_lightning.utilities.rank_zero import rank_zero_warn  # type: ignore[no-redef, assignment]
 
 __all__ = ["Callback", "LightningModule", "MisconfigurationException", "Trainer", "is_a", "rank_zero_warn"]
 

@@ -32,7 +32,9 @@ PARTS = tuple(_PARTS)
 def autoattack_part(part: str, threat: ThreatModel, **options: Any) -> TorchAttack:
     """One part of AutoAttack at the published settings, by its name in ``PARTS``; options override."""
     attack, standard = _PARTS[part]
-    return TorchAttack(attack, threat, **standard | options)
+    found = TorchAttack(attack, threat, **standard | options)
+    found._name = part
+    return found
 
 
 @dataclass(frozen=True)
@@ -100,13 +102,12 @@ class AutoAttack(Attack):
     def perturb(self, problem: Problem) -> Tensor:
         """The adversarial inputs, in data units; where no part succeeded, those of the last part."""
         adversarial = problem.data.clone()
-        outputs = problem.forward(problem.data)
-        fooled = problem.fooled(outputs)
+        fooled = problem.fooled(problem.outputs(problem.data))
         for part in self.parts(UnitImages(problem).classes):
             open_ = (~fooled).nonzero().squeeze(1)
             if len(open_) == 0:
                 break
             rest = problem.select(open_)
             adversarial[open_] = part.perturb(rest)
-            fooled[open_] = rest.fooled(rest.forward(adversarial[open_]))
+            fooled[open_] = rest.fooled(rest.outputs(adversarial[open_]))
         return adversarial

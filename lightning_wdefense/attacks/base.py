@@ -19,6 +19,11 @@ from lightning_wdefense.attacks.threat import Box, ThreatModel
 Model = Callable[[Tensor], Any]
 AttackT = TypeVar("AttackT", bound="Attack")
 
+_NO_GRADIENT = (
+    "The model's outputs do not depend differentiably on its inputs (is there a detach(), a no_grad() block or an argmax "
+    "in forward?), so a gradient attack cannot work."
+)
+
 
 class Attack(ABC):
     """Turns inputs into adversarial inputs: ``attack(model, inputs, labels) -> adversarial inputs``.
@@ -119,6 +124,11 @@ class Problem:
         """The model's outputs for inputs in data units (a copy: the model may work in place)."""
         return self.model(self.threat.to_model(data).to(self.dtype, copy=True))
 
+    def outputs(self, data: Tensor) -> Any:
+        """:meth:`forward` without a graph."""
+        with torch.no_grad():
+            return self.forward(data)
+
     def select(self, index: Tensor) -> Problem:
         """The same problem for some of the samples (a boolean mask or indices)."""
         return replace(
@@ -135,7 +145,7 @@ class Problem:
 
     def with_clean_outputs(self) -> Problem:
         """The same problem with the clean outputs known, at the cost of a forward pass."""
-        return replace(self, clean_outputs=logits_of(self.forward(self.data)).detach())
+        return replace(self, clean_outputs=logits_of(self.outputs(self.data)))
 
     def loss(self, outputs: Any, loss: AttackLoss) -> Tensor:
         """Per-sample loss ``(N,)`` of these outputs, to be maximised."""
@@ -167,23 +177,25 @@ class Problem:
         values = self.loss(outputs, loss)
         return self.differentiate(values, point, torch.ones_like(values))
 
-    def differentiate(self, values: Tensor, point: Tensor, weights: Tensor) -> Tensor:
-        """Gradient of the weighted sum of ``values`` with respect to ``point``; the graph is kept, NaN becomes zero.
+    def differentiate(self, values: Tensor, point: Tensor, weights: Tensor, *, keep_graph: bool = False) -> Tensor:
+        """Gradient of the weighted sum of ``values`` with respect to ``point``; NaN becomes zero.
+
+        Args:
+            values: what to differentiate.
+            point: the inputs, in data units.
+            weights: of the values, of the same shape.
+            keep_graph: keep the graph for another call, which the graphs of compiled modules do not survive.
 
         Raises:
             ValueError: if ``values`` do not depend differentiably on ``point``.
         """
+        if not values.requires_grad:
+            raise ValueError(_NO_GRADIENT)
         for scale in self._scales():
-            gradient = None
-            if values.requires_grad:
-                (gradient,) = torch.autograd.grad(
-                    values, point, weights * scale, retain_graph=True, allow_unused=True
-                )
+            keep = keep_graph or scale != 1
+            (gradient,) = torch.autograd.grad(values, point, weights * scale, retain_graph=keep, allow_unused=True)
             if gradient is None:
-                raise ValueError(
-                    "The model's outputs do not depend differentiably on its inputs (is there a detach(), a no_grad() "
-                    "block or an argmax in forward?), so a gradient attack cannot work."
-                )
+                raise ValueError(_NO_GRADIENT)
             if scale == 1 or bool(torch.isfinite(gradient).all()):
                 break
         return torch.nan_to_num(gradient / scale, nan=0.0, posinf=0.0, neginf=0.0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -43,8 +42,6 @@ class FGSM(Attack):
         True
     """
 
-    name: ClassVar[str] = "fgsm"
-
     threat: ThreatModel
     noise: float = 0.0
     loss: AttackLoss = "ce"
@@ -57,6 +54,11 @@ class FGSM(Attack):
             raise ValueError(f"noise must not be negative (multiples of eps), got {self.noise}.")
         if self.loss == "kl" and self.noise == 0:
             raise ValueError('loss="kl" has zero gradient at the clean inputs: use noise > 0.')
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """``"fgsm"``, or ``"n-fgsm"`` with noise."""
+        return "n-fgsm" if self.noise > 0 else "fgsm"
 
     @property
     def bounded(self) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 @contextlib.contextmanager
@@ -40,6 +40,12 @@ def isolated(model: Callable[..., Any], device: torch.device, *, evaluation: boo
         yield
 
 
+def eager() -> contextlib.AbstractContextManager[Any]:
+    """Run compiled modules eagerly inside: hooks made for the moment are seen, and graphs can be kept."""
+    set_stance = getattr(torch.compiler, "set_stance", None)  # torch 2.6 and later
+    return contextlib.nullcontext() if set_stance is None else set_stance("force_eager")
+
+
 def module_of(model: Callable[..., Any]) -> nn.Module | None:
     """The module behind a callable: itself, or the one whose method (or partial) it is."""
     while isinstance(model, functools.partial):
@@ -50,7 +56,7 @@ def module_of(model: Callable[..., Any]) -> nn.Module | None:
 
 @contextlib.contextmanager
 def _random_state_kept(device: torch.device) -> Iterator[None]:
-    devices, kind = ([], None) if device.type in ("cpu", "meta") else ([device], device.type)
+    devices, kind = ([], "cuda") if device.type in ("cpu", "meta") else ([device], device.type)
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=devices, device_type=kind):
@@ -76,7 +82,8 @@ def _in_eval_mode(module: nn.Module) -> Iterator[None]:
     modes = [(submodule, submodule.training) for submodule in module.modules()]
     try:
         for submodule, _ in modes:
-            submodule.training = False
+            # cuDNN has no backward for recurrent layers in eval mode; without dropout their modes do the same.
+            submodule.training = isinstance(submodule, nn.RNNBase) and submodule.dropout == 0
         yield
     finally:
         for submodule, training in modes:

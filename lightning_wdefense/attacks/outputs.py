@@ -17,8 +17,8 @@ _HINT = (
 def logits_of(outputs: Any) -> Tensor:
     """The logits ``(N, K, ...)`` in a model's outputs.
 
-    Accepted are a tensor, or an object with ``logits`` (attribute or key). A single logit a sample, ``(N,)`` or
-    ``(N, 1)``, becomes the two equivalent ones ``[0, z]``, so that softmax gives the sigmoid.
+    Accepted are a tensor, or an object with ``logits`` (attribute or key). A single logit, ``(N,)`` or ``(N, 1, ...)``,
+    becomes the two equivalent ones ``[0, z]``, so that softmax gives the sigmoid.
 
     Raises:
         TypeError: if there is no floating-point tensor of logits in ``outputs``.
@@ -34,9 +34,10 @@ def logits_of(outputs: Any) -> Tensor:
             f"The model's outputs are not logits: {outputs.dtype}, shape {tuple(outputs.shape)}, where a floating-point "
             f"tensor of shape (N, classes) is needed. {_HINT}"
         )
-    if outputs.ndim == 1 or (outputs.ndim == 2 and outputs.shape[1] == 1):
-        logit = outputs.reshape(-1)
-        return torch.stack([torch.zeros_like(logit), logit], dim=1)
+    if outputs.ndim == 1:
+        outputs = outputs.unsqueeze(1)
+    if outputs.shape[1] == 1:
+        return torch.cat([torch.zeros_like(outputs), outputs], dim=1)
     return outputs
 
 
@@ -67,7 +68,7 @@ def check_logits(logits: Tensor) -> None:
 def class_labels(labels: Any, outputs: Any, *, check_values: bool = False) -> Tensor:
     """Labels that fit the outputs: class indices ``(N, ...)``, or soft labels of the logits' own shape.
 
-    Labels of a single-logit model may be 0/1 (or probabilities) of any dtype, ``(N,)`` or ``(N, 1)``.
+    Labels of a single-logit model may be 0/1 (or probabilities) of any dtype, ``(N, ...)`` or ``(N, 1, ...)``.
 
     Args:
         labels: as the pipeline gives them.
@@ -82,8 +83,8 @@ def class_labels(labels: Any, outputs: Any, *, check_values: bool = False) -> Te
     if not isinstance(labels, Tensor):
         raise TypeError(f"The labels must be a tensor, got {type(labels).__name__}. Name theirs with labels=.")
     n, classes = logits.shape[0], logits.shape[1]
-    if logits is not outputs and logits.ndim == 2 and classes == 2 and labels.numel() == n:
-        labels = labels.reshape(-1)
+    if logits is not outputs and classes == 2 and labels.numel() * 2 == logits.numel():
+        labels = labels.reshape(n, *logits.shape[2:])
         if labels.is_floating_point():
             labels = torch.stack([1 - labels, labels], dim=1)
     if labels.is_floating_point():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Union
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -53,8 +53,8 @@ class PGD(Attack):
 
     threat: ThreatModel
     steps: int = 10
-    step_size: Union[float, None] = None  # noqa: UP007
-    random_start: Union[bool, Literal["gaussian"]] = True  # noqa: UP007
+    step_size: float | None = None
+    random_start: bool | Literal["gaussian"] = True
     restarts: int = 1
     loss: AttackLoss = "ce"
     seed: int = 0
@@ -118,8 +118,7 @@ class PGD(Attack):
 
     def _judge(self, problem: Problem, adversarial: Tensor) -> tuple[Tensor, Tensor]:
         """Which samples are misclassified (never any, where the loss does not say what that means), and their loss."""
-        # With gradients on: a forward pass under no_grad would poison autocast's cache of cast weights.
-        outputs = problem.forward(adversarial)
+        outputs = problem.outputs(adversarial)
         loss = problem.loss(outputs, self.loss).detach()
         if self.loss in ("ce", "margin"):
             return problem.fooled(outputs), loss

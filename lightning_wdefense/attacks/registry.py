@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Union
+from typing import Any
 
 from lightning_wdefense._names import unknown_name
 from lightning_wdefense.attacks.autoattack import PARTS, AutoAttack, autoattack_part
@@ -13,7 +13,7 @@ from lightning_wdefense.attacks.fgsm import FGSM
 from lightning_wdefense.attacks.pgd import PGD
 from lightning_wdefense.attacks.threat import ThreatModel
 
-Attacks = Union[Sequence[Union[str, Attack]], Mapping[str, Union[str, Attack]]]  # noqa: UP007
+Attacks = Sequence[str | Attack] | Mapping[str, str | Attack]
 """Several attacks: names, attacks, or a mapping from names of your own to either."""
 
 ATTACKS: dict[str, Callable[..., Attack]] = {
@@ -50,19 +50,24 @@ def evaluation_attacks(attacks: Attacks, threat: ThreatModel) -> dict[str, Attac
     """Attacks by name, fit for measuring: bounded, for this threat model, each name once.
 
     Raises:
-        ValueError: otherwise.
+        TypeError: for what is neither a name nor an attack.
+        ValueError: for anything else.
     """
     if isinstance(attacks, (str, Attack)):
-        raise ValueError(f"attacks= takes a sequence or a mapping: [{attacks!r}].")
+        raise ValueError(f"attacks= takes a sequence or a mapping: write attacks=[{attacks!r}].")
     pairs = list(attacks.items()) if isinstance(attacks, Mapping) else [(None, attack) for attack in attacks]
     resolved: dict[str, Attack] = {}
     for name, given in pairs:
         attack = get_attack(given, threat) if isinstance(given, str) else given
+        if not isinstance(attack, Attack):
+            raise TypeError(f"attacks= takes names and Attack objects, got a {type(attack).__name__}: {attack!r}.")
         key = name or (given if isinstance(given, str) else attack.name)
         if not attack.bounded:
-            raise ValueError(f"{key!r} leaves the threat model's ball, so it serves training alone: measure with 'pgd' or 'autoattack'.")
+            raise ValueError(
+                f"{key!r} leaves the threat model's ball, so it serves training alone: measure with 'pgd' or 'autoattack'."
+            )
         if attack.threat != threat:
-            raise ValueError(f"{key!r} was made for {attack.threat}, but the monitor measures {threat}: use the same one.")
+            raise ValueError(f"{key!r} was made for {attack.threat}, but threat={threat}: use the same one.")
         if key in resolved:
             raise ValueError(f"Two attacks are called {key!r}: give attacks= as a mapping from names of your own.")
         resolved[key] = attack

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal, NamedTuple, Union, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -64,8 +64,8 @@ class ThreatModel:
     norm: Norm = "linf"
     eps: float = 8 / 255
     bounds: tuple[float, float] | None = (0.0, 1.0)
-    mean: Union[float, Sequence[float], None] = None  # noqa: UP007 - jsonargparse on Python 3.10 reads this form
-    std: Union[float, Sequence[float], None] = None  # noqa: UP007
+    mean: float | Sequence[float] | None = None
+    std: float | Sequence[float] | None = None
 
     def __post_init__(self) -> None:
         if self.norm not in get_args(Norm):

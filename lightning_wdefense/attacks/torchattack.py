@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import random
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from lightning_wdefense._names import unknown_name
 from lightning_wdefense.attacks.base import Attack, Problem
+from lightning_wdefense.attacks.isolation import eager
 from lightning_wdefense.attacks.outputs import check_logits, class_labels, hard_labels, logits_of
 from lightning_wdefense.attacks.threat import ThreatModel
 
@@ -59,20 +61,25 @@ class TorchAttack(Attack):
                 given = " It is taken from the threat model." if option in ("eps", "norm") else ""
                 free = [name for name in accepted if name not in ("model", "eps", "norm")]
                 raise ValueError(unknown_name(f"option of {attack}", option, free) + given)
-        if attack.startswith("PGD") and attack.endswith("L2") != (threat.norm == "l2"):
+        if "eps" in accepted and "norm" not in accepted and attack.endswith("L2") != (threat.norm == "l2"):
             raise ValueError(
                 f"torchattacks' {attack} cannot attack in norm {threat.norm!r}: use PGD or PGDL2 to match."
             )
         self.attack, self.threat, self.seed, self.options = attack, threat, seed, options
+        self._name = attack.lower()
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        """The attack's name in lower case."""
-        return self.attack.lower()
+        """The attack's name in lower case; for AutoAttack's parts their own."""
+        return self._name
 
     def with_eps(self, eps: float) -> TorchAttack:
-        """The same attack at another radius (data units)."""
-        return TorchAttack(self.attack, self.threat.with_eps(eps), seed=self.seed, **self.options)
+        """The same attack at another radius (data units); an explicit step size keeps its ratio to the radius."""
+        scaled = copy.copy(self)
+        scaled.threat = self.threat.with_eps(eps)
+        if "alpha" in self.options and self.threat.eps > 0 and eps > 0:
+            scaled.options = self.options | {"alpha": self.options["alpha"] * eps / self.threat.eps}
+        return scaled
 
     def perturb(self, problem: Problem) -> Tensor:
         """The adversarial inputs, in data units."""
@@ -81,9 +88,10 @@ class TorchAttack(Attack):
         return problem.project(view.to_data(attack(view.images, view.labels)))
 
     def _build(self, model: nn.Module, classes: int, seed: int) -> Any:
-        if classes < MIN_CLASSES.get(self.attack, 2):
+        needed = 3 if self.options.get("loss") == "dlr" else MIN_CLASSES.get(self.attack, 2)
+        if classes < needed:
             raise ValueError(
-                f"torchattacks' {self.attack} needs at least {MIN_CLASSES[self.attack]} classes, this model has {classes}: use "
+                f"torchattacks' {self.attack} needs at least {needed} classes, this model has {classes}: use "
                 '"autoattack", which leaves that part out.'
             )
         cls = _attack_classes()[self.attack]
@@ -99,7 +107,7 @@ class TorchAttack(Attack):
 
     def __repr__(self) -> str:
         options = "".join(f", {key}={value!r}" for key, value in self.options.items())
-        return f"TorchAttack({self.attack!r}, {self.threat!r}{options})"
+        return f"TorchAttack({self.attack!r}, {self.threat!r}, seed={self.seed}{options})"
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, TorchAttack) and vars(self) == vars(other)
@@ -126,7 +134,7 @@ class UnitImages:
             self._grid = (channels, side)
         # float32 and contiguous: FAB and Square fail on other dtypes and strides.
         self.images = self._to_grid(((problem.data - low) / self._range).clamp(0, 1).float().contiguous())
-        outputs = problem.forward(problem.data)
+        outputs = problem.outputs(problem.data)
         logits = logits_of(outputs)
         if logits.ndim != 2:
             raise ValueError(f"torchattacks needs one label a sample; this model's outputs are {tuple(logits.shape)}.")
@@ -184,7 +192,9 @@ class _InputGradientOnly(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, logits: Callable[[Tensor], Tensor], problem: Problem) -> Tensor:  # type: ignore[override]
-        with torch.enable_grad():
+        if not images.requires_grad:  # black-box queries
+            return logits(images).clone()
+        with torch.enable_grad(), eager():
             point = images.detach().requires_grad_()
             outputs = logits(point)
         ctx.graph = (outputs, point)
@@ -193,8 +203,8 @@ class _InputGradientOnly(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        # The graph is kept: FAB walks it once for each class.
-        return ctx.problem.differentiate(*ctx.graph, gradient).contiguous(), None, None
+        # FAB walks the graph once for each class, so it is kept (and was made eagerly).
+        return ctx.problem.differentiate(*ctx.graph, gradient, keep_graph=True).contiguous(), None, None
 
 
 def seed_globally(generator: torch.Generator) -> int:

@@ -80,6 +80,7 @@ def worst_case(
         check_logits(logits_of(outputs))
         target = hard_labels(class_labels(labels, outputs, check_values=True))
         clean = predictions(outputs)
+        del outputs  # and with them the graph of the whole batch, which the attacks do not need
         whole = clean.ndim > 1
         open_ = torch.ones(len(inputs), dtype=torch.bool, device=inputs.device) if whole else clean == target
         worst, latest, attacked = inputs.clone(), clean, open_.clone()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any, Union
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Key = Union[int, str, None]
+Key = int | str | None
 
 INPUT_KEYS = ("image", "images", "x", "input", "inputs", "pixel_values")
 LABEL_KEYS = ("label", "labels", "y", "target", "targets")
@@ -19,8 +19,8 @@ class Batches:
     """Reads batches that are tuples, lists, mappings, or objects with attributes.
 
     Args:
-        inputs: key, position or attribute of the inputs; ``None`` for position 0 or a usual name.
-        labels: the same for the labels; ``None`` for position 1 or a usual name.
+        inputs: key, position or attribute of the inputs; ``None`` for a usual name or else, in tuples and lists, position 0.
+        labels: the same for the labels; ``None`` for a usual name or position 1.
     """
 
     def __init__(self, inputs: Key = None, labels: Key = None) -> None:
@@ -36,7 +36,9 @@ class Batches:
         inputs = _get(batch, self._key(batch, "inputs"))
         labels = _get(batch, self._key(batch, "labels"))
         if not isinstance(inputs, Tensor):
-            raise TypeError(f"The inputs of the batch are a {type(inputs).__name__}, not a tensor. Name theirs with inputs=.")
+            raise TypeError(
+                f"The inputs of the batch are a {type(inputs).__name__}, not a tensor. Name theirs with inputs=."
+            )
         return inputs, labels
 
     def replace(self, batch: Any, inputs: Tensor) -> Any:
@@ -46,11 +48,12 @@ class Batches:
             items = list(batch)
             items[key if isinstance(key, int) else batch._fields.index(key)] = inputs  # type: ignore[attr-defined]
             return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
+        before = _get(batch, key)
         changed = copy.copy(batch)
-        if isinstance(batch, (list, Mapping)):
-            changed[key] = inputs  # type: ignore[index]
-        else:
-            object.__setattr__(changed, str(key), inputs)  # also where the dataclass is frozen
+        _set(changed, key, inputs)
+        if _get(batch, key) is not before:  # the copy shares what holds its values
+            _set(batch, key, before)
+            _set(changed := copy.deepcopy(batch), key, inputs)
         return changed
 
     def _key(self, batch: Any, role: str) -> int | str:
@@ -61,11 +64,11 @@ class Batches:
                 return key
             raise ValueError(f"{role}={key!r} names nothing in the batch, {_describe(batch, names)}.")
         position, usual = (0, INPUT_KEYS) if role == "inputs" else (1, LABEL_KEYS)
-        if isinstance(batch, (tuple, list)) and len(batch) > position:
-            return position
         for name in usual:
             if name in names:
                 return name
+        if isinstance(batch, (tuple, list)) and len(batch) > position:
+            return position
         raise ValueError(
             f"No {role} were recognised in the batch, {_describe(batch, names)}: name theirs with {role}=. Known by "
             f"convention: position {position} of a tuple or list, or {', '.join(usual)}."
@@ -79,7 +82,8 @@ def _names(batch: Any) -> list[Any]:
         return list(batch._fields)
     if isinstance(batch, (tuple, list, Tensor)):
         return []
-    return [name for name in (getattr(batch, "__dict__", None) or getattr(batch, "__slots__", ())) if name[:1] != "_"]
+    slots = [name for cls in reversed(type(batch).__mro__) for name in getattr(cls, "__slots__", ())]
+    return [name for name in dict.fromkeys((*slots, *getattr(batch, "__dict__", ()))) if name[:1] != "_"]
 
 
 def _has(batch: Any, key: int | str) -> bool:
@@ -92,6 +96,13 @@ def _get(batch: Any, key: int | str) -> Any:
     if isinstance(batch, Mapping) or (isinstance(batch, (tuple, list)) and isinstance(key, int)):
         return batch[key]  # type: ignore[index]
     return getattr(batch, str(key))
+
+
+def _set(batch: Any, key: int | str, value: Any) -> None:
+    if isinstance(batch, (list, Mapping)):
+        batch[key] = value  # type: ignore[index]
+    else:
+        object.__setattr__(batch, str(key), value)  # also where the dataclass is frozen
 
 
 def _describe(batch: Any, names: list[Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Union
+from typing import Any
 
 from lightning_wdefense._compat import Callback, LightningModule, Trainer, rank_zero_warn
 from lightning_wdefense.attacks import ThreatModel
@@ -54,20 +54,22 @@ class WassersteinDefense(Callback):
 
     def __init__(
         self,
-        recipe: Union[str, Recipe] = "sat-features",  # noqa: UP007
+        recipe: str | Recipe = "sat-features",
         *,
-        threat: Union[ThreatModel, None] = None,  # noqa: UP007
-        weight: Union[float, None] = None,  # noqa: UP007
-        features: Union[str, None] = None,  # noqa: UP007
-        warmup_epochs: Union[float, None] = None,  # noqa: UP007
-        model: Union[str, None] = None,  # noqa: UP007
+        threat: ThreatModel | None = None,
+        weight: float | None = None,
+        features: str | None = None,
+        warmup_epochs: float | None = None,
+        model: str | None = None,
         inputs: Key = None,
         labels: Key = None,
         seed: int = 0,
-        name: Union[str, None] = None,  # noqa: UP007
+        name: str | None = None,
     ) -> None:
         changes = {"weight": weight, "features": features, "warmup_epochs": warmup_epochs}
-        self.recipe = resolve_recipe(recipe, threat, {key: value for key, value in changes.items() if value is not None})
+        self.recipe = resolve_recipe(
+            recipe, threat, {key: value for key, value in changes.items() if value is not None}
+        )
         self.model, self.seed, self.name = model, seed, name
         self._batches = Batches(inputs, labels)
         self._undo: list[Callable[[], None]] = []
@@ -154,8 +156,12 @@ def resolve_recipe(recipe: str | Recipe, threat: ThreatModel | None, changes: di
     """
     if isinstance(recipe, str):
         if threat is None:
-            raise ValueError(f"threat= is needed beside the recipe's name {recipe!r}: WassersteinDefense({recipe!r}, threat=...).")
+            raise ValueError(
+                f"threat= is needed beside the recipe's name {recipe!r}: WassersteinDefense({recipe!r}, threat=...)."
+            )
         return Recipe.named(recipe, threat, **changes)
     if threat is not None and recipe.threat is not None and threat != recipe.threat:
-        raise ValueError(f"threat={threat} differs from the recipe's own, {recipe.threat}: leave threat= out beside a Recipe.")
+        raise ValueError(
+            f"threat={threat} differs from the recipe's own, {recipe.threat}: leave threat= out beside a Recipe."
+        )
     return replace(recipe, **changes)

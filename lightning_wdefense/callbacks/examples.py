@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,10 +17,10 @@ from lightning_wdefense.attacks.outputs import class_labels, hard_labels, logits
 from lightning_wdefense.attacks.registry import evaluation_attacks
 from lightning_wdefense.callbacks.batches import Batches, Key
 from lightning_wdefense.callbacks.pictures import Picture, log_pictures, shows_pictures
-from lightning_wdefense.callbacks.schedule import evaluation_generator
+from lightning_wdefense.callbacks.schedule import evaluation_generator, is_due
 from lightning_wdefense.callbacks.support import attacked_model, check_strategy
 
-MIN_SIDE = 64
+MIN_SIDE = 96
 """Smaller images are enlarged by a whole factor, so that they can be looked at."""
 
 
@@ -36,7 +36,7 @@ class AdversarialExampleLogger(Callback):
         threat: what the attacker may do.
         attack: a name or an attack; it must stay in the ball.
         samples: how many samples to show.
-        every_n_epochs: show them only every so many training epochs.
+        every_n_epochs: show them only every so many training epochs (in the first validation always).
         class_names: names of the classes for the captions.
         model: dotted path to the submodule that takes the inputs and returns logits, if not the module itself.
         inputs: position, key or attribute of the inputs in a batch; by default found by convention.
@@ -54,12 +54,12 @@ class AdversarialExampleLogger(Callback):
     def __init__(
         self,
         threat: ThreatModel,
-        attack: Union[str, Attack] = "pgd",  # noqa: UP007
+        attack: str | Attack = "pgd",
         *,
         samples: int = 8,
         every_n_epochs: int = 1,
-        class_names: Union[Sequence[str], None] = None,  # noqa: UP007
-        model: Union[str, None] = None,  # noqa: UP007
+        class_names: Sequence[str] | None = None,
+        model: str | None = None,
         inputs: Key = None,
         labels: Key = None,
         seed: int = 0,
@@ -71,21 +71,42 @@ class AdversarialExampleLogger(Callback):
         self.threat, self.samples, self.every_n_epochs, self.class_names = threat, samples, every_n_epochs, class_names
         self.model, self.seed = model, seed
         self._batches = Batches(inputs, labels)
+        self._epoch: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check early that model and strategy can be attacked."""
+        """Check early that the strategy leaves the model whole."""
         check_strategy(trainer, "AdversarialExampleLogger")
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check before the first epoch what is needed only after it."""
         attacked_model(pl_module, self.model)
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Show the first batch."""
-        if not trainer.sanity_checking and trainer.current_epoch % self.every_n_epochs == 0:
+        if not trainer.sanity_checking and is_due(trainer, self._epoch, self.every_n_epochs):
             self._show(trainer, pl_module, "val", batch, batch_idx, dataloader_idx)
 
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember which epoch was shown."""
+        if not trainer.sanity_checking and is_due(trainer, self._epoch, self.every_n_epochs):
+            self._epoch = trainer.current_epoch
+
     def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Show the first batch."""
         self._show(trainer, pl_module, "test", batch, batch_idx, dataloader_idx)

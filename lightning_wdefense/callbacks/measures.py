@@ -7,7 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from lightning_wdefense.metrics import AccuracyCurve, AttackSuccessRate, RobustAccuracy, RobustAccuracyCurve, TransportShift
+from lightning_wdefense.metrics import (
+    AccuracyCurve,
+    AttackSuccessRate,
+    RobustAccuracy,
+    RobustAccuracyCurve,
+    TransportShift,
+)
 
 
 @dataclass

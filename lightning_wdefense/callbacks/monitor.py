@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Union
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lightning_wdefense._compat import Callback, LightningModule, Trainer, rank_zero_warn
 from lightning_wdefense.attacks import Attack, ThreatModel, WorstCase, worst_case
-from lightning_wdefense.attacks.isolation import isolated
+from lightning_wdefense.attacks.isolation import eager, isolated
 from lightning_wdefense.attacks.registry import Attacks, evaluation_attacks
 from lightning_wdefense.callbacks.batches import Batches, Key
 from lightning_wdefense.callbacks.measures import Measures
 from lightning_wdefense.callbacks.pictures import log_curve
-from lightning_wdefense.callbacks.schedule import evaluation_generator
+from lightning_wdefense.callbacks.progress import RichProgress, TqdmProgress, attack_progress
+from lightning_wdefense.callbacks.schedule import evaluation_generator, is_due
 from lightning_wdefense.callbacks.support import attacked_model, check_strategy
-from lightning_wdefense.defenses.recording import OUTPUTS, PENULTIMATE, ForwardRecorder, eager
+from lightning_wdefense.defenses.recording import OUTPUTS, PENULTIMATE, ForwardRecorder
+from lightning_wdefense.metrics import AccuracyCurve
 
 
 class RobustnessMonitor(Callback):
@@ -40,8 +41,8 @@ class RobustnessMonitor(Callback):
         attacks: names, attacks, or a mapping from names of your own to them. They run in this order, each only on the
             samples that the ones before left right. PGD is for watching training; no claim of robustness should rest on
             less than ``"autoattack"``.
-        every_n_epochs: measure only every so many training epochs (the first one always); in between the last values are
-            logged again, so that monitored keys never go missing.
+        every_n_epochs: measure only every so many training epochs (the first validation always); in between the last values are
+            logged again, so that monitored keys never go missing (``EarlyStopping`` counts those epochs in its patience).
         max_batches: attack only the first batches of each dataloader.
         epsilons: radii (data units) for the accuracy curve; each costs a run of all attacks on what is left.
         independent: run each attack on every sample that is right on clean inputs, so that ``robust_acc_{attack}``
@@ -54,6 +55,10 @@ class RobustnessMonitor(Callback):
         seed: seeds the attacks' noise, the same in every epoch.
         progress: show a progress bar where attacks take more than a few seconds.
         name: tells several monitors apart, in the logs (``{stage}/{name}/...``) and in checkpoints.
+
+    Attributes:
+        curves: with ``epsilons``, the last accuracy curves by the keys they were logged under
+            (``"val/robustness_curve"``); ``curve.plot(ax, label="mine")`` draws one.
 
     Raises:
         ValueError: for an unknown attack, one that leaves the ball, one made for another threat model, or two of a name.
@@ -71,16 +76,16 @@ class RobustnessMonitor(Callback):
         attacks: Attacks = ("pgd",),
         *,
         every_n_epochs: int = 1,
-        max_batches: Union[int, None] = None,  # noqa: UP007
-        epsilons: Union[Sequence[float], None] = None,  # noqa: UP007
+        max_batches: int | None = None,
+        epsilons: Sequence[float] | None = None,
         independent: bool = False,
-        features: Union[str, None] = PENULTIMATE,  # noqa: UP007
-        model: Union[str, None] = None,  # noqa: UP007
+        features: str | None = PENULTIMATE,
+        model: str | None = None,
         inputs: Key = None,
         labels: Key = None,
         seed: int = 0,
         progress: bool = True,
-        name: Union[str, None] = None,  # noqa: UP007
+        name: str | None = None,
     ) -> None:
         if every_n_epochs < 1:
             raise ValueError(f"every_n_epochs must be at least 1, got {every_n_epochs}.")
@@ -91,9 +96,12 @@ class RobustnessMonitor(Callback):
         self.epsilons = None if epsilons is None else (0.0, *sorted({float(eps) for eps in epsilons} - {0.0}))
         self.features, self.model, self.seed, self.progress, self.name = features, model, seed, progress, name
         self._batches = Batches(inputs, labels)
+        self.curves: dict[str, AccuracyCurve] = {}
         self._measures: dict[int, Measures] = {}
-        self._last: dict[str, float] = {}
-        self._bar: tqdm | None = None
+        self._last: dict[str, dict[str, float]] = {}
+        self._epoch: int | None = None
+        self._bar: TqdmProgress | RichProgress | None = None
+        self._new_measures()  # names and radii that the metrics refuse are an error now, not after an epoch
 
     @property
     def state_key(self) -> str:
@@ -101,34 +109,49 @@ class RobustnessMonitor(Callback):
         return f"RobustnessMonitor({self.name!r})"
 
     def state_dict(self) -> dict[str, Any]:
-        """The last values, which a resumed run logs on epochs that are not measured."""
-        return {"last": self._last}
+        """The last values, which a resumed run logs on epochs that are not measured, and the epoch they are of."""
+        return {"last": self._last, "epoch": self._epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the last values back."""
-        self._last = dict(state_dict["last"])
+        self._last, self._epoch = dict(state_dict["last"]), state_dict["epoch"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check early that model and strategy can be attacked."""
+        """Check early that the strategy leaves the model whole."""
         check_strategy(trainer, "RobustnessMonitor")
-        attacked_model(pl_module, self.model)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check before the first epoch what is needed only after it."""
+        self._recorder(attacked_model(pl_module, self.model))
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start afresh."""
-        self._start(trainer, trainer.num_val_batches)
+        self._start(trainer, pl_module, trainer.num_val_batches)
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start afresh."""
-        self._start(trainer, trainer.num_test_batches)
+        self._start(trainer, pl_module, trainer.num_test_batches)
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Attack the batch."""
         self._attack(trainer, pl_module, batch, batch_idx, dataloader_idx)
 
     def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Attack the batch."""
         self._attack(trainer, pl_module, batch, batch_idx, dataloader_idx)
@@ -145,26 +168,15 @@ class RobustnessMonitor(Callback):
         """Close the progress bar and drop what was half measured."""
         self._close()
 
-    def _measures_now(self, trainer: Trainer) -> bool:
-        if trainer.sanity_checking:
-            return False
-        in_fit = getattr(trainer.state.fn, "value", trainer.state.fn) == "fit"
-        return not (in_fit and self._last and trainer.current_epoch % self.every_n_epochs)
-
-    def _start(self, trainer: Trainer, num_batches: Sequence[float]) -> None:
+    def _start(self, trainer: Trainer, pl_module: LightningModule, num_batches: Sequence[float]) -> None:
         self._close()
-        if not self._measures_now(trainer):
+        if trainer.sanity_checking or not is_due(trainer, self._epoch, self.every_n_epochs):
             return
+        self._recorder(attacked_model(pl_module, self.model))
         limit = float("inf") if self.max_batches is None else self.max_batches
-        total = sum(min(limit, batches) for batches in num_batches) * len(self.attacks)
-        self._bar = tqdm(
-            total=None if total == float("inf") else int(total),
-            desc="robustness",
-            unit="attack",
-            leave=False,
-            delay=3,
-            disable=not (self.progress and trainer.is_global_zero and trainer.progress_bar_callback is not None),
-        )
+        runs = len(self.attacks) * (1 + len(set(self.epsilons or ()) - {0.0, self.threat.eps}))
+        total = sum(min(limit, batches) for batches in num_batches) * runs
+        self._bar = attack_progress(trainer, total, show=self.progress)
 
     def _attack(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int
@@ -173,7 +185,6 @@ class RobustnessMonitor(Callback):
             return
         inputs, labels = self._batches.read(batch)
         model = attacked_model(pl_module, self.model)
-        measures = self._measures.setdefault(dataloader_idx, self._new_measures().to(inputs.device))
 
         def run(attacks: Mapping[str, Attack], inputs: Tensor, labels: Any, independent: bool = False) -> WorstCase:
             return worst_case(
@@ -188,6 +199,9 @@ class RobustnessMonitor(Callback):
 
         # Evaluation loops run under inference_mode, where even a metric's state could not be used again.
         with torch.inference_mode(False), torch.no_grad(), trainer.precision_plugin.forward_context():
+            if dataloader_idx not in self._measures:
+                self._measures[dataloader_idx] = self._new_measures().to(inputs.device)
+            measures = self._measures[dataloader_idx]
             result = run(self.attacks, inputs, labels, self.independent)
             measures.accuracy.update(result.clean, result.adversarial, result.labels)
             measures.success.update(result.clean, result.worst, result.labels)
@@ -199,8 +213,7 @@ class RobustnessMonitor(Callback):
 
     def _show(self, attack: str, left: Tensor) -> None:
         assert self._bar is not None
-        self._bar.set_postfix_str(f"{attack}: {int(left.sum())}/{len(left)} left in the batch", refresh=False)
-        self._bar.update()
+        self._bar.advance(f"{attack}: {int(left.sum())}/{len(left)} left in the batch")
 
     def _curve(self, run: Any, inputs: Tensor, labels: Any, result: WorstCase) -> list[Tensor]:
         """Predicted classes at every eps, each attacked only where the smaller ones left it right."""
@@ -222,8 +235,8 @@ class RobustnessMonitor(Callback):
         assert self.features is not None
         attacked = inputs.detach().clone()[result.attacked]
         try:
-            recorder = ForwardRecorder(model, self.features)
-            recorder.attach(attacked)
+            recorder = self._recorder(model)
+            recorder.attach(attacked, temporary=True)
         except ValueError:
             if self.features != PENULTIMATE:
                 raise
@@ -240,8 +253,8 @@ class RobustnessMonitor(Callback):
     def _finish(self, trainer: Trainer, pl_module: LightningModule, stage: str, num_batches: Sequence[float]) -> None:
         if trainer.sanity_checking:
             return
-        prefix = f"{stage}/{self.name}/" if self.name else f"{stage}/"
         if self._bar is not None:
+            prefix = f"{stage}/{self.name}/" if self.name else f"{stage}/"
             values: dict[str, float] = {}
             for index in range(len(num_batches)):
                 # Every rank takes part in the reduction, also one whose share of the data was empty.
@@ -250,12 +263,17 @@ class RobustnessMonitor(Callback):
                 measured, curve = measures.compute()
                 values |= {prefix + key + suffix: value for key, value in measured.items()}
                 if curve is not None:
+                    self.curves[prefix + "robustness_curve" + suffix] = curve
                     log_curve(trainer, prefix + "robustness_curve" + suffix, curve)
-            self._last = {**self._last, **values}
+            self._last[stage] = values
+            if stage == "val":
+                self._epoch = trainer.current_epoch
             self._close()
-        mine = {key: value for key, value in self._last.items() if key.startswith(prefix)}
         # The values are the same on every rank already; sync_dist only keeps Lightning from warning that they are not.
-        pl_module.log_dict(mine, sync_dist=True)
+        pl_module.log_dict(self._last[stage], sync_dist=True)
+
+    def _recorder(self, model: nn.Module) -> ForwardRecorder:
+        return ForwardRecorder(model, OUTPUTS if self.features is None else self.features)
 
     def _new_measures(self) -> Measures:
         return Measures.of(tuple(self.attacks), self.epsilons, shift=self.features is not None)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lightning_wdefense._compat import Trainer, is_a, rank_zero_warn
-from lightning_wdefense.metrics import AccuracyCurve, RobustAccuracyCurve
+from lightning_wdefense.metrics import AccuracyCurve
 
 Picture = np.ndarray
 """``(H, W, 3)``, uint8."""
@@ -15,7 +15,9 @@ Picture = np.ndarray
 
 def shows_pictures(trainer: Trainer) -> bool:
     """Whether a logger of this trainer can show pictures."""
-    return trainer.is_global_zero and any(is_a(it, "WandbLogger") or is_a(it, "TensorBoardLogger") for it in trainer.loggers)
+    return trainer.is_global_zero and any(
+        is_a(it, "WandbLogger") or is_a(it, "TensorBoardLogger") for it in trainer.loggers
+    )
 
 
 def log_pictures(trainer: Trainer, key: str, pictures: Sequence[Picture], captions: Sequence[str]) -> None:
@@ -48,7 +50,7 @@ def log_curve(trainer: Trainer, key: str, curve: AccuracyCurve) -> None:
         return
     # Not through pyplot, which would keep the figure and may open a window.
     canvas = FigureCanvasAgg(figure := Figure(figsize=(5, 4), layout="constrained"))
-    RobustAccuracyCurve(curve.epsilons.tolist()).plot(curve, ax=figure.subplots())
+    curve.plot(figure.subplots())
     canvas.draw()
     picture = np.asarray(canvas.buffer_rgba())[..., :3].copy()
     log_pictures(trainer, key, [picture], [f"AUAC {float(curve.auac):.3f}"])

@@ -27,6 +27,16 @@ def evaluation_generator(
     return _seeded(device, seed, dataloader_idx, batch_idx, trainer.global_rank)
 
 
+def is_due(trainer: Trainer, last: int | None, every_n_epochs: int) -> bool:
+    """Whether what is done every so many training epochs, and was last done in epoch ``last``, is due in this evaluation.
+
+    Outside of ``fit`` it always is. ``current_epoch % every_n_epochs`` would not do: with ``check_val_every_n_epoch`` there may
+    never be a validation in such an epoch.
+    """
+    in_fit = getattr(trainer.state.fn, "value", trainer.state.fn) == "fit"
+    return not in_fit or last is None or not 0 < trainer.current_epoch - last < every_n_epochs
+
+
 def _seeded(device: torch.device, *place: int) -> torch.Generator:
     digest = hashlib.blake2b(struct.pack(f"<{len(place)}q", *place), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
@@ -52,4 +62,4 @@ def warmup_radius(trainer: Trainer, warmup_epochs: float) -> float:
 
 def is_logging_step(trainer: Trainer) -> bool:
     """Whether what is measured now will reach the loggers (every ``log_every_n_steps``)."""
-    return (trainer.global_step + 1) % trainer.log_every_n_steps == 0
+    return (trainer.global_step + 1) % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]

@@ -14,9 +14,17 @@ def attacked_model(pl_module: LightningModule, path: str | None) -> nn.Module:
     """The module itself, or its submodule at ``path``.
 
     Raises:
-        ValueError: if there is none, with the nearest ones.
+        ValueError: if there is none, with the nearest ones, or the module itself has no ``forward``.
     """
-    return pl_module if path is None else submodule(pl_module, path, "model")
+    if path is not None:
+        return submodule(pl_module, path, "model")
+    if getattr(pl_module.forward, "__qualname__", "") == "LightningModule.forward":
+        children = ", ".join(repr(name) for name, _ in pl_module.named_children()) or "none"
+        raise ValueError(
+            f"{type(pl_module).__name__} has no forward: name the submodule that takes the inputs and returns logits with "
+            f"model=. Its submodules: {children}."
+        )
+    return pl_module
 
 
 def check_strategy(trainer: Trainer, callback: str) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_wdefense._names import unknown_name
@@ -37,7 +38,16 @@ class Transport:
 
     def __call__(self, clean: Tensor, adversarial: Tensor, labels: Any = None) -> Tensor:
         """The divergence of two batches ``(N, ...)``."""
+        labels = _classes(labels) if self.divergence.options.label_cost is not None else None
         return self.divergence(_rows(clean), _rows(adversarial), x_labels=labels, y_labels=labels)
+
+
+def _classes(labels: Tensor) -> Tensor:
+    """Labels as the cost takes them; one floating number a sample is the probability of class 1."""
+    if labels.is_floating_point() and labels.numel() == len(labels):
+        labels = labels.reshape(-1)
+        return torch.stack([1 - labels, labels], dim=1)
+    return labels
 
 
 def _rows(points: Tensor) -> Tensor:

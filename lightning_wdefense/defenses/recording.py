@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_wdefense._names import unknown_name
-from lightning_wdefense.attacks.isolation import isolated
+from lightning_wdefense.attacks.isolation import eager, isolated
 
 OUTPUTS, PENULTIMATE = "outputs", "penultimate"
 
@@ -50,8 +50,13 @@ class ForwardRecorder:
         self._current: Recording | None = None
         self._layer = None if features in (OUTPUTS, PENULTIMATE) else submodule(model, features, "features")
 
-    def attach(self, example: Tensor) -> None:
-        """Register the hooks, once; ``example`` is a batch from which the penultimate layer is found."""
+    def attach(self, example: Tensor, *, temporary: bool = False) -> None:
+        """Register the hooks, once.
+
+        Args:
+            example: a batch from which the penultimate layer is found.
+            temporary: for passes inside :func:`eager` alone, so that compiled code need not be compiled again.
+        """
         if self._handles:
             return
         if self.features == PENULTIMATE:
@@ -62,6 +67,8 @@ class ForwardRecorder:
             self._handles.append(self._layer.register_forward_pre_hook(self._saw_input))
         elif self._layer is not None:
             self._handles.append(self._layer.register_forward_hook(self._saw_features))
+        if self._layer is not None and not temporary:
+            torch.compiler.reset()  # compiled code does not notice new hooks: what there is must be compiled again
 
     def detach(self) -> None:
         """Remove the hooks."""
@@ -90,7 +97,9 @@ class ForwardRecorder:
             TypeError: if the layer's features are not a tensor.
             ValueError: if the layer did not run, or not on the whole batch.
         """
-        found = tensor_of(outputs) if self.features == OUTPUTS else recording.features[-1] if recording.features else None
+        found = (
+            tensor_of(outputs) if self.features == OUTPUTS else recording.features[-1] if recording.features else None
+        )
         if found is None:
             raise ValueError(
                 f"The layer of features={self.features!r} did not run in the forward pass: name one that does with features=."
@@ -125,7 +134,9 @@ def tensor_of(outputs: Any) -> Tensor:
     Raises:
         TypeError: if there is none.
     """
-    found = outputs["logits"] if isinstance(outputs, dict) and "logits" in outputs else getattr(outputs, "logits", outputs)
+    found = (
+        outputs["logits"] if isinstance(outputs, dict) and "logits" in outputs else getattr(outputs, "logits", outputs)
+    )
     if not isinstance(found, Tensor):
         raise TypeError(
             f"The model's outputs are not logits but a {type(outputs).__name__}: return a tensor (or an object with .logits) "
@@ -142,12 +153,6 @@ def submodule(model: nn.Module, path: str, argument: str) -> nn.Module:
         shown = sorted(known, key=lambda name: (name.count("."), name))
         raise ValueError(unknown_name(f"submodule for {argument}=", path, shown[:60]))
     return known[path]
-
-
-def eager() -> contextlib.AbstractContextManager[Any]:
-    """Run compiled modules eagerly inside, so that hooks made for the moment are seen (and not compiled in)."""
-    set_stance = getattr(torch.compiler, "set_stance", None)  # torch 2.6 and later
-    return contextlib.nullcontext() if set_stance is None else set_stance("force_eager")
 
 
 def _last_linear(model: nn.Module, example: Tensor) -> nn.Module:

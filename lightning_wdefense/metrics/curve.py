@@ -31,6 +31,21 @@ class AccuracyCurve(NamedTuple):
     accuracies: Tensor
     auac: Tensor
 
+    def plot(self, ax: "Axes | None" = None, label: str | None = None) -> tuple["Figure", "Axes"]:
+        """Plot the curve on ``ax`` (by default those of a new figure); ``label`` is its name in the legend.
+
+        Raises:
+            ModuleNotFoundError: If matplotlib is not installed.
+        """
+        figure, ax = get_axes(ax)
+        area = f"AUAC={self.auac.item():.3f}"
+        name = area if label is None else f"{label} ({area})"
+        ax.plot(self.epsilons.cpu().numpy(), self.accuracies.cpu().numpy(), marker="o", label=name)
+        ax.set(xlabel="eps", ylabel="Robust accuracy", ylim=(-0.02, 1.02))
+        ax.grid(True)
+        ax.legend()
+        return figure, ax
+
 
 def area_under_accuracy_curve(epsilons: Sequence[float] | Tensor, accuracies: Sequence[float] | Tensor) -> Tensor:
     """Compute the area under an accuracy curve: the trapezoid rule over [0, eps_max], divided by eps_max.
@@ -173,15 +188,7 @@ class RobustAccuracyCurve(Metric):
         Raises:
             ModuleNotFoundError: If matplotlib is not installed.
         """
-        curve = self.compute() if val is None else val
-        figure, ax = get_axes(ax)
-        area = f"AUAC={curve.auac.item():.3f}"
-        name = area if label is None else f"{label} ({area})"
-        ax.plot(curve.epsilons.cpu().numpy(), curve.accuracies.cpu().numpy(), marker="o", label=name)
-        ax.set(xlabel="eps", ylabel="Robust accuracy", ylim=(-0.02, 1.02))
-        ax.grid(True)
-        ax.legend()
-        return figure, ax
+        return (self.compute() if val is None else val).plot(ax, label)
 
 
 def _count_correct(preds: Sequence[Tensor] | Tensor, target: Tensor, epsilons: Sequence[float]) -> tuple[Tensor, int]:

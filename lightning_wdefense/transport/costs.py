@@ -13,17 +13,27 @@ from lightning_wdefense.transport.options import Cost
 
 
 def ground_cost(x: Measure, y: Measure, p: int, cost: Cost | None, *, same: bool = False) -> Tensor:
-    """Cost ``(B, N, M)`` between the points: ``|x - y|^p / p``, or the caller's own."""
-    if cost is None:
-        return euclidean_cost(x.points, y.points, p, same=same)
-    matrix = cost(x.points, y.points)
-    shape = (*x.weights.shape, y.weights.shape[-1])
-    if not isinstance(matrix, Tensor) or matrix.shape != shape:
-        got = tuple(matrix.shape) if isinstance(matrix, Tensor) else type(matrix).__name__
-        raise ValueError(f"cost(x, y) must return one value for each pair of points, {shape} in batches; got {got}.")
-    if not bool(matrix.isfinite().all()):
-        raise ValueError("cost(x, y) returned NaN or infinite values.")
-    return matrix.to(x.points.dtype)
+    """Cost ``(B, N, M)`` between the points: ``|x - y|^p / p``, or the caller's own, made by :func:`checked_cost`."""
+    return euclidean_cost(x.points, y.points, p, same=same) if cost is None else cost(x.points, y.points)
+
+
+def checked_cost(cost: Cost, *, batched: bool) -> Cost:
+    """The caller's cost as one of batches ``(B, N, D)`` and ``(B, M, D)``, with an error if it does not return a cost."""
+
+    def checked(x: Tensor, y: Tensor) -> Tensor:
+        matrix = cost(x, y) if batched else cost(x[0], y[0])
+        shape = (len(x), x.shape[1], y.shape[1]) if batched else (x.shape[1], y.shape[1])
+        if not isinstance(matrix, Tensor):
+            raise TypeError(f"cost(x, y) must return a torch.Tensor, got {type(matrix).__name__}.")
+        if matrix.shape != shape:
+            raise ValueError(
+                f"cost(x, y) must return a cost for each pair of points, shape {shape}; got {tuple(matrix.shape)}."
+            )
+        if not bool(matrix.isfinite().all()):
+            raise ValueError("cost(x, y) returned NaN or infinite values.")
+        return matrix.to(x.dtype).reshape(len(x), x.shape[1], y.shape[1])
+
+    return checked
 
 
 def euclidean_cost(x: Tensor, y: Tensor, p: int, *, same: bool = False) -> Tensor:

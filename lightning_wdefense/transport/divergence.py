@@ -55,7 +55,7 @@ def sinkhorn_divergence(
             ``label_cost``.
         y_labels: labels of ``y``, likewise.
         tol: marginal error, as a share of the mass, at which to stop. The default holds the gradient to about 1%.
-        max_iter: most iterations at the final temperature.
+        max_iter: most iterations, those of the annealing included.
         solver: ``"native"``, or ``"geomloss"`` for a second opinion.
 
     Returns:
@@ -108,7 +108,7 @@ class SinkhornDivergence(nn.Module):
         cost: differentiable and symmetric ``(x, y) -> cost matrix`` in place of ``|x - y|^p / p``.
         label_cost: added to the cost where labels differ, in units of the cost.
         tol: marginal error, as a share of the mass, at which to stop.
-        max_iter: most iterations at the final temperature.
+        max_iter: most iterations, those of the annealing included.
         solver: ``"native"``, or ``"geomloss"`` for a second opinion.
 
     Raises:

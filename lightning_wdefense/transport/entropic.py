@@ -87,7 +87,7 @@ def sinkhorn(
             Unused without ``label_cost``, so that callers may always pass them.
         y_labels: labels of ``y``, likewise.
         tol: marginal error, as a share of the mass, at which to stop.
-        max_iter: most iterations at the final temperature.
+        max_iter: most iterations, those of the annealing included.
         solver: ``"native"``, or ``"geomloss"`` for a second opinion (slower, blind to ``tol`` and ``max_iter``, and its
             unbalanced gradients are known to be too small by a factor of ``(rho + eps / 2) / (rho + eps)``).
 

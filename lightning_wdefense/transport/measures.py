@@ -36,6 +36,8 @@ def read_measures(
     _check_cloud("x", x)
     _check_cloud("y", y)
     _check_pair(x, y)
+    _check_finite("x", x)
+    _check_finite("y", y)
     dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
     weights_x = _read_weights("a", a, "x", x, dtype)
     weights_y = _read_weights("b", b, "y", y, dtype)
@@ -78,7 +80,6 @@ def _check_cloud(name: str, points: Tensor) -> None:
         raise ValueError(f"{name} must have shape (N, D) or (B, N, D), got {tuple(points.shape)}.{hint}")
     if 0 in points.shape:
         raise ValueError(f"{name} is empty: its shape is {tuple(points.shape)}, and each size must be at least 1.")
-    _check_finite(name, points)
 
 
 def _check_pair(x: Tensor, y: Tensor) -> None:

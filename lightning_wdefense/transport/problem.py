@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_wdefense.transport.costs import ground_cost, label_disagreement, mean_cost
+from lightning_wdefense.transport.costs import checked_cost, ground_cost, label_disagreement, mean_cost
 from lightning_wdefense.transport.envelope import with_gradients
 from lightning_wdefense.transport.measures import Measure, read_measures
-from lightning_wdefense.transport.options import Cost, SinkhornOptions
+from lightning_wdefense.transport.options import SinkhornOptions
 from lightning_wdefense.transport.solver import (
     Potentials,
     density,
@@ -54,8 +54,8 @@ def read_problem(
         )
         raise ValueError(f"label_cost={options.label_cost} needs labels: pass {missing}, or label_cost=None.")
     source, target = read_measures(x, y, a, b, x_labels, y_labels, balanced=options.rho is None)
-    if options.cost is not None and x.ndim == 2:
-        options = replace(options, cost=_batched(options.cost))
+    if options.cost is not None:
+        options = replace(options, cost=checked_cost(options.cost, batched=x.ndim == 3))
     geometric = ground_cost(source, target, options.p, options.cost)
     blur = _blur(mean_cost(geometric, source, target), options)
     return Problem(source, target, add_label_cost(geometric, source, target, options), blur, options)
@@ -111,8 +111,3 @@ def _blur(mean: Tensor, options: SinkhornOptions) -> Tensor:
             "pass blur=, or add a constant to the cost."
         )
     return (options.relative_blur * mean ** (1 / options.p)).clamp(min=floor)
-
-
-def _batched(cost: Cost) -> Cost:
-    """The caller's cost of two clouds, as a cost of batches of one."""
-    return lambda x, y: cost(x[0], y[0])[None]

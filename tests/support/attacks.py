@@ -1,0 +1,52 @@
+"""The table of attacks that drives the contract tests: a new attack joins by one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_wdefense.attacks import FGSM, PGD, Attack, AutoAttack, ThreatModel, TorchAttack, get_attack
+
+
+def square_error(outputs: Tensor, labels: Tensor) -> Tensor:
+    """A loss of the user's own, at module level so that it can be pickled."""
+    return (outputs - torch.nn.functional.one_hot(labels, outputs.shape[1])).square()
+
+
+@dataclass(frozen=True)
+class AttackCase:
+    """How to build a small attack for a threat model, and what to expect of it.
+
+    ``noisy``: another seed gives another result. ``own``: ours, so it takes ``bounds=None``, any task and float16 gradients.
+    """
+
+    build: Callable[[ThreatModel], Attack]
+    noisy: bool = True
+    own: bool = True
+
+    def __call__(self, threat: ThreatModel) -> Attack:
+        return self.build(threat)
+
+
+ATTACK_CASES = {
+    "fgsm": AttackCase(FGSM, noisy=False),
+    "n-fgsm": AttackCase(lambda threat: get_attack("n-fgsm", threat)),
+    "pgd": AttackCase(lambda threat: PGD(threat, steps=3)),
+    "pgd-restarts": AttackCase(lambda threat: PGD(threat, steps=2, restarts=3)),
+    "pgd-kl": AttackCase(lambda threat: PGD(threat, steps=3, loss="kl", random_start="gaussian")),
+    "pgd-margin": AttackCase(lambda threat: PGD(threat, steps=3, loss="margin", random_start=False), noisy=False),
+    "pgd-callable": AttackCase(lambda threat: PGD(threat, steps=3, loss=square_error, restarts=2)),
+    "torchattacks-pgd": AttackCase(
+        lambda threat: TorchAttack("PGDL2" if threat.norm == "l2" else "PGD", threat, steps=3), own=False
+    ),
+    "apgd-ce": AttackCase(lambda threat: get_attack("apgd-ce", threat, steps=5), own=False),
+    "apgd-t": AttackCase(lambda threat: get_attack("apgd-t", threat, steps=3), own=False),
+    "fab-t": AttackCase(lambda threat: get_attack("fab-t", threat, steps=3), noisy=False, own=False),
+    "square": AttackCase(lambda threat: get_attack("square", threat, n_queries=20), own=False),
+    "autoattack": AttackCase(lambda threat: AutoAttack(threat, steps=5, queries=20), own=False),
+}
+
+OWN_CASES = {name: case for name, case in ATTACK_CASES.items() if case.own}

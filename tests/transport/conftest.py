@@ -1,7 +1,0 @@
-import pytest
-import torch
-
-
-@pytest.fixture
-def rng():
-    return torch.Generator().manual_seed(0)

@@ -1,0 +1,134 @@
+"""Precision, and the state that must be found as it was left: grad mode, autocast, the random number generator."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from lightning_wdefense.transport import SinkhornDivergence, sinkhorn, sinkhorn_divergence
+
+SOLVERS = ["native", "geomloss"]
+
+
+def clouds(dtype=torch.float32):
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(16, 8, generator=rng)
+    return x.to(dtype), (x + 0.2 * torch.randn(16, 8, generator=rng)).to(dtype)
+
+
+def half_square(x, y):
+    return 0.5 * (x.square().sum(-1)[:, None] + y.square().sum(-1)) - x @ y.T
+
+
+@pytest.mark.parametrize("options", [{}, {"p": 1}, {"reach": 1.0}, {"cost": half_square}], ids=str)
+def test_autocast_changes_nothing(options):
+    def evaluate(x, y):
+        x = x.clone().requires_grad_()
+        value = sinkhorn_divergence(x, y, **options)
+        return value, torch.autograd.grad(value, x)[0]
+
+    value, gradient = evaluate(*clouds())
+    with torch.autocast("cpu", torch.bfloat16):
+        cast_value, cast_gradient = evaluate(*clouds())
+        assert torch.is_autocast_enabled("cpu")
+    assert torch.equal(cast_value, value)
+    if "cost" not in options:  # The backward pass of the caller's own cost is the caller's.
+        assert torch.equal(cast_gradient, gradient)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_computes_in_float32_or_better(dtype):
+    x, y = clouds(dtype)
+    x.requires_grad_()
+    value = sinkhorn_divergence(x, y)
+    value.backward()
+    assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert x.grad.dtype == dtype
+    torch.testing.assert_close(value, sinkhorn_divergence(x.detach().to(value.dtype), y.to(value.dtype)))
+
+
+def test_mixed_precision_takes_the_better():
+    x, y = clouds()
+    assert sinkhorn_divergence(x, y.double()).dtype == torch.float64
+    assert sinkhorn_divergence(x.bfloat16(), y, torch.full((16,), 1 / 16).bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_no_graph_under_no_grad(solver):
+    x, y = clouds()
+    x.requires_grad_()
+    expected = sinkhorn_divergence(x, y, solver=solver)
+    assert expected.requires_grad
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            value = sinkhorn_divergence(x, y, solver=solver)
+            result = sinkhorn(x, y, solver=solver)
+            assert not torch.is_grad_enabled()
+        assert not value.requires_grad
+        assert not result.value.requires_grad
+        assert torch.equal(value, expected)
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("p", [1, 2])
+def test_inference_tensors_can_be_targets(p, solver):
+    x, y = clouds()
+    with torch.inference_mode():
+        y = y + 0
+        b = torch.full((16,), 1 / 16)
+    x.requires_grad_()
+    sinkhorn_divergence(x, y, None, b, p=p, solver=solver).backward()
+    assert x.grad.abs().sum() > 0
+
+
+class BrokenCostError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("fails", [False, True], ids=["succeeds", "fails"])
+def test_modes_and_rng_are_left_alone(grad, solver, fails):
+    x, y = clouds()
+    calls = 0
+
+    def cost(u, v):
+        nonlocal calls
+        calls += 1
+        if fails and calls == 2:
+            raise BrokenCostError
+        return 0.5 * (u.unsqueeze(-2) - v.unsqueeze(-3)).square().sum(-1)
+
+    before = torch.get_rng_state()
+    with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16):
+        if fails:
+            with pytest.raises(BrokenCostError):
+                sinkhorn_divergence(x, y, cost=cost, solver=solver)
+        else:
+            sinkhorn_divergence(x, y, cost=cost, solver=solver)
+        assert torch.is_grad_enabled() == grad
+        assert torch.is_autocast_enabled("cpu")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_inputs_are_not_changed():
+    x, y = clouds()
+    a = torch.full((16,), 1 / 16)
+    kept = [tensor.clone() for tensor in (x, y, a)]
+    sinkhorn_divergence(x, y, a, a)
+    assert all(torch.equal(tensor, copied) for tensor, copied in zip((x, y, a), kept, strict=True))
+
+
+def test_module_is_the_function():
+    x, y = clouds()
+    labels = torch.arange(16) % 4
+    options = {"p": 2, "relative_blur": 0.3, "label_cost": 1.0, "reach": 2.0, "tol": 1e-4}
+    divergence = SinkhornDivergence(**options)
+    expected = sinkhorn_divergence(x, y, x_labels=labels, y_labels=labels.flip(0), **options)
+    assert list(divergence.state_dict()) == []
+    for module in (divergence, pickle.loads(pickle.dumps(divergence)), copy.deepcopy(divergence)):
+        assert torch.equal(module(x, y, x_labels=labels, y_labels=labels.flip(0)), expected)
+        assert repr(module) == "SinkhornDivergence(p=2, relative_blur=0.3, reach=2.0, label_cost=1.0, tol=0.0001)"
+    assert repr(SinkhornDivergence(p=1, blur=0.1)) == "SinkhornDivergence(p=1, blur=0.1)"
