@@ -29,6 +29,7 @@ def isolated(model: Callable[..., Any], device: torch.device, *, evaluation: boo
     """
     module = module_of(model)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(own_pass())
         stack.enter_context(_random_state_kept(device))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -38,6 +39,25 @@ def isolated(model: Callable[..., Any], device: torch.device, *, evaluation: boo
             if evaluation:
                 stack.enter_context(_in_eval_mode(module))
         yield
+
+
+_own_passes = 0
+
+
+@contextlib.contextmanager
+def own_pass() -> Iterator[None]:
+    """Marks forward passes made inside as ours, so that whoever watches the user's own passes can tell them apart."""
+    global _own_passes
+    _own_passes += 1
+    try:
+        yield
+    finally:
+        _own_passes -= 1
+
+
+def own_passes() -> int:
+    """How many passes of ours the current code is inside of: 0 in the user's own step."""
+    return _own_passes
 
 
 def eager() -> contextlib.AbstractContextManager[Any]:

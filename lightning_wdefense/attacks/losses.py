@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_wdefense._names import unknown_name
-from lightning_wdefense.attacks.outputs import hard_labels, logits_of
+from lightning_wdefense.attacks.outputs import float32_or_better, hard_labels, logits_of
 
 LossName = Literal["ce", "kl", "margin"]
 AttackLoss = LossName | Callable[[Any, Any], Tensor]
@@ -19,13 +19,14 @@ AttackLoss = LossName | Callable[[Any, Any], Tensor]
 
 def cross_entropy(outputs: Any, labels: Tensor) -> Tensor:
     """Cross-entropy with hard or soft labels: ``(N,)``, summed over any further dimensions (pixels)."""
-    loss = F.cross_entropy(logits_of(outputs).float(), _float_if_soft(labels), reduction="none")
+    logits = float32_or_better(logits_of(outputs))
+    loss = F.cross_entropy(logits, labels.to(logits.dtype) if labels.is_floating_point() else labels, reduction="none")
     return loss.flatten(1).sum(1) if loss.ndim > 1 else loss
 
 
 def margin(outputs: Any, labels: Tensor) -> Tensor:
     """Largest wrong logit minus the right one (Carlini and Wagner, 2017): positive exactly where misclassified."""
-    logits = logits_of(outputs).float()
+    logits = float32_or_better(logits_of(outputs))
     right = hard_labels(labels).unsqueeze(1)
     others = logits.scatter(1, right, -torch.inf).amax(1)
     difference = others - logits.gather(1, right).squeeze(1)
@@ -34,8 +35,8 @@ def margin(outputs: Any, labels: Tensor) -> Tensor:
 
 def kl_divergence(outputs: Any, clean_outputs: Any) -> Tensor:
     """``KL(softmax(clean) || softmax(adversarial))`` of each sample, as TRADES has it (Zhang et al., 2019)."""
-    adversarial = F.log_softmax(logits_of(outputs).float(), 1)
-    clean = F.log_softmax(logits_of(clean_outputs).float(), 1)
+    adversarial = F.log_softmax(float32_or_better(logits_of(outputs)), 1)
+    clean = F.log_softmax(float32_or_better(logits_of(clean_outputs)), 1)
     return F.kl_div(adversarial, clean, reduction="none", log_target=True).flatten(1).sum(1)
 
 
@@ -47,7 +48,3 @@ def check_loss(loss: AttackLoss) -> None:
     """
     if not callable(loss) and loss not in get_args(LossName):
         raise ValueError(unknown_name("attack loss", loss, get_args(LossName)))
-
-
-def _float_if_soft(labels: Tensor) -> Tensor:
-    return labels.float() if labels.is_floating_point() else labels

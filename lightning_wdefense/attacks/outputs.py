@@ -41,6 +41,11 @@ def logits_of(outputs: Any) -> Tensor:
     return outputs
 
 
+def float32_or_better(values: Tensor) -> Tensor:
+    """Half precision is too coarse for a loss; float64 stays."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def predictions(outputs: Any) -> Tensor:
     """Predicted classes of a model's outputs."""
     return logits_of(outputs).argmax(1)

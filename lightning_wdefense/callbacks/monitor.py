@@ -270,7 +270,7 @@ class RobustnessMonitor(Callback):
                 self._epoch = trainer.current_epoch
             self._close()
         # The values are the same on every rank already; sync_dist only keeps Lightning from warning that they are not.
-        pl_module.log_dict(self._last[stage], sync_dist=True)
+        pl_module.log_dict(self._last[stage], sync_dist=True, add_dataloader_idx=False)
 
     def _recorder(self, model: nn.Module) -> ForwardRecorder:
         return ForwardRecorder(model, OUTPUTS if self.features is None else self.features)

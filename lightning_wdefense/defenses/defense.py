@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_wdefense.attacks.isolation import eager, isolated
+from lightning_wdefense.attacks.isolation import eager, isolated, own_pass
 from lightning_wdefense.attacks.outputs import class_labels, hard_labels, predictions
 from lightning_wdefense.defenses.objective import Branch
 from lightning_wdefense.defenses.recipe import Recipe
@@ -44,7 +44,7 @@ class Defense:
 
     def forward(self, inputs: Tensor) -> Branch:
         """A plain forward pass, in whatever mode the model is in."""
-        with self.watch(len(inputs)) as seen:
+        with own_pass(), self.watch(len(inputs)) as seen:
             self.model(inputs)
         return seen.branch()
 

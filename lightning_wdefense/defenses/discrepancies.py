@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_wdefense._names import unknown_name
 from lightning_wdefense.attacks.losses import kl_divergence
+from lightning_wdefense.attacks.outputs import float32_or_better
 from lightning_wdefense.transport import SinkhornDivergence
 
 Discrepancy = Callable[[Tensor, Tensor, Any], Tensor]
@@ -23,7 +24,7 @@ def kl(clean: Tensor, adversarial: Tensor, labels: Any = None) -> Tensor:
 
 def paired_l2(clean: Tensor, adversarial: Tensor, labels: Any = None) -> Tensor:
     """``mean |clean_i - adversarial_i|^2 / 2``: the transport cost of the coupling that pairs each sample with itself."""
-    return (clean.float() - adversarial.float()).square().sum() / (2 * len(clean))
+    return (float32_or_better(clean) - float32_or_better(adversarial)).square().sum() / (2 * len(clean))
 
 
 @dataclass(frozen=True)

@@ -6,19 +6,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_wdefense._names import unknown_name
 from lightning_wdefense.attacks import PGD, Attack, ThreatModel
-from lightning_wdefense.attacks.losses import cross_entropy
+from lightning_wdefense.attacks.outputs import class_labels, float32_or_better, logits_of
 from lightning_wdefense.defenses.discrepancies import Discrepancy, get_discrepancy
 
 Branch = Literal["clean", "adversarial"]
 
 
 def mean_cross_entropy(outputs: Any, labels: Tensor) -> Tensor:
-    """Cross-entropy with hard or soft labels, the batch mean."""
-    return cross_entropy(outputs, labels).mean()
+    """Cross-entropy with hard or soft labels, the mean over the batch (and over pixels)."""
+    logits, labels = float32_or_better(logits_of(outputs)), class_labels(labels, outputs)
+    return F.cross_entropy(logits, labels.to(logits.dtype) if labels.is_floating_point() else labels)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_wdefense._names import unknown_name
-from lightning_wdefense.attacks.isolation import eager, isolated
+from lightning_wdefense.attacks.isolation import eager, isolated, own_passes
 
 OUTPUTS, PENULTIMATE = "outputs", "penultimate"
 
@@ -48,6 +48,7 @@ class ForwardRecorder:
         self.model, self.features = model, features
         self._handles: list[Any] = []
         self._current: Recording | None = None
+        self._level = 0
         self._layer = None if features in (OUTPUTS, PENULTIMATE) else submodule(model, features, "features")
 
     def attach(self, example: Tensor, *, temporary: bool = False) -> None:
@@ -77,12 +78,13 @@ class ForwardRecorder:
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[Recording]:
-        """Record every forward pass made inside; records may be nested, each sees its own."""
-        outer, self._current = self._current, Recording()
+        """Record the forward passes made inside, but not what other callbacks do in between: attacks and passes of their own."""
+        outer = self._current, self._level
+        self._current, self._level = Recording(), own_passes()
         try:
             yield self._current
         finally:
-            self._current = outer
+            self._current, self._level = outer
 
     def see(self, inputs: Tensor) -> Tensor:
         """The features of a forward pass on these inputs, detached, ``(N, D)``."""
@@ -116,15 +118,15 @@ class ForwardRecorder:
         return found if self.features == OUTPUTS else found.reshape(size, -1)
 
     def _saw_outputs(self, module: nn.Module, args: Any, outputs: Any) -> None:
-        if self._current is not None:
+        if self._current is not None and self._level == own_passes():
             self._current.outputs.append(outputs)
 
     def _saw_features(self, module: nn.Module, args: Any, outputs: Any) -> None:
-        if self._current is not None:
+        if self._current is not None and self._level == own_passes():
             self._current.features.append(outputs)
 
     def _saw_input(self, module: nn.Module, args: Any) -> None:
-        if self._current is not None:
+        if self._current is not None and self._level == own_passes():
             self._current.features.append(args[0])
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_wdefense import RobustnessMonitor, ThreatModel
 from lightning_wdefense.attacks import FGSM, PGD
-from lightning_wdefense.metrics import transport_shift
+from lightning_wdefense.transport import sinkhorn_divergence
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -77,7 +77,7 @@ def by_hand() -> dict[str, float]:
     worst = torch.where(right["fgsm"][:, None, None, None], attacked["pgd"], attacked["fgsm"])[clean]
     features = module.net[:-1]
     with torch.no_grad():
-        values["shift"] = float(transport_shift(features(inputs[clean]), features(worst)))
+        values["shift"] = float(sinkhorn_divergence(features(inputs[clean]), features(worst)))
     assert values["clean"] > values["fgsm"] > values["pgd"] > 0.2  # else the tests below would show little
     return values
 
@@ -265,7 +265,7 @@ def test_shift_of_a_named_layer():
     right = predicted(module, inputs) == labels
     attacked = sign_pgd(module, inputs, labels, EPS, 1, EPS)
     with torch.no_grad():
-        expected = transport_shift(*(module.net.conv(it[right]).flatten(1) for it in (inputs, attacked)))
+        expected = sinkhorn_divergence(*(module.net.conv(it[right]).flatten(1) for it in (inputs, attacked)))
     values = evaluate(RobustnessMonitor(THREAT, ["fgsm"], features="net.conv"))
     assert values["val/transport_shift"] == pytest.approx(expected.item(), rel=1e-3)
 
@@ -288,7 +288,7 @@ def test_a_network_without_linear_layers_is_measured_on_its_outputs():
 def test_nothing_right_leaves_nothing_to_attack():
     class Wrong(DigitsClassifier):
         def forward(self, x):
-            return super().forward(x) * 0 + nn.functional.one_hot(torch.tensor(9), 10)
+            return super().forward(x) * 0 + nn.functional.one_hot(torch.tensor(9), 10) * 20.0
 
     module = Wrong()
     inputs, labels = whole_set()

@@ -19,7 +19,7 @@ Format = Literal["tuple", "list", "dict", "dataclass", "namedtuple"]
 NamedBatch = namedtuple("NamedBatch", ["index", "image", "label"])
 
 
-@dataclass(frozen=True)
+@dataclass
 class DataclassBatch:
     image: Tensor
     label: Tensor

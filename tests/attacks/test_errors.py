@@ -1,0 +1,224 @@
+"""Mistakes that users make, and what they are told."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from support.attacks import ATTACK_CASES, OWN_CASES
+from support.modules import batch, classifier
+
+from lightning_wdefense.attacks import FGSM, PGD, Attack, AutoAttack, ThreatModel, TorchAttack, get_attack
+
+LINF, L2 = ThreatModel(eps=0.1), ThreatModel(norm="l2", eps=0.1)
+WASSERSTEIN = ThreatModel(norm="wasserstein", eps=0.1)
+UNBOUNDED = ThreatModel(eps=0.1, bounds=None)
+
+CONFIGURATIONS = {
+    "eps negative": (lambda: ThreatModel(eps=-0.1), "eps must be finite and not negative.*-0.1"),
+    "eps inf": (lambda: ThreatModel(eps=float("inf")), "eps must be finite"),
+    "eps nan": (lambda: ThreatModel(eps=float("nan")), "eps must be finite"),
+    "with_eps": (lambda: PGD(LINF).with_eps(-1), "eps must be finite"),
+    "bounds reversed": (lambda: ThreatModel(bounds=(1, 0)), r"bounds must be \(low, high\) with low < high.*\(1, 0\)"),
+    "bounds equal": (lambda: ThreatModel(bounds=(1, 1)), "bounds must be"),
+    "bounds of three": (lambda: ThreatModel(bounds=(0, 1, 2)), "bounds must be"),
+    "bounds nan": (lambda: ThreatModel(bounds=(0, float("nan"))), "bounds must be"),
+    "bounds infinite": (lambda: ThreatModel(bounds=(0, float("inf"))), "bounds must be.*or None"),
+    "std zero": (lambda: ThreatModel(std=(0.5, 0.0)), "std must be positive"),
+    "std negative": (lambda: ThreatModel(std=-1.0), "std must be positive"),
+    "norm unknown": (lambda: ThreatModel(norm="Linf"), "no norm 'Linf'. Did you mean 'linf'"),
+    "norm l1": (lambda: ThreatModel(norm="l1"), "no norm 'l1'.*'l2'"),
+    "attack unknown": (lambda: get_attack("auto-attack", LINF), "no attack 'auto-attack'. Did you mean 'autoattack'"),
+    "torchattack unknown": (lambda: TorchAttack("APDG", LINF), "no torchattacks attack 'APDG'. Did you mean .*'APGD'"),
+    "torchattack option": (lambda: TorchAttack("PGD", LINF, stepz=3), "no option of PGD 'stepz'. Did you mean 'steps'"),
+    "torchattack eps": (lambda: TorchAttack("PGD", LINF, eps=0.3), "taken from the threat model"),
+    "torchattack norm": (lambda: TorchAttack("APGD", LINF, norm="L2"), "taken from the threat model"),
+    "torchattack model": (lambda: TorchAttack("PGD", LINF, model=None), "no option of PGD 'model'"),
+    "PGDL2 with linf": (lambda: TorchAttack("PGDL2", LINF), "PGDL2 cannot attack in norm 'linf'"),
+    "PGD with l2": (lambda: TorchAttack("PGD", L2), "PGD cannot attack in norm 'l2'"),
+    "MIFGSM with l2": (lambda: TorchAttack("MIFGSM", L2), "MIFGSM cannot attack in norm 'l2'"),
+    "no bounds": (lambda: TorchAttack("APGD", UNBOUNDED), "APGD needs a bounded input range.*\"pgd\""),
+    "AutoAttack without bounds": (lambda: AutoAttack(UNBOUNDED), "AutoAttack needs a bounded input range"),
+    "part without bounds": (lambda: get_attack("square", UNBOUNDED), "needs a bounded input range"),
+    "pgd wasserstein": (lambda: PGD(WASSERSTEIN), "'wasserstein' has no ball in pixel space"),
+    "fgsm wasserstein": (lambda: FGSM(WASSERSTEIN), "'wasserstein' has no ball in pixel space"),
+    "torchattacks wasserstein": (lambda: TorchAttack("APGD", WASSERSTEIN), "'wasserstein' has no ball"),
+    "autoattack wasserstein": (lambda: AutoAttack(WASSERSTEIN), "'wasserstein' has no ball"),
+    "steps 0": (lambda: PGD(LINF, steps=0), "steps must be at least 1, got 0"),
+    "restarts 0": (lambda: PGD(LINF, restarts=0), "restarts must be at least 1"),
+    "step size 0": (lambda: PGD(LINF, step_size=0.0), "step_size must be positive"),
+    "step size nan": (lambda: PGD(LINF, step_size=float("nan")), "step_size must be positive"),
+    "random start": (lambda: PGD(LINF, random_start="normal"), "random_start must be.*'normal'"),
+    "kl at the start": (lambda: PGD(LINF, loss="kl", random_start=False), 'loss="kl" has zero gradient'),
+    "fgsm kl": (lambda: FGSM(LINF, loss="kl"), 'loss="kl" has zero gradient.*noise'),
+    "loss unknown": (lambda: PGD(LINF, loss="cee"), "no attack loss 'cee'. Did you mean 'ce'"),
+    "fgsm loss unknown": (lambda: FGSM(LINF, loss="cw"), "no attack loss 'cw'"),
+    "noise negative": (lambda: FGSM(LINF, noise=-1.0), "noise must not be negative"),
+    "autoattack steps": (lambda: AutoAttack(LINF, steps=0), "steps must be at least 1"),
+    "autoattack queries": (lambda: AutoAttack(LINF, queries=0), "queries must be at least 1"),
+}
+
+
+@pytest.mark.parametrize(("build", "message"), CONFIGURATIONS.values(), ids=CONFIGURATIONS)
+def test_configuration(build, message):
+    with pytest.raises(ValueError, match=re.compile(message, re.DOTALL)):
+        build()
+
+
+every_attack = pytest.mark.parametrize("case", ATTACK_CASES.values(), ids=ATTACK_CASES)
+own_attacks = pytest.mark.parametrize("case", OWN_CASES.values(), ids=OWN_CASES)
+
+X, Y = batch(3, 4, 4)
+
+INPUTS = {
+    "integer images": (ThreatModel(), (255 * X).to(torch.uint8), TypeError, "torch.uint8.*x.float\\(\\) / 255"),
+    "long": (ThreatModel(), X.long(), TypeError, "floating-point inputs"),
+    "numpy": (ThreatModel(), X.numpy(), TypeError, "must be a tensor, got ndarray.*inputs="),
+    "dict": (ThreatModel(), {"x": X}, TypeError, "must be a tensor, got dict"),
+    "empty": (ThreatModel(), X[:0], ValueError, r"at least one sample, got shape \(0, 3, 4, 4\)"),
+    "scalar": (ThreatModel(), torch.tensor(0.5), ValueError, "at least one sample"),
+    "normalised": (ThreatModel(), (X - 0.5) / 0.2, ValueError, "lie outside.*mean and std are not set.*mean=..., std="),
+    "0 to 255": (ThreatModel(), 255 * X, ValueError, "lie outside.*they run from .* to 25.*bounds="),
+    "2% outside": (ThreatModel(), torch.where(torch.rand_like(X) < 0.1, 1.2, X), ValueError, "lie outside"),
+    "wrong statistics": (ThreatModel(mean=0.5, std=0.5), 10 * X, ValueError, r"do mean=\(0.5,\) and std=\(0.5,\) match"),
+    "mean of two": (ThreatModel(mean=(0.5, 0.5)), X, ValueError, r"mean has 2 values.*\(8, 3, 4, 4\).*does not"),
+    "std of four": (ThreatModel(std=(1, 1, 1, 1)), X, ValueError, "std has 4 values"),
+    "statistics without channels": (ThreatModel(mean=(0.1, 0.2)), X[:, 0, 0, 0], ValueError, "mean has 2 values"),
+    "one nan": (ThreatModel(), torch.where(X == X.max(), torch.nan, X), ValueError, "NaN or infinite"),
+    "one inf": (ThreatModel(), torch.where(X == X.max(), torch.inf, X), ValueError, "NaN or infinite"),
+}
+
+
+@every_attack
+@pytest.mark.parametrize(("threat", "inputs", "error", "message"), INPUTS.values(), ids=INPUTS)
+def test_inputs(case, threat, inputs, error, message):
+    with pytest.raises(error, match=re.compile(message, re.DOTALL)):
+        case(threat)(classifier(3, 4, 4), inputs, Y)
+
+
+@own_attacks
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_not_finite_without_bounds(case, bad):
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        case(UNBOUNDED)(classifier(3, 4, 4), torch.where(X == X.max(), bad, X), Y)
+
+
+LABELS = {
+    "none": (None, TypeError, "labels must be a tensor, got NoneType.*labels="),
+    "list": ([0] * 8, TypeError, "labels must be a tensor, got list"),
+    "too few": (Y[:5], ValueError, r"shape \(5,\); for outputs of shape \(8, 5\).*indices of shape \(8,\)"),
+    "column": (Y[:, None], ValueError, r"shape \(8, 1\)"),
+    "too large": (Y * 0 + 5, ValueError, "run from 5 to 5, but the model has 5 classes"),
+    "negative": (Y - Y - 1, ValueError, "run from -1 to -1.*0..4"),
+    "float indices": (Y.float(), ValueError, r"Soft labels must have the shape.*labels.long\(\)"),
+    "soft, wrong shape": (torch.ones(8, 4) / 4, ValueError, r"shape of the logits, \(8, 5\), got \(8, 4\)"),
+    "soft, not a distribution": (torch.ones(8, 5), ValueError, "sum to 1"),
+    "soft, negative": (torch.tensor([[2.0, -1, 0, 0, 0]] * 8), ValueError, "non-negative"),
+}
+LABELLED = {
+    name: case for name, case in ATTACK_CASES.items() if name not in ("pgd-kl", "pgd-callable")
+}  # the others take no labels, or whatever their loss takes
+
+
+@pytest.mark.parametrize("case", LABELLED.values(), ids=LABELLED)
+@pytest.mark.parametrize(("labels", "error", "message"), LABELS.values(), ids=LABELS)
+def test_labels(case, labels, error, message):
+    with pytest.raises(error, match=re.compile(message, re.DOTALL)):
+        case(LINF)(classifier(3, 4, 4), X, labels)
+
+
+MODEL = classifier(3, 4, 4)
+OUTPUTS = {
+    "tuple": (lambda x: (MODEL(x), x), TypeError, "not logits but a tuple.*forward.*model=.*loss="),
+    "none": (lambda x: None, TypeError, "not logits but a NoneType"),
+    "dict without logits": (lambda x: {"out": MODEL(x)}, TypeError, "not logits but a dict"),
+    "predictions": (lambda x: MODEL(x).argmax(1), TypeError, "not logits: torch.int64"),
+    "scalar": (lambda x: MODEL(x).sum(), TypeError, "not logits"),
+    "probabilities": (lambda x: MODEL(x).softmax(1), ValueError, "look like probabilities"),
+}
+
+
+NAMED_LOSS = {name: case for name, case in ATTACK_CASES.items() if name != "pgd-callable"}  # that one takes any outputs
+
+
+@pytest.mark.parametrize("case", NAMED_LOSS.values(), ids=NAMED_LOSS)
+@pytest.mark.parametrize(("model", "error", "message"), OUTPUTS.values(), ids=OUTPUTS)
+def test_outputs(case, model, error, message):
+    with pytest.raises(error, match=re.compile(message, re.DOTALL)):
+        case(LINF)(model, X, Y)
+
+
+def _no_grad(x):
+    with torch.no_grad():
+        return MODEL(x)
+
+
+NOT_DIFFERENTIABLE = {
+    "inputs detached": lambda x: MODEL(x.detach()),
+    "outputs detached": lambda x: MODEL(x).detach(),
+    "no_grad": _no_grad,
+    "rounded": lambda x: MODEL((x * 255).to(torch.uint8).float() / 255),
+}
+
+
+@pytest.mark.parametrize("model", NOT_DIFFERENTIABLE.values(), ids=NOT_DIFFERENTIABLE)
+@every_attack
+def test_not_differentiable(case, model):
+    """Gradient attacks say so; Square needs no gradient."""
+    if case(LINF).name == "square":
+        case(LINF)(model, X, Y)
+        return
+    with pytest.raises(ValueError, match="do not depend differentiably on its inputs.*detach"):
+        case(LINF)(model, X, Y)
+
+
+@pytest.mark.parametrize(
+    ("loss", "shape"),
+    [
+        (lambda z, y: z.mean(), r"\(\)"),
+        (lambda z, y: z[:3, 0], r"\(3,\)"),
+        (lambda z, y: z.sum(0), r"\(5,\)"),
+        (lambda z, y: 0.5, "float"),
+        (lambda z, y: None, "NoneType"),
+    ],
+)
+@pytest.mark.parametrize("attack", [FGSM, PGD])
+def test_callable_losses(attack, loss, shape):
+    with pytest.raises(ValueError, match=rf"one loss a sample, \(8,\) here, got {shape}"):
+        attack(LINF, loss=loss)(MODEL, X, Y)
+
+
+def test_callable_loss_without_gradient():
+    with pytest.raises(ValueError, match="do not depend differentiably"):
+        PGD(LINF, loss=lambda z, y: (z.argmax(1) != y).float())(MODEL, X, Y)
+
+
+TOO_FEW_CLASSES = {
+    "apgd-t": (get_attack("apgd-t", LINF), 3, "APGDT needs at least 4 classes, this model has 3.*autoattack"),
+    "AutoAttack preset": (TorchAttack("AutoAttack", LINF), 3, "AutoAttack needs at least 4 classes"),
+    "dlr": (TorchAttack("APGD", LINF, loss="dlr"), 2, "APGD needs at least 3 classes"),
+}
+
+
+@pytest.mark.parametrize(("attack", "classes", "message"), TOO_FEW_CLASSES.values(), ids=TOO_FEW_CLASSES)
+def test_too_few_classes(attack, classes, message):
+    with pytest.raises(ValueError, match=message):
+        attack(classifier(3, 4, 4, classes=classes), X, Y * 0)
+
+
+def test_segmentation_is_not_for_torchattacks():
+    model = torch.nn.Conv2d(3, 4, 1)
+    for name in ("apgd-ce", "autoattack"):
+        with pytest.raises(ValueError, match="one label a sample"):
+            get_attack(name, LINF)(model, X, torch.zeros(8, 4, 4, dtype=torch.long))
+
+
+def test_without_torchattacks(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "torchattacks", None)
+    for build in (lambda: TorchAttack("PGD", LINF), lambda: AutoAttack(LINF), lambda: get_attack("square", LINF)):
+        with pytest.raises(ImportError, match=r'pip install "lightning-wdefense\[torchattacks\]"'):
+            build()
+    assert isinstance(get_attack("pgd", LINF), Attack)

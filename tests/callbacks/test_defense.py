@@ -1,0 +1,529 @@
+"""WassersteinDefense through the Trainer: what it adds, and what it leaves alone."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from support.lightning_modules import DigitsClassifier, HeadlessDigitsClassifier, digits_loaders, quiet_trainer
+from torch import nn
+from torchmetrics import Accuracy
+
+from lightning_wdefense import Recipe, ThreatModel, WassersteinDefense
+from lightning_wdefense.attacks import FGSM, PGD
+from lightning_wdefense.callbacks.schedule import noise_generator
+from lightning_wdefense.defenses import RECIPES
+from lightning_wdefense.transport import sinkhorn_divergence
+
+THREAT = ThreatModel(eps=0.2)
+ACTIVE = [name for name in RECIPES if name != "standard"]
+
+
+def train(*callbacks, module=DigitsClassifier, loader=None, seed=0, **trainer):
+    """Train a module (made after seeding, where a class or function is given) for a few batches and return it."""
+    L.seed_everything(seed, verbose=False)
+    module = module if isinstance(module, nn.Module) else module()
+    loader = digits_loaders(shuffle=False)[0] if loader is None else loader
+    options = {"max_epochs": 1, "limit_train_batches": 4, "callbacks": list(callbacks), **trainer}
+    quiet_trainer(**options).fit(module, loader)
+    return getattr(module, "_orig_mod", module)
+
+
+def defend(recipe="pgd-at", **options):
+    return WassersteinDefense(recipe, **{"threat": THREAT, "warmup_epochs": 0, **options})
+
+
+def weights(module):
+    return torch.cat([value.detach().double().flatten() for value in module.state_dict().values()])
+
+
+def rows_of(logger):
+    """What a CSVLogger wrote, a dict a row, without the empty cells."""
+    with (Path(logger.log_dir) / "metrics.csv").open() as file:
+        rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+    return [row for row in rows if any(key.startswith("defense/") for key in row)]
+
+
+def assert_same_weights(one, other):
+    for (name, a), b in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+class TestLeavesAlone:
+    @pytest.mark.parametrize(
+        "defense",
+        [
+            defend("standard"),
+            defend("trades", weight=0.0),
+            WassersteinDefense(Recipe(PGD(THREAT), "clean", "sinkhorn", 0.0, features="penultimate")),
+        ],
+        ids=["standard", "trades-0", "sinkhorn-0"],
+    )
+    def test_recipes_that_add_nothing_train_bit_for_bit_the_same(self, defense):
+        plain = train(module=lambda: DigitsClassifier(batch_norm=True), max_epochs=2)
+        assert_same_weights(plain, train(defense, module=lambda: DigitsClassifier(batch_norm=True), max_epochs=2))
+
+    def test_global_random_state_is_the_users(self):
+        # A module that draws random numbers in its step draws the same ones, attack or not.
+        class Noisy(DigitsClassifier):
+            def training_step(self, batch, batch_idx):
+                drawn.append(torch.rand(()).item())
+                return super().training_step(batch, batch_idx)
+
+        drawn: list[float] = []
+        train(module=Noisy)
+        train(defend("pgd-at"), module=Noisy)
+        assert drawn[:4] == drawn[4:]
+
+    @pytest.mark.parametrize("recipe", ACTIVE)
+    def test_training_step_runs_once_a_batch_with_its_own_metrics(self, recipe):
+        class Counting(DigitsClassifier):
+            def __init__(self):
+                super().__init__()
+                self.accuracy = Accuracy("multiclass", num_classes=10)
+                self.calls_made = []
+
+            def training_step(self, batch, batch_idx):
+                x, y = batch
+                logits = self(x)
+                self.accuracy.update(logits, y)
+                self.calls_made.append((batch_idx, len(x)))
+                return {"loss": F.cross_entropy(logits, y), "extra": batch_idx}
+
+            def on_train_batch_end(self, outputs, batch, batch_idx):
+                assert outputs["extra"] == batch_idx
+
+        module = train(defend(recipe), module=Counting())
+        assert module.calls_made == [(index, 32) for index in range(4)]
+        assert module.accuracy._update_count == 4
+
+    def test_a_skipped_batch_stays_skipped(self):
+        class Skipping(DigitsClassifier):
+            def training_step(self, batch, batch_idx):
+                return None
+
+        before = weights(module := Skipping())
+        train(defend("trades"), module=module)
+        assert torch.equal(weights(module), before)
+
+    def test_the_users_batch_is_not_changed(self):
+        class Keeping(DigitsClassifier):
+            def on_train_batch_end(self, outputs, batch, batch_idx):
+                seen.append(batch[0].clone())
+
+        seen: list[torch.Tensor] = []
+        loader, _ = digits_loaders(shuffle=False)
+        train(defend("pgd-at"), module=Keeping(), loader=loader)
+        for (x, _), kept in zip(loader, seen, strict=False):
+            assert torch.equal(x, kept)
+
+    @pytest.mark.parametrize(("recipe", "passes"), [("pgd-at", 1), ("trades", 2), ("sat-features", 2)])
+    def test_batchnorm_sees_the_branches_and_not_the_attack(self, recipe, passes):
+        module = train(defend(recipe), module=DigitsClassifier(batch_norm=True), log_every_n_steps=1)
+        assert int(module.net.norm.num_batches_tracked) == 4 * passes
+
+    @pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt()])
+    def test_an_exception_leaves_the_module_unwrapped_and_its_modes(self, error):
+        class Failing(DigitsClassifier):
+            def training_step(self, batch, batch_idx):
+                if batch_idx == 2:
+                    raise error
+                return super().training_step(batch, batch_idx)
+
+        module = Failing(batch_norm=True)
+        module.net.norm.eval()
+        with pytest.raises((RuntimeError, SystemExit)):
+            train(defend("sat-features"), module=module)
+        assert "training_step" not in module.__dict__
+        assert not module._forward_hooks
+        assert not any(child._forward_hooks or child._forward_pre_hooks for child in module.modules())
+        assert not module.net.norm.training
+        assert module.net.head.training
+
+    def test_an_attack_that_fails_leaves_the_modes(self):
+        class FailingForward(DigitsClassifier):
+            def forward(self, x):
+                if not self.training:
+                    raise RuntimeError("in the attack")
+                return super().forward(x)
+
+        with pytest.raises(RuntimeError, match="in the attack"):
+            train(defend("pgd-at"), module=(module := FailingForward(batch_norm=True)))
+        assert all(child.training for child in module.modules())
+        assert "training_step" not in module.__dict__
+
+    def test_a_previous_instance_attribute_is_restored(self):
+        module = DigitsClassifier()
+        own = module.training_step
+        module.training_step = own
+        train(defend("pgd-at"), module=module)
+        assert module.__dict__["training_step"] is own
+
+    def test_callbacks_stack_and_go_in_any_order(self):
+        first, second = defend("pgd-at", name="first"), defend("trades", name="second")
+        module = train(first, second)
+        assert "training_step" not in module.__dict__
+        assert first.state_key != second.state_key
+
+
+class TestLoss:
+    """The same training written by hand, with the formulas from the papers."""
+
+    FORMULAS = {  # noqa: RUF012
+        "pgd-at": lambda z, za, h, ha, y: F.cross_entropy(za, y),
+        "trades": lambda z, za, h, ha, y: F.cross_entropy(z, y)
+        + 6 * F.kl_div(F.log_softmax(za, 1), F.softmax(z, 1), reduction="batchmean"),
+        "alp": lambda z, za, h, ha, y: F.cross_entropy(za, y) + 0.5 * (z - za).pow(2).sum(1).mean(),
+        "alp-features": lambda z, za, h, ha, y: F.cross_entropy(za, y) + 0.05 * (h - ha).pow(2).sum(1).mean(),
+        "sat": lambda z, za, h, ha, y: F.cross_entropy(za, y) + sinkhorn_divergence(z, za),
+        "sat-label": lambda z, za, h, ha, y: F.cross_entropy(za, y)
+        + sinkhorn_divergence(z, za, label_cost=100.0, x_labels=y, y_labels=y),
+        "sat-features": lambda z, za, h, ha, y: F.cross_entropy(za, y) + 0.1 * sinkhorn_divergence(h, ha),
+    }
+
+    @pytest.mark.parametrize("recipe", ACTIVE)
+    def test_equals_the_formula(self, recipe):
+        # In float64: the sign of TRADES' first gradients is rounding noise in float32.
+        defended = train(defend(recipe), precision="64-true")
+
+        class ByHand(DigitsClassifier):
+            def training_step(self, batch, batch_idx):
+                x, y = batch
+                attack = RECIPES[recipe](THREAT).attack
+                adversarial = attack(self, x, y, generator=noise_generator(self.trainer, 0, x.device))
+                features = [self.net[:-1](inputs) for inputs in (x, adversarial)]
+                logits = [self.net[-1](feature) for feature in features]
+                return TestLoss.FORMULAS[recipe](*logits, *features, y)
+
+        torch.testing.assert_close(weights(defended), weights(train(module=ByHand, precision="64-true")), rtol=1e-5, atol=1e-6)
+
+    def test_the_other_branch_has_a_task_loss(self):
+        recipe = Recipe(PGD(THREAT), other_weight=0.5, warmup_epochs=0)
+
+        class ByHand(DigitsClassifier):
+            def training_step(self, batch, batch_idx):
+                x, y = batch
+                adversarial = recipe.attack(self, x, y, generator=noise_generator(self.trainer, 0, x.device))
+                return F.cross_entropy(self(adversarial), y) + 0.5 * F.cross_entropy(self(x), y)
+
+        torch.testing.assert_close(weights(train(WassersteinDefense(recipe))), weights(train(module=ByHand)))
+
+    def test_eps_grows_over_the_warmup(self):
+        seen = []
+
+        class Recording(FGSM):
+            def perturb(self, problem):
+                seen.append(self.threat.eps)
+                return super().perturb(problem)
+
+        train(WassersteinDefense(Recipe(Recording(THREAT), warmup_epochs=1.5)), max_epochs=2)
+        assert seen == pytest.approx([0.2 * min(1, (step + 1) / 6) for step in range(8)])
+
+    def test_warmup_counts_optimizer_steps(self, tmp_path):
+        logger = CSVLogger(tmp_path)
+        train(defend(warmup_epochs=1), accumulate_grad_batches=2, logger=logger, log_every_n_steps=1, max_epochs=2)
+        assert [row["defense/eps"] for row in rows_of(logger)] == pytest.approx([0.1, 0.2, 0.2, 0.2])
+
+    def test_training_that_ends_in_the_warmup_is_told(self):
+        with pytest.warns(UserWarning, match="Training ended in the warm-up"):
+            train(defend(warmup_epochs=5))
+
+    def test_features_of_any_layer(self):
+        by_path, penultimate = defend("sat-features", features="net.hidden_act"), defend("sat-features")
+        assert_same_weights(train(by_path), train(penultimate))
+        other = train(defend("sat-features", features="net.conv"))
+        assert not torch.equal(weights(other), weights(train(penultimate)))
+
+    def test_a_named_submodule_is_attacked(self):
+        named = train(defend("sat-features", model="net"), module=HeadlessDigitsClassifier)
+        assert_same_weights(named, train(defend("sat-features")))
+
+    @pytest.mark.parametrize("format", ["tuple", "list", "dict", "namedtuple"])
+    def test_batches_of_every_format(self, format):
+        loader, _ = digits_loaders(format=format, shuffle=False)
+        options = {"inputs": "image", "labels": "label"} if format == "namedtuple" else {}
+        assert_same_weights(train(defend(**options), loader=loader), train(defend()))
+
+    def test_soft_labels(self):
+        class Soft(DigitsClassifier):
+            def on_after_batch_transfer(self, batch, dataloader_idx):
+                return batch[0], 0.9 * F.one_hot(batch[1], 10) + 0.01
+
+        assert torch.isfinite(weights(train(defend("trades"), module=Soft()))).all()
+        assert torch.isfinite(weights(train(defend("sat-label"), module=Soft()))).all()
+
+    def test_regression_with_a_loss_of_its_own(self):
+        class Regression(DigitsClassifier):
+            def training_step(self, batch, batch_idx):
+                return F.mse_loss(self(batch[0])[:, 0], batch[1].float())
+
+        attack = PGD(THREAT, loss=lambda outputs, labels: (outputs[:, 0] - labels).square())
+        recipe = Recipe(attack, discrepancy="sinkhorn", weight=0.1, features="penultimate", warmup_epochs=0)
+        assert torch.isfinite(weights(train(WassersteinDefense(recipe), module=Regression(), log_every_n_steps=1))).all()
+
+
+class TestLogging:
+    @pytest.mark.parametrize("recipe", ACTIVE)
+    def test_parts_and_measurements_reach_the_logger(self, recipe, tmp_path):
+        logger = CSVLogger(tmp_path)
+        train(defend(recipe), logger=logger, log_every_n_steps=2)
+        rows = rows_of(logger)
+        assert len(rows) == 2
+        for row in rows:
+            expected = row["defense/task_loss"]
+            if "defense/discrepancy" in row:
+                expected += RECIPES[recipe](THREAT).weight * row["defense/discrepancy"]
+            assert row["defense/loss"] == pytest.approx(expected, rel=1e-4)
+            assert row["defense/eps"] == pytest.approx(0.2)
+            for share in ("clean_acc", "adversarial_acc", "attack_success"):
+                assert 0 <= row[f"defense/{share}"] <= 1
+            assert row["defense/transport_cost"] >= -1e-4
+            assert "train/loss" in row  # the user's own
+
+    def test_names_tell_callbacks_apart(self, tmp_path):
+        logger = CSVLogger(tmp_path)
+        train(defend(name="mine"), logger=logger, log_every_n_steps=1)
+        assert "defense/mine/loss" in rows_of(logger)[-1]
+
+
+class TestResuming:
+    @pytest.mark.parametrize("recipe", ["pgd-at", "trades", "sat-features"])
+    def test_a_resumed_run_ends_with_the_same_weights(self, recipe, tmp_path):
+        def run(epochs, ckpt=None):
+            L.seed_everything(0 if ckpt is None else 99, verbose=False)
+            saver = ModelCheckpoint(tmp_path / str(epochs), save_top_k=-1, filename="{epoch}")
+            trainer = quiet_trainer(
+                max_epochs=epochs,
+                limit_train_batches=4,
+                enable_checkpointing=True,
+                callbacks=[WassersteinDefense(recipe, threat=THREAT), saver],
+            )
+            trainer.fit(module := DigitsClassifier(batch_norm=True), digits_loaders(shuffle=False)[0], ckpt_path=ckpt)
+            return module
+
+        whole = run(4)
+        run(2)
+        assert_same_weights(run(4, tmp_path / "2" / "epoch=1.ckpt"), whole)
+
+    def test_noise_differs_by_batch_epoch_rank_and_seed(self):
+        class At:
+            current_epoch, global_rank = 0, 0
+
+            class fit_loop:  # noqa: N801
+                batch_idx = 0
+
+        def draw(seed=0, epoch=0, batch=0, rank=0):
+            At.current_epoch, At.fit_loop.batch_idx, At.global_rank = epoch, batch, rank
+            return float(torch.rand((), generator=noise_generator(At, seed, torch.device("cpu"))))
+
+        draws = [draw(), draw(seed=1), draw(epoch=1), draw(batch=1), draw(rank=1), draw(seed=1, epoch=1)]
+        assert len(set(draws)) == len(draws)
+        assert draw() == draws[0]
+
+
+class TestPipelines:
+    @pytest.mark.parametrize("recipe", ACTIVE)
+    @pytest.mark.parametrize("options", [{"precision": "bf16-mixed"}, {"accumulate_grad_batches": 2}, {"precision": "64-true"}])
+    def test_precision_and_accumulation(self, recipe, options):
+        module = DigitsClassifier(batch_norm=True)
+        before = weights(module).clone()
+        module = train(defend(recipe), module=module, log_every_n_steps=1, **options)
+        assert torch.isfinite(weights(module)).all()
+        assert not torch.equal(weights(module), before)
+
+    def test_bf16_trains_the_same_model_to_rounding(self):
+        exact = weights(train(defend("sat-features"), limit_train_batches=1))
+        mixed = weights(train(defend("sat-features"), limit_train_batches=1, precision="bf16-mixed"))
+        L.seed_everything(0, verbose=False)
+        start = weights(DigitsClassifier())
+        assert torch.cosine_similarity(exact - start, mixed - start, dim=0) > 0.8
+
+    @pytest.mark.parametrize("how", ["module", "submodule", "in place"])
+    @pytest.mark.parametrize("recipe", ["pgd-at", "trades", "sat-features"])
+    def test_compiled_modules(self, recipe, how):
+        expected = train(defend(recipe), log_every_n_steps=2)
+        L.seed_everything(0, verbose=False)
+        module = DigitsClassifier()
+        if how == "module":
+            module = torch.compile(module, backend="aot_eager")
+        elif how == "submodule":
+            module.net = torch.compile(module.net, backend="aot_eager")
+        else:
+            module.compile(backend="aot_eager")
+        compiled = train(defend(recipe), module=module, log_every_n_steps=2)
+        torch.testing.assert_close(weights(compiled), weights(expected), rtol=1e-4, atol=1e-5)
+
+    def test_tuners_and_averaging(self, tmp_path):
+        from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+
+        class Tunable(DigitsClassifier):
+            batch_size = 8
+
+            def train_dataloader(self):
+                return digits_loaders(self.batch_size)[0]
+
+            def val_dataloader(self):
+                return digits_loaders(self.batch_size)[1]
+
+        callbacks = [
+            BatchSizeFinder(max_trials=2, steps_per_trial=1, init_val=8),
+            LearningRateFinder(num_training_steps=3, early_stop_threshold=None),
+        ]
+        options = {"enable_checkpointing": True, "default_root_dir": tmp_path, "limit_train_batches": 4, "max_epochs": 1}
+        trainer = quiet_trainer(callbacks=[defend("sat-features"), *callbacks], **options)
+        trainer.fit(module := Tunable())
+        assert "training_step" not in module.__dict__
+
+    def test_weight_averaging(self):
+        callbacks = pytest.importorskip("lightning.pytorch.callbacks")
+        if not hasattr(callbacks, "EMAWeightAveraging"):
+            pytest.skip("this Lightning has no EMAWeightAveraging")
+        module = train(defend("sat-features"), callbacks.EMAWeightAveraging())
+        assert torch.isfinite(weights(module)).all()
+        assert not module._forward_hooks
+
+    def test_fit_twice_and_validate_between(self):
+        defense = defend("sat-features")
+        module = DigitsClassifier()
+        train(defense, module=module)
+        quiet_trainer(callbacks=[defense]).validate(module, digits_loaders()[1], verbose=False)
+        train(defense, module=module)
+        assert "training_step" not in module.__dict__
+
+
+class NaN(DigitsClassifier):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * float("nan")
+
+
+class Manual(DigitsClassifier):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+
+class Twice(DigitsClassifier):
+    def training_step(self, batch, batch_idx):
+        self(batch[0])
+        return super().training_step(batch, batch_idx)
+
+
+class Convolutional(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(1, 10, 8), nn.Flatten())
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    configure_optimizers = DigitsClassifier.configure_optimizers
+    learning_rate = 1e-3
+
+
+def module_with(**steps):
+    return type("Module", (DigitsClassifier,), steps)()
+
+
+def batches(change):
+    return lambda: module_with(on_after_batch_transfer=lambda self, batch, dataloader_idx: change(*batch))
+
+
+ERRORS = {
+    "normalised inputs": (defend, batches(lambda x, y: ((x - 0.3) / 0.3, y)), ValueError, "mean and std are not set"),
+    "wrong mean": (lambda: defend(threat=ThreatModel(mean=(0.1, 0.2, 0.3))), DigitsClassifier, ValueError, "mean has 3"),
+    "integer images": (defend, batches(lambda x, y: ((x * 255).byte(), y)), TypeError, r"x\.float\(\) / 255"),
+    "labels out of range": (defend, batches(lambda x, y: (x, y + 5)), ValueError, "labels must lie in 0..9"),
+    "labels of wrong shape": (defend, batches(lambda x, y: (x, y[:-1])), ValueError, r"labels have shape \(31,\)"),
+    "no inputs": (defend, batches(lambda x, y: {"foo": x, "label": y}), ValueError, "'foo'.*inputs="),
+    "no labels": (defend, batches(lambda x, y: {"image": x, "bar": y}), ValueError, "'bar'.*labels="),
+    "only inputs": (defend, batches(lambda x, y: x), ValueError, "one tensor.*inputs="),
+    "unnamed submodule": (lambda: defend("trades"), lambda: DigitsClassifier(calls="net"), RuntimeError, "model=.*'net'"),
+    "captured twice": (lambda: defend("trades"), Twice, RuntimeError, "ran 2 times.*model="),
+    "no forward": (defend, HeadlessDigitsClassifier, ValueError, "model=.*'net'"),
+    "unknown model": (lambda: defend(model="nett"), DigitsClassifier, ValueError, "'net'"),
+    "unknown features": (lambda: defend("sat", features="net.hiden"), DigitsClassifier, ValueError, "net.hidden"),
+    "no linear layer": (lambda: defend("sat-features"), Convolutional, ValueError, "'net.0'"),
+    "probabilities": (defend, lambda: module_with(forward=lambda s, x: s.net(x).softmax(1)), ValueError, "probabilities"),
+    "tuple outputs": (defend, lambda: module_with(forward=lambda s, x: (s.net(x), x)), TypeError, "not logits"),
+    "manual optimisation": (defend, Manual, Exception, "WassersteinDefenseMixin"),
+    "NaN task loss": (defend, NaN, FloatingPointError, "task_loss = nan"),
+    "NaN discrepancy": (
+        lambda: WassersteinDefense(
+            Recipe(PGD(THREAT), discrepancy=lambda a, b, labels: (a - b).sum() * math.nan, weight=1.0, name="mine")
+        ),
+        DigitsClassifier,
+        FloatingPointError,
+        "'mine'.*discrepancy = nan",
+    ),
+}
+
+
+@pytest.mark.parametrize(("defense", "module", "error", "match"), ERRORS.values(), ids=ERRORS)
+def test_errors_in_training_say_what_to_do(defense, module, error, match):
+    module = module()
+    with pytest.raises(error, match=f"(?s){match}"):
+        train(defense(), module=module)
+    assert "training_step" not in module.__dict__
+
+
+CONSTRUCTOR_ERRORS = {
+    "unknown recipe": (lambda: WassersteinDefense("trade", threat=THREAT), "'trades'"),
+    "no threat": (lambda: WassersteinDefense("trades"), "threat= is needed"),
+    "another threat": (lambda: WassersteinDefense(Recipe.named("sat", THREAT), threat=ThreatModel(eps=0.1)), "differs"),
+    "negative weight": (lambda: defend("sat", weight=-1), "weight"),
+    "weight without discrepancy": (lambda: defend("pgd-at", weight=1.0), "needs a discrepancy"),
+    "unknown discrepancy": (lambda: Recipe(PGD(THREAT), discrepancy="sinkhron", weight=1), "'sinkhorn'"),
+    "no attack": (lambda: Recipe(None), "Without an attack"),
+    "unknown branch": (lambda: Recipe(PGD(THREAT), sees="dirty"), "dirty"),
+}
+
+
+@pytest.mark.parametrize(("make", "match"), CONSTRUCTOR_ERRORS.values(), ids=CONSTRUCTOR_ERRORS)
+def test_errors_at_construction(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()
+
+
+def test_an_equal_threat_beside_a_recipe_is_fine():
+    assert WassersteinDefense(Recipe.named("sat", THREAT), threat=ThreatModel(eps=0.2)).recipe.name == "sat"
+
+
+@pytest.mark.parametrize("strategy", ["FSDPStrategy", "DeepSpeedStrategy"])
+def test_sharded_strategies_are_refused(strategy):
+    from lightning.pytorch.strategies import SingleDeviceStrategy
+
+    sharded = type(strategy, (SingleDeviceStrategy,), {})(device="cpu")
+    with pytest.raises(Exception, match=f"{strategy}.*ddp"):
+        train(defend(), strategy=sharded, accelerator="auto", devices="auto")
+
+
+def test_a_few_strays_warn_and_train():
+    def stray(x, y):
+        x = x.clone()
+        x[0, 0, 0, 0] = 1.2
+        return x, y
+
+    with pytest.warns(UserWarning, match="widened"):
+        train(defend(), module=batches(stray)())
+
+
+def test_endless_dataloaders_need_a_limit():
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            while True:
+                yield torch.rand(1, 8, 8), 0
+
+    loader = torch.utils.data.DataLoader(Endless(), batch_size=4)
+    with pytest.raises(Exception, match="limit_train_batches"):
+        train(defend(warmup_epochs=1), loader=loader, limit_train_batches=1.0, max_steps=3)
+    train(defend(warmup_epochs=0), loader=loader, limit_train_batches=1.0, max_steps=3)

@@ -1,0 +1,184 @@
+"""RobustnessMonitor in the trainers that users have: precisions, compiled modules, several processes, other namespaces."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from support.lightning_modules import DigitsClassifier, digits_loaders, quiet_trainer, trained_classifier
+
+from lightning_wdefense import RobustnessMonitor, ThreatModel, WassersteinDefense
+from lightning_wdefense.attacks import PGD
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+THREAT = ThreatModel(eps=0.1)
+SIGN_PGD = PGD(THREAT, steps=5, random_start=False)
+
+
+def watch(**options) -> RobustnessMonitor:
+    return RobustnessMonitor(THREAT, ["fgsm", SIGN_PGD], epsilons=[0.05, 0.2], **options)
+
+
+@pytest.fixture(scope="module")
+def plain() -> dict[str, float]:
+    return quiet_trainer(callbacks=[watch()]).validate(trained_classifier(), digits_loaders()[1], verbose=False)[0]
+
+
+@pytest.mark.parametrize(
+    ("precision", "tolerance"), [("bf16-mixed", 0.04), ("bf16-true", 0.08), ("16-true", 0.04), ("64-true", 0.01)]
+)
+def test_precision(plain, precision, tolerance):
+    for stage in ("validate", "test"):
+        trainer = quiet_trainer(callbacks=[watch()], precision=precision)
+        values = getattr(trainer, stage)(trained_classifier(), digits_loaders()[1], verbose=False)[0]
+        for key, value in plain.items():
+            if "acc" in key or "auac" in key:
+                assert values[key.replace("val", stage[:3].replace("tes", "test"))] == pytest.approx(value, abs=tolerance)
+
+
+def test_bf16_training_is_measured_and_not_disturbed():
+    def train(callbacks):
+        torch.manual_seed(0)
+        module = DigitsClassifier(batch_norm=True)
+        trainer = quiet_trainer(callbacks=callbacks, precision="bf16-mixed", max_epochs=2, limit_train_batches=5)
+        trainer.fit(module, *digits_loaders(val_size=64))
+        return trainer, module.state_dict()
+
+    _, without = train([])
+    trainer, watched = train([watch()])
+    assert all(torch.equal(value, watched[key]) for key, value in without.items())
+    assert 0 <= trainer.callback_metrics["val/robust_acc"] <= trainer.callback_metrics["val/clean_acc"]
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate"])
+def test_compiled_module(plain, stage):
+    torch._dynamo.reset()
+    module = trained_classifier()
+    module.learning_rate = 0.0
+    trainer = quiet_trainer(callbacks=[watch()], limit_train_batches=1)
+    loaders = digits_loaders() if stage == "fit" else digits_loaders()[1:]
+    with torch._dynamo.config.patch(cache_size_limit=64):
+        getattr(trainer, stage)(torch.compile(module, backend="eager"), *loaders)
+    for key, value in plain.items():
+        assert trainer.callback_metrics[key].item() == pytest.approx(value, rel=1e-4)
+
+
+def test_compiled_code_is_not_compiled_again_for_every_batch():
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    # One attack on all samples, so that every batch has one size.
+    monitor = RobustnessMonitor(THREAT, [SIGN_PGD], independent=True)
+    counts = []
+    for batches in (1, 4):
+        torch._dynamo.reset()
+        compiled.clear()
+        trainer = quiet_trainer(callbacks=[monitor], limit_val_batches=batches)
+        trainer.validate(torch.compile(trained_classifier(), backend=backend), digits_loaders()[1], verbose=False)
+        counts.append(len(compiled))
+    assert counts[1] <= counts[0] + 3  # dynamic shapes may cost a few more, but not a few a batch
+
+
+def test_two_processes_give_the_values_of_one(plain):
+    trainer = quiet_trainer(callbacks=[watch()], strategy="ddp_spawn", devices=2)
+    trainer.validate(trained_classifier(), digits_loaders()[1], verbose=False)
+    values = trainer.callback_metrics
+    for key, value in plain.items():
+        if key not in ("val/loss", "val/transport_shift"):
+            assert values[key].item() == pytest.approx(value, abs=1e-6), key
+    assert values["val/transport_shift"].item() == pytest.approx(plain["val/transport_shift"], rel=0.01)
+
+
+def test_pytorch_lightning_trainer(plain):
+    lightning_before = pytest.importorskip("pytorch_lightning")
+
+    class OldStyle(lightning_before.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = trained_classifier().net
+
+        def forward(self, x):
+            return self.net(x)
+
+        def training_step(self, batch, batch_idx):
+            return torch.nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+        def validation_step(self, batch, batch_idx):
+            pass
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.0)
+
+    trainer = lightning_before.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=1,
+        callbacks=[watch(), WassersteinDefense("pgd-at", threat=THREAT)],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_train_batches=2,
+        log_every_n_steps=1,
+    )
+    trainer.fit(OldStyle(), *digits_loaders())
+    assert trainer.callback_metrics["val/robust_acc"].item() == pytest.approx(plain["val/robust_acc"])
+    assert "defense/eps" in trainer.callback_metrics
+
+
+def run_python(code: str) -> str:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_without_the_extras():
+    output = run_python(
+        """
+        import sys
+        import lightning, torchmetrics  # which look for what is installed, not for what can be imported
+        for loaded in [name for name in sys.modules if name.startswith("matplotlib.")]:
+            del sys.modules[loaded]
+        for missing in ("wandb", "matplotlib", "torchattacks", "tensorboard", "jsonargparse", "rich"):
+            sys.modules[missing] = None
+        from support.lightning_modules import DigitsClassifier, digits_loaders, quiet_trainer
+        from lightning_wdefense import AdversarialExampleLogger, RobustnessMonitor, ThreatModel, WassersteinDefense
+        threat = ThreatModel(eps=0.1)
+        monitor = RobustnessMonitor(threat, ["pgd"], epsilons=[0.1])
+        callbacks = [monitor, AdversarialExampleLogger(threat), WassersteinDefense(threat=threat)]
+        trainer = quiet_trainer(callbacks=callbacks, limit_train_batches=2, log_every_n_steps=1)
+        trainer.fit(DigitsClassifier(), *digits_loaders(val_size=32))
+        print(sorted(trainer.callback_metrics))
+        try:
+            RobustnessMonitor(threat, ["autoattack"])
+        except ImportError as error:
+            print(error)
+        """
+    )
+    assert "val/auac" in output
+    assert "pip install" in output
+    assert "lightning-wdefense[torchattacks]" in output
+
+
+def test_the_package_alone_loads_no_extra():
+    output = run_python(
+        """
+        import sys
+        import lightning_wdefense
+        print([name for name in ("wandb", "matplotlib", "torchattacks", "tensorboard", "geomloss") if name in sys.modules])
+        """
+    )
+    assert output.strip() in ("[]", "['matplotlib']")  # torchmetrics imports matplotlib where it is installed
