@@ -1,0 +1,178 @@
+"""What the callback adds to a training step: recipe ``pgd-at`` against a hand-written loop of the same passes.
+
+    python benchmarks/step_overhead.py --output benchmarks/results
+
+Both sides train the same module in the same kind of Trainer, in alternating blocks of one run. The hand-written module does what
+a careful user would write: K forward and backward passes for the attack in eval mode, one more for the step. A ratio of medians is
+free of single slow steps; the ratio of means also holds what the callback measures every ``log_every_n_steps``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+import warnings
+from pathlib import Path
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_wdefense import Recipe, ThreatModel, WassersteinDefense
+from lightning_wdefense.attacks import PGD
+
+warnings.filterwarnings("ignore")
+EPS = 8 / 255
+
+
+class Plain(L.LightningModule):
+    def __init__(self, width):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(),
+            nn.Conv2d(width, 2 * width, 3, stride=2, padding=1), nn.BatchNorm2d(2 * width), nn.ReLU(),
+            nn.Conv2d(2 * width, 4 * width, 3, stride=2, padding=1), nn.BatchNorm2d(4 * width), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, 10),
+        )  # fmt: skip
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self(x), y)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
+
+
+class HandWritten(Plain):
+    """Madry's adversarial training, written into the step."""
+
+    def __init__(self, width, steps):
+        super().__init__(width)
+        self.steps = steps
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        self.eval()
+        step = 2.5 * EPS / self.steps
+        adversarial = (x + torch.empty_like(x).uniform_(-EPS, EPS)).clamp(0, 1)
+        for _ in range(self.steps):
+            adversarial.requires_grad_()
+            loss = F.cross_entropy(self(adversarial), y, reduction="sum")
+            (gradient,) = torch.autograd.grad(loss, adversarial)
+            with torch.no_grad():
+                adversarial = x + (adversarial + step * gradient.sign() - x).clamp(-EPS, EPS)
+                adversarial = adversarial.clamp(0, 1)
+        self.train()
+        return F.cross_entropy(self(adversarial), y)
+
+
+class StepTimer(L.Callback):
+    def __init__(self):
+        self.seconds = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self._synchronize(pl_module)
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self._synchronize(pl_module)
+        self.seconds.append(time.perf_counter() - self._start)
+
+    @staticmethod
+    def _synchronize(module):
+        if module.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def block(module, callbacks, loader, folder):
+    """Seconds of each step, without the first two, which warm up."""
+    timer = StepTimer()
+    trainer = L.Trainer(
+        max_epochs=1, callbacks=[*callbacks, timer], logger=CSVLogger(folder), devices=1,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, loader)
+    return timer.seconds[2:]
+
+
+def passes(module, batch, repeats=10):
+    """Median seconds of one forward and backward pass."""
+    x, y = (part.to(module.device) for part in batch)
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        F.cross_entropy(module(x.requires_grad_()), y).backward()
+        StepTimer._synchronize(module)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def interval(ours, theirs, draws=2000):
+    """95% bootstrap interval of the ratio of medians."""
+    generator = torch.Generator().manual_seed(0)
+    sides = [torch.tensor(side)[torch.randint(len(side), (draws, len(side)), generator=generator)] for side in (ours, theirs)]
+    ratios = sides[0].median(1).values / sides[1].median(1).values
+    return [round(float(q), 4) for q in torch.quantile(ratios, torch.tensor([0.025, 0.975]))]
+
+
+def hardware():
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    model = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    return f"{model[0] if model else platform.processor()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=10, help="K, the attack's gradient steps")
+    parser.add_argument("--width", type=int, default=24, help="channels of the first layer")
+    parser.add_argument("--blocks", type=int, default=6, help="blocks of each side, alternating")
+    parser.add_argument("--batches", type=int, default=17, help="steps in a block")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    options = parser.parse_args()
+    options.output.mkdir(parents=True, exist_ok=True)
+    threat = ThreatModel(eps=EPS)
+    size = 64 * options.batches
+    loader = DataLoader(TensorDataset(torch.rand(size, 3, 32, 32), torch.randint(10, (size,))), batch_size=64)
+    recipe = Recipe(PGD(threat, steps=options.steps), warmup_epochs=0, name="pgd-at")
+    torch.manual_seed(0)
+    times = {"callback": [], "hand-written": []}
+    folder = options.output / "logs"
+    for _ in range(options.blocks):
+        times["hand-written"] += block(HandWritten(options.width, options.steps), [], loader, folder)
+        times["callback"] += block(Plain(options.width), [WassersteinDefense(recipe)], loader, folder)
+    module = Plain(options.width).to("cuda" if torch.cuda.is_available() else "cpu")
+    ours, theirs = times["callback"], times["hand-written"]
+    result = {
+        "hardware": hardware(),
+        "torch": torch.__version__,
+        "lightning": L.__version__,
+        "attack_steps": options.steps,
+        "pass_ms": round(1e3 * passes(module, next(iter(loader))), 2),
+        "callback_ms": round(1e3 * statistics.median(ours), 2),
+        "hand_written_ms": round(1e3 * statistics.median(theirs), 2),
+        "ratio_of_medians": round(statistics.median(ours) / statistics.median(theirs), 4),
+        "interval_95": interval(ours, theirs),
+        "ratio_of_means": round(statistics.mean(ours) / statistics.mean(theirs), 4),
+        "timed_steps_each": len(ours),
+    }
+    name = "step_overhead_" + ("cuda" if torch.cuda.is_available() else "cpu")
+    (options.output / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    rows = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in result.items())
+    text = f"# A `pgd-at` step with the callback against a hand-written loop\n\n`python benchmarks/step_overhead.py`\n\n| | |\n|---|---|\n{rows}\n"
+    (options.output / f"{name}.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
