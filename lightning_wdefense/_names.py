@@ -15,6 +15,7 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
         known: the names that exist.
     """
     known = list(known)
-    near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.4)
+    lowered = {each.lower(): each for each in known}
+    near = [lowered[match] for match in difflib.get_close_matches(str(name).lower(), lowered, n=3, cutoff=0.4)]
     meant = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
     return f"There is no {kind} {name!r}.{meant} Known: {', '.join(map(repr, known))}."

@@ -9,4 +9,15 @@ from lightning_wdefense.attacks.threat import ThreatModel
 from lightning_wdefense.attacks.torchattack import TorchAttack
 from lightning_wdefense.attacks.worst_case import WorstCase, worst_case
 
-__all__ = ["ATTACKS", "FGSM", "PGD", "Attack", "AutoAttack", "ThreatModel", "TorchAttack", "WorstCase", "get_attack", "worst_case"]
+__all__ = [
+    "ATTACKS",
+    "FGSM",
+    "PGD",
+    "Attack",
+    "AutoAttack",
+    "ThreatModel",
+    "TorchAttack",
+    "WorstCase",
+    "get_attack",
+    "worst_case",
+]

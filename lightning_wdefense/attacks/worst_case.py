@@ -70,13 +70,14 @@ def worst_case(
         on_attack: called after each attack with its name and the samples that are left, ``(N,)``.
 
     Raises:
-        TypeError: if the outputs are not logits.
+        TypeError: if the inputs are not floating point, or the outputs are not logits.
         ValueError: if inputs or labels do not fit, or an attack finds the outputs unfit.
     """
     with isolated(model, inputs.device):
         inputs = inputs.detach().clone()
+        _check_inputs(inputs, attacks)
         labels = labels.detach().clone() if isinstance(labels, Tensor) else labels
-        outputs = model(inputs)
+        outputs = model(inputs.clone())  # the model may work in place
         check_logits(logits_of(outputs))
         target = hard_labels(class_labels(labels, outputs, check_values=True))
         clean = predictions(outputs)
@@ -92,7 +93,7 @@ def worst_case(
             if len(chosen):
                 noise = generator() if generator is not None else None
                 found = attack(model, inputs[chosen], labels[chosen], generator=noise)
-                predicted[chosen] = predictions(model(found))
+                predicted[chosen] = predictions(model(found.clone()))
                 fresh = ~broken[chosen]
                 worst[chosen[fresh]] = found[fresh]
             wrong = predicted != target
@@ -101,3 +102,12 @@ def worst_case(
             if on_attack is not None:
                 on_attack(name, open_ & ~broken)
     return WorstCase(target, clean, adversarial, worst, attacked)
+
+
+def _check_inputs(inputs: Tensor, attacks: Mapping[str, Attack]) -> None:
+    # The attacks check what they are given, which may be a part or nothing, and only once the model has run.
+    for threat in {attack.threat for attack in attacks.values()}:
+        if not inputs.is_floating_point():
+            threat.box(inputs)
+        data = threat.to_data(inputs.to(torch.promote_types(inputs.dtype, torch.float32)))
+        threat.box(data, precision=inputs.dtype)

@@ -42,7 +42,7 @@ class AccuracyCurve(NamedTuple):
         name = area if label is None else f"{label} ({area})"
         ax.plot(self.epsilons.cpu().numpy(), self.accuracies.cpu().numpy(), marker="o", label=name)
         ax.set(xlabel="eps", ylabel="Robust accuracy", ylim=(-0.02, 1.02))
-        ax.grid(True)
+        ax.grid(True, alpha=0.3)
         ax.legend()
         return figure, ax
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from sklearn.metrics import accuracy_score
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 
 from lightning_wdefense import RobustnessMonitor, ThreatModel
 from lightning_wdefense.attacks import FGSM, PGD
+from lightning_wdefense.callbacks.schedule import evaluation_generator
 from lightning_wdefense.transport import sinkhorn_divergence
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -147,6 +150,17 @@ def test_noise_is_the_same_each_time_and_another_seed_is_another():
     torch.manual_seed(2)
     assert weak(0) == first
     assert weak(1) != first
+
+
+def test_noise_differs_between_batches_dataloaders_and_ranks_but_not_between_epochs():
+    def draw(rank=0, epoch=0, seed=0, batch_idx=0, dataloader_idx=0) -> float:
+        trainer = SimpleNamespace(global_rank=rank, current_epoch=epoch, global_step=epoch)
+        generator = evaluation_generator(trainer, seed, batch_idx, dataloader_idx, torch.device("cpu"))
+        return torch.rand(1, generator=generator).item()
+
+    others = [draw(rank=1), draw(seed=1), draw(batch_idx=1), draw(dataloader_idx=1), draw()]
+    assert len(set(others)) == len(others)
+    assert draw(epoch=3) == draw()
 
 
 def test_several_dataloaders():

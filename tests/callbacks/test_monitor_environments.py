@@ -34,12 +34,28 @@ def plain() -> dict[str, float]:
     ("precision", "tolerance"), [("bf16-mixed", 0.04), ("bf16-true", 0.08), ("16-true", 0.04), ("64-true", 0.01)]
 )
 def test_precision(plain, precision, tolerance):
-    for stage in ("validate", "test"):
+    for stage, prefix in (("validate", "val"), ("test", "test")):
         trainer = quiet_trainer(callbacks=[watch()], precision=precision)
         values = getattr(trainer, stage)(trained_classifier(), digits_loaders()[1], verbose=False)[0]
         for key, value in plain.items():
             if "acc" in key or "auac" in key:
-                assert values[key.replace("val", stage[:3].replace("tes", "test"))] == pytest.approx(value, abs=tolerance)
+                assert values[key.replace("val", prefix)] == pytest.approx(value, abs=tolerance)
+
+
+def test_attacks_run_the_model_in_the_trainers_precision():
+    class Recording(DigitsClassifier):
+        def forward(self, x):
+            outputs = super().forward(x)
+            self.dtypes.add(outputs.dtype)
+            return outputs
+
+        dtypes: set = set()  # noqa: RUF012
+
+        def validation_step(self, batch, batch_idx):
+            pass
+
+    quiet_trainer(callbacks=[watch()], precision="bf16-mixed").validate(Recording(), digits_loaders()[1], verbose=False)
+    assert Recording.dtypes == {torch.bfloat16}
 
 
 def test_bf16_training_is_measured_and_not_disturbed():

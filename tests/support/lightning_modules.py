@@ -35,7 +35,9 @@ class DigitsClassifier(L.LightningModule):
         learning_rate: of Adam.
     """
 
-    def __init__(self, batch_norm: bool = False, calls: Literal["self", "net"] = "self", learning_rate: float = 3e-3) -> None:
+    def __init__(
+        self, batch_norm: bool = False, calls: Literal["self", "net"] = "self", learning_rate: float = 3e-3
+    ) -> None:
         super().__init__()
         self.calls, self.learning_rate = calls, learning_rate
         self.net = nn.Sequential()
@@ -136,7 +138,12 @@ def unpack(batch: Any) -> tuple[Tensor, Tensor]:
 
 def quiet_trainer(**kwargs: Any) -> L.Trainer:
     """A trainer on one CPU that logs, saves and prints nothing unless told to."""
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     return L.Trainer(**{"accelerator": "cpu", "devices": 1, "max_epochs": 1, **quiet, **kwargs})
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,15 @@ def wandb_history(save_dir: Path) -> dict[str, Any]:
 
     (run,) = (save_dir / "wandb").glob("offline-run-*")
     (file,) = run.glob("*.wandb")
+    deadline = time.monotonic() + 30
+    while True:  # wandb.finish() may return before its service has written the file to the end
+        records = [Record.FromString(data) for data in _leveldb_records(file.read_bytes())]
+        if records and records[-1].WhichOneof("record_type") == "exit":
+            break
+        assert time.monotonic() < deadline, f"{file} was never finished"
+        time.sleep(0.05)
     history: dict[str, Any] = {}
-    for data in _leveldb_records(file.read_bytes()):
-        record = Record()
-        record.ParseFromString(data)
+    for record in records:
         if record.WhichOneof("record_type") != "history":
             continue
         nested: dict[str, Any] = {}
@@ -57,6 +63,15 @@ def tensorboard_history(log_dir: Path) -> dict[str, Any]:
     for tag in tags["tensors"]:
         found[tag.removesuffix("/text_summary")] = events.Tensors(tag)[-1].tensor_proto.string_val[0].decode()
     return found
+
+
+def tensorboard_picture_steps(log_dir: Path, tag: str) -> list[int]:
+    """The steps at which pictures were logged under this tag."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(log_dir), size_guidance={"images": 0})
+    events.Reload()
+    return [event.step for event in events.Images(tag)]
 
 
 def _leveldb_records(data: bytes) -> Iterator[bytes]:
