@@ -120,7 +120,9 @@ def passes(module, batch, repeats=10):
 def interval(ours, theirs, draws=2000):
     """95% bootstrap interval of the ratio of medians."""
     generator = torch.Generator().manual_seed(0)
-    sides = [torch.tensor(side)[torch.randint(len(side), (draws, len(side)), generator=generator)] for side in (ours, theirs)]
+    sides = [
+        torch.tensor(side)[torch.randint(len(side), (draws, len(side)), generator=generator)] for side in (ours, theirs)
+    ]
     ratios = sides[0].median(1).values / sides[1].median(1).values
     return [round(float(q), 4) for q in torch.quantile(ratios, torch.tensor([0.025, 0.975]))]
 
@@ -128,7 +130,9 @@ def interval(ours, theirs, draws=2000):
 def hardware():
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    model = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    model = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
     return f"{model[0] if model else platform.processor()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
 
 

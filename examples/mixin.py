@@ -1,6 +1,6 @@
 """The defence inside a module of your own, under manual optimisation: ``self.defend`` makes the call.
 
-    python examples/mixin.py
+python examples/mixin.py
 """
 
 from __future__ import annotations

@@ -101,7 +101,9 @@ def table(results):
     for column in ("", "clean", "PGD", "AutoAttack", "AUAC", "training time"):
         view.add_column(column, justify="left" if not column else "right")
     for name, (_, seconds, numbers, _) in results.items():
-        shares = [numbers[f"test/{key}"] for key in ("clean_acc", "robust_acc_pgd", "robust_acc_autoattack", "curve/auac")]
+        shares = [
+            numbers[f"test/{key}"] for key in ("clean_acc", "robust_acc_pgd", "robust_acc_autoattack", "curve/auac")
+        ]
         view.add_row(name, *[f"{share:.1%}" for share in shares], f"{seconds:.0f} s")
     Console().print(view)
 

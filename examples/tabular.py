@@ -1,6 +1,6 @@
 """Not for images alone: breast cancer, thirty measurements a patient, standardised, without bounds, two classes.
 
-    python examples/tabular.py
+python examples/tabular.py
 """
 
 from __future__ import annotations

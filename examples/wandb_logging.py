@@ -1,7 +1,7 @@
 """Everything that arrives at Weights & Biases: metrics, a robustness curve, and pictures of adversarial examples.
 
-    python examples/wandb_logging.py            # offline: `wandb sync` uploads the run later
-    python examples/wandb_logging.py --online   # after `wandb login`
+python examples/wandb_logging.py            # offline: `wandb sync` uploads the run later
+python examples/wandb_logging.py --online   # after `wandb login`
 """
 
 from __future__ import annotations

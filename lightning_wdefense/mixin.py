@@ -118,5 +118,3 @@ class WassersteinDefenseMixin:
             adversarial,
             {**logs, "eps": radius * recipe.eps},
         )
-
-

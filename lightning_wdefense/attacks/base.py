@@ -58,7 +58,13 @@ class Attack(ABC):
         return replace(self, threat=self.threat.with_eps(eps))  # type: ignore[type-var]
 
     def __call__(
-        self, model: Model, inputs: Tensor, labels: Any = None, *, generator: torch.Generator | None = None
+        self,
+        model: Model,
+        inputs: Tensor,
+        labels: Any = None,
+        *,
+        generator: torch.Generator | None = None,
+        samples: Tensor | None = None,
     ) -> Tensor:
         """Attack a batch.
 
@@ -68,6 +74,8 @@ class Attack(ABC):
             inputs: ``(N, ...)`` floating point, of any shape, in *model* units.
             labels: whatever the loss takes: class indices ``(N,)`` or soft labels ``(N, K)`` for the named ones.
             generator: source of all noise; ``None`` for one seeded with ``seed``.
+            samples: which samples to attack, indices or a boolean mask ``(N,)``; the others come back clean. The
+                inputs are held against the bounds as a whole.
 
         Returns:
             Adversarial inputs in model units, with the shape, dtype and device of ``inputs``, detached.
@@ -92,8 +100,13 @@ class Attack(ABC):
                 return clean
             generator = generator or torch.Generator(inputs.device).manual_seed(self.seed)
             problem = Problem(model, data, labels, box, self.threat, generator, inputs.dtype)
-            adversarial = box.clamp(self.perturb(problem))
-            return self.threat.to_model(adversarial).to(inputs.dtype).detach()
+            if samples is not None:
+                problem = problem.select(samples)
+            adversarial = self.threat.to_model(problem.box.clamp(self.perturb(problem))).to(inputs.dtype).detach()
+            if samples is None:
+                return adversarial
+            clean[samples] = adversarial
+            return clean
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -85,7 +86,9 @@ class TorchAttack(Attack):
         """The adversarial inputs, in data units."""
         view = UnitImages(problem)
         attack = self._build(view.model, view.classes, seed_globally(problem.generator))
-        return problem.project(view.to_data(attack(view.images, view.labels)))
+        with default_dtype(torch.float32):  # torchattacks counts on it; Lightning's "true" precisions change it
+            adversarial = attack(view.images, view.labels)
+        return problem.project(view.to_data(adversarial))
 
     def _build(self, model: nn.Module, classes: int, seed: int) -> Any:
         needed = 3 if self.options.get("loss") == "dlr" else MIN_CLASSES.get(self.attack, 2)
@@ -126,6 +129,7 @@ class UnitImages:
     def __init__(self, problem: Problem) -> None:
         low, high = problem.threat.bounds or (0.0, 1.0)
         self._low, self._range, self._problem = low, high - low, problem
+        self._default_dtype = torch.get_default_dtype()
         shape = problem.data.shape
         self._grid: tuple[int, int] | None = None
         if len(shape) != 4 or not _square_fits(*shape[2:], l2=problem.threat.norm == "l2"):
@@ -148,7 +152,8 @@ class UnitImages:
         return self._from_grid(images).to(self._problem.data.dtype) * self._range + self._low
 
     def _logits(self, images: Tensor) -> Tensor:
-        return logits_of(self._problem.forward(self.to_data(images))).float()
+        with default_dtype(self._default_dtype):
+            return logits_of(self._problem.forward(self.to_data(images))).float()
 
     def _to_grid(self, data: Tensor) -> Tensor:
         if self._grid is None:
@@ -205,6 +210,17 @@ class _InputGradientOnly(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         # FAB walks the graph once for each class, so it is kept (and was made eagerly).
         return ctx.problem.differentiate(*ctx.graph, gradient, keep_graph=True).contiguous(), None, None
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """New tensors are of this dtype inside."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def seed_globally(generator: torch.Generator) -> int:

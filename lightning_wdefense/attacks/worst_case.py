@@ -55,6 +55,7 @@ def worst_case(
     labels: Any,
     *,
     independent: bool = False,
+    samples: Tensor | None = None,
     generator: Callable[[], torch.Generator] | None = None,
     on_attack: Callable[[str, Tensor], None] | None = None,
 ) -> WorstCase:
@@ -66,6 +67,7 @@ def worst_case(
         inputs: ``(N, ...)`` in model units.
         labels: class indices or soft labels. With one label an element (segmentation) every attack runs on all samples.
         independent: run each attack on all samples that the model gets right, not only on what is left.
+        samples: which samples may be attacked, a boolean mask ``(N,)``; ``None`` for all.
         generator: makes the source of noise for each attack; ``None`` for each attack's own seed.
         on_attack: called after each attack with its name and the samples that are left, ``(N,)``.
 
@@ -84,6 +86,8 @@ def worst_case(
         del outputs  # and with them the graph of the whole batch, which the attacks do not need
         whole = clean.ndim > 1
         open_ = torch.ones(len(inputs), dtype=torch.bool, device=inputs.device) if whole else clean == target
+        if samples is not None:
+            open_ = open_ & samples
         worst, latest, attacked = inputs.clone(), clean, open_.clone()
         broken = torch.zeros_like(open_)
         adversarial: dict[str, Tensor] = {}
@@ -92,7 +96,7 @@ def worst_case(
             predicted = (clean if independent or whole else latest).clone()
             if len(chosen):
                 noise = generator() if generator is not None else None
-                found = attack(model, inputs[chosen], labels[chosen], generator=noise)
+                found = attack(model, inputs, labels, generator=noise, samples=chosen)[chosen]
                 predicted[chosen] = predictions(model(found.clone()))
                 fresh = ~broken[chosen]
                 worst[chosen[fresh]] = found[fresh]

@@ -73,6 +73,7 @@ class WassersteinDefense(Callback):
         self.model, self.seed, self.name = model, seed, name
         self._batches = Batches(inputs, labels)
         self._undo: list[Callable[[], None]] = []
+        self._defense: Defense | None = None
 
     @property
     def state_key(self) -> str:
@@ -87,9 +88,13 @@ class WassersteinDefense(Callback):
         check_automatic_optimization(pl_module)
         check_strategy(trainer, "WassersteinDefense")
         if self.recipe.active:
-            defense = Defense(self.recipe, attacked_model(pl_module, self.model))
-            step = functools.partial(self._training_step, trainer, pl_module, defense)
-            self._undo = [defense.recorder.detach, intercept_training_step(pl_module, step)]
+            step = functools.partial(self._training_step, trainer, pl_module)
+            self._undo = [intercept_training_step(pl_module, step)]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check that model and features exist (not earlier: ``configure_model`` may make them)."""
+        if self.recipe.active:
+            self._bind(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the module back as it was."""
@@ -101,7 +106,7 @@ class WassersteinDefense(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if training ended before the attack had its full radius."""
-        if not self.recipe.active or trainer.fast_dev_run or trainer.global_step == 0:
+        if not self.recipe.active or trainer.fast_dev_run or trainer.global_step == 0:  # type: ignore[attr-defined]
             return
         radius = warmup_radius(trainer, self.recipe.warmup_epochs)
         if radius < 1:
@@ -110,21 +115,27 @@ class WassersteinDefense(Callback):
                 f"eps={self.recipe.eps:g}. Train longer or lower warmup_epochs={self.recipe.warmup_epochs:g}."
             )
 
+    def _bind(self, pl_module: LightningModule) -> Defense:
+        if self._defense is None:
+            self._defense = Defense(self.recipe, attacked_model(pl_module, self.model))
+            self._undo.append(self._defense.recorder.detach)
+        return self._defense
+
     def _restore(self) -> None:
         while self._undo:
             self._undo.pop()()
+        self._defense = None
 
     def _training_step(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        defense: Defense,
         step: Callable[..., Any],
         batch: Any,
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        recipe = self.recipe
+        recipe, defense = self.recipe, self._bind(pl_module)
         inputs, labels = self._batches.read(batch)
         defense.recorder.attach(inputs)
         radius = warmup_radius(trainer, recipe.warmup_epochs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -186,15 +186,15 @@ class RobustnessMonitor(Callback):
         inputs, labels = self._batches.read(batch)
         model = attacked_model(pl_module, self.model)
 
-        def run(attacks: Mapping[str, Attack], inputs: Tensor, labels: Any, independent: bool = False) -> WorstCase:
+        def run(attacks: Mapping[str, Attack], **options: Any) -> WorstCase:
             return worst_case(
                 model,
                 attacks,
                 inputs,
                 labels,
-                independent=independent,
                 generator=lambda: evaluation_generator(trainer, self.seed, batch_idx, dataloader_idx, inputs.device),
                 on_attack=self._show,
+                **options,
             )
 
         # Evaluation loops run under inference_mode, where even a metric's state could not be used again.
@@ -202,33 +202,34 @@ class RobustnessMonitor(Callback):
             if dataloader_idx not in self._measures:
                 self._measures[dataloader_idx] = self._new_measures().to(inputs.device)
             measures = self._measures[dataloader_idx]
-            result = run(self.attacks, inputs, labels, self.independent)
+            result = run(self.attacks, independent=self.independent)
             measures.accuracy.update(result.clean, result.adversarial, result.labels)
             measures.success.update(result.clean, result.worst, result.labels)
             if measures.curve is not None:
-                measures.curve.update(self._curve(run, inputs, labels, result), result.labels)
+                measures.curve.update(self._curve(run, result), result.labels)
             if measures.shift is not None and result.attacked.any():
-                shifted = self._shifted(model, inputs, result)
-                measures.shift.update(*shifted)
+                clean, attacked = self._shifted(model, inputs, result)
+                # A model that diverged has no features to measure; that is no reason to end its run.
+                finite = clean.isfinite().all(1) & attacked.isfinite().all(1)
+                if finite.any():
+                    measures.shift.update(clean[finite], attacked[finite])
 
     def _show(self, attack: str, left: Tensor) -> None:
         assert self._bar is not None
         self._bar.advance(f"{attack}: {int(left.sum())}/{len(left)} left in the batch")
 
-    def _curve(self, run: Any, inputs: Tensor, labels: Any, result: WorstCase) -> list[Tensor]:
+    def _curve(self, run: Callable[..., WorstCase], result: WorstCase) -> list[Tensor]:
         """Predicted classes at every eps, each attacked only where the smaller ones left it right."""
         assert self.epsilons is not None
         predicted = [result.clean]
         for eps in self.epsilons[1:]:
+            left = predicted[-1] == result.labels
             if eps == self.threat.eps:
-                now = result.worst
+                found = result
             else:
-                now = predicted[-1].clone()
-                left = (now == result.labels).reshape(len(now), -1).any(1).nonzero().squeeze(1)
-                if len(left):
-                    attacks = {name: attack.with_eps(eps) for name, attack in self.attacks.items()}
-                    now[left] = run(attacks, inputs[left], labels[left]).worst
-            predicted.append(torch.where(predicted[-1] == result.labels, now, predicted[-1]))
+                attacks = {name: attack.with_eps(eps) for name, attack in self.attacks.items()}
+                found = run(attacks, samples=left.flatten(1).any(1) if left.ndim > 1 else left)
+            predicted.append(torch.where(left, found.worst, predicted[-1]))
         return predicted
 
     def _shifted(self, model: nn.Module, inputs: Tensor, result: WorstCase) -> tuple[Tensor, Tensor]:

@@ -8,8 +8,9 @@ import pytest
 import torch
 import torchattacks
 from support.modules import batch, classifier
+from torch import nn
 
-from lightning_wdefense.attacks import ATTACKS, ThreatModel, TorchAttack, get_attack
+from lightning_wdefense.attacks import ATTACKS, AutoAttack, ThreatModel, TorchAttack, get_attack
 
 MODEL = classifier(3, 8, 8, classes=6, scale=5.0)
 X, Y = batch(3, 8, 8, model=MODEL, n=14)
@@ -186,3 +187,25 @@ def test_float16_gradients_do_not_underflow():
     with torch.autocast("cpu", torch.float16):
         moved = attack(flat, inputs, labels) - inputs
     assert (moved.sign() == expected.sign()).float().mean() > 0.8
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_may_be_another(dtype):
+    # As it is inside Lightning's "true" precisions.
+    class Making(nn.Linear):
+        def forward(self, x):
+            made.add(torch.zeros(1).dtype)
+            return super().forward(x)
+
+    made = set()
+    model = Making(8, 5, dtype=dtype)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        attack = AutoAttack(ThreatModel(eps=0.1), steps=3, queries=5)
+        adversarial = attack(model, torch.rand(4, 8, dtype=dtype), torch.tensor([0, 1, 2, 3]))
+        assert torch.get_default_dtype() == dtype
+    finally:
+        torch.set_default_dtype(before)
+    assert adversarial.dtype == dtype
+    assert made == {dtype}

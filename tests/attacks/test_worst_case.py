@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_wdefense.attacks import FGSM, PGD, Attack, ThreatModel, get_attack, worst_case
 from lightning_wdefense.attacks.registry import ATTACKS, evaluation_attacks
@@ -201,3 +201,18 @@ def test_every_name_measures_or_says_why_not(name):
     else:
         with pytest.raises(ValueError, match="leaves the threat model's ball"):
             evaluation_attacks([name], BOX)
+
+
+def test_bounds_are_judged_on_the_whole_batch():
+    # One stray value among many is forgiven, also once few samples are left to attack.
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    inputs = torch.rand(16, 64, generator=torch.Generator().manual_seed(0))
+    inputs[3, 0] = 1.02
+    labels = model(inputs).argmax(1)
+    only = torch.arange(16) == 3
+    threat = ThreatModel(eps=0.1)
+    with pytest.warns(UserWarning, match="widened"):
+        result = worst_case(model, {"pgd": PGD(threat)}, inputs, labels, samples=only)
+    assert torch.equal(result.attacked, only)
+    assert torch.equal(result.inputs[~only], inputs[~only])
+    assert not torch.equal(result.inputs[only], inputs[only])

@@ -36,7 +36,9 @@ def main(recipe, folder):
     module = DigitsClassifier(batch_norm=True)
     trainer.fit(module, digits_loaders(shuffle=False)[0])
     parameters = torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
-    torch.save({"weights": parameters, "perturbations": torch.stack(Recording.made)}, f"{folder}/{trainer.global_rank}.pt")
+    torch.save(
+        {"weights": parameters, "perturbations": torch.stack(Recording.made)}, f"{folder}/{trainer.global_rank}.pt"
+    )
 
 
 if __name__ == "__main__":

@@ -178,13 +178,15 @@ class TestLoss:
 
     FORMULAS = {  # noqa: RUF012
         "pgd-at": lambda z, za, h, ha, y: F.cross_entropy(za, y),
-        "trades": lambda z, za, h, ha, y: F.cross_entropy(z, y)
-        + 6 * F.kl_div(F.log_softmax(za, 1), F.softmax(z, 1), reduction="batchmean"),
+        "trades": lambda z, za, h, ha, y: (
+            F.cross_entropy(z, y) + 6 * F.kl_div(F.log_softmax(za, 1), F.softmax(z, 1), reduction="batchmean")
+        ),
         "alp": lambda z, za, h, ha, y: F.cross_entropy(za, y) + 0.5 * (z - za).pow(2).sum(1).mean(),
         "alp-features": lambda z, za, h, ha, y: F.cross_entropy(za, y) + 0.05 * (h - ha).pow(2).sum(1).mean(),
         "sat": lambda z, za, h, ha, y: F.cross_entropy(za, y) + sinkhorn_divergence(z, za),
-        "sat-label": lambda z, za, h, ha, y: F.cross_entropy(za, y)
-        + sinkhorn_divergence(z, za, label_cost=100.0, x_labels=y, y_labels=y),
+        "sat-label": lambda z, za, h, ha, y: (
+            F.cross_entropy(za, y) + sinkhorn_divergence(z, za, label_cost=100.0, x_labels=y, y_labels=y)
+        ),
         "sat-features": lambda z, za, h, ha, y: F.cross_entropy(za, y) + 0.1 * sinkhorn_divergence(h, ha),
     }
 
@@ -202,7 +204,9 @@ class TestLoss:
                 logits = [self.net[-1](feature) for feature in features]
                 return TestLoss.FORMULAS[recipe](*logits, *features, y)
 
-        torch.testing.assert_close(weights(defended), weights(train(module=ByHand, precision="64-true")), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            weights(defended), weights(train(module=ByHand, precision="64-true")), rtol=1e-5, atol=1e-6
+        )
 
     def test_the_other_branch_has_a_task_loss(self):
         recipe = Recipe(PGD(THREAT), other_weight=0.5, warmup_epochs=0)
@@ -266,7 +270,9 @@ class TestLoss:
 
         attack = PGD(THREAT, loss=lambda outputs, labels: (outputs[:, 0] - labels).square())
         recipe = Recipe(attack, discrepancy="sinkhorn", weight=0.1, features="penultimate", warmup_epochs=0)
-        assert torch.isfinite(weights(train(WassersteinDefense(recipe), module=Regression(), log_every_n_steps=1))).all()
+        assert torch.isfinite(
+            weights(train(WassersteinDefense(recipe), module=Regression(), log_every_n_steps=1))
+        ).all()
 
 
 class TestLogging:
@@ -330,7 +336,9 @@ class TestResuming:
 
 class TestPipelines:
     @pytest.mark.parametrize("recipe", ACTIVE)
-    @pytest.mark.parametrize("options", [{"precision": "bf16-mixed"}, {"accumulate_grad_batches": 2}, {"precision": "64-true"}])
+    @pytest.mark.parametrize(
+        "options", [{"precision": "bf16-mixed"}, {"accumulate_grad_batches": 2}, {"precision": "64-true"}]
+    )
     def test_precision_and_accumulation(self, recipe, options):
         module = DigitsClassifier(batch_norm=True)
         before = weights(module).clone()
@@ -376,7 +384,12 @@ class TestPipelines:
             BatchSizeFinder(max_trials=2, steps_per_trial=1, init_val=8),
             LearningRateFinder(num_training_steps=3, early_stop_threshold=None),
         ]
-        options = {"enable_checkpointing": True, "default_root_dir": tmp_path, "limit_train_batches": 4, "max_epochs": 1}
+        options = {
+            "enable_checkpointing": True,
+            "default_root_dir": tmp_path,
+            "limit_train_batches": 4,
+            "max_epochs": 1,
+        }
         trainer = quiet_trainer(callbacks=[defend("sat-features"), *callbacks], **options)
         trainer.fit(module := Tunable())
         assert "training_step" not in module.__dict__
@@ -440,20 +453,35 @@ def batches(change):
 
 ERRORS = {
     "normalised inputs": (defend, batches(lambda x, y: ((x - 0.3) / 0.3, y)), ValueError, "mean and std are not set"),
-    "wrong mean": (lambda: defend(threat=ThreatModel(mean=(0.1, 0.2, 0.3))), DigitsClassifier, ValueError, "mean has 3"),
+    "wrong mean": (
+        lambda: defend(threat=ThreatModel(mean=(0.1, 0.2, 0.3))),
+        DigitsClassifier,
+        ValueError,
+        "mean has 3",
+    ),
     "integer images": (defend, batches(lambda x, y: ((x * 255).byte(), y)), TypeError, r"x\.float\(\) / 255"),
     "labels out of range": (defend, batches(lambda x, y: (x, y + 5)), ValueError, "labels must lie in 0..9"),
     "labels of wrong shape": (defend, batches(lambda x, y: (x, y[:-1])), ValueError, r"labels have shape \(31,\)"),
     "no inputs": (defend, batches(lambda x, y: {"foo": x, "label": y}), ValueError, "'foo'.*inputs="),
     "no labels": (defend, batches(lambda x, y: {"image": x, "bar": y}), ValueError, "'bar'.*labels="),
     "only inputs": (defend, batches(lambda x, y: x), ValueError, "one tensor.*inputs="),
-    "unnamed submodule": (lambda: defend("trades"), lambda: DigitsClassifier(calls="net"), RuntimeError, "model=.*'net'"),
+    "unnamed submodule": (
+        lambda: defend("trades"),
+        lambda: DigitsClassifier(calls="net"),
+        RuntimeError,
+        "model=.*'net'",
+    ),
     "captured twice": (lambda: defend("trades"), Twice, RuntimeError, "ran 2 times.*model="),
     "no forward": (defend, HeadlessDigitsClassifier, ValueError, "model=.*'net'"),
     "unknown model": (lambda: defend(model="nett"), DigitsClassifier, ValueError, "'net'"),
     "unknown features": (lambda: defend("sat", features="net.hiden"), DigitsClassifier, ValueError, "net.hidden"),
     "no linear layer": (lambda: defend("sat-features"), Convolutional, ValueError, "'net.0'"),
-    "probabilities": (defend, lambda: module_with(forward=lambda s, x: s.net(x).softmax(1)), ValueError, "probabilities"),
+    "probabilities": (
+        defend,
+        lambda: module_with(forward=lambda s, x: s.net(x).softmax(1)),
+        ValueError,
+        "probabilities",
+    ),
     "tuple outputs": (defend, lambda: module_with(forward=lambda s, x: (s.net(x), x)), TypeError, "not logits"),
     "manual optimisation": (defend, Manual, Exception, "WassersteinDefenseMixin"),
     "NaN task loss": (defend, NaN, FloatingPointError, "task_loss = nan"),
@@ -527,3 +555,17 @@ def test_endless_dataloaders_need_a_limit():
     with pytest.raises(Exception, match="limit_train_batches"):
         train(defend(warmup_epochs=1), loader=loader, limit_train_batches=1.0, max_steps=3)
     train(defend(warmup_epochs=0), loader=loader, limit_train_batches=1.0, max_steps=3)
+
+
+def test_a_submodule_made_in_configure_model():
+    class Late(DigitsClassifier):
+        def __init__(self):
+            super().__init__()
+            self.late, self.net = self.net, None
+
+        def configure_model(self):
+            if self.net is None:
+                self.net = self.late
+                del self.late
+
+    assert_same_weights(train(defend("sat-features", model="net"), module=Late), train(defend("sat-features")))

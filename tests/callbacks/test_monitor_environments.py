@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -198,3 +199,14 @@ def test_the_package_alone_loads_no_extra():
         """
     )
     assert output.strip() in ("[]", "['matplotlib']")  # torchmetrics imports matplotlib where it is installed
+
+
+def test_a_diverged_model_is_measured_and_does_not_end_the_run():
+    module = DigitsClassifier()
+    torch.nn.init.constant_(module.net.head.weight, float("nan"))
+    torch.nn.init.constant_(module.net.hidden.weight, float("nan"))
+    values = quiet_trainer(callbacks=[RobustnessMonitor(ThreatModel(eps=0.1))]).validate(
+        module, digits_loaders()[1], verbose=False
+    )[0]
+    assert "val/robust_acc" in values
+    assert math.isnan(values["val/transport_shift"])

@@ -44,5 +44,7 @@ def test_every_example_is_listed():
 
 
 def test_defended_tabular_model_is_more_robust(tmp_path):
-    shares = {name: float(share) for name, share in re.findall(r"(\w+): .*under PGD ([\d.]+)%", run("tabular.py", tmp_path))}
+    shares = {
+        name: float(share) for name, share in re.findall(r"(\w+): .*under PGD ([\d.]+)%", run("tabular.py", tmp_path))
+    }
     assert shares["defended"] > shares["undefended"] + 10
