@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
+
+from packaging.version import Version
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -13,7 +16,21 @@ except ImportError:  # pragma: no cover - a pipeline that has only the old packa
     from pytorch_lightning.utilities.exceptions import MisconfigurationException  # type: ignore[no-redef, assignment]
     from pytorch_lightning.utilities.rank_zero import rank_zero_warn  # type: ignore[no-redef, assignment]
 
-__all__ = ["Callback", "LightningModule", "MisconfigurationException", "Trainer", "is_a", "rank_zero_warn"]
+__all__ = [
+    "Callback",
+    "LightningModule",
+    "MisconfigurationException",
+    "Trainer",
+    "dataloader_suffix",
+    "is_a",
+    "rank_zero_warn",
+]
+
+
+def dataloader_suffix(index: int) -> str:
+    """How a logged key tells several dataloaders apart: as Lightning does, where it lets others do so (from 2.5.3)."""
+    version = Version(sys.modules[Trainer.__module__.split(".trainer")[0]].__version__)  # type: ignore[attr-defined]
+    return f"/dataloader_idx_{index}" if version >= Version("2.5.3") else f"/dataloader_{index}"
 
 
 def is_a(instance: Any, class_name: str) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_wdefense._compat import Callback, LightningModule, Trainer, rank_zero_warn
+from lightning_wdefense._compat import Callback, LightningModule, Trainer, dataloader_suffix, rank_zero_warn
 from lightning_wdefense.attacks import Attack, ThreatModel, WorstCase, worst_case
 from lightning_wdefense.attacks.isolation import eager, isolated
 from lightning_wdefense.attacks.registry import Attacks, evaluation_attacks
@@ -260,7 +260,7 @@ class RobustnessMonitor(Callback):
             for index in range(len(num_batches)):
                 # Every rank takes part in the reduction, also one whose share of the data was empty.
                 measures = self._measures.get(index) or self._new_measures().to(pl_module.device)
-                suffix = f"/dataloader_idx_{index}" if len(num_batches) > 1 else ""
+                suffix = dataloader_suffix(index) if len(num_batches) > 1 else ""
                 measured, curve = measures.compute()
                 values |= {prefix + key + suffix: value for key, value in measured.items()}
                 if curve is not None:

