@@ -108,7 +108,7 @@ class WassersteinDefense(Callback):
         """Say so if training ended before the attack had its full radius."""
         if not self.recipe.active or trainer.fast_dev_run or trainer.global_step == 0:  # type: ignore[attr-defined]
             return
-        radius = warmup_radius(trainer, self.recipe.warmup_epochs)
+        radius = warmup_radius(trainer, self.recipe.warmup_epochs, trainer.global_step - 1)
         if radius < 1:
             rank_zero_warn(
                 f"Training ended in the warm-up of recipe {self.recipe.name!r}: the attack reached {radius:.0%} of "

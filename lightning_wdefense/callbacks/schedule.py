@@ -42,8 +42,8 @@ def _seeded(device: torch.device, *place: int) -> torch.Generator:
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def warmup_radius(trainer: Trainer, warmup_epochs: float) -> float:
-    """Fraction of the full radius at the current ``global_step``: linear over the first ``warmup_epochs``.
+def warmup_radius(trainer: Trainer, warmup_epochs: float, step: int | None = None) -> float:
+    """Fraction of the full radius at ``step`` (by default the current ``global_step``): linear over ``warmup_epochs``.
 
     Raises:
         MisconfigurationException: if the training dataloader has no length.
@@ -57,7 +57,8 @@ def warmup_radius(trainer: Trainer, warmup_epochs: float) -> float:
             "length: set Trainer(limit_train_batches=...), or warmup_epochs=0."
         )
     steps = warmup_epochs * math.ceil(batches / trainer.accumulate_grad_batches)
-    return min(1.0, (trainer.global_step + 1) / max(steps, 1.0))
+    step = trainer.global_step if step is None else step
+    return min(1.0, (step + 1) / max(steps, 1.0))
 
 
 def is_logging_step(trainer: Trainer) -> bool:

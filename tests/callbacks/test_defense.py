@@ -236,7 +236,7 @@ class TestLoss:
         assert [row["defense/eps"] for row in rows_of(logger)] == pytest.approx([0.1, 0.2, 0.2, 0.2])
 
     def test_training_that_ends_in_the_warmup_is_told(self):
-        with pytest.warns(UserWarning, match="Training ended in the warm-up"):
+        with pytest.warns(UserWarning, match="Training ended in the warm-up.* 20% of eps=0.2"):
             train(defend(warmup_epochs=5))
 
     def test_features_of_any_layer(self):
