@@ -26,7 +26,8 @@ def test_ci_runs_the_test_command():
 def test_the_first_example_runs(tmp_path, monkeypatch):
     class Pictures(LightningDataModule):
         def train_dataloader(self):
-            return DataLoader(TensorDataset(torch.randn(4, 3, 8, 8).clamp(-1.8, 1.9), torch.arange(4)), batch_size=4)
+            pictures = names["threat"].to_model(torch.rand(4, 3, 8, 8))
+            return DataLoader(TensorDataset(pictures, torch.arange(4)), batch_size=4)
 
         val_dataloader = train_dataloader
 

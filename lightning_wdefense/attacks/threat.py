@@ -155,7 +155,7 @@ class ThreatModel:
             "mean and std are not set: if the pipeline normalises its inputs, give ThreatModel(mean=..., std=...) the "
             "same values"
             if self.mean is None and self.std is None
-            else f"do mean={self.mean} and std={self.std} match the pipeline's normalisation?"
+            else f"mean={self.mean} and std={self.std} are not those of the pipeline's normalisation"
         )
         raise ValueError(
             f"{outside:.1%} of the input values lie outside the threat model's bounds {self.bounds}: in data units they "
