@@ -85,7 +85,7 @@ INPUTS = {
         ThreatModel(mean=0.5, std=0.5),
         10 * X,
         ValueError,
-        r"do mean=\(0.5,\) and std=\(0.5,\) match",
+        r"mean=\(0.5,\) and std=\(0.5,\) are not those",
     ),
     "mean of two": (ThreatModel(mean=(0.5, 0.5)), X, ValueError, r"mean has 2 values.*\(8, 3, 4, 4\).*does not"),
     "std of four": (ThreatModel(std=(1, 1, 1, 1)), X, ValueError, "std has 4 values"),
