@@ -14,14 +14,11 @@ _HINT = (
 )
 
 
-def logits_of(outputs: Any) -> Tensor:
-    """The logits ``(N, K, ...)`` in a model's outputs.
-
-    Accepted are a tensor, or an object with ``logits`` (attribute or key). A single logit, ``(N,)`` or ``(N, 1, ...)``,
-    becomes the two equivalent ones ``[0, z]``, so that softmax gives the sigmoid.
+def tensor_of(outputs: Any) -> Tensor:
+    """The tensor in a model's outputs: the outputs themselves, or their ``logits`` (attribute or key).
 
     Raises:
-        TypeError: if there is no floating-point tensor of logits in ``outputs``.
+        TypeError: if there is none.
     """
     if isinstance(outputs, Mapping) and "logits" in outputs:
         outputs = outputs["logits"]
@@ -29,6 +26,19 @@ def logits_of(outputs: Any) -> Tensor:
         outputs = outputs.logits
     if not isinstance(outputs, Tensor):
         raise TypeError(f"The model's outputs are not logits but a {type(outputs).__name__}. {_HINT}")
+    return outputs
+
+
+def logits_of(outputs: Any) -> Tensor:
+    """The logits ``(N, K, ...)`` in a model's outputs.
+
+    Accepted is what :func:`tensor_of` finds a tensor in. A single logit, ``(N,)`` or ``(N, 1, ...)``,
+    becomes the two equivalent ones ``[0, z]``, so that softmax gives the sigmoid.
+
+    Raises:
+        TypeError: if there is no floating-point tensor of logits in ``outputs``.
+    """
+    outputs = tensor_of(outputs)
     if not outputs.is_floating_point() or outputs.ndim == 0:
         raise TypeError(
             f"The model's outputs are not logits: {outputs.dtype}, shape {tuple(outputs.shape)}, where a floating-point "

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_wdefense.attacks.isolation import eager, isolated, own_pass
-from lightning_wdefense.attacks.outputs import class_labels, hard_labels, predictions
+from lightning_wdefense.attacks.outputs import class_labels, hard_labels, predictions, tensor_of
 from lightning_wdefense.defenses.objective import Branch
 from lightning_wdefense.defenses.recipe import Recipe
-from lightning_wdefense.defenses.recording import ForwardRecorder, Recording, tensor_of
+from lightning_wdefense.defenses.recording import ForwardRecorder, Recording
 from lightning_wdefense.transport import sinkhorn_divergence
 
 

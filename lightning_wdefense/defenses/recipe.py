@@ -38,8 +38,8 @@ class Recipe:
             dotted path to a submodule.
         other_weight: of the task loss on the inputs that ``training_step`` does not see.
         task_loss: ``(outputs, labels) -> scalar`` for that term.
-        warmup_epochs: the attack's radius grows linearly from 0 over so many epochs. Training at a large radius
-            from the start collapses to a constant output.
+        warmup_epochs: the attack's radius grows linearly from 0 over so many epochs, counted in optimizer steps. Training at
+            a large radius from the start collapses to a constant output.
         name: for logs and messages.
 
     Raises:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_wdefense._names import unknown_name
 from lightning_wdefense.attacks.isolation import eager, isolated, own_passes
+from lightning_wdefense.attacks.outputs import tensor_of
 
 OUTPUTS, PENULTIMATE = "outputs", "penultimate"
 
@@ -128,23 +129,6 @@ class ForwardRecorder:
     def _saw_input(self, module: nn.Module, args: Any) -> None:
         if self._current is not None and self._level == own_passes():
             self._current.features.append(args[0])
-
-
-def tensor_of(outputs: Any) -> Tensor:
-    """The tensor in a model's outputs: the outputs themselves, or their ``logits``.
-
-    Raises:
-        TypeError: if there is none.
-    """
-    found = (
-        outputs["logits"] if isinstance(outputs, dict) and "logits" in outputs else getattr(outputs, "logits", outputs)
-    )
-    if not isinstance(found, Tensor):
-        raise TypeError(
-            f"The model's outputs are not logits but a {type(outputs).__name__}: return a tensor (or an object with .logits) "
-            "from forward, or name the submodule that does with model=."
-        )
-    return found
 
 
 def submodule(model: nn.Module, path: str, argument: str) -> nn.Module:
