@@ -140,7 +140,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=10, help="K, the attack's gradient steps")
     parser.add_argument("--width", type=int, default=24, help="channels of the first layer")
-    parser.add_argument("--blocks", type=int, default=6, help="blocks of each side, alternating")
+    parser.add_argument("--blocks", type=int, default=12, help="blocks of each side, alternating")
     parser.add_argument("--batches", type=int, default=17, help="steps in a block")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
