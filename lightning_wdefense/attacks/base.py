@@ -88,14 +88,11 @@ class Attack(ABC):
             raise TypeError(f"The inputs must be a tensor, got {type(inputs).__name__}. Name theirs with inputs=.")
         if inputs.ndim == 0 or len(inputs) == 0:
             raise ValueError(f"The inputs must be a batch with at least one sample, got shape {tuple(inputs.shape)}.")
-        if not inputs.is_floating_point():
-            self.threat.box(inputs)
         with isolated(model, inputs.device):
             clean = inputs.detach().clone()
             labels = apply_to_collection(labels, Tensor, lambda label: label.detach().clone())
             # Half precision cannot hold small steps: the attack iterates in float32, the model sees its own dtype.
-            data = self.threat.to_data(clean.to(torch.promote_types(clean.dtype, torch.float32)))
-            box = self.threat.box(data, precision=inputs.dtype)
+            data, box = self.threat.read(clean)
             if self.threat.eps == 0 and self.bounded:
                 return clean
             generator = generator or torch.Generator(inputs.device).manual_seed(self.seed)
@@ -147,7 +144,7 @@ class Problem:
         return replace(
             self,
             data=self.data[index],
-            labels=self.labels[index] if isinstance(self.labels, Tensor) else self.labels,
+            labels=apply_to_collection(self.labels, Tensor, lambda label: label[index]),
             box=self.box.select(index),
             clean_outputs=self.clean_outputs[index] if isinstance(self.clean_outputs, Tensor) else self.clean_outputs,
         )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_wdefense._names import unknown_name
 from lightning_wdefense.attacks.norms import BALLS, Ball
+from lightning_wdefense.attacks.outputs import float32_or_better
 
 Norm = Literal["linf", "l2", "wasserstein"]
 
@@ -111,6 +112,12 @@ class ThreatModel:
         """Nearest legal point: into the ball around ``clean``, then into the box (which holds ``clean``)."""
         return box.clamp(clean + self.ball.project(data - clean, self.eps))
 
+    def read(self, inputs: Tensor) -> tuple[Tensor, Box]:
+        """Inputs in model units as data in float32 or better, and their limits, after :meth:`box`'s checks."""
+        # Integers go on as they are, for box to refuse.
+        data = self.to_data(float32_or_better(inputs)) if inputs.is_floating_point() else inputs
+        return data, self.box(data, precision=inputs.dtype)
+
     def box(self, data: Tensor, precision: torch.dtype | None = None) -> Box:
         """Element-wise limits for these clean inputs (data units), after checking them against the bounds.
 
@@ -148,7 +155,7 @@ class ThreatModel:
             warnings.warn(
                 f"A few input values lie outside the threat model's bounds {self.bounds} (augmentation?); the bounds "
                 "are widened for those values alone.",
-                stacklevel=4,
+                stacklevel=5,
             )
             return
         units = (

@@ -111,7 +111,4 @@ def worst_case(
 def _check_inputs(inputs: Tensor, attacks: Mapping[str, Attack]) -> None:
     # The attacks check what they are given, which may be a part or nothing, and only once the model has run.
     for threat in {attack.threat for attack in attacks.values()}:
-        if not inputs.is_floating_point():
-            threat.box(inputs)
-        data = threat.to_data(inputs.to(torch.promote_types(inputs.dtype, torch.float32)))
-        threat.box(data, precision=inputs.dtype)
+        threat.read(inputs)

@@ -123,15 +123,15 @@ class AdversarialExampleLogger(Callback):
                 "not shown."
             )
             return
-        inputs, labels = inputs[: self.samples], labels[: self.samples]
+        shown = torch.arange(min(self.samples, len(inputs)), device=inputs.device)
         model = attacked_model(pl_module, self.model)
         with torch.inference_mode(False), trainer.precision_plugin.forward_context():
-            clean = inputs.detach().clone()
             generator = evaluation_generator(trainer, self.seed, batch_idx, dataloader_idx, inputs.device)
-            attacked = self.attack(model, clean, labels, generator=generator)
+            attacked = self.attack(model, inputs, labels, generator=generator, samples=shown)[shown]
+            clean = inputs.detach().clone()[shown]
             with isolated(model, inputs.device):
-                outputs, attacked_outputs = model(clean), model(attacked)
-                target = hard_labels(class_labels(labels.detach().clone(), outputs))
+                outputs, attacked_outputs = model(clean.clone()), model(attacked.clone())  # it may work in place
+                target = hard_labels(class_labels(labels.detach().clone()[shown], outputs))
                 before, after = _verdicts(outputs), _verdicts(attacked_outputs)
         captions = [
             f"label {self._class(label)}; clean: {self._class(was)} ({sure:.0%}); attacked: {self._class(now)} ({sure_now:.0%})"

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from lightning_wdefense.attacks.isolation import eager, isolated, own_pass
 from lightning_wdefense.attacks.outputs import class_labels, hard_labels, predictions, tensor_of
+from lightning_wdefense.defenses.discrepancies import Transport
 from lightning_wdefense.defenses.objective import Branch
 from lightning_wdefense.defenses.recipe import Recipe
 from lightning_wdefense.defenses.recording import ForwardRecorder, Recording
-from lightning_wdefense.transport import sinkhorn_divergence
 
 
 class Defense:
@@ -61,7 +61,7 @@ class Defense:
         """
         with isolated(self.model, inputs.device), eager():
             clean, attacked = self.forward(inputs), self.forward(adversarial)
-        measured = {"transport_cost": sinkhorn_divergence(_rows(clean.features), _rows(attacked.features))}
+        measured = {"transport_cost": Transport()(clean.features.detach(), attacked.features.detach())}
         with contextlib.suppress(TypeError, ValueError):
             target = hard_labels(class_labels(labels, clean.outputs))
             right = predictions(clean.outputs) == target
@@ -104,7 +104,3 @@ class Watch:
             )
         recorder = self._defense.recorder
         return Branch(outputs[0], recorder.features_of(outputs[0], self._recording, self._size))
-
-
-def _rows(features: Tensor) -> Tensor:
-    return features.detach().reshape(len(features), -1)

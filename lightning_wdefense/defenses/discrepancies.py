@@ -58,11 +58,11 @@ def _rows(points: Tensor) -> Tensor:
 LABEL_COST = 100.0
 """Far above the distance between logits of different classes: mass stays within its class."""
 
-DISCREPANCIES: dict[str, Callable[[], Discrepancy]] = {
-    "kl": lambda: kl,
-    "paired-l2": lambda: paired_l2,
-    "sinkhorn": Transport,
-    "sinkhorn-label": lambda: Transport(SinkhornDivergence(label_cost=LABEL_COST)),
+DISCREPANCIES: dict[str, Discrepancy] = {
+    "kl": kl,
+    "paired-l2": paired_l2,
+    "sinkhorn": Transport(),
+    "sinkhorn-label": Transport(SinkhornDivergence(label_cost=LABEL_COST)),
 }
 
 
@@ -76,4 +76,4 @@ def get_discrepancy(discrepancy: str | Discrepancy) -> Discrepancy:
         return Transport(discrepancy) if isinstance(discrepancy, SinkhornDivergence) else discrepancy
     if discrepancy not in DISCREPANCIES:
         raise ValueError(unknown_name("discrepancy", discrepancy, DISCREPANCIES))
-    return DISCREPANCIES[discrepancy]()
+    return DISCREPANCIES[discrepancy]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from support.attacks import ATTACK_CASES, OWN_CASES, AttackCase
 from support.modules import Nasty, Snapshot, batch, classifier
 
-from lightning_wdefense.attacks import ThreatModel
+from lightning_wdefense.attacks import PGD, ThreatModel
 
 every_attack = pytest.mark.parametrize("case", ATTACK_CASES.values(), ids=ATTACK_CASES)
 own_attacks = pytest.mark.parametrize("case", OWN_CASES.values(), ids=OWN_CASES)
@@ -433,3 +433,20 @@ def test_does_harm(case):
     inputs, labels = batch(1, 6, 6, n=40)
     adversarial = case(ThreatModel(eps=0.2))(model, inputs, labels)
     assert (model(adversarial).argmax(1) == labels).float().mean() < 0.9
+
+
+def test_structured_labels_follow_their_samples():
+    """A callable loss may take labels of any structure; restarts attack some of the samples only."""
+    model = classifier(6)
+    inputs, labels = batch(6)
+
+    def loss(outputs, targets):
+        seen.append(len(targets["class"]))
+        return torch.nn.functional.cross_entropy(outputs, targets["class"], reduction="none")
+
+    seen: list[int] = []
+    only = torch.arange(len(inputs)) % 2 == 0
+    attack = PGD(ThreatModel(eps=0.1), steps=2, restarts=2, loss=loss)
+    adversarial = attack(model, inputs, {"class": labels}, samples=only)
+    assert set(seen) == {int(only.sum())}
+    assert torch.equal(adversarial[~only], inputs[~only])

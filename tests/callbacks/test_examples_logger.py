@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from support.lightning_modules import DigitsClassifier, digits_loaders, quiet_trainer, trained_classifier, unpack
+from support.logs import tensorboard_picture_steps
 from torch import nn
 
 from lightning_wdefense import AdversarialExampleLogger, ThreatModel
@@ -186,7 +187,8 @@ def test_nothing_is_attacked_where_no_logger_shows_pictures():
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_half_precision(tmp_path, precision):
-    trainer = quiet_trainer(
-        callbacks=[AdversarialExampleLogger(THREAT)], logger=TensorBoardLogger(tmp_path), precision=precision
-    )
+    logger = TensorBoardLogger(tmp_path)
+    trainer = quiet_trainer(callbacks=[AdversarialExampleLogger(THREAT)], logger=logger, precision=precision)
     trainer.validate(trained_classifier(), digits_loaders()[1], verbose=False)
+    logger.finalize("success")
+    assert tensorboard_picture_steps(logger.log_dir, "val/adversarial_examples/0") == [0]
