@@ -2,11 +2,13 @@
 
 from lightning_wdefense.transport.divergence import SinkhornDivergence, sinkhorn_divergence
 from lightning_wdefense.transport.entropic import SinkhornConvergenceWarning, SinkhornResult, sinkhorn
+from lightning_wdefense.transport.warm_start import WarmStart
 
 __all__ = [
     "SinkhornConvergenceWarning",
     "SinkhornDivergence",
     "SinkhornResult",
+    "WarmStart",
     "sinkhorn",
     "sinkhorn_divergence",
 ]

@@ -2,19 +2,138 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_wdefense.transport.measures import Measure
 from lightning_wdefense.transport.options import Cost
+from lightning_wdefense.transport.workspace import Workspace
+
+Rows = Callable[..., Tensor]
+
+STORED = {"cpu": 2**28, "cuda": 2**31}
+"""Entries up to which a cost is stored, by type of device; a larger one is made anew whenever it is needed."""
+
+BLOCK = 2**18
+"""Entries that are made at once, so that they stay in the cache of a core."""
+
+ROUNDING = 1e-3
+"""Error of a cost, in units of the temperature, above which its products are taken in float64."""
 
 
-def ground_cost(x: Measure, y: Measure, p: int, cost: Cost | None, *, same: bool = False) -> Tensor:
-    """Cost ``(B, N, M)`` between the points: ``|x - y|^p / p``, or the caller's own, made by :func:`checked_cost`."""
-    return euclidean_cost(x.points, y.points, p, same=same) if cost is None else cost(x.points, y.points)
+@dataclass(frozen=True)
+class GroundCost:
+    """Cost ``(N, M)`` or ``(B, N, M)`` between points, made block by block of rows or stored.
+
+    Attributes:
+        shape: of the whole.
+        rows: ``(part, out=None)`` makes the cost of a slice of the rows, or shows that part of what is stored.
+        lazy: whether ``rows`` makes it.
+        distances: for ``p = 1`` the distances of a slice of the rows, by which the gradient divides.
+        zero_diagonal: whether it is the cost within one cloud, zero from each point to itself.
+    """
+
+    shape: tuple[int, ...]
+    rows: Rows
+    lazy: bool = True
+    distances: Rows | None = None
+    zero_diagonal: bool = False
+
+    def parts(self, entries: int = BLOCK) -> list[slice]:
+        """Slices of the rows that are made at once."""
+        n, m = self.shape[-2:]
+        step = n if len(self.shape) == 3 else max(16, entries // m)
+        return [slice(start, min(n, start + step)) for start in range(0, n, step)]
+
+    def average(self, a: Tensor, b: Tensor) -> Tensor:
+        """Mean cost ``(...)`` of a random pair, each point drawn with its weight."""
+        means = (((self.rows(part) @ b.unsqueeze(-1)).squeeze(-1) * a[..., part]).sum(-1) for part in self.parts())
+        return sum(means, a.new_zeros(())) / (a.sum(-1) * b.sum(-1))
+
+    def stored(self, like: Tensor, work: Workspace, name: str) -> GroundCost:
+        """The same as a matrix in a buffer of the workspace, unless that would be too large."""
+        n, m = self.shape[-2:]
+        if not self.lazy or n * m > STORED.get(like.device.type, STORED["cpu"]):
+            return self
+        matrix = work.empty(name, self.shape, like)
+        for part in [slice(0, n)] if like.is_cuda else self.parts():
+            self.rows(part, matrix[..., part, :])
+        return replace(self, rows=lambda part: matrix[..., part, :], lazy=False)
+
+
+def matrix_cost(matrix: Tensor) -> GroundCost:
+    """A cost that is given as a matrix."""
+    return GroundCost(tuple(matrix.shape), lambda part: matrix[..., part, :], lazy=False)
+
+
+def half_squared_distance(x: Tensor, y: Tensor, eps: float) -> GroundCost:
+    """``|x - y|^2 / 2`` between points ``(..., N, D)`` and ``(..., M, D)`` near the origin.
+
+    By products. They cancel almost entirely, so they are taken in float64 where float32 is too coarse beside ``eps``.
+    """
+    dtype, shape = x.dtype, (*x.shape[:-1], y.shape[-2])
+    square_x, square_y = (0.5 * points.square().sum(-1) for points in (x, y))
+    rounding = torch.finfo(dtype).eps * float(torch.maximum(square_x.max(), square_y.max()))
+    if dtype == torch.float32 and rounding > ROUNDING * eps and x.device.type != "mps":
+        x, y = x.double(), y.double()
+        square_x, square_y = (0.5 * points.square().sum(-1) for points in (x, y))
+    square_x, square_y, transposed = square_x.unsqueeze(-1), square_y.unsqueeze(-2), y.mT
+
+    def rows(part: slice, out: Tensor | None = None) -> Tensor:
+        direct = out if x.dtype == dtype else None
+        less_products = (torch.addmm if x.ndim == 2 else torch.baddbmm)(
+            square_y, x[..., part, :], transposed, alpha=-1, out=direct
+        )
+        cost = less_products.add_(square_x[..., part, :]).clamp_(min=0)
+        return cost if cost.dtype == dtype else (cost.to(dtype) if out is None else out.copy_(cost))
+
+    return GroundCost(shape, rows)
+
+
+def distance(x: Tensor, y: Tensor) -> GroundCost:
+    """``|x - y|`` between points ``(..., N, D)`` and ``(..., M, D)``."""
+
+    # Differences, not products: the square root would turn their rounding of 1e-7 into 3e-4 where points coincide.
+    def rows(part: slice, out: Tensor | None = None) -> Tensor:
+        cost = torch.cdist(x[..., part, :], y, compute_mode="donot_use_mm_for_euclid_dist")
+        return cost if out is None else out.copy_(cost)
+
+    return GroundCost((*x.shape[:-1], y.shape[-2]), rows, distances=rows)
+
+
+def within_a_cloud(cost: GroundCost) -> GroundCost:
+    """The cost between the points of one cloud: zero from each to itself, whatever the rounding."""
+
+    def rows(part: slice, out: Tensor | None = None) -> Tensor:
+        block = cost.rows(part, out)
+        block[..., part].diagonal(dim1=-2, dim2=-1).zero_()
+        return block
+
+    return replace(cost, rows=rows, zero_diagonal=True)
+
+
+def with_labels(cost: GroundCost, x: Measure, y: Measure, price: float) -> GroundCost:
+    """The cost with ``price`` added where the labels of the points differ."""
+    x_labels, y_labels = x.labels, y.labels
+    if x_labels is None or y_labels is None:
+        raise ValueError("Both measures need labels.")
+
+    def rows(part: slice, out: Tensor | None = None) -> Tensor:
+        some = x_labels[..., part, :] if x_labels.is_floating_point() else x_labels[..., part]
+        block = cost.rows(part)
+        return torch.add(block, label_disagreement(some, y_labels, block.dtype), alpha=price, out=out)
+
+    return replace(cost, rows=rows, lazy=True)
+
+
+def label_disagreement(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """Total variation distance ``(..., N, M)`` between labels: for integer ones, 1 where they differ and 0 elsewhere."""
+    if x.is_floating_point():
+        return 0.5 * torch.cdist(x, y, p=1)
+    return (x.unsqueeze(-1) != y.unsqueeze(-2)).to(dtype)
 
 
 def checked_cost(cost: Cost, *, batched: bool) -> Cost:
@@ -34,63 +153,3 @@ def checked_cost(cost: Cost, *, batched: bool) -> Cost:
         return matrix.to(x.dtype).reshape(len(x), x.shape[1], y.shape[1])
 
     return checked
-
-
-def euclidean_cost(x: Tensor, y: Tensor, p: int, *, same: bool = False) -> Tensor:
-    """``|x - y|^p / p`` for ``p`` in 1, 2. ``same`` says that both clouds are one, so that the diagonal is zero."""
-    if p == 2:
-        return _HalfSquaredDistance.apply(x, y, same)
-    # Differences, not products: the square root would turn their rounding of 1e-7 into 3e-4 where points coincide.
-    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
-
-
-def label_disagreement(x_labels: Tensor, y_labels: Tensor, dtype: torch.dtype) -> Tensor:
-    """Total variation distance ``(B, N, M)`` between labels: for integer ones, 1 where they differ and 0 elsewhere."""
-    if x_labels.is_floating_point():
-        return 0.5 * torch.cdist(x_labels, y_labels, p=1)
-    return (x_labels[:, :, None] != y_labels[:, None, :]).to(dtype)
-
-
-def mean_cost(cost: Tensor, x: Measure, y: Measure) -> Tensor:
-    """Mean cost ``(B,)`` of a random pair, each point drawn with its weight; a constant for autograd."""
-    cost, a, b = cost.detach(), x.weights.detach(), y.weights.detach()
-    total = ((cost * b[:, None, :]).sum(-1) * a).sum(-1)
-    return total / (a.sum(-1) * b.sum(-1))
-
-
-class _HalfSquaredDistance(torch.autograd.Function):
-    """``|x - y|^2 / 2`` with products in float64, forward and backward.
-
-    The products cancel almost entirely. In float32 they would lose four digits on raw features, in TF32 or under
-    autocast all of them, and the global switches that forbid those are not ours to flip; autocast leaves float64 alone.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, same: bool) -> Tensor:
-        ctx.save_for_backward(x, y)
-        wide_x, wide_y = _centred(x, y)
-        cost = 0.5 * (wide_x.square().sum(-1)[:, :, None] + wide_y.square().sum(-1)[:, None, :])
-        cost = (cost - wide_x @ wide_y.mT).clamp_(min=0).to(x.dtype)
-        if same:
-            cost.diagonal(dim1=-2, dim2=-1).zero_()
-        return cost
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, y = _centred(*ctx.saved_tensors)
-        wide = grad.to(x.dtype)
-        grad_x = grad_y = None
-        if ctx.needs_input_grad[0]:
-            grad_x = (wide.sum(-1)[:, :, None] * x - wide @ y).to(grad.dtype)
-        if ctx.needs_input_grad[1]:
-            grad_y = (wide.sum(-2)[:, :, None] * y - wide.mT @ x).to(grad.dtype)
-        return grad_x, grad_y, None
-
-
-def _centred(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Both clouds around the second one's mean, in float64 where the device has it."""
-    dtype = x.dtype if x.device.type == "mps" else torch.float64
-    x, y = x.to(dtype), y.to(dtype)
-    centre = y.mean(-2, keepdim=True)
-    return x - centre, y - centre

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_wdefense.transport.entropic import warn_unless_converged
-from lightning_wdefense.transport.options import Cost, SinkhornOptions, Solver
-from lightning_wdefense.transport.problem import cross_transport, read_problem, self_transport
-from lightning_wdefense.transport.second_opinion import geomloss_value
+from lightning_wdefense.transport.evaluation import evaluate, read_arguments
+from lightning_wdefense.transport.options import Cost, NamedCost, SinkhornOptions, Solver
+from lightning_wdefense.transport.second_opinion import geomloss_evaluation
+from lightning_wdefense.transport.warm_start import WarmStart
 
 
 def sinkhorn_divergence(
@@ -23,13 +24,14 @@ def sinkhorn_divergence(
     blur: float | None = None,
     relative_blur: float = 0.2,
     reach: float | None = None,
-    cost: Cost | None = None,
+    cost: Cost | NamedCost | None = None,
     label_cost: float | None = None,
     x_labels: Tensor | None = None,
     y_labels: Tensor | None = None,
     tol: float = 1e-3,
     max_iter: int = 1000,
     solver: Solver = "native",
+    warm_start: WarmStart | None = None,
 ) -> Tensor:
     r"""Sinkhorn divergence between two weighted point clouds (Feydy et al. 2019).
 
@@ -49,14 +51,16 @@ def sinkhorn_divergence(
         relative_blur: blur in units of the typical distance between ``x`` and ``y``, a constant for the gradient.
         reach: distance beyond which mass is rather destroyed and created than moved; ``None`` for balanced transport.
         cost: differentiable ``(x, y) -> (N, M)`` or ``(B, N, M)``, symmetric, in place of ``|x - y|^p / p``. The
-            divergence is only sure to be positive if ``exp(-cost / eps)`` is a positive definite kernel.
+            divergence is only sure to be positive if ``exp(-cost / eps)`` is a positive definite kernel. Or ``"cosine"`` for
+            ``1 - cos(x, y)``.
         label_cost: added to the cost where labels differ, within a cloud too, in units of the cost.
         x_labels: integers ``(N,)`` or ``(B, N)``, or probabilities ``(N, K)`` or ``(B, N, K)``; unused without
             ``label_cost``.
         y_labels: labels of ``y``, likewise.
-        tol: marginal error, as a share of the mass, at which to stop. The default holds the gradient to about 1%.
+        tol: marginal error at which to stop. The default holds the gradient to 1%.
         max_iter: most iterations, those of the annealing included.
         solver: ``"native"``, or ``"geomloss"`` for a second opinion.
+        warm_start: potentials of the last call, to start from; updated in place.
 
     Returns:
         The divergence in units of the cost, ``()`` or ``(B,)``, in float32 or better.
@@ -84,16 +88,14 @@ def sinkhorn_divergence(
     """
     options = SinkhornOptions(p, blur, relative_blur, reach, cost, label_cost, tol, max_iter, solver)
     with torch.autocast(x.device.type if isinstance(x, Tensor) else "cpu", enabled=False):
-        problem = read_problem(x, y, a, b, x_labels, y_labels, options)
+        arguments = read_arguments(x, y, a, b, x_labels, y_labels, options, debias=True)
         if options.solver == "geomloss":
-            value = geomloss_value(problem, debias=True)
+            value = geomloss_evaluation(arguments).value
         else:
-            cross, cross_solution = cross_transport(problem)
-            self_x, x_solution = self_transport(problem.x, problem)
-            self_y, y_solution = self_transport(problem.y, problem)
-            excess = problem.x.weights.sum(-1) - problem.y.weights.sum(-1)
-            value = cross - 0.5 * (self_x + self_y) + 0.5 * problem.eps * excess.square()
-            warn_unless_converged(options, cross_solution, x_solution, y_solution)
+            evaluation = evaluate(arguments, warm_start)
+            warn_unless_converged(options, evaluation)
+            excess = arguments.x.weights.sum(-1) - arguments.y.weights.sum(-1)
+            value = evaluation.value + 0.5 * evaluation.blur**p * excess.square()
     return value if x.ndim == 3 else value[0]
 
 
@@ -105,9 +107,9 @@ class SinkhornDivergence(nn.Module):
         blur: absolute blur, in units of the distance; wins over ``relative_blur``.
         relative_blur: blur in units of the typical distance of the batch.
         reach: distance beyond which mass is rather destroyed and created than moved; ``None`` for balanced transport.
-        cost: differentiable and symmetric ``(x, y) -> cost matrix`` in place of ``|x - y|^p / p``.
+        cost: differentiable and symmetric ``(x, y) -> cost matrix`` in place of ``|x - y|^p / p``, or ``"cosine"``.
         label_cost: added to the cost where labels differ, in units of the cost.
-        tol: marginal error, as a share of the mass, at which to stop.
+        tol: marginal error at which to stop.
         max_iter: most iterations, those of the annealing included.
         solver: ``"native"``, or ``"geomloss"`` for a second opinion.
 
@@ -130,7 +132,7 @@ class SinkhornDivergence(nn.Module):
         blur: float | None = None,
         relative_blur: float = 0.2,
         reach: float | None = None,
-        cost: Cost | None = None,
+        cost: Cost | NamedCost | None = None,
         label_cost: float | None = None,
         tol: float = 1e-3,
         max_iter: int = 1000,
@@ -148,9 +150,11 @@ class SinkhornDivergence(nn.Module):
         *,
         x_labels: Tensor | None = None,
         y_labels: Tensor | None = None,
+        warm_start: WarmStart | None = None,
     ) -> Tensor:
         """Divergence between ``x`` ``(N, D)`` and ``y`` ``(M, D)``: a scalar, or ``(B,)`` for batches of clouds."""
-        return sinkhorn_divergence(x, y, a, b, x_labels=x_labels, y_labels=y_labels, **vars(self.options))
+        labels = {"x_labels": x_labels, "y_labels": y_labels}
+        return sinkhorn_divergence(x, y, a, b, **labels, warm_start=warm_start, **vars(self.options))
 
     def extra_repr(self) -> str:
         """The cost, the blur in force, and whatever else is not the default."""

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_wdefense.transport.options import Cost, SinkhornOptions, Solver
-from lightning_wdefense.transport.problem import cross_transport, read_problem
-from lightning_wdefense.transport.second_opinion import geomloss_potentials, geomloss_value
-from lightning_wdefense.transport.solver import Potentials
+from lightning_wdefense.transport.evaluation import Evaluation, evaluate, read_arguments
+from lightning_wdefense.transport.options import Cost, NamedCost, SinkhornOptions, Solver
+from lightning_wdefense.transport.second_opinion import geomloss_evaluation
+from lightning_wdefense.transport.warm_start import WarmStart
 
 
 class SinkhornConvergenceWarning(UserWarning):
@@ -26,7 +26,8 @@ class SinkhornResult(NamedTuple):
         f: dual potential on ``x``, ``(N,)`` or ``(B, N)``, in units of the cost.
         g: dual potential on ``y``, ``(M,)`` or ``(B, M)``.
         n_iter: iterations taken, those of the annealing included.
-        marginal_error: L1 distance between the plan's marginals and those it should have, as a share of the mass.
+        marginal_error: root mean square of the relative error of the plan's marginals. It bounds their L1 error as a share
+            of the mass, and foretells the error of the gradient better.
         converged: whether ``marginal_error`` is at most ``tol``.
         blur: the blur that was used, which a relative one depends on the data for.
     """
@@ -50,13 +51,14 @@ def sinkhorn(
     blur: float | None = None,
     relative_blur: float = 0.2,
     reach: float | None = None,
-    cost: Cost | None = None,
+    cost: Cost | NamedCost | None = None,
     label_cost: float | None = None,
     x_labels: Tensor | None = None,
     y_labels: Tensor | None = None,
     tol: float = 1e-3,
     max_iter: int = 1000,
     solver: Solver = "native",
+    warm_start: WarmStart | None = None,
 ) -> SinkhornResult:
     r"""Entropic optimal transport between two weighted point clouds (Cuturi 2013).
 
@@ -65,8 +67,8 @@ def sinkhorn(
     ``C = |x - y|^p / p``, ``eps = blur^p``, ``rho = reach^p``, and infinite ``rho`` (marginals exactly ``a`` and ``b``)
     without ``reach``. It is not zero between equal clouds: :func:`sinkhorn_divergence` is.
 
-    Gradients reach ``x``, ``y``, ``a`` and ``b`` by the envelope theorem, without a graph through the iterations.
-    Computed in float32 or better whatever autocast says; gradients come back in the dtype of the inputs.
+    Gradients reach ``x``, ``y``, ``a`` and ``b`` by the envelope theorem, without a graph through the iterations, and can be
+    differentiated again (``create_graph=True``) by the implicit function theorem. Computed in float32 or better whatever autocast says; gradients come back in the dtype of the inputs.
 
     Args:
         x: points ``(N, D)`` or ``(B, N, D)``, of a floating dtype.
@@ -80,16 +82,17 @@ def sinkhorn(
         reach: distance beyond which mass is rather destroyed and created than moved (Séjourné 2019); ``None`` for
             balanced transport.
         cost: differentiable ``(x, y) -> (N, M)``, or ``(B, N, M)`` if the inputs are batched, in place of
-            ``|x - y|^p / p``.
+            ``|x - y|^p / p``; or ``"cosine"`` for ``1 - cos(x, y)``.
         label_cost: added to the cost where labels differ, in units of the cost. For soft labels it is multiplied by the
             total variation distance between them.
         x_labels: labels of ``x``: integers ``(N,)`` or ``(B, N)``, or probabilities ``(N, K)`` or ``(B, N, K)``.
             Unused without ``label_cost``, so that callers may always pass them.
         y_labels: labels of ``y``, likewise.
-        tol: marginal error, as a share of the mass, at which to stop.
+        tol: marginal error at which to stop.
         max_iter: most iterations, those of the annealing included.
         solver: ``"native"``, or ``"geomloss"`` for a second opinion (slower, blind to ``tol`` and ``max_iter``, and its
             unbalanced gradients are known to be too small by a factor of ``(rho + eps / 2) / (rho + eps)``).
+        warm_start: potentials of the last call, to start from; updated in place. Not used by geomloss.
 
     Returns:
         The value, the potentials, and how well the iterations converged.
@@ -115,23 +118,24 @@ def sinkhorn(
     """
     options = SinkhornOptions(p, blur, relative_blur, reach, cost, label_cost, tol, max_iter, solver)
     with torch.autocast(x.device.type if isinstance(x, Tensor) else "cpu", enabled=False):
-        problem = read_problem(x, y, a, b, x_labels, y_labels, options)
+        arguments = read_arguments(x, y, a, b, x_labels, y_labels, options, debias=False)
         if options.solver == "geomloss":
-            value, potentials = geomloss_value(problem, debias=False), geomloss_potentials(problem)
+            evaluation = geomloss_evaluation(arguments)
         else:
-            value, potentials = cross_transport(problem)
-            warn_unless_converged(options, potentials)
-    per_problem = value, potentials.f, potentials.g, potentials.error, problem.blur
+            evaluation = evaluate(arguments, warm_start)
+            warn_unless_converged(options, evaluation)
+    solution = evaluation.optima["xy"]
+    per_problem = evaluation.value, solution.f, solution.g, solution.error, evaluation.blur
     value, f, g, error, used_blur = per_problem if x.ndim == 3 else (tensor[0] for tensor in per_problem)
-    return SinkhornResult(value, f, g, potentials.n_iter, error, error <= tol, used_blur)
+    return SinkhornResult(value, f, g, solution.n_iter, error, error <= tol, used_blur)
 
 
-def warn_unless_converged(options: SinkhornOptions, *solutions: Potentials) -> None:
-    """One warning for all the solutions of a call.
+def warn_unless_converged(options: SinkhornOptions, evaluation: Evaluation) -> None:
+    """One warning for all the transports of a call.
 
     The error has one digit so that the same text comes back, which Python's default filter shows once.
     """
-    error = max(float(solution.error.max()) for solution in solutions)
+    error = max(float(optimum.error.max()) for optimum in evaluation.optima.values())
     if not error <= options.tol:
         warnings.warn(
             f"Sinkhorn stopped after max_iter={options.max_iter} iterations at a marginal error of {error:.0e}, above "

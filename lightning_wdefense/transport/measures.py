@@ -18,6 +18,14 @@ class Measure(NamedTuple):
     weights: Tensor
     labels: Tensor | None
 
+    def detached(self) -> Measure:
+        """The same without a graph."""
+        return Measure(self.points.detach(), self.weights.detach(), self.labels)
+
+    def problem(self, i: int) -> Measure:
+        """The measure of one problem of the batch: points ``(N, D)``, weights ``(N,)`` and labels alike."""
+        return Measure(self.points[i], self.weights[i], None if self.labels is None else self.labels[i])
+
 
 def read_measures(
     x: Tensor,

@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_wdefense._names import unknown_name
 
 Cost = Callable[[Tensor, Tensor], Tensor]
+NamedCost = Literal["cosine"]
 Solver = Literal["native", "geomloss"]
 
 
@@ -24,7 +25,7 @@ class SinkhornOptions:
     blur: float | None = None
     relative_blur: float = 0.2
     reach: float | None = None
-    cost: Cost | None = None
+    cost: Cost | NamedCost | None = None
     label_cost: float | None = None
     tol: float = 1e-3
     max_iter: int = 1000
@@ -41,8 +42,15 @@ class SinkhornOptions:
             _check_number("reach", self.reach, "None for balanced transport")
         if self.label_cost is not None:
             _check_number("label_cost", self.label_cost, "None for a cost blind to labels", positive=False)
-        if self.cost is not None and not callable(self.cost):
-            raise TypeError(f"cost must be a callable (x, y) -> cost matrix, or None, got {type(self.cost).__name__}.")
+        if isinstance(self.cost, str):
+            if self.cost not in get_args(NamedCost):
+                raise ValueError(unknown_name("cost", self.cost, get_args(NamedCost)))
+            if self.p != 2:
+                raise ValueError(f'cost="cosine" is half the squared distance of directions, so p must be 2, got {self.p}.')
+        elif self.cost is not None and not callable(self.cost):
+            raise TypeError(
+                f'cost must be a callable (x, y) -> cost matrix, "cosine" or None, got {type(self.cost).__name__}.'
+            )
         if not isinstance(self.max_iter, int) or self.max_iter < 1:
             raise ValueError(f"max_iter must be a positive integer, got {self.max_iter!r}.")
         if self.solver not in get_args(Solver):

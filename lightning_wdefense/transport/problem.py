@@ -1,113 +1,135 @@
-"""One transport problem: what the arguments mean, and its optimal value with its gradient."""
+"""One problem, or a batch that is solved at once: its measures, their ground costs, and the blur that follows from them."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lightning_wdefense.transport.costs import checked_cost, ground_cost, label_disagreement, mean_cost
-from lightning_wdefense.transport.envelope import with_gradients
-from lightning_wdefense.transport.measures import Measure, read_measures
-from lightning_wdefense.transport.options import SinkhornOptions
-from lightning_wdefense.transport.solver import (
-    Potentials,
-    density,
-    price,
-    semi_dual,
-    solve,
-    solve_symmetric,
-    transport_plan,
+from lightning_wdefense.transport.costs import (
+    GroundCost,
+    distance,
+    half_squared_distance,
+    matrix_cost,
+    with_labels,
+    within_a_cloud,
 )
+from lightning_wdefense.transport.measures import Measure
+from lightning_wdefense.transport.options import SinkhornOptions
+from lightning_wdefense.transport.workspace import Workspace
+
+Pair = Literal["xy", "xx", "yy"]
+
+LOOPED = 2**18
+"""Entries of a cost from which a CPU solves the problems of a batch one by one, each in its cache."""
 
 
-class Problem(NamedTuple):
-    """Two measures, the cost ``(B, N, M)`` between their points and the blur ``(B,)`` at which to transport."""
+@dataclass(frozen=True)
+class Problem:
+    """Constants for autograd: points ``(N, D)`` and ``(M, D)``, or ``(B, N, D)`` and ``(B, M, D)``.
+
+    Attributes:
+        x: the one measure.
+        y: the other one.
+        options: the settings.
+        matrices: the caller's own costs between the measures, without the price of labels.
+        work: where costs are kept, of one pair at a time: first ``"xy"``, then the others.
+    """
 
     x: Measure
     y: Measure
-    cost: Tensor
-    blur: Tensor
     options: SinkhornOptions
+    matrices: Mapping[Pair, Tensor]
+    work: Workspace
 
-    @property
-    def eps(self) -> Tensor:
-        """Temperature ``(B,)``, in units of the cost."""
-        return self.blur**self.options.p
+    def measures(self, pair: Pair) -> tuple[Measure, Measure]:
+        """The two measures that a pair names."""
+        return (self.y if pair == "yy" else self.x), (self.x if pair == "xx" else self.y)
 
+    def ground_cost(self, pair: Pair) -> GroundCost:
+        """The cost between two measures, with the price of labels."""
+        cost, label_cost = self._between if pair == "xy" else self._geometric(pair), self.options.label_cost
+        if label_cost is None:
+            return cost
+        return with_labels(cost, *self.measures(pair), label_cost).stored(self.x.points, self.work, "labelled cost")
 
-def read_problem(
-    x: Tensor,
-    y: Tensor,
-    a: Tensor | None,
-    b: Tensor | None,
-    x_labels: Tensor | None,
-    y_labels: Tensor | None,
-    options: SinkhornOptions,
-) -> Problem:
-    """Check the arguments; derive the cost and the blur."""
-    if options.label_cost is not None and (x_labels is None or y_labels is None):
-        missing = " and ".join(
-            name for name, given in (("x_labels", x_labels), ("y_labels", y_labels)) if given is None
-        )
-        raise ValueError(f"label_cost={options.label_cost} needs labels: pass {missing}, or label_cost=None.")
-    source, target = read_measures(x, y, a, b, x_labels, y_labels, balanced=options.rho is None)
-    if options.cost is not None:
-        options = replace(options, cost=checked_cost(options.cost, batched=x.ndim == 3))
-    geometric = ground_cost(source, target, options.p, options.cost)
-    blur = _blur(mean_cost(geometric, source, target), options)
-    return Problem(source, target, add_label_cost(geometric, source, target, options), blur, options)
+    @cached_property
+    def blur(self) -> Tensor:
+        """Scale ``(...)``, in units of the distance, below which the transport does not look.
 
+        Kept away from temperatures that underflow: identical points have no typical distance.
+        """
+        options, mean = self.options, self._mean
+        floor = torch.finfo(mean.dtype).tiny ** (0.5 / options.p)
+        if options.blur is not None:
+            return torch.full_like(mean, max(options.blur, floor))
+        if self.matrices and bool((mean < 0).any()):
+            raise ValueError(
+                f"cost is {float(mean.min()):.3g} on average, and a blur relative to a negative cost means nothing: "
+                "pass blur=, or add a constant to the cost."
+            )
+        return (options.relative_blur * mean ** (1 / options.p)).clamp(min=floor)
 
-def add_label_cost(cost: Tensor, x: Measure, y: Measure, options: SinkhornOptions) -> Tensor:
-    """The cost with the price of changing the label added, if there is one."""
-    if options.label_cost is None or x.labels is None or y.labels is None:
-        return cost
-    return cost + options.label_cost * label_disagreement(x.labels, y.labels, cost.dtype)
+    @cached_property
+    def eps(self) -> float | Tensor:
+        """Temperature, in units of the cost: a number, or ``(B, 1)`` for a batch."""
+        return _per_problem(self.blur**self.options.p)
 
+    @cached_property
+    def mean(self) -> float | Tensor:
+        """Upper estimate of the mean cost between the measures, of the form of :attr:`eps`."""
+        return _per_problem(self._mean + (self.options.label_cost or 0.0))
 
-def cross_transport(problem: Problem) -> tuple[Tensor, Potentials]:
-    """Optimal value ``(B,)``, differentiable, and potentials of the transport of ``x`` to ``y``."""
-    return _transport(problem.x, problem.y, problem.cost, problem, symmetric=False)
+    @cached_property
+    def _mean(self) -> Tensor:
+        """Mean cost ``(...)`` between the measures, without the price of labels."""
+        if self.matrices or self.options.p == 1:
+            return self._between.average(self.x.weights, self.y.weights)
+        (square_x, centre_x), (square_y, centre_y) = (_second_moment(measure) for measure in (self.x, self.y))
+        return (0.5 * (square_x + square_y) - (centre_x * centre_y).sum(-1)).clamp(min=0)
 
+    @cached_property
+    def _between(self) -> GroundCost:
+        return self._geometric("xy")
 
-def self_transport(measure: Measure, problem: Problem) -> tuple[Tensor, Potentials]:
-    """The same for the transport of a measure to itself, at the problem's blur."""
-    options = problem.options
-    cost = ground_cost(measure, measure, options.p, options.cost, same=True)
-    return _transport(measure, measure, add_label_cost(cost, measure, measure, options), problem, symmetric=True)
-
-
-def _transport(x: Measure, y: Measure, cost: Tensor, problem: Problem, symmetric: bool) -> tuple[Tensor, Potentials]:
-    options, eps, rho = problem.options, problem.eps, problem.options.rho
-    inputs = cost, x.weights, y.weights
-    with torch.no_grad():
-        fixed_cost, a, b = (tensor.detach() for tensor in inputs)
-        if symmetric:
-            potentials = solve_symmetric(fixed_cost, a, eps, rho, tol=options.tol, max_iter=options.max_iter)
+    def _geometric(self, pair: Pair) -> GroundCost:
+        if self.matrices:
+            return matrix_cost(self.matrices[pair])
+        x, y = (measure.points for measure in self.measures(pair))
+        if self.options.p == 1:
+            cost = distance(x, y)
         else:
-            potentials = solve(fixed_cost, a, b, eps, rho, tol=options.tol, max_iter=options.max_iter)
-        value = semi_dual(potentials.f, potentials.g, a, b, eps, rho)
-        if not any(tensor.requires_grad for tensor in inputs):
-            return value, potentials
-        plan = transport_plan(potentials, fixed_cost, a, b, eps, rho) if cost.requires_grad else None
-        grad_a, grad_b = (
-            price(potential, rho) - eps[:, None] * (density(potential, rho) - others.sum(-1, keepdim=True))
-            for potential, others in ((potentials.f, b), (potentials.g, a))
-        )
-    return with_gradients(value, inputs, (plan, grad_a, grad_b)), potentials
+            cost = half_squared_distance(x, y, self.eps if isinstance(self.eps, float) else float(self.eps.min()))
+        return (cost if pair == "xy" else within_a_cloud(cost)).stored(x, self.work, "cost")
 
 
-def _blur(mean: Tensor, options: SinkhornOptions) -> Tensor:
-    """Blur ``(B,)``, kept away from temperatures that underflow: identical points have no typical distance."""
-    floor = torch.finfo(mean.dtype).tiny ** (0.5 / options.p)
-    if options.blur is not None:
-        return torch.full_like(mean, options.blur).clamp(min=floor)
-    if bool((mean < 0).any()):
-        raise ValueError(
-            f"cost is {float(mean.min()):.3g} on average, and a blur relative to a negative cost means nothing: "
-            "pass blur=, or add a constant to the cost."
-        )
-    return (options.relative_blur * mean ** (1 / options.p)).clamp(min=floor)
+def solved_at_once(
+    x: Measure, y: Measure, options: SinkhornOptions, matrices: Mapping[Pair, Tensor], work: Workspace
+) -> Iterator[Problem]:
+    """The batch ``(B, N, D)`` of problems, or each problem of it by itself, without a graph and around a common centre."""
+    x, y = x.detached(), y.detached()
+    centre = 0.5 * (x.points.mean(-2, keepdim=True) + y.points.mean(-2, keepdim=True))
+    x, y = (measure._replace(points=measure.points - centre) for measure in (x, y))
+    matrices = {pair: matrix.detach() for pair, matrix in matrices.items()}
+    (size, n), m = x.weights.shape, y.weights.shape[1]
+    if size > 1 and (n * m < LOOPED or x.points.is_cuda):
+        yield Problem(x, y, options, matrices, work)
+    else:
+        for i in range(size):
+            own = {pair: each[i] for pair, each in matrices.items()}
+            yield Problem(x.problem(i), y.problem(i), options, own, work)
+
+
+def _second_moment(measure: Measure) -> tuple[Tensor, Tensor]:
+    """Mean square ``(...)`` and mean ``(..., D)`` of the points."""
+    weights = (measure.weights / measure.weights.sum(-1, keepdim=True)).unsqueeze(-1)
+    weighted = weights * measure.points
+    return (weighted * measure.points).sum((-2, -1)), weighted.sum(-2)
+
+
+def _per_problem(values: Tensor) -> float | Tensor:
+    return float(values) if values.ndim == 0 else values.unsqueeze(-1)

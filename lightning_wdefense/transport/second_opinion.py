@@ -12,40 +12,43 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_wdefense.transport.costs import euclidean_cost, label_disagreement
+from lightning_wdefense.transport.costs import label_disagreement
+from lightning_wdefense.transport.dual import density
 from lightning_wdefense.transport.envelope import with_gradients
+from lightning_wdefense.transport.evaluation import Arguments, Evaluation
+from lightning_wdefense.transport.optimum import Optimum
 from lightning_wdefense.transport.options import Cost, SinkhornOptions
 from lightning_wdefense.transport.problem import Problem
-from lightning_wdefense.transport.solver import Potentials, density
+from lightning_wdefense.transport.workspace import Workspace
 
 SCALING = 0.99
 """Ratio between two blurs of geomloss's annealing: its default of 0.5 leaves gradients 22% to 82% wrong."""
 
 
-def geomloss_value(problem: Problem, *, debias: bool) -> Tensor:
-    """Optimal value ``(B,)``, or with ``debias`` the divergence, with geomloss's gradients to points and weights."""
-    inputs = problem.x.weights, problem.x.points, problem.y.weights, problem.y.points
+def geomloss_evaluation(arguments: Arguments) -> Evaluation:
+    """What geomloss finds: the value with its gradients, the potentials, and the marginal error that they leave."""
+    x, y, options, matrices, pairs = arguments
+    inputs = x.weights, x.points, y.weights, y.points
+    with torch.no_grad():
+        problem = Problem(x.detached(), y.detached(), options, {pair: each.detach() for pair, each in matrices.items()}, Workspace())
+        constants = [tensor.detach() for tensor in inputs]
+        potentials = _run(problem, constants, debias=False, potentials=True)
+        f, g = (torch.cat(each) for each in zip(*potentials, strict=True))
+    debias = len(pairs) > 1
     differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    leaves = [tensor.detach().requires_grad_(differentiable) for tensor in inputs]
+    leaves = [constant.requires_grad_(differentiable) for constant in constants]
     value = torch.cat(_run(problem, leaves, debias=debias))
     if not debias:
         # geomloss drops the terms of its own definition that cancel in the divergence, and are zero for unit masses.
         mass_a, mass_b = leaves[0].sum(-1), leaves[2].sum(-1)
-        value = value + problem.eps * (mass_a * mass_b - 0.5 * (mass_a + mass_b))
-    if not differentiable:
-        return value
-    # Through fixed gradients, because geomloss's second derivatives are wrong: so they raise, as the native ones do.
-    gradients = torch.autograd.grad(value.sum(), leaves, allow_unused=True)
-    return with_gradients(value.detach(), inputs, gradients)
-
-
-def geomloss_potentials(problem: Problem) -> Potentials:
-    """Potentials of the transport of ``x`` to ``y``, and the marginal error that they leave."""
-    inputs = problem.x.weights, problem.x.points, problem.y.weights, problem.y.points
-    with torch.no_grad():
-        potentials = _run(problem, [tensor.detach() for tensor in inputs], debias=False, potentials=True)
-        f, g = (torch.cat(each) for each in zip(*potentials, strict=True))
-        return Potentials(f, g, _temperatures(problem), _marginal_error(problem, f, g))
+        value = value + problem.eps[:, 0] * (mass_a * mass_b - 0.5 * (mass_a + mass_b))
+    if differentiable:
+        gradients = torch.autograd.grad(value.sum(), leaves, allow_unused=True)
+        # Through fixed gradients, because geomloss's second derivatives are wrong: so they raise.
+        value = with_gradients(value.detach(), inputs, gradients)
+    error = _marginal_error(problem, f, g)
+    of = dict.fromkeys(("of_x", "of_y", "of_a", "of_b", "of_cost"))
+    return Evaluation(value, {"xy": Optimum(value.detach(), f, g, _temperatures(problem), error, **of)}, problem.blur)
 
 
 def _run(problem: Problem, tensors: list[Tensor], **mode: bool) -> list[Any]:
@@ -84,7 +87,10 @@ def _labelled_cost(options: SinkhornOptions, label_cost: float, n_classes: int) 
 
     def cost(x: Tensor, y: Tensor) -> Tensor:
         points_x, points_y = x[..., :-n_classes], y[..., :-n_classes]
-        geometric = options.cost(points_x, points_y) if options.cost else euclidean_cost(points_x, points_y, options.p)
+        if callable(options.cost):
+            geometric = options.cost(points_x, points_y)
+        else:
+            geometric = torch.cdist(points_x, points_y) ** options.p / options.p
         return geometric + label_cost * label_disagreement(x[..., -n_classes:], y[..., -n_classes:], x.dtype)
 
     return cost
@@ -101,7 +107,7 @@ def _as_coordinates(x_labels: Tensor, y_labels: Tensor, dtype: torch.dtype) -> t
 
 def _diameters(problem: Problem) -> Tensor:
     """Where geomloss's annealing starts, ``(B,)``: the largest distance, unless the blur is larger."""
-    return (problem.cost.detach().amax((-2, -1)).clamp(min=0) ** (1 / problem.options.p)).maximum(problem.blur)
+    return (_cost(problem).amax((-2, -1)).clamp(min=0) ** (1 / problem.options.p)).maximum(problem.blur)
 
 
 def _temperatures(problem: Problem) -> int:
@@ -111,11 +117,16 @@ def _temperatures(problem: Problem) -> int:
 
 
 def _marginal_error(problem: Problem, f: Tensor, g: Tensor) -> Tensor:
-    """L1 distance ``(B,)`` between the marginals of the plan and those it should have, as a share of the mass."""
+    """Root mean square ``(B,)`` of the relative error of the plan's marginals, those of the worse side."""
     a, b, rho = problem.x.weights, problem.y.weights, problem.options.rho
-    exponent = (f[:, :, None] + g[:, None, :] - problem.cost) / problem.eps[:, None, None]
+    exponent = (f[:, :, None] + g[:, None, :] - _cost(problem)) / problem.eps[:, :, None]
     plan = a[:, :, None] * b[:, None, :] * exponent.exp()
-    rows, columns = a * density(f, rho), b * density(g, rho)
-    row_error = (plan.sum(-1) - rows).abs().sum(-1) / rows.sum(-1)
-    column_error = (plan.sum(-2) - columns).abs().sum(-1) / columns.sum(-1)
-    return row_error.maximum(column_error)
+    errors = []
+    for marginal, target in ((plan.sum(-1), a * density(f, rho)), (plan.sum(-2), b * density(g, rho))):
+        square = torch.where(target > 0, (marginal - target).square() / target, 0)
+        errors.append((square.sum(-1) / target.sum(-1)).sqrt())
+    return errors[0].maximum(errors[1])
+
+
+def _cost(problem: Problem) -> Tensor:
+    return problem.ground_cost("xy").rows(slice(None))

@@ -1,0 +1,431 @@
+"""The debiased Sinkhorn divergence with its gradients to both clouds, against other libraries at equal accuracy.
+
+    python benchmarks/sinkhorn.py                 # times; can be stopped, and goes on where it was
+    python benchmarks/sinkhorn.py --robustness    # accuracy of the default settings on many problems
+
+Each side is timed with the fastest of its settings that meets the target on all seeds, against a converged float64
+solution. The times of all sides are then taken in turns, in one process on the same cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import signal
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from sinkhorn_peers import Call, Setting, Side, our_sides, peer_sides
+from sinkhorn_problems import ROBUSTNESS_ROWS, ROWS, Case, Errors, Row, make_case, worst_errors
+
+VALUE_TARGET = 1e-3
+PATIENCE = 60.0
+"""Seconds of timing after which a row makes do with fewer repeats, though with one for each seed."""
+PACKAGES = "torch", "lightning-wdefense", "geomloss", "POT", "ott-jax", "jax", "mdot-tnt", "flash-sinkhorn"
+
+
+class Trial(NamedTuple):
+    """One setting: seconds of a call, and the worst errors on the seeds (the first only, if that was hopeless)."""
+
+    setting: Setting
+    seconds: float
+    errors: Errors
+    note: str = ""
+
+    def meets(self, target: float) -> bool:
+        return self.errors.gradient <= target and self.errors.value <= VALUE_TARGET
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Interrupt Python code; a compiled loop ends first."""
+
+    def interrupt(*_: Any) -> None:
+        raise TimeoutError(f"a call took more than {seconds:.0f} s")
+
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def timed(call: Call) -> tuple[float, Any]:
+    start = time.perf_counter()
+    solution = call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, solution
+
+
+def attempt(side: Side, setting: Setting, cases: list[Case], cap: float, hopeless: float) -> Trial:
+    """Run a setting on all seeds, unless the gradient of the first is beyond ``hopeless``."""
+    seconds, worst = [], Errors(0.0, 0.0)
+    try:
+        # geomloss leaves gradients switched off when it is interrupted.
+        with torch.enable_grad():
+            for case in cases:
+                call = side.prepare(setting, case.x, case.y, case.blur)
+                with time_limit(cap):
+                    first, solution = timed(call)
+                worst = Errors(*np.maximum(worst, worst_errors(solution, case.exact)).tolist())
+                hopeful = worst.gradient <= hopeless
+                # Again, because the first call may have compiled something, which takes a second or two.
+                if hopeful or first < 5:
+                    with time_limit(cap):
+                        first = min(timed(call)[0] for _ in range(5 if first < 0.05 else 1))
+                seconds.append(first)
+                if not hopeful:
+                    break
+    except Exception as error:
+        print(f"  {side.name} {setting}: {type(error).__name__}: {error}"[:120], flush=True)
+        return Trial(setting, math.inf, Errors(math.inf, math.inf), f"{type(error).__name__}: {error}"[:100])
+    if not all(map(math.isfinite, worst)):
+        worst = Errors(math.inf, math.inf)
+    return Trial(setting, statistics.median(seconds), worst)
+
+
+def tune(side: Side, cases: list[Case], targets: list[float], cap: float) -> list[Trial]:
+    """Climb each ladder until it is accurate enough, or slower than what is known to be."""
+    trials, fastest = [], dict.fromkeys(targets, cap)
+    for ladder in side.ladders:
+        for setting in ladder:
+            trial = attempt(side, setting, cases, cap, math.inf if side.fixed else max(targets))
+            trials.append(trial)
+            fastest |= {t: min(fastest[t], trial.seconds) for t in targets if trial.meets(t)}
+            too_slow = trial.seconds > max(fastest.values())
+            if too_slow or trial.meets(min(targets)) or not math.isfinite(trial.errors.gradient):
+                break
+    return trials
+
+
+def choose(side: Side, trials: list[Trial], targets: list[float]) -> dict[str, Trial]:
+    """The fastest setting for each target, or else the most accurate one; of a fixed side, its only one."""
+    if side.fixed:
+        return {"fixed": trials[0]}
+    chosen = {}
+    for target in targets:
+        good = [trial for trial in trials if trial.meets(target)]
+        most_accurate = min(trials, key=lambda trial: max(trial.errors.gradient, trial.errors.value))
+        chosen[f"{target:g}"] = min(good, key=lambda trial: trial.seconds) if good else most_accurate
+    return chosen
+
+
+def time_in_turns(calls: dict[Any, list[Call]], repeats: int) -> dict[Any, dict[str, float]]:
+    """Milliseconds of each side: median, and 10th and 90th percentile. Each has a call for each seed."""
+    seconds = {name: [] for name in calls}
+    for each in calls.values():
+        for call in each:
+            call()
+    start = time.perf_counter()
+    for turn in range(repeats):
+        for name, each in calls.items():
+            call = each[turn % len(each)]
+            taken = timed(call)[0]
+            # A short call is slow after another library had the caches and the cores: the second one counts.
+            seconds[name].append(timed(call)[0] if taken < 0.05 else taken)
+        if time.perf_counter() - start > PATIENCE and turn + 1 >= max(map(len, calls.values())):
+            break
+    quantiles = {name: np.quantile(1e3 * np.array(each), (0.5, 0.1, 0.9)) for name, each in seconds.items()}
+    return {name: dict(zip(("ms", "p10", "p90"), each.tolist(), strict=True)) for name, each in quantiles.items()}
+
+
+def peak_memory(call: Call, device: str) -> float:
+    """MiB of tensors that a call allocates beyond what was there, at its peak."""
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with torch.profiler.profile(profile_memory=True) as profile:
+        call()
+    changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = np.cumsum([event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns())])
+    return float(max(held, default=0)) / 2**20
+
+
+def measure(row: Row, relative_blur: float, options: argparse.Namespace, old: dict[str, Any] | None) -> dict[str, Any]:
+    """Tune and time every side on one row. With an old record, only ours is tuned anew."""
+    from lightning_wdefense.transport import sinkhorn
+
+    cases = [make_case(row, relative_blur, seed, options.cache, options.device) for seed in range(options.seeds)]
+    record, calls, tried = {}, {}, {}
+    for side in our_sides() + peer_sides(options.device):
+        if old and side.name in old["sides"] and not side.name.startswith("ours"):
+            chosen = {target: read_trial(trial) for target, trial in old["sides"][side.name].items()}
+        else:
+            began = time.monotonic()
+            trials = tune(side, cases, options.targets, options.cap)
+            tried[side.name] = [[t.setting, t.seconds, *t.errors, t.note] for t in trials]
+            chosen = choose(side, trials, options.targets)
+            print(f"  {side.name}: {len(trials)} settings in {time.monotonic() - began:.0f} s", flush=True)
+        record[side.name] = {target: write_trial(trial) for target, trial in chosen.items()}
+        for target, trial in chosen.items():
+            if math.isfinite(trial.seconds) and (side.fixed or trial.meets(float(target))):
+                key = side.name, json.dumps(trial.setting)
+                calls[key] = [side.prepare(trial.setting, case.x, case.y, case.blur) for case in cases]
+                record[side.name][target]["timing"] = key
+    times = time_in_turns(calls, options.repeats)
+    for trial in (trial for each in record.values() for trial in each.values()):
+        if "timing" in trial:
+            trial |= times[trial.pop("timing")]
+    return {
+        "row": row._asdict() | {"name": row.name, "relative_blur": relative_blur},
+        "sides": record,
+        "tried": (old["tried"] if old else {}) | tried,
+        "ours_n_iter": [sinkhorn(case.x, case.y, blur=case.blur).n_iter for case in cases],
+        "ours_peak_mib": peak_memory(calls["ours default", "{}"][0], options.device),
+        "environment": environment(options),
+    }
+
+
+def write_trial(trial: Trial) -> dict[str, Any]:
+    return trial._asdict() | {"errors": trial.errors._asdict()}
+
+
+def read_trial(record: dict[str, Any]) -> Trial:
+    return Trial(record["setting"], record["seconds"], Errors(**record["errors"]), record["note"])
+
+
+def environment(options: argparse.Namespace) -> dict[str, str]:
+    cpu = Path("/proc/cpuinfo")
+    models = [line.split(":")[1].strip() for line in cpu.read_text().splitlines() if "model name" in line]
+    hardware = torch.cuda.get_device_name() if options.device == "cuda" else (models or [platform.processor()])[0]
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {"hardware": hardware, "threads": f"{options.threads} of {os.cpu_count()} cores", **versions}
+
+
+def robustness(row: Row, relative_blur: float, options: argparse.Namespace, _: Any) -> dict[str, Any]:
+    """Errors of our default settings over all seeds of one row."""
+    from lightning_wdefense.transport import SinkhornConvergenceWarning
+
+    ours = our_sides()[1]
+    seeds, converged = [], 0
+    for seed in range(options.seeds):
+        case = make_case(row, relative_blur, seed, options.cache, options.device)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            solution = ours.prepare({}, case.x, case.y, case.blur)()
+        converged += not any(issubclass(warning.category, SinkhornConvergenceWarning) for warning in caught)
+        seeds.append({**worst_errors(solution, case.exact)._asdict(), "reference": case.exact[0].marginal_error})
+    errors = {name: np.array([seed[name] for seed in seeds]) for name in ("gradient", "value")}
+    quantiles = {
+        name: {"median": float(np.median(each)), "p90": float(np.quantile(each, 0.9)), "max": float(each.max())}
+        for name, each in errors.items()
+    }
+    return {
+        "row": row._asdict() | {"name": row.name, "relative_blur": relative_blur},
+        "problems": len(seeds),
+        "converged": converged,
+        "violations": sum(not (s["gradient"] <= 1e-2 and s["value"] <= VALUE_TARGET) for s in seeds),
+        **quantiles,
+        "worst_reference": max(seed["reference"] for seed in seeds),
+        "seeds": seeds,
+        "environment": environment(options),
+    }
+
+
+def time_report(records: list[dict[str, Any]]) -> str:
+    """One line for each problem, blur and target."""
+    names = [
+        name for name in dict.fromkeys(name for r in records for name in r["sides"]) if not name.startswith("ours")
+    ]
+    peers = [name for name in names if "fixed" not in records[-1]["sides"].get(name, {})]
+    header = ["problem", "blur", "gradient", "ours, ms (10% to 90%)", "ours default, ms (error)", *peers]
+    lines = [[*header, "geomloss default, ms (error)", "iterations", "MiB"]]
+    for record in records:
+        everyone = record["sides"]
+        for target, ours in everyone["ours"].items():
+            lines.append(
+                [
+                    record["row"]["name"],
+                    f"{record['row']['relative_blur']:g}",
+                    f"{float(target):.0e}",
+                    f"{_milliseconds(ours)} ({ours['p10']:.3g} to {ours['p90']:.3g})"
+                    if "ms" in ours
+                    else _milliseconds(ours),
+                    _with_error(everyone.get("ours default")),
+                    *(_against(everyone.get(name, {}).get(target), ours) for name in peers),
+                    _with_error(everyone.get("geomloss default")),
+                    f"{statistics.median(record['ours_n_iter']):g}",
+                    f"{record['ours_peak_mib']:.3g}",
+                ]
+            )
+    return (
+        "Milliseconds of a call with the fastest setting whose gradient error (relative, both clouds) meets the target "
+        f"and whose value error is at most {VALUE_TARGET:g}, on all seeds; in brackets how many times ours. `MISS`: no "
+        "setting did, in brackets the gradient error of the most accurate one. Blur is relative to the root of the mean "
+        f"cost. Iterations and memory are those of our default settings.\n\n{_table(lines)}"
+    )
+
+
+def _milliseconds(trial: dict[str, Any]) -> str:
+    return f"{trial['ms']:.3g}" if "ms" in trial else f"MISS ({trial['errors']['gradient']:.1e})"
+
+
+def _against(trial: dict[str, Any] | None, ours: dict[str, Any]) -> str:
+    ratio = f" ({trial['ms'] / ours['ms']:.2g}×)" if trial and "ms" in trial and "ms" in ours else ""
+    return _milliseconds(trial) + ratio if trial else "–"
+
+
+def _with_error(side: dict[str, dict[str, Any]] | None) -> str:
+    return f"{side['fixed'].get('ms', math.nan):.3g} ({side['fixed']['errors']['gradient']:.1e})" if side else "–"
+
+
+def robustness_report(records: list[dict[str, Any]]) -> str:
+    lines = [
+        ["problem", "blur", "problems", "converged", "violations", "gradient: median, 90%, max", "value", "reference"]
+    ]
+    for r in records:
+        spread = (", ".join(f"{number:.0e}" for number in r[name].values()) for name in ("gradient", "value"))
+        row = (
+            r["row"]["name"],
+            f"{r['row']['relative_blur']:g}",
+            str(r["problems"]),
+            f"{r['converged'] / r['problems']:.0%}",
+        )
+        lines.append([*row, str(r["violations"]), *spread, f"{r['worst_reference']:.0e}"])
+    problems, converged, violations = (sum(r[key] for r in records) for key in ("problems", "converged", "violations"))
+    return (
+        f"{problems} problems at default settings in float32: {converged} converged by their own account, {violations} "
+        f"have a gradient error above 1e-2 or a value error above {VALUE_TARGET:g}. `reference` is the marginal error "
+        f"that the worst of the references was left with.\n\n{_table(lines)}"
+    )
+
+
+def _table(lines: list[list[str]]) -> str:
+    lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def plot(records: list[dict[str, Any]], path: Path) -> None:
+    """Time against the number of points on the single adversarial problems, one panel for each blur and target."""
+    from matplotlib import pyplot as plt
+
+    blurs = list(dict.fromkeys(r["row"]["relative_blur"] for r in records))
+    targets = list(dict.fromkeys(target for r in records for target in r["sides"]["ours"]))
+    figure, axes = plt.subplots(
+        len(targets), len(blurs), figsize=(5 * len(blurs), 4 * len(targets)), squeeze=False, sharex=True, sharey=True
+    )
+    for (i, target), (j, blur) in ((t, b) for t in enumerate(targets) for b in enumerate(blurs)):
+        of_blur = [r for r in records if r["row"]["relative_blur"] == blur]
+        shown = sorted((r for r in of_blur if r["row"]["family"] == "adv" and r["row"]["batch"] == 1), key=_size)
+        for name in dict.fromkeys(name for r in records for name in r["sides"]):
+            trials = [(_size(r)[0], r["sides"].get(name, {}).get(target, {})) for r in shown]
+            points = [(n, trial["ms"]) for n, trial in trials if "ms" in trial]
+            if points:
+                axes[i, j].loglog(*zip(*points, strict=True), "o-", label=name, lw=3 if name == "ours" else 1.5)
+        axes[i, j].set(title=f"blur {blur:g}, gradient error {float(target):.0e}", xlabel="points", ylabel="ms")
+        axes[i, j].grid(alpha=0.3)
+    handles = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles) or 1)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _size(record: dict[str, Any]) -> tuple[int, int]:
+    return record["row"]["n"], record["row"]["d"]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--robustness", action="store_true", help="only check the accuracy of our default settings")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=1, help="cores that every side may use")
+    parser.add_argument("--seeds", type=int, help="problems of each row (3; with --robustness 20)")
+    parser.add_argument("--rows", nargs="+", metavar="NAME", help="such as 'adv 64x10'; all if absent")
+    parser.add_argument(
+        "--blurs", nargs="+", type=float, help="relative (0.2 0.05; with --robustness 0.5 0.2 0.05 0.02)"
+    )
+    parser.add_argument("--targets", nargs="+", type=float, default=[1e-2, 1e-3], help="gradient errors")
+    parser.add_argument("--repeats", type=int, default=30, help="timed calls of each side")
+    parser.add_argument("--cap", type=float, default=20.0, help="seconds of a call at which a setting is given up")
+    parser.add_argument("--budget", type=float, default=math.inf, help="minutes after which no new row is begun")
+    parser.add_argument(
+        "--again", choices=("all", "ours"), help="measure finished rows again; 'ours': keep the peers' settings"
+    )
+    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "sinkhorn_references")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    options = parser.parse_args()
+    options.seeds = options.seeds or (20 if options.robustness else 3)
+    options.blurs = options.blurs or ([0.5, 0.2, 0.05, 0.02] if options.robustness else [0.2, 0.05])
+    known = ROBUSTNESS_ROWS if options.robustness else ROWS
+    options.rows = [row for row in known if not options.rows or row.name in options.rows]
+    if not options.rows:
+        parser.error(f"--rows must name some of: {', '.join(row.name for row in known)}")
+    return options
+
+
+def share_cores(options: argparse.Namespace) -> None:
+    """The same cores for every library: XLA counts those it may use when it starts, which is later."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-options.threads :])
+    torch.set_num_threads(options.threads)
+    if options.threads == 1:
+        os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+    os.environ["KINETO_LOG_LEVEL"] = "5"
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def run(
+    options: argparse.Namespace, name: str, one: Callable[..., dict[str, Any]], settings: str
+) -> list[dict[str, Any]]:
+    """Records of all rows of the file, each saved as soon as it is there."""
+    path, start = options.output / f"{name}.json", time.monotonic()
+    records = json.loads(path.read_text()) if path.exists() else {}
+    for row, blur in ((row, blur) for row in options.rows for blur in options.blurs):
+        key = f"{row.name}, blur {blur:g}, {settings}"
+        if (key in records and not options.again) or time.monotonic() - start > 60 * options.budget:
+            continue
+        began = time.monotonic()
+        records[key] = one(row, blur, options, records.get(key) if options.again == "ours" else None)
+        unfinished = path.with_suffix(".part")
+        unfinished.write_text(json.dumps(records, indent=1) + "\n")
+        unfinished.replace(path)
+        print(f"{key}: {time.monotonic() - began:.0f} s", flush=True)
+    return list(records.values())
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore")
+    options = arguments()
+    share_cores(options)
+    options.output.mkdir(parents=True, exist_ok=True)
+    kind, settings = "sinkhorn", f"{options.seeds} seeds, {options.threads} threads"
+    if options.robustness:
+        kind, one, write = "sinkhorn_robustness", robustness, robustness_report
+    else:
+        one, write = measure, time_report
+        settings += f", targets {' '.join(f'{target:g}' for target in options.targets)}"
+    name = f"{kind}_{options.device}"
+    records = run(options, name, one, settings)
+    text = f"# {__doc__.splitlines()[0]}\n\n{write(records)}\n"
+    for each in dict.fromkeys(json.dumps(record["environment"]) for record in records):
+        text += f"Measured with {', '.join(f'{key} {value}' for key, value in json.loads(each).items())}.\n"
+    (options.output / f"{name}.md").write_text(text)
+    print(text)
+    if not options.robustness:
+        plot(records, options.output / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main()

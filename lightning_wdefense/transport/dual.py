@@ -1,0 +1,26 @@
+"""The dual objective of entropic transport, balanced or with a price ``rho`` of creating and destroying mass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def density(potential: Tensor, rho: float | None) -> Tensor:
+    """Mass transported at each point, as a share of its weight: all of it, unless the transport is unbalanced."""
+    return torch.ones_like(potential) if rho is None else (-potential / rho).exp()
+
+
+def price(potential: Tensor, rho: float | None) -> Tensor:
+    """What a unit of weight adds to the dual value."""
+    return potential if rho is None else -rho * (-potential / rho).expm1()
+
+
+def semi_dual(f: Tensor, g: Tensor, a: Tensor, b: Tensor, eps: float | Tensor, rho: float | None) -> Tensor:
+    """Dual value ``(...)`` where ``f`` is the answer to ``g``, so that the mass of the plan is that of its rows.
+
+    In float64: its error is the square of that of the potentials. ``eps`` is a number, or ``(...)``.
+    """
+    f, g, wide_a, wide_b = f.double(), g.double(), a.double(), b.double()
+    entropy = (wide_a * density(f, rho)).sum(-1) - wide_a.sum(-1) * wide_b.sum(-1)
+    return (wide_a * price(f, rho)).sum(-1) + (wide_b * price(g, rho)).sum(-1) - eps * entropy

@@ -1,0 +1,152 @@
+"""From the arguments of the Sinkhorn functions to a value with its gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_wdefense.transport.costs import checked_cost, label_disagreement
+from lightning_wdefense.transport.envelope import with_gradients
+from lightning_wdefense.transport.measures import Measure, read_measures
+from lightning_wdefense.transport.optimum import Needed, Optimum, optimum, stacked
+from lightning_wdefense.transport.options import SinkhornOptions
+from lightning_wdefense.transport.precision import exact_products
+from lightning_wdefense.transport.problem import Pair, solved_at_once
+from lightning_wdefense.transport.second_order import WEIGHT, euclidean_cost, gradients_of_weights_and_costs
+from lightning_wdefense.transport.warm_start import WarmStart
+from lightning_wdefense.transport.workspace import workspace
+
+
+class Arguments(NamedTuple):
+    """What was passed, checked: batched measures with their graphs, and the caller's own costs ``(B, N, M)`` with theirs."""
+
+    x: Measure
+    y: Measure
+    options: SinkhornOptions
+    matrices: Mapping[Pair, Tensor]
+    pairs: tuple[Pair, ...]
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """What the value depends on: points or the caller's costs, then weights."""
+        points = tuple(self.matrices.values()) or (self.x.points, self.y.points)
+        return *points, self.x.weights, self.y.weights
+
+
+class Evaluation(NamedTuple):
+    """Value ``(B,)`` with its gradient, the transports it is made of, and the blur ``(B,)``."""
+
+    value: Tensor
+    optima: Mapping[Pair, Optimum]
+    blur: Tensor
+
+
+def read_arguments(
+    x: Tensor,
+    y: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    x_labels: Tensor | None,
+    y_labels: Tensor | None,
+    options: SinkhornOptions,
+    *,
+    debias: bool,
+) -> Arguments:
+    """Check the arguments. With ``debias`` also the transports of both measures to themselves will be solved."""
+    if options.label_cost is not None and (x_labels is None or y_labels is None):
+        missing = " and ".join(
+            name for name, given in (("x_labels", x_labels), ("y_labels", y_labels)) if given is None
+        )
+        raise ValueError(f"label_cost={options.label_cost} needs labels: pass {missing}, or label_cost=None.")
+    source, target = read_measures(x, y, a, b, x_labels, y_labels, balanced=options.rho is None)
+    pairs: tuple[Pair, ...] = ("xy", "xx", "yy") if debias else ("xy",)
+    matrices: dict[Pair, Tensor] = {}
+    if options.cost == "cosine":
+        # Between directions, 1 - cos(x, y) is half the squared distance.
+        source, target = (m._replace(points=F.normalize(m.points, dim=-1)) for m in (source, target))
+        options = replace(options, cost=None)
+    elif callable(options.cost):
+        cost, points = checked_cost(options.cost, batched=x.ndim == 3), {"x": source.points, "y": target.points}
+        matrices = {pair: cost(points[pair[0]], points[pair[1]]) for pair in pairs}
+        options = replace(options, cost=cost)
+    return Arguments(source, target, options, matrices, pairs)
+
+
+def evaluate(arguments: Arguments, warm_start: WarmStart | None = None) -> Evaluation:
+    """Solve the transports; the value is that of the first, less half of those of the measures to themselves."""
+    x, y, options, matrices, pairs = arguments
+    needed = _needed(arguments)
+    start = None if warm_start is None else warm_start.recall(y.weights)
+    solved, blurs = [], []
+    with torch.no_grad(), exact_products(), workspace() as work:
+        for i, problem in enumerate(solved_at_once(x, y, options, matrices, work)):
+            here = start if start is None or problem.x.weights.ndim == 2 else start[i]
+            solved.append([optimum(problem, pair, needed, here if pair == "xy" else None) for pair in pairs])
+            blurs.append(problem.blur)
+        optima = {pair: stacked(each) for pair, each in zip(pairs, zip(*solved, strict=True), strict=True)}
+        blur = blurs[0] if blurs[0].ndim else torch.stack(blurs)
+        value = sum((WEIGHT[pair] * optima[pair].value for pair in pairs), torch.zeros_like(blur))
+    if warm_start is not None:
+        warm_start.keep(optima["xy"].g)
+    if any(needed):
+        value = with_gradients(
+            value,
+            arguments.inputs,
+            _gradients(arguments, optima),
+            lambda *inputs: _differentiable_gradients(arguments, inputs, optima, blur**options.p),
+        )
+    return Evaluation(value, optima, blur)
+
+
+def _needed(arguments: Arguments) -> Needed:
+    x, y, _, matrices, _ = arguments
+    tensors = x.points, y.points, x.weights, y.weights
+    points_x, points_y, a, b = (torch.is_grad_enabled() and tensor.requires_grad for tensor in tensors)
+    if not matrices:
+        return Needed(points_x, points_y, a, b, cost=False)
+    return Needed(False, False, a, b, torch.is_grad_enabled() and any(m.requires_grad for m in matrices.values()))
+
+
+def _gradients(arguments: Arguments, optima: Mapping[Pair, Optimum]) -> list[Tensor | None]:
+    xy, xx, yy = (optima.get(pair) for pair in WEIGHT)
+    of_points = [_less(xy.of_x, xx and xx.of_x), _less(xy.of_y, yy and yy.of_x)]
+    if arguments.matrices:
+        of_points = [each.of_cost if each.of_cost is None else WEIGHT[pair] * each.of_cost for pair, each in optima.items()]
+    return [*of_points, _less(xy.of_a, xx and xx.of_a), _less(xy.of_b, yy and yy.of_b)]
+
+
+def _less(gradient: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return gradient if gradient is None or other is None else gradient - other
+
+
+def _differentiable_gradients(
+    arguments: Arguments, inputs: tuple[Tensor, ...], optima: Mapping[Pair, Optimum], eps: Tensor
+) -> list[Tensor | None]:
+    *points, a, b = inputs
+    options, costs = arguments.options, {}
+    if arguments.matrices:
+        costs = dict(zip(arguments.matrices, points, strict=True))
+    else:
+        measures = {"x": (points[0], arguments.x.labels), "y": (points[1], arguments.y.labels)}
+        for pair in arguments.pairs:
+            costs[pair] = euclidean_cost(measures[pair[0]][0], measures[pair[1]][0], options.p)
+    labels = {"x": arguments.x.labels, "y": arguments.y.labels}
+    with_labels = {}
+    for pair, cost in costs.items():
+        one, other = labels[pair[0]], labels[pair[1]]
+        if options.label_cost is not None and one is not None and other is not None:
+            with_labels[pair] = cost + options.label_cost * label_disagreement(one, other, cost.dtype)
+        else:
+            with_labels[pair] = cost
+    plans, of_a, of_b = gradients_of_weights_and_costs(with_labels, a, b, optima, eps, options.rho)
+    if arguments.matrices:
+        return [*plans.values(), of_a, of_b]
+    of_points = torch.autograd.grad(
+        list(costs.values()), points, list(plans.values()), create_graph=True, allow_unused=True
+    )
+    return [*of_points, of_a, of_b]

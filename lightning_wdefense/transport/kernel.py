@@ -1,0 +1,196 @@
+"""The kernel ``exp((g - C) / eps)`` of a transport problem, in blocks of rows that stay in the cache.
+
+In the kernel domain a Sinkhorn pass is a product of a matrix and a vector, where one in the log domain takes the exponential
+of every entry. A kernel that is too large to be stored is made anew, block by block, in every pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_wdefense.transport.costs import GroundCost
+from lightning_wdefense.transport.dual import semi_dual
+from lightning_wdefense.transport.workspace import Workspace
+
+FLOOR = -69.0
+"""Smallest exponent, ``log(1e-30)``: smaller entries carry no mass, and denormal numbers are 50 times slower."""
+
+CACHED = 2**18
+"""Entries of a stored block: a pass reads it twice, the second time from the cache of a core."""
+
+STREAMED = {"cpu": 2**18, "cuda": 2**26}
+"""Entries of a block that is made anew in every pass, by type of device."""
+
+
+class Moments(NamedTuple):
+    """What a gradient needs of a plan ``(N, M)``: the marginals, and the sums of the points that mass is sent to."""
+
+    rows: Tensor | None
+    columns: Tensor | None
+    to_y: Tensor | None
+    to_x: Tensor | None
+
+
+class _Block(NamedTuple):
+    rows: slice
+    kernel: Tensor
+    transposed: Tensor
+    a: Tensor
+    sums: Tensor
+    u: Tensor
+    top: Tensor
+
+
+class GibbsKernel:
+    """The plan ``diag(u) K diag(v)`` at a potential on ``y``, its rows always exact.
+
+    ``K = b exp((g - C) / eps)`` with the largest entry of each row scaled to one, and ``v = exp(w)``: the potential is
+    ``g + eps w``. ``u`` follows from the constraint on the rows, balanced or with the price ``rho``.
+
+    Args:
+        cost: the ground cost ``(N, M)`` or ``(B, N, M)``.
+        a: weights of the rows ``(N,)`` or ``(B, N)``.
+        b: weights of the columns ``(M,)`` or ``(B, M)``; a column of weight zero has no part in the plan.
+        rho: price of creating or destroying mass; ``None`` if it is forbidden.
+        work: where the kernel is kept: the plan is valid until the next kernel is made there.
+    """
+
+    def __init__(self, cost: GroundCost, a: Tensor, b: Tensor, rho: float | None, work: Workspace) -> None:
+        *batch, n, m = cost.shape
+        self.cost, self.a, self.b, self.rho, self.log_b = cost, a, b, rho, b.log()
+        self.kept = b > 0 if bool((b == 0).any()) else None
+        self.sums, self.u, self.top = torch.empty_like(a), torch.empty_like(a), torch.empty_like(a)
+        entries = STREAMED.get(a.device.type, CACHED) if cost.lazy else CACHED
+        size = n if batch or (a.is_cuda and not cost.lazy) else min(n, max(16, entries // m))
+        storage = work.empty("kernel", (*batch, size if cost.lazy else n, m), a)
+        self.blocks = []
+        for start in range(0, n, size):
+            part = slice(start, min(n, start + size))
+            kernel = storage[..., : part.stop - start, :] if cost.lazy else storage[..., part, :]
+            vectors = (tensor[..., part] for tensor in (a, self.sums, self.u, self.top))
+            self.blocks.append(_Block(part, kernel, kernel.mT, *vectors))
+
+    def absorb(self, g: Tensor, eps: float | Tensor) -> None:
+        """Make the kernel at the potential ``g`` ``(..., M)``; ``eps`` is a number, or ``(B, 1)`` for a batch."""
+        self.eps, self.exponents = eps, self.log_b + g / eps
+        self.share = 1.0 if self.rho is None else self.rho / (self.rho + eps)
+        self.g = g
+        if not self.cost.lazy:
+            for block in self.blocks:
+                self._fill(block, self.exponents)
+
+    def columns(self, w: Tensor) -> Tensor:
+        """Column marginals ``(..., M)`` of the plan at the potential ``g + eps w``."""
+        self._scale_columns(w)
+        for i, block in enumerate(self._filled()):
+            self._answer(block)
+            if i == 0:
+                total = _times(block.transposed, block.u)
+            else:
+                total.addmv_(block.transposed, block.u)
+        return total.mul_(self.v)
+
+    def answer(self, w: Tensor) -> Tensor:
+        """The potential ``(..., N)`` on the rows that is the exact answer to ``g + eps w``."""
+        self._scale_columns(w)
+        for block in self._filled():
+            self._answer(block)
+        return self.row_potential()
+
+    def weighted(self, vector: Tensor) -> Tensor:
+        """A vector ``(..., M)`` with zeros where columns have no weight."""
+        return vector if self.kept is None else torch.where(self.kept, vector, 0)
+
+    def value(self, w: Tensor, log_sums: Tensor) -> Tensor:
+        """Dual value ``(...)`` at the potential ``g + eps w``, where the rows summed to ``exp(log_sums)``."""
+        f = -(self.eps * self.share) * log_sums
+        eps = self.eps if isinstance(self.eps, float) else self.eps[:, 0]
+        return semi_dual(f, self.g + self.eps * w, self.a, self.b, eps, self.rho)
+
+    def log_sums(self) -> Tensor:
+        """Logarithms ``(..., N)`` of the row sums at the last potential, the scale of the rows included."""
+        return self.top + self.sums.log()
+
+    def row_potential(self) -> Tensor:
+        """The answer ``(..., N)`` to the last potential."""
+        return -(self.eps * self.share) * self.log_sums()
+
+    def column_potential(self, f: Tensor) -> Tensor:
+        """The exact answer ``(..., M)`` to the potential ``f`` ``(..., N)``, also where a column has no weight."""
+        exponents, total = self.a.log() + f / self.eps, None
+        for part in self.cost.parts():
+            inverse = 1 / self.eps if isinstance(self.eps, float) else (1 / self.eps).unsqueeze(-1)
+            block = (exponents[..., part].unsqueeze(-1) - self.cost.rows(part) * inverse).logsumexp(-2)
+            total = block if total is None else torch.logaddexp(total, block)
+        return -(self.eps * self.share) * total
+
+    def symmetrise(self, w: Tensor) -> None:
+        """Give the rows the scaling of the columns, ``exp(w)`` in all: for the transport of a measure to itself."""
+        self.u.copy_(self.a * (w + self.top).exp())
+
+    def moments(self, x: Tensor, y: Tensor, *, to_y: bool, to_x: bool) -> Moments:
+        """Sums of the last plan. For a cost of ``p = 1`` its entries are first divided by the distance of their pair."""
+        rows = columns = sent_to_y = sent_to_x = None
+        if to_y:
+            rows, sent_to_y, scaled_y = torch.empty_like(self.u), torch.empty_like(x), self.v.unsqueeze(-1) * y
+        if to_x:
+            columns, sent_to_x = torch.zeros_like(self.v), torch.zeros_like(y)
+        for part, kernel, _, _, _, u, _ in self._filled():
+            if self.cost.distances is not None:
+                distances = self.cost.distances(part)
+                kernel = torch.where(distances > 0, kernel / distances, 0)
+            if rows is not None:
+                rows[..., part] = u * _times(kernel, self.v)
+                sent_to_y[..., part, :] = u.unsqueeze(-1) * (kernel @ scaled_y)
+            if columns is not None:
+                columns += _times(kernel.mT, u)
+                sent_to_x += kernel.mT @ (u.unsqueeze(-1) * x[..., part, :])
+        if columns is not None:
+            columns, sent_to_x = columns * self.v, sent_to_x * self.v.unsqueeze(-1)
+        return Moments(rows, columns, sent_to_y, sent_to_x)
+
+    def plan(self) -> Tensor:
+        """The last plan, ``(..., N, M)``."""
+        return torch.cat([b.u.unsqueeze(-1) * b.kernel * self.v.unsqueeze(-2) for b in self._filled()], -2)
+
+    def _scale_columns(self, w: Tensor) -> None:
+        if self.cost.lazy:
+            self.v, self.now = torch.ones_like(w), self.exponents + w
+        else:
+            self.v, self.now = w.exp(), self.exponents
+        self.v = self.weighted(self.v)
+
+    def _filled(self) -> Iterator[_Block]:
+        for block in self.blocks:
+            if self.cost.lazy:
+                self._fill(block, self.now)
+            yield block
+
+    def _fill(self, block: _Block, exponents: Tensor) -> None:
+        kernel, cost = block.kernel, self.cost.rows(block.rows)
+        if isinstance(self.eps, float):
+            torch.sub(exponents, cost, alpha=1 / self.eps, out=kernel)
+        else:
+            torch.addcdiv(exponents.unsqueeze(-2), cost, self.eps.unsqueeze(-1), value=-1, out=kernel)
+        torch.amax(kernel, -1, out=block.top)
+        kernel.sub_(block.top.unsqueeze(-1)).clamp_(min=FLOOR).exp_()
+
+    def _answer(self, block: _Block) -> None:
+        """The scaling of the rows that makes them exact."""
+        if block.kernel.ndim == 2:
+            torch.mv(block.kernel, self.v, out=block.sums)
+        else:
+            torch.bmm(block.kernel, self.v.unsqueeze(-1), out=block.sums.unsqueeze(-1))
+        if self.rho is None:
+            torch.div(block.a, block.sums, out=block.u)
+        else:
+            exponent = (1 - self.share) * block.top - self.share * block.sums.log()
+            torch.mul(block.a, exponent.exp_(), out=block.u)
+
+
+def _times(matrix: Tensor, vector: Tensor) -> Tensor:
+    return torch.mv(matrix, vector) if matrix.ndim == 2 else torch.bmm(matrix, vector.unsqueeze(-1)).squeeze(-1)
