@@ -53,13 +53,16 @@ class GroundCost:
         means = (((self.rows(part) @ b.unsqueeze(-1)).squeeze(-1) * a[..., part]).sum(-1) for part in self.parts())
         return sum(means, a.new_zeros(())) / (a.sum(-1) * b.sum(-1))
 
+    def too_large(self, device: torch.device) -> bool:
+        """Whether a matrix of this shape is not stored on the device."""
+        return self.shape[-2] * self.shape[-1] > STORED.get(device.type, STORED["cpu"])
+
     def stored(self, like: Tensor, work: Workspace, name: str) -> GroundCost:
         """The same as a matrix in a buffer of the workspace, unless that would be too large."""
-        n, m = self.shape[-2:]
-        if not self.lazy or n * m > STORED.get(like.device.type, STORED["cpu"]):
+        if not self.lazy or self.too_large(like.device):
             return self
         matrix = work.empty(name, self.shape, like)
-        for part in [slice(0, n)] if like.is_cuda else self.parts():
+        for part in [slice(0, self.shape[-2])] if like.is_cuda else self.parts():
             self.rows(part, matrix[..., part, :])
         return replace(self, rows=lambda part: matrix[..., part, :], lazy=False)
 
@@ -72,23 +75,25 @@ def matrix_cost(matrix: Tensor) -> GroundCost:
 def half_squared_distance(x: Tensor, y: Tensor, eps: float) -> GroundCost:
     """``|x - y|^2 / 2`` between points ``(..., N, D)`` and ``(..., M, D)`` near the origin.
 
-    By products. They cancel almost entirely, so they are taken in float64 where float32 is too coarse beside ``eps``.
+    One product of the points with their squares appended. Its terms cancel almost entirely, so it is taken in float64 where
+    float32 is too coarse beside ``eps``.
     """
     dtype, shape = x.dtype, (*x.shape[:-1], y.shape[-2])
-    square_x, square_y = (0.5 * points.square().sum(-1) for points in (x, y))
-    rounding = torch.finfo(dtype).eps * float(torch.maximum(square_x.max(), square_y.max()))
-    if dtype == torch.float32 and rounding > ROUNDING * eps and x.device.type != "mps":
-        x, y = x.double(), y.double()
-        square_x, square_y = (0.5 * points.square().sum(-1) for points in (x, y))
-    square_x, square_y, transposed = square_x.unsqueeze(-1), square_y.unsqueeze(-2), y.mT
+    squares = [0.5 * torch.linalg.vector_norm(points, dim=-1, keepdim=True).square() for points in (x, y)]
+    if dtype == torch.float32 and x.device.type != "mps":
+        largest = max(float(square.max()) for square in squares)
+        if torch.finfo(dtype).eps * largest > ROUNDING * eps:
+            x, y = x.double(), y.double()
+            squares = [0.5 * points.square().sum(-1, keepdim=True) for points in (x, y)]
+    ones = [torch.ones_like(square) for square in squares]
+    left = torch.cat([x, squares[0], ones[0]], -1)
+    right = torch.cat([y.neg(), ones[1], squares[1]], -1).mT
 
     def rows(part: slice, out: Tensor | None = None) -> Tensor:
-        direct = out if x.dtype == dtype else None
-        less_products = (torch.addmm if x.ndim == 2 else torch.baddbmm)(
-            square_y, x[..., part, :], transposed, alpha=-1, out=direct
-        )
-        cost = less_products.add_(square_x[..., part, :]).clamp_(min=0)
-        return cost if cost.dtype == dtype else (cost.to(dtype) if out is None else out.copy_(cost))
+        if left.dtype == dtype:
+            return torch.matmul(left[..., part, :], right, out=out)
+        cost = (left[..., part, :] @ right).to(dtype)
+        return cost if out is None else out.copy_(cost)
 
     return GroundCost(shape, rows)
 

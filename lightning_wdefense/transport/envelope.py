@@ -49,6 +49,7 @@ class _Envelope(torch.autograd.Function):
                 )
             gradients = ctx.differentiable(*inputs)
         scaled = (
-            None if gradient is None else gradient * grad.view(-1, *(1,) * (gradient.ndim - 1)) for gradient in gradients
+            None if gradient is None else gradient * grad.view(-1, *(1,) * (gradient.ndim - 1))
+            for gradient in gradients
         )
         return None, None, None, *scaled, *(None,) * ctx.n

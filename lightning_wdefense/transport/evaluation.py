@@ -116,7 +116,9 @@ def _gradients(arguments: Arguments, optima: Mapping[Pair, Optimum]) -> list[Ten
     xy, xx, yy = (optima.get(pair) for pair in WEIGHT)
     of_points = [_less(xy.of_x, xx and xx.of_x), _less(xy.of_y, yy and yy.of_x)]
     if arguments.matrices:
-        of_points = [each.of_cost if each.of_cost is None else WEIGHT[pair] * each.of_cost for pair, each in optima.items()]
+        of_points = [
+            each.of_cost if each.of_cost is None else WEIGHT[pair] * each.of_cost for pair, each in optima.items()
+        ]
     return [*of_points, _less(xy.of_a, xx and xx.of_a), _less(xy.of_b, yy and yy.of_b)]
 
 
@@ -127,26 +129,32 @@ def _less(gradient: Tensor | None, other: Tensor | None) -> Tensor | None:
 def _differentiable_gradients(
     arguments: Arguments, inputs: tuple[Tensor, ...], optima: Mapping[Pair, Optimum], eps: Tensor
 ) -> list[Tensor | None]:
+    """The gradients once more, as functions of the inputs."""
     *points, a, b = inputs
-    options, costs = arguments.options, {}
+    options, labels = arguments.options, {"x": arguments.x.labels, "y": arguments.y.labels}
     if arguments.matrices:
-        costs = dict(zip(arguments.matrices, points, strict=True))
+        geometric = dict(zip(arguments.matrices, points, strict=True))
     else:
-        measures = {"x": (points[0], arguments.x.labels), "y": (points[1], arguments.y.labels)}
-        for pair in arguments.pairs:
-            costs[pair] = euclidean_cost(measures[pair[0]][0], measures[pair[1]][0], options.p)
-    labels = {"x": arguments.x.labels, "y": arguments.y.labels}
-    with_labels = {}
-    for pair, cost in costs.items():
+        clouds = dict(zip("xy", points, strict=True))
+        geometric = {pair: euclidean_cost(clouds[pair[0]], clouds[pair[1]], options.p) for pair in arguments.pairs}
+    costs = dict(geometric)
+    for pair in costs:
         one, other = labels[pair[0]], labels[pair[1]]
         if options.label_cost is not None and one is not None and other is not None:
-            with_labels[pair] = cost + options.label_cost * label_disagreement(one, other, cost.dtype)
-        else:
-            with_labels[pair] = cost
-    plans, of_a, of_b = gradients_of_weights_and_costs(with_labels, a, b, optima, eps, options.rho)
+            costs[pair] = costs[pair] + options.label_cost * label_disagreement(one, other, a.dtype)
+    plans, of_a, of_b = gradients_of_weights_and_costs(costs, a, b, optima, eps, options.rho)
     if arguments.matrices:
         return [*plans.values(), of_a, of_b]
-    of_points = torch.autograd.grad(
-        list(costs.values()), points, list(plans.values()), create_graph=True, allow_unused=True
+    wanted = [cloud for cloud in points if cloud.requires_grad]
+    depending = [pair for pair, cost in geometric.items() if cost.requires_grad]
+    of_points = iter(
+        torch.autograd.grad(
+            [geometric[pair] for pair in depending],
+            wanted,
+            [plans[pair] for pair in depending],
+            create_graph=True,
+        )
+        if wanted
+        else ()
     )
-    return [*of_points, of_a, of_b]
+    return [*(next(of_points) if cloud.requires_grad else None for cloud in points), of_a, of_b]

@@ -26,15 +26,6 @@ STREAMED = {"cpu": 2**18, "cuda": 2**26}
 """Entries of a block that is made anew in every pass, by type of device."""
 
 
-class Moments(NamedTuple):
-    """What a gradient needs of a plan ``(N, M)``: the marginals, and the sums of the points that mass is sent to."""
-
-    rows: Tensor | None
-    columns: Tensor | None
-    to_y: Tensor | None
-    to_x: Tensor | None
-
-
 class _Block(NamedTuple):
     rows: slice
     kernel: Tensor
@@ -64,22 +55,24 @@ class GibbsKernel:
         self.cost, self.a, self.b, self.rho, self.log_b = cost, a, b, rho, b.log()
         self.kept = b > 0 if bool((b == 0).any()) else None
         self.sums, self.u, self.top = torch.empty_like(a), torch.empty_like(a), torch.empty_like(a)
-        entries = STREAMED.get(a.device.type, CACHED) if cost.lazy else CACHED
-        size = n if batch or (a.is_cuda and not cost.lazy) else min(n, max(16, entries // m))
-        storage = work.empty("kernel", (*batch, size if cost.lazy else n, m), a)
+        self.streamed = cost.too_large(a.device)
+        entries = STREAMED.get(a.device.type, CACHED) if self.streamed else CACHED
+        size = n if batch or (a.is_cuda and not self.streamed) else min(n, max(16, entries // m))
+        storage = work.empty("kernel", (*batch, size if self.streamed else n, m), a)
         self.blocks = []
         for start in range(0, n, size):
             part = slice(start, min(n, start + size))
-            kernel = storage[..., : part.stop - start, :] if cost.lazy else storage[..., part, :]
+            kernel = storage[..., : part.stop - start, :] if self.streamed else storage[..., part, :]
             vectors = (tensor[..., part] for tensor in (a, self.sums, self.u, self.top))
             self.blocks.append(_Block(part, kernel, kernel.mT, *vectors))
 
     def absorb(self, g: Tensor, eps: float | Tensor) -> None:
         """Make the kernel at the potential ``g`` ``(..., M)``; ``eps`` is a number, or ``(B, 1)`` for a batch."""
-        self.eps, self.exponents = eps, self.log_b + g / eps
+        self.eps, self.scaled_g = eps, g / eps
+        self.exponents = self.log_b + self.scaled_g
         self.share = 1.0 if self.rho is None else self.rho / (self.rho + eps)
         self.g = g
-        if not self.cost.lazy:
+        if not self.streamed:
             for block in self.blocks:
                 self._fill(block, self.exponents)
 
@@ -105,11 +98,15 @@ class GibbsKernel:
         """A vector ``(..., M)`` with zeros where columns have no weight."""
         return vector if self.kept is None else torch.where(self.kept, vector, 0)
 
-    def value(self, w: Tensor, log_sums: Tensor) -> Tensor:
-        """Dual value ``(...)`` at the potential ``g + eps w``, where the rows summed to ``exp(log_sums)``."""
-        f = -(self.eps * self.share) * log_sums
-        eps = self.eps if isinstance(self.eps, float) else self.eps[:, 0]
-        return semi_dual(f, self.g + self.eps * w, self.a, self.b, eps, self.rho)
+    def value(self, w: Tensor) -> Tensor:
+        """Dual value ``(...)`` at the last potential ``g + eps w``, in units of ``eps``."""
+        if self.rho is not None:
+            eps = self.eps if isinstance(self.eps, float) else self.eps[:, 0]
+            return semi_dual(self.row_potential(), self.g + self.eps * w, self.a, self.b, eps, self.rho) / eps
+        columns, rows = self.scaled_g + w, self.log_sums()
+        if w.ndim == 1:
+            return torch.dot(self.b, columns) - torch.dot(self.a, rows)
+        return (self.b * columns).sum(-1) - (self.a * rows).sum(-1)
 
     def log_sums(self) -> Tensor:
         """Logarithms ``(..., N)`` of the row sums at the last potential, the scale of the rows included."""
@@ -132,33 +129,35 @@ class GibbsKernel:
         """Give the rows the scaling of the columns, ``exp(w)`` in all: for the transport of a measure to itself."""
         self.u.copy_(self.a * (w + self.top).exp())
 
-    def moments(self, x: Tensor, y: Tensor, *, to_y: bool, to_x: bool) -> Moments:
-        """Sums of the last plan. For a cost of ``p = 1`` its entries are first divided by the distance of their pair."""
-        rows = columns = sent_to_y = sent_to_x = None
-        if to_y:
-            rows, sent_to_y, scaled_y = torch.empty_like(self.u), torch.empty_like(x), self.v.unsqueeze(-1) * y
-        if to_x:
-            columns, sent_to_x = torch.zeros_like(self.v), torch.zeros_like(y)
-        for part, kernel, _, _, _, u, _ in self._filled():
+    def displacements(self, x: Tensor, y: Tensor, *, of_x: bool, of_y: bool) -> tuple[Tensor | None, Tensor | None]:
+        """``sum_j P_ij (x_i - y_j)`` ``(..., N, D)`` and ``sum_i P_ij (y_j - x_i)`` ``(..., M, D)``, of the last plan.
+
+        That is the gradient for half squared distances; for distances the plan is first divided by them.
+        """
+        from_x, from_y = torch.empty_like(x) if of_x else None, torch.zeros_like(y) if of_y else None
+        scaled_y, columns = self.v.unsqueeze(-1) * y, torch.zeros_like(self.v)
+        for part, kernel, _, _, sums, u, _ in self._filled():
             if self.cost.distances is not None:
                 distances = self.cost.distances(part)
                 kernel = torch.where(distances > 0, kernel / distances, 0)
-            if rows is not None:
-                rows[..., part] = u * _times(kernel, self.v)
-                sent_to_y[..., part, :] = u.unsqueeze(-1) * (kernel @ scaled_y)
-            if columns is not None:
+                sums = _times(kernel, self.v)
+            if from_x is not None:
+                sent = torch.matmul(kernel, scaled_y, out=from_x[..., part, :])
+                sent.mul_(-u.unsqueeze(-1)).addcmul_((u * sums).unsqueeze(-1), x[..., part, :])
+            if from_y is not None:
                 columns += _times(kernel.mT, u)
-                sent_to_x += kernel.mT @ (u.unsqueeze(-1) * x[..., part, :])
-        if columns is not None:
-            columns, sent_to_x = columns * self.v, sent_to_x * self.v.unsqueeze(-1)
-        return Moments(rows, columns, sent_to_y, sent_to_x)
+                scaled_x = u.unsqueeze(-1) * x[..., part, :]
+                from_y = from_y.addmm_(kernel.mT, scaled_x) if x.ndim == 2 else from_y.baddbmm_(kernel.mT, scaled_x)
+        if from_y is not None:
+            from_y.mul_(-self.v.unsqueeze(-1)).addcmul_((columns * self.v).unsqueeze(-1), y)
+        return from_x, from_y
 
     def plan(self) -> Tensor:
         """The last plan, ``(..., N, M)``."""
         return torch.cat([b.u.unsqueeze(-1) * b.kernel * self.v.unsqueeze(-2) for b in self._filled()], -2)
 
     def _scale_columns(self, w: Tensor) -> None:
-        if self.cost.lazy:
+        if self.streamed:
             self.v, self.now = torch.ones_like(w), self.exponents + w
         else:
             self.v, self.now = w.exp(), self.exponents
@@ -166,12 +165,13 @@ class GibbsKernel:
 
     def _filled(self) -> Iterator[_Block]:
         for block in self.blocks:
-            if self.cost.lazy:
+            if self.streamed:
                 self._fill(block, self.now)
             yield block
 
     def _fill(self, block: _Block, exponents: Tensor) -> None:
-        kernel, cost = block.kernel, self.cost.rows(block.rows)
+        kernel = block.kernel
+        cost = self.cost.rows(block.rows, kernel) if self.cost.lazy else self.cost.rows(block.rows)
         if isinstance(self.eps, float):
             torch.sub(exponents, cost, alpha=1 / self.eps, out=kernel)
         else:

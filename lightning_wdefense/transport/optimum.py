@@ -106,10 +106,7 @@ def _of_points(problem: Problem, pair: Pair, needed: Needed, solution: Solution)
     x, y = problem.measures(pair)
     if pair != "xy" and _stays(x.weights, solution.g, problem):
         return torch.zeros_like(x.points), None
-    moments = solution.kernel.moments(x.points, y.points, to_y=needed.x, to_x=needed.y and pair == "xy")
-    of_x = None if moments.rows is None else moments.rows.unsqueeze(-1) * x.points - moments.to_y
-    of_y = None if moments.columns is None else moments.columns.unsqueeze(-1) * y.points - moments.to_x
-    return of_x, of_y
+    return solution.kernel.displacements(x.points, y.points, of_x=needed.x, of_y=needed.y and pair == "xy")
 
 
 def _stays(weights: Tensor, potential: Tensor, problem: Problem) -> bool:

@@ -46,7 +46,9 @@ class SinkhornOptions:
             if self.cost not in get_args(NamedCost):
                 raise ValueError(unknown_name("cost", self.cost, get_args(NamedCost)))
             if self.p != 2:
-                raise ValueError(f'cost="cosine" is half the squared distance of directions, so p must be 2, got {self.p}.')
+                raise ValueError(
+                    f'cost="cosine" is half the squared distance of directions, so p must be 2, got {self.p}.'
+                )
         elif self.cost is not None and not callable(self.cost):
             raise TypeError(
                 f'cost must be a callable (x, y) -> cost matrix, "cosine" or None, got {type(self.cost).__name__}.'

@@ -104,7 +104,11 @@ class Problem:
             cost = distance(x, y)
         else:
             cost = half_squared_distance(x, y, self.eps if isinstance(self.eps, float) else float(self.eps.min()))
-        return (cost if pair == "xy" else within_a_cloud(cost)).stored(x, self.work, "cost")
+        if pair == "xy":
+            return cost.stored(x, self.work, "cost")
+        # Within a cloud the kernel is made but once, except that the gradient of a distance asks for it again.
+        cost = within_a_cloud(cost)
+        return cost.stored(x, self.work, "cost") if self.options.p == 1 else cost
 
 
 def solved_at_once(
@@ -126,9 +130,9 @@ def solved_at_once(
 
 def _second_moment(measure: Measure) -> tuple[Tensor, Tensor]:
     """Mean square ``(...)`` and mean ``(..., D)`` of the points."""
-    weights = (measure.weights / measure.weights.sum(-1, keepdim=True)).unsqueeze(-1)
-    weighted = weights * measure.points
-    return (weighted * measure.points).sum((-2, -1)), weighted.sum(-2)
+    weights = measure.weights / measure.weights.sum(-1, keepdim=True)
+    squares = torch.linalg.vector_norm(measure.points, dim=-1).square()
+    return (weights * squares).sum(-1), (weights.unsqueeze(-2) @ measure.points).squeeze(-2)
 
 
 def _per_problem(values: Tensor) -> float | Tensor:

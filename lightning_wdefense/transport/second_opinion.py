@@ -30,7 +30,9 @@ def geomloss_evaluation(arguments: Arguments) -> Evaluation:
     x, y, options, matrices, pairs = arguments
     inputs = x.weights, x.points, y.weights, y.points
     with torch.no_grad():
-        problem = Problem(x.detached(), y.detached(), options, {pair: each.detach() for pair, each in matrices.items()}, Workspace())
+        problem = Problem(
+            x.detached(), y.detached(), options, {pair: each.detach() for pair, each in matrices.items()}, Workspace()
+        )
         constants = [tensor.detach() for tensor in inputs]
         potentials = _run(problem, constants, debias=False, potentials=True)
         f, g = (torch.cat(each) for each in zip(*potentials, strict=True))

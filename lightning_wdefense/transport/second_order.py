@@ -15,6 +15,9 @@ from lightning_wdefense.transport.problem import Pair
 WEIGHT: Mapping[Pair, float] = {"xy": 1.0, "xx": -0.5, "yy": -0.5}
 """What the value of each transport counts in a divergence."""
 
+NO_CURVATURE = 1e-13
+"""Curvature, as a share of the largest possible, that is only rounding (of float64)."""
+
 MAX_STEPS = 1000
 """Steps of the conjugate gradients: a bound against rounding, not a budget."""
 
@@ -118,13 +121,16 @@ def _solve(
     direction, product = z, (residual * z).sum(-1, keepdim=True)
     goal = product * torch.finfo(dtype).eps ** 1.5
     for _ in range(MAX_STEPS):
-        if bool((product <= goal).all()):
-            break
         image = times(direction)
-        step = torch.where(product > goal, product / (direction * image).sum(-1, keepdim=True), 0)
+        curvature = (direction * image).sum(-1, keepdim=True)
+        # Points that exchange no mass with others have no curvature, and ask for none: only rounding is left of them.
+        active = (product > goal) & (curvature > NO_CURVATURE * (columns * direction.square()).sum(-1, keepdim=True))
+        if not bool(active.any()):
+            break
+        step = torch.where(active, product / curvature, 0)
         q, residual = q + step * direction, residual - step * image
         z, last = inverse_columns * residual, product
         product = (residual * z).sum(-1, keepdim=True)
-        direction = z + torch.where(last > goal, product / last, 0) * direction
+        direction = z + torch.where(active, product / last, 0) * direction
     p = inverse_rows * (right_f - (plan @ q.unsqueeze(-1)).squeeze(-1))
     return p, q

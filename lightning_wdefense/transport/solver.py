@@ -39,11 +39,14 @@ WARM = 1.0
 ABSORBED = 15.0
 """Largest exponent of the scaling; beyond it the kernel is made anew, before its entries underflow."""
 
+FARTHEST = 50.0
+"""Exponents beyond which a step was too long to be believed."""
+
+LONGEST = 10.0
+"""Longest step that is taken in the place of one that was too long."""
+
 TINY = 1e-30
 """Smallest marginal that is told from none."""
-
-SURE = 0.1
-"""Marginal error below which it is a measure of progress. A larger one may fall while the potentials go astray."""
 
 ROUNDING = 8
 """Units in the last place by which a value may fall and still count as not fallen."""
@@ -100,21 +103,23 @@ def solve(
     if start is not None and iteration.error_at(start, eps) < WARM:
         levels = 0 if isinstance(levels, int) else torch.zeros_like(levels)
     g, n_iter = torch.zeros_like(b) if start is None else start, 0
-    level = warmest = highest = levels if isinstance(levels, int) else int(levels.max())
+    level = warmest = levels if isinstance(levels, int) else int(levels.max())
+    reheatings = 0
     while True:
         if isinstance(levels, int):
             temperature, level_tol = eps * COOLING**level, max(tol, ENTRY) if level else tol
         else:
             height = levels.clamp(max=level)
             temperature, level_tol = eps * COOLING**height, torch.where(height[:, 0] > 0, max(tol, ENTRY), tol)
-        patience = PATIENCE if level == warmest < highest + REHEATINGS else max_iter
+        patience = PATIENCE if level == warmest and reheatings < REHEATINGS else max_iter
         g, error, n = iteration.run(g, temperature, level_tol, max(1, max_iter - n_iter), patience)
         n_iter += n
-        stuck = error > torch.as_tensor(level_tol).clamp(min=ENTRY)
+        stuck = error > ENTRY
         if n == patience and n_iter < max_iter and bool(stuck.any()):
             # Groups of points that exchange no mass at this temperature settle their balance at a higher one.
-            level = warmest = warmest + 1
-            levels = level if isinstance(levels, int) else torch.where(stuck[:, None], level, levels)
+            levels = levels + 1 if isinstance(levels, int) else levels + stuck[:, None]
+            level = warmest = levels if isinstance(levels, int) else int(levels.max())
+            reheatings += 1
         elif level == 0:
             break
         else:
@@ -167,13 +172,11 @@ def _levels(mean: float | Tensor, eps: float | Tensor) -> int | Tensor:
 
 
 class _Point(NamedTuple):
-    """Where the iteration was: exponents of the scaling, plain step from there, row sums, error, and the value if known."""
+    """Where the iteration was: exponents of the scaling, the plain step from there, and the dual value."""
 
     w: Tensor
     residual: Tensor
-    log_sums: Tensor
-    error: float | Tensor
-    value: Tensor | None
+    value: float | Tensor
 
 
 class _Iteration:
@@ -200,8 +203,7 @@ class _Iteration:
         Gives up after ``patience`` iterations if the error is not even below ``ENTRY``.
 
         Extrapolation by itself may wander off. Plain steps never lower the dual value, so a step that did is taken back, one
-        that is nearer to the plain step is taken in its place, and the history starts anew. A small and falling error needs
-        no such check.
+        that is nearer to the plain step is taken in its place, and the history starts anew.
         """
         kernel, history, single = self.kernel, self.history, g.ndim == 1
         kernel.absorb(g, eps)
@@ -214,22 +216,22 @@ class _Iteration:
             done = error <= tol
             if n_iter == max_iter or _all(done) or (n_iter == patience and not _all(error <= ENTRY)):
                 break
-            here = _Point(w, self._residual(columns, potential), kernel.log_sums(), error, None)
+            value = _scalars(kernel.value(w))
+            here = _Point(w, self._residual(columns, potential), value)
             following = history.next(w, here.residual)
-            trusted = (error <= SURE) & (before is None or error <= before.error)
-            if before is not None and not _all(trusted):
-                value, last = kernel.value(w, here.log_sums), before.value
-                last = kernel.value(before.w, before.log_sums) if last is None else last
+            if before is not None:
                 # Written so that NaN counts as fallen too.
-                kept = trusted | done | _flags(value >= last - self._slack * value.abs())
+                kept = (value >= before.value - self._slack * abs(value)) | done
                 if not _all(kept):
                     history.keep(kept)
-                    following = _choose(kept, following, _shortened(w, before.w + before.residual))
-                    here = _Point(*(_choose(kept, *pair) for pair in zip(here[:4], before[:4], strict=True)), None)
-                here = here._replace(value=_choose(kept, value, last))
+                    following = _choose(kept, following, _shortened(w, before.w + before.residual, 0.25))
+                    here = _Point(*(_choose(kept, *pair) for pair in zip(here, before, strict=True)))
             before = here
             w = following if single else _choose(done, w, following)
-            if float(torch.linalg.vector_norm(w, math.inf)) > ABSORBED:
+            length = float(torch.linalg.vector_norm(w, math.inf))
+            if not length <= ABSORBED:
+                if not length <= FARTHEST:
+                    w = _shortened(w, here.w + here.residual, 1.0)
                 before = before._replace(w=before.w - w)
                 g = g + eps * w
                 kernel.absorb(g, eps)
@@ -251,20 +253,16 @@ class _Iteration:
         return residual if self.rho is None else self.kernel.share * (residual - potential / self.rho)
 
 
-def _shortened(far: Tensor, near: Tensor) -> Tensor:
-    """A point a quarter of the way from ``near`` to ``far``, or less: saturated marginals make steps of any length."""
+def _shortened(far: Tensor, near: Tensor, share: float) -> Tensor:
+    """A point on the way from ``near`` to ``far``: where marginals saturate, extrapolated steps have any length."""
     step = far - near
     length = torch.linalg.vector_norm(step, math.inf, dim=-1, keepdim=True)
-    return torch.where(step.isfinite(), near + step * (1 / length.clamp(min=4)), near)
+    return torch.where(length.isfinite(), near + step * (LONGEST / length).clamp(max=share), near)
 
 
 def _scalars(values: Tensor) -> float | Tensor:
     """A number for a single problem: arithmetic with it takes a tenth of the time."""
     return values.item() if values.ndim == 0 else values
-
-
-def _flags(conditions: Tensor) -> bool | Tensor:
-    return bool(conditions) if conditions.ndim == 0 else conditions
 
 
 def _all(conditions: bool | Tensor) -> bool:
