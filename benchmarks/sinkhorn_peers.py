@@ -36,13 +36,14 @@ class Side:
     """One library. ``prepare(setting, x, y, blur)`` gives a call without arguments: ``(value, grad_x, grad_y)``.
 
     Clouds are float32, ``(N, D)`` or ``(B, N, D)``. What happens in ``prepare`` is not timed. A ``fixed`` side has one
-    setting, and is reported with the errors that it has.
+    setting, and is reported with the errors that it has. One that is not ``interruptible`` bounds its own iterations.
     """
 
     name: str
     ladders: list[list[Setting]] = field(repr=False)
     prepare: Callable[[Setting, Tensor, Tensor, float], Call] = field(repr=False)
     fixed: bool = False
+    interruptible: bool = True
 
 
 def our_sides() -> list[Side]:
@@ -232,7 +233,14 @@ def _ott_sides() -> list[Side]:
     scalings = itertools.product([False], accelerations, [None], [5, 10])
     names = "lse_mode", "acceleration", "decay", "inner_iterations"
     variants = [dict(zip(names, values, strict=True)) for values in itertools.chain(log_domain, scalings)]
-    return [Side("OTT-JAX", [[{**each, "threshold": t} for t in OTT_THRESHOLDS] for each in variants], _ott)]
+    return [
+        Side(
+            "OTT-JAX",
+            [[{**each, "threshold": t} for t in OTT_THRESHOLDS] for each in variants],
+            _ott,
+            interruptible=False,
+        )
+    ]
 
 
 def _ott(setting: Setting, x: Tensor, y: Tensor, blur: float) -> Call:
@@ -242,7 +250,10 @@ def _ott(setting: Setting, x: Tensor, y: Tensor, blur: float) -> Call:
     mean_cost = float(half_squared_distance(x, y).mean())
     start = 2.0 ** round(math.log2(2 * mean_cost / blur**2))
     static = {name: value for name, value in setting.items() if name != "threshold"}
-    limit = int(min(20_000, max(2_000, 1e10 / (x.numel() // x.shape[-1] * y.shape[-2]))))
+    # About 10 s: a compiled loop cannot be interrupted, and it takes a power of the kernel at each iteration.
+    entries = x.numel() // x.shape[-1] * y.shape[-2]
+    limit = max(1_000, 6_000_000_000 // entries) if setting["lse_mode"] else max(100, 400_000_000 // entries)
+    limit = min(limit, 20_000)
     function = _ott_compiled(batched=x.ndim == 3, start=start, max_iterations=limit, **static)
     points = [jax.dlpack.from_dlpack(cloud.contiguous()) for cloud in (x, y)]
 

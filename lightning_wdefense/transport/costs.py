@@ -26,21 +26,32 @@ ROUNDING = 1e-3
 
 @dataclass(frozen=True)
 class GroundCost:
-    """Cost ``(N, M)`` or ``(B, N, M)`` between points, made block by block of rows or stored.
+    """Cost ``(N, M)`` or ``(B, N, M)`` between points: a matrix, made block by block of rows or stored, and two offsets.
 
     Attributes:
         shape: of the whole.
-        rows: ``(part, out=None)`` makes the cost of a slice of the rows, or shows that part of what is stored.
-        lazy: whether ``rows`` makes it.
+        matrix: ``(part, out=None)`` makes the matrix for a slice of the rows, or shows that part of what is stored.
+        row: added to all costs of a row, ``(..., N)``.
+        column: added to all costs of a column, ``(..., M)``.
+        lazy: whether ``matrix`` makes it.
         distances: for ``p = 1`` the distances of a slice of the rows, by which the gradient divides.
         zero_diagonal: whether it is the cost within one cloud, zero from each point to itself.
     """
 
     shape: tuple[int, ...]
-    rows: Rows
+    matrix: Rows
+    row: Tensor | None = None
+    column: Tensor | None = None
     lazy: bool = True
     distances: Rows | None = None
     zero_diagonal: bool = False
+
+    def rows(self, part: slice = slice(None)) -> Tensor:
+        """The cost of a slice of the rows."""
+        block = self.matrix(part)
+        if self.row is not None and self.column is not None:
+            block = block + self.row[..., part].unsqueeze(-1) + self.column.unsqueeze(-2)
+        return block
 
     def parts(self, entries: int = BLOCK) -> list[slice]:
         """Slices of the rows that are made at once."""
@@ -58,13 +69,13 @@ class GroundCost:
         return self.shape[-2] * self.shape[-1] > STORED.get(device.type, STORED["cpu"])
 
     def stored(self, like: Tensor, work: Workspace, name: str) -> GroundCost:
-        """The same as a matrix in a buffer of the workspace, unless that would be too large."""
+        """The same with its matrix in a buffer of the workspace, unless that would be too large."""
         if not self.lazy or self.too_large(like.device):
             return self
         matrix = work.empty(name, self.shape, like)
         for part in [slice(0, self.shape[-2])] if like.is_cuda else self.parts():
-            self.rows(part, matrix[..., part, :])
-        return replace(self, rows=lambda part: matrix[..., part, :], lazy=False)
+            self.matrix(part, matrix[..., part, :])
+        return replace(self, matrix=lambda part: matrix[..., part, :], lazy=False)
 
 
 def matrix_cost(matrix: Tensor) -> GroundCost:
@@ -75,49 +86,64 @@ def matrix_cost(matrix: Tensor) -> GroundCost:
 def half_squared_distance(x: Tensor, y: Tensor, eps: float) -> GroundCost:
     """``|x - y|^2 / 2`` between points ``(..., N, D)`` and ``(..., M, D)`` near the origin.
 
-    One product of the points with their squares appended. Its terms cancel almost entirely, so it is taken in float64 where
-    float32 is too coarse beside ``eps``.
+    The squares are offsets, the matrix is the negative product. They cancel almost entirely, so that they are taken in float64
+    where float32 is too coarse beside ``eps``.
     """
     dtype, shape = x.dtype, (*x.shape[:-1], y.shape[-2])
-    squares = [0.5 * torch.linalg.vector_norm(points, dim=-1, keepdim=True).square() for points in (x, y)]
+    row, column = half_squares(x), half_squares(y)
     if dtype == torch.float32 and x.device.type != "mps":
-        largest = max(float(square.max()) for square in squares)
+        largest = max(float(row.max()), float(column.max()))
         if torch.finfo(dtype).eps * largest > ROUNDING * eps:
-            x, y = x.double(), y.double()
-            squares = [0.5 * points.square().sum(-1, keepdim=True) for points in (x, y)]
-    ones = [torch.ones_like(square) for square in squares]
-    left = torch.cat([x, squares[0], ones[0]], -1)
-    right = torch.cat([y.neg(), ones[1], squares[1]], -1).mT
+            return _wide(half_squared_distance(x.double(), y.double(), eps), dtype)
+    transposed, product = y.mT, torch.addmm if x.ndim == 2 else torch.baddbmm
 
-    def rows(part: slice, out: Tensor | None = None) -> Tensor:
-        if left.dtype == dtype:
-            return torch.matmul(left[..., part, :], right, out=out)
-        cost = (left[..., part, :] @ right).to(dtype)
-        return cost if out is None else out.copy_(cost)
+    def matrix(part: slice, out: Tensor | None = None) -> Tensor:
+        some = x[..., part, :]
+        out = some.new_empty(*some.shape[:-1], shape[-1]) if out is None else out
+        return product(out, some, transposed, beta=0, alpha=-1, out=out)
 
-    return GroundCost(shape, rows)
+    return GroundCost(shape, matrix, row, column)
+
+
+def half_squares(points: Tensor) -> Tensor:
+    """Half the squared lengths ``(..., N)`` of points ``(..., N, D)``."""
+    return 0.5 * torch.linalg.vector_norm(points, dim=-1).square()
+
+
+def _wide(cost: GroundCost, dtype: torch.dtype) -> GroundCost:
+    """A cost that is computed in float64, without offsets: they are large where that is needed."""
+
+    def matrix(part: slice, out: Tensor | None = None) -> Tensor:
+        block = cost.rows(part).clamp_(min=0)
+        return block.to(dtype) if out is None else out.copy_(block)
+
+    return GroundCost(cost.shape, matrix)
 
 
 def distance(x: Tensor, y: Tensor) -> GroundCost:
     """``|x - y|`` between points ``(..., N, D)`` and ``(..., M, D)``."""
 
     # Differences, not products: the square root would turn their rounding of 1e-7 into 3e-4 where points coincide.
-    def rows(part: slice, out: Tensor | None = None) -> Tensor:
+    def matrix(part: slice, out: Tensor | None = None) -> Tensor:
         cost = torch.cdist(x[..., part, :], y, compute_mode="donot_use_mm_for_euclid_dist")
         return cost if out is None else out.copy_(cost)
 
-    return GroundCost((*x.shape[:-1], y.shape[-2]), rows, distances=rows)
+    return GroundCost((*x.shape[:-1], y.shape[-2]), matrix, distances=matrix)
 
 
 def within_a_cloud(cost: GroundCost) -> GroundCost:
     """The cost between the points of one cloud: zero from each to itself, whatever the rounding."""
 
-    def rows(part: slice, out: Tensor | None = None) -> Tensor:
-        block = cost.rows(part, out)
-        block[..., part].diagonal(dim1=-2, dim2=-1).zero_()
+    def matrix(part: slice, out: Tensor | None = None) -> Tensor:
+        block = cost.matrix(part, out)
+        diagonal = block[..., part].diagonal(dim1=-2, dim2=-1)
+        if cost.row is None or cost.column is None:
+            diagonal.zero_()
+        else:
+            torch.add(cost.row[..., part], cost.column[..., part], out=diagonal).neg_()
         return block
 
-    return replace(cost, rows=rows, zero_diagonal=True)
+    return replace(cost, matrix=matrix, zero_diagonal=True)
 
 
 def with_labels(cost: GroundCost, x: Measure, y: Measure, price: float) -> GroundCost:
@@ -126,12 +152,12 @@ def with_labels(cost: GroundCost, x: Measure, y: Measure, price: float) -> Groun
     if x_labels is None or y_labels is None:
         raise ValueError("Both measures need labels.")
 
-    def rows(part: slice, out: Tensor | None = None) -> Tensor:
+    def matrix(part: slice, out: Tensor | None = None) -> Tensor:
         some = x_labels[..., part, :] if x_labels.is_floating_point() else x_labels[..., part]
-        block = cost.rows(part)
+        block = cost.matrix(part)
         return torch.add(block, label_disagreement(some, y_labels, block.dtype), alpha=price, out=out)
 
-    return replace(cost, rows=rows, lazy=True)
+    return replace(cost, matrix=matrix, lazy=True)
 
 
 def label_disagreement(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:

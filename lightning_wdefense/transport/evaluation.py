@@ -113,17 +113,15 @@ def _needed(arguments: Arguments) -> Needed:
 
 
 def _gradients(arguments: Arguments, optima: Mapping[Pair, Optimum]) -> list[Tensor | None]:
-    xy, xx, yy = (optima.get(pair) for pair in WEIGHT)
-    of_points = [_less(xy.of_x, xx and xx.of_x), _less(xy.of_y, yy and yy.of_x)]
+    xy, within_x, within_y = optima["xy"], optima.get("xx"), optima.get("yy")
+    of_x, of_y, of_a, of_b = xy.of_x, xy.of_y, xy.of_a, xy.of_b
+    if within_x is not None and within_y is not None:
+        pairs = (of_x, within_x.of_x), (of_y, within_y.of_x), (of_a, within_x.of_a), (of_b, within_y.of_a)
+        of_x, of_y, of_a, of_b = (one if one is None or other is None else one.sub_(other) for one, other in pairs)
     if arguments.matrices:
-        of_points = [
-            each.of_cost if each.of_cost is None else WEIGHT[pair] * each.of_cost for pair, each in optima.items()
-        ]
-    return [*of_points, _less(xy.of_a, xx and xx.of_a), _less(xy.of_b, yy and yy.of_b)]
-
-
-def _less(gradient: Tensor | None, other: Tensor | None) -> Tensor | None:
-    return gradient if gradient is None or other is None else gradient - other
+        plans = [None if each.of_cost is None else WEIGHT[pair] * each.of_cost for pair, each in optima.items()]
+        return [*plans, of_a, of_b]
+    return [of_x, of_y, of_a, of_b]
 
 
 def _differentiable_gradients(

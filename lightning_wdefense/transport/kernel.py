@@ -52,7 +52,8 @@ class GibbsKernel:
 
     def __init__(self, cost: GroundCost, a: Tensor, b: Tensor, rho: float | None, work: Workspace) -> None:
         *batch, n, m = cost.shape
-        self.cost, self.a, self.b, self.rho, self.log_b = cost, a, b, rho, b.log()
+        self.cost, self.a, self.b, self.rho, self.work = cost, a, b, rho, work
+        self.log_b = b.log()
         self.kept = b > 0 if bool((b == 0).any()) else None
         self.sums, self.u, self.top = torch.empty_like(a), torch.empty_like(a), torch.empty_like(a)
         self.streamed = cost.too_large(a.device)
@@ -70,6 +71,8 @@ class GibbsKernel:
         """Make the kernel at the potential ``g`` ``(..., M)``; ``eps`` is a number, or ``(B, 1)`` for a batch."""
         self.eps, self.scaled_g = eps, g / eps
         self.exponents = self.log_b + self.scaled_g
+        if self.cost.column is not None:
+            self.exponents -= self.cost.column / eps
         self.share = 1.0 if self.rho is None else self.rho / (self.rho + eps)
         self.g = g
         if not self.streamed:
@@ -103,10 +106,9 @@ class GibbsKernel:
         if self.rho is not None:
             eps = self.eps if isinstance(self.eps, float) else self.eps[:, 0]
             return semi_dual(self.row_potential(), self.g + self.eps * w, self.a, self.b, eps, self.rho) / eps
-        columns, rows = self.scaled_g + w, self.log_sums()
         if w.ndim == 1:
-            return torch.dot(self.b, columns) - torch.dot(self.a, rows)
-        return (self.b * columns).sum(-1) - (self.a * rows).sum(-1)
+            return torch.dot(self.b, self.scaled_g + w) - torch.dot(self.a, self.log_sums())
+        return (self.b * (self.scaled_g + w)).sum(-1) - (self.a * self.log_sums()).sum(-1)
 
     def log_sums(self) -> Tensor:
         """Logarithms ``(..., N)`` of the row sums at the last potential, the scale of the rows included."""
@@ -132,24 +134,25 @@ class GibbsKernel:
     def displacements(self, x: Tensor, y: Tensor, *, of_x: bool, of_y: bool) -> tuple[Tensor | None, Tensor | None]:
         """``sum_j P_ij (x_i - y_j)`` ``(..., N, D)`` and ``sum_i P_ij (y_j - x_i)`` ``(..., M, D)``, of the last plan.
 
-        That is the gradient for half squared distances; for distances the plan is first divided by them.
+        That is the gradient for half squared distances; for distances the plan is first divided by them. The kernel becomes the
+        plan, and is of no use any more.
         """
-        from_x, from_y = torch.empty_like(x) if of_x else None, torch.zeros_like(y) if of_y else None
-        scaled_y, columns = self.v.unsqueeze(-1) * y, torch.zeros_like(self.v)
-        for part, kernel, _, _, sums, u, _ in self._filled():
+        from_x, from_y = (torch.empty_like(t) if asked else None for t, asked in ((x, of_x), (y, of_y)))
+        columns, product = torch.zeros_like(self.v), torch.addmm if x.ndim == 2 else torch.baddbmm
+        for i, block in enumerate(self._filled()):
+            part, plan = block.rows, block.kernel.mul_(self.v.unsqueeze(-2)).mul_(block.u.unsqueeze(-1))
             if self.cost.distances is not None:
                 distances = self.cost.distances(part)
-                kernel = torch.where(distances > 0, kernel / distances, 0)
-                sums = _times(kernel, self.v)
+                plan = torch.where(distances > 0, plan / distances, 0)
+            some = x[..., part, :]
             if from_x is not None:
-                sent = torch.matmul(kernel, scaled_y, out=from_x[..., part, :])
-                sent.mul_(-u.unsqueeze(-1)).addcmul_((u * sums).unsqueeze(-1), x[..., part, :])
+                torch.mul(plan.sum(-1, keepdim=True), some, out=from_x[..., part, :])
+                product(from_x[..., part, :], plan, y, alpha=-1, out=from_x[..., part, :])
             if from_y is not None:
-                columns += _times(kernel.mT, u)
-                scaled_x = u.unsqueeze(-1) * x[..., part, :]
-                from_y = from_y.addmm_(kernel.mT, scaled_x) if x.ndim == 2 else from_y.baddbmm_(kernel.mT, scaled_x)
+                columns += plan.sum(-2)
+                product(from_y, plan.mT, some, beta=float(i > 0), alpha=-1, out=from_y)
         if from_y is not None:
-            from_y.mul_(-self.v.unsqueeze(-1)).addcmul_((columns * self.v).unsqueeze(-1), y)
+            from_y.addcmul_(columns.unsqueeze(-1), y)
         return from_x, from_y
 
     def plan(self) -> Tensor:
@@ -170,14 +173,16 @@ class GibbsKernel:
             yield block
 
     def _fill(self, block: _Block, exponents: Tensor) -> None:
-        kernel = block.kernel
-        cost = self.cost.rows(block.rows, kernel) if self.cost.lazy else self.cost.rows(block.rows)
-        if isinstance(self.eps, float):
-            torch.sub(exponents, cost, alpha=1 / self.eps, out=kernel)
+        kernel, cost, eps = block.kernel, self.cost, self.eps
+        matrix = cost.matrix(block.rows, kernel) if cost.lazy else cost.matrix(block.rows)
+        if isinstance(eps, float):
+            torch.sub(exponents, matrix, alpha=1 / eps, out=kernel)
         else:
-            torch.addcdiv(exponents.unsqueeze(-2), cost, self.eps.unsqueeze(-1), value=-1, out=kernel)
+            torch.addcdiv(exponents.unsqueeze(-2), matrix, eps.unsqueeze(-1), value=-1, out=kernel)
         torch.amax(kernel, -1, out=block.top)
         kernel.sub_(block.top.unsqueeze(-1)).clamp_(min=FLOOR).exp_()
+        if cost.row is not None:
+            block.top.sub_(cost.row[..., block.rows] / eps)
 
     def _answer(self, block: _Block) -> None:
         """The scaling of the rows that makes them exact."""

@@ -92,7 +92,9 @@ def stacked(optima: Sequence[Optimum]) -> Optimum:
     def stack(values: tuple[Any, ...]) -> Any:
         if isinstance(values[0], int):
             return max(values)
-        return None if values[0] is None else torch.stack(values)
+        if values[0] is None:
+            return None
+        return torch.stack(values) if len(values) > 1 else values[0].unsqueeze(0)
 
     return Optimum(*(stack(values) for values in zip(*optima, strict=True)))
 
@@ -105,7 +107,7 @@ def of_weights(potential: Tensor, others: Tensor, eps: float | Tensor, rho: floa
 def _of_points(problem: Problem, pair: Pair, needed: Needed, solution: Solution) -> tuple[Tensor | None, Tensor | None]:
     x, y = problem.measures(pair)
     if pair != "xy" and _stays(x.weights, solution.g, problem):
-        return torch.zeros_like(x.points), None
+        return None, None
     return solution.kernel.displacements(x.points, y.points, of_x=needed.x, of_y=needed.y and pair == "xy")
 
 

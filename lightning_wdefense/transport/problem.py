@@ -14,6 +14,7 @@ from lightning_wdefense.transport.costs import (
     GroundCost,
     distance,
     half_squared_distance,
+    half_squares,
     matrix_cost,
     with_labels,
     within_a_cloud,
@@ -89,8 +90,10 @@ class Problem:
         """Mean cost ``(...)`` between the measures, without the price of labels."""
         if self.matrices or self.options.p == 1:
             return self._between.average(self.x.weights, self.y.weights)
-        (square_x, centre_x), (square_y, centre_y) = (_second_moment(measure) for measure in (self.x, self.y))
-        return (0.5 * (square_x + square_y) - (centre_x * centre_y).sum(-1)).clamp(min=0)
+        (square_x, centre_x), (square_y, centre_y) = (
+            _moments(measure) for measure in (self.x, self.y)
+        )
+        return (square_x + square_y - (centre_x * centre_y).sum(-1)).clamp(min=0)
 
     @cached_property
     def _between(self) -> GroundCost:
@@ -128,11 +131,10 @@ def solved_at_once(
             yield Problem(x.problem(i), y.problem(i), options, own, work)
 
 
-def _second_moment(measure: Measure) -> tuple[Tensor, Tensor]:
-    """Mean square ``(...)`` and mean ``(..., D)`` of the points."""
+def _moments(measure: Measure) -> tuple[Tensor, Tensor]:
+    """Half the mean square ``(...)`` and the mean ``(..., D)`` of the points."""
     weights = measure.weights / measure.weights.sum(-1, keepdim=True)
-    squares = torch.linalg.vector_norm(measure.points, dim=-1).square()
-    return (weights * squares).sum(-1), (weights.unsqueeze(-2) @ measure.points).squeeze(-2)
+    return (weights * half_squares(measure.points)).sum(-1), (weights.unsqueeze(-2) @ measure.points).squeeze(-2)
 
 
 def _per_problem(values: Tensor) -> float | Tensor:
