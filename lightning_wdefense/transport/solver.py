@@ -48,7 +48,7 @@ LONGEST = 10.0
 TINY = 1e-30
 """Smallest marginal that is told from none."""
 
-ROUNDING = 8
+ROUNDING = 64
 """Units in the last place by which a value may fall and still count as not fallen."""
 
 AVERAGING = 2 / 3

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -132,3 +133,51 @@ def test_module_is_the_function():
         assert torch.equal(module(x, y, x_labels=labels, y_labels=labels.flip(0)), expected)
         assert repr(module) == "SinkhornDivergence(p=2, relative_blur=0.3, reach=2.0, label_cost=1.0, tol=0.0001)"
     assert repr(SinkhornDivergence(p=1, blur=0.1)) == "SinkhornDivergence(p=1, blur=0.1)"
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+@pytest.mark.parametrize("fails", [False, True], ids=["succeeds", "fails"])
+def test_reduced_matmul_precision_changes_nothing_and_is_left_alone(precision, fails):
+    x, y = (cloud.repeat(20, 8) for cloud in clouds())
+    expected, before = sinkhorn_divergence(x, y), torch.get_float32_matmul_precision()
+
+    class Fail(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket is torch.ops.aten.mv:
+                raise BrokenCostError
+            return func(*args, **(kwargs or {}))
+
+    try:
+        torch.set_float32_matmul_precision(precision)
+        if fails:
+            with pytest.raises(BrokenCostError), Fail():
+                sinkhorn_divergence(x, y)
+        else:
+            assert torch.equal(sinkhorn_divergence(x, y), expected)
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_threads_do_not_disturb_each_other():
+    pairs = [(torch.randn(80, 5) * (1 + i), torch.randn(70, 5)) for i in range(8)]
+    expected = [sinkhorn_divergence(*pair) for pair in pairs]
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda i: sinkhorn_divergence(*pairs[i % 8]), range(32)))
+    assert all(torch.equal(result, expected[i % 8]) for i, result in enumerate(results))
+
+
+def test_results_do_not_share_memory_with_later_calls():
+    x, y = clouds()
+    x.requires_grad_()
+    first = sinkhorn_divergence(x, y)
+    kept = sinkhorn(x, y)
+    copies = [field.detach().clone() for field in kept if isinstance(field, torch.Tensor)]
+    sinkhorn_divergence(3 * x, y - 1).backward()
+    x.grad = None
+    first.backward()
+    torch.testing.assert_close(x.grad, torch.autograd.grad(sinkhorn_divergence(x, y), x)[0])
+    assert all(
+        torch.equal(copied, field)
+        for copied, field in zip(copies, [f for f in kept if isinstance(f, torch.Tensor)], strict=True)
+    )
