@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
+
+from lightning_wdefense.transport.arrays import Array, array, solve
 
 MEMORY = 5
 """Steps that are combined. More of them do not save iterations, and mislead at small blurs."""
@@ -23,43 +27,49 @@ class Anderson:
 
     Args:
         scale: square roots of the weights of the coordinates, ``(..., M)``.
+        xp: the module of the vectors.
     """
 
-    def __init__(self, scale: Tensor) -> None:
+    def __init__(self, scale: Tensor, xp: ModuleType) -> None:
         *batch, size = scale.shape
-        self._scale = scale
-        self._residuals = scale.new_zeros(*batch, MEMORY, size)
-        self._images = scale.new_zeros(*batch, MEMORY, size)
-        self._identity = torch.eye(MEMORY, dtype=scale.dtype, device=scale.device)
-        self._gram = self._identity.expand(*batch, MEMORY, MEMORY).clone()
-        self._rows = [each.unbind(-2) for each in (self._residuals, self._images, self._gram)]
-        self._columns = self._gram.unbind(-1)
-        self._ridge = 1 + RIDGE * self._identity
+        identity = torch.eye(MEMORY, dtype=scale.dtype, device=scale.device)
+        self._xp, self._scale = xp, array(xp, scale)
+        self._residuals, self._images = (array(xp, scale.new_zeros(*batch, MEMORY, size)) for _ in range(2))
+        self._gram = array(xp, identity.expand(*batch, MEMORY, MEMORY).clone())
+        self._rows = [
+            tuple(history[..., i, :] for history in (self._residuals, self._images, self._gram)) for i in range(MEMORY)
+        ]
+        self._columns = [self._gram[..., i] for i in range(MEMORY)]
+        self._identity, self._ridge = array(xp, identity), array(xp, 1 + RIDGE * identity)
         self._tiny = TINY * self._identity
         self.reset()
 
     def reset(self) -> None:
-        """Forget all steps, and where the last one ended."""
+        """Forget all steps."""
         self._length = 0
-        self._last: tuple[Tensor, Tensor] | None = None
-        self.keep(False)
+        self._last: tuple[Array, Array] | None = None
+        self._residuals[...] = 0
+        self._gram[...] = self._identity
 
-    def keep(self, problems: bool | Tensor) -> None:
-        """Forget the steps of all problems but those where ``problems`` ``(B,)`` is true."""
-        if isinstance(problems, Tensor):
-            kept = problems[:, None, None]
-            self._residuals.mul_(kept)
-            self._gram.copy_(torch.where(kept, self._gram, self._identity))
-        elif not problems:
-            self._residuals.zero_()
-            self._gram.copy_(self._identity)
+    def forget(self, problems: bool | Array, point: Array, residual: Array) -> None:
+        """Begin anew at ``point`` with the problems where ``problems``, ``(B,)`` for a batch, is true."""
+        here, last, where = (residual * self._scale, point + residual), self._last, self._xp.where
+        if isinstance(problems, bool):
+            self.reset()
+        else:
+            forgotten = problems[:, None, None]
+            self._residuals *= ~forgotten
+            self._gram[...] = where(forgotten, self._identity, self._gram)
+            if last is not None:
+                here = where(forgotten[:, 0], here[0], last[0]), where(forgotten[:, 0], here[1], last[1])
+        self._last = here
 
-    def shift(self, offset: Tensor) -> None:
+    def shift(self, offset: Array) -> None:
         """Count the points from ``offset`` on."""
         if self._last is not None:
             self._last = self._last[0], self._last[1] - offset
 
-    def next(self, point: Tensor, residual: Tensor) -> Tensor:
+    def next(self, point: Array, residual: Array) -> Array:
         """Where to go from ``point``, whose image is ``point + residual``."""
         scaled, image = residual * self._scale, point + residual
         last, self._last = self._last, (scaled, image)
@@ -67,20 +77,13 @@ class Anderson:
             return image
         slot = self._length % MEMORY
         self._length += 1
-        residuals, images, rows = (each[slot] for each in self._rows)
-        torch.sub(scaled, last[0], out=residuals)
-        torch.sub(image, last[1], out=images)
-        products = _dot(self._residuals, residuals)
-        rows.copy_(products)
-        self._columns[slot].copy_(products)
-        right = _dot(self._residuals, scaled)
-        mixture = torch.linalg.solve_ex(torch.addcmul(self._tiny, self._gram, self._ridge), right)[0]
-        return image - _combine(self._images, mixture)
+        residuals, images, products = self._rows[slot]
+        self._xp.subtract(scaled, last[0], out=residuals)
+        self._xp.subtract(image, last[1], out=images)
+        products[...] = self._columns[slot][...] = _dot(self._residuals, residuals)
+        mixture = solve(self._xp, self._gram * self._ridge + self._tiny, _dot(self._residuals, scaled))
+        return image - _dot(self._images.swapaxes(-1, -2), mixture)
 
 
-def _dot(rows: Tensor, vector: Tensor) -> Tensor:
-    return torch.mv(rows, vector) if rows.ndim == 2 else torch.bmm(rows, vector.unsqueeze(-1)).squeeze(-1)
-
-
-def _combine(rows: Tensor, mixture: Tensor) -> Tensor:
-    return torch.mv(rows.t(), mixture) if rows.ndim == 2 else torch.bmm(mixture.unsqueeze(-2), rows).squeeze(-2)
+def _dot(matrix: Array, vector: Array) -> Array:
+    return matrix @ vector if vector.ndim == 1 else (matrix @ vector[..., None])[..., 0]

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from lightning_wdefense.transport.costs import GroundCost
-from lightning_wdefense.transport.dual import semi_dual
 from lightning_wdefense.transport.workspace import Workspace
 
 FLOOR = -69.0
@@ -90,25 +89,16 @@ class GibbsKernel:
                 total.addmv_(block.transposed, block.u)
         return total.mul_(self.v)
 
-    def answer(self, w: Tensor) -> Tensor:
-        """The potential ``(..., N)`` on the rows that is the exact answer to ``g + eps w``."""
+    def log_sums_at(self, w: Tensor) -> Tensor:
+        """:meth:`log_sums` at the potential ``g + eps w``, without the pass over the columns."""
         self._scale_columns(w)
         for block in self._filled():
-            self._answer(block)
-        return self.row_potential()
+            _product(block, self.v)
+        return self.log_sums()
 
     def weighted(self, vector: Tensor) -> Tensor:
         """A vector ``(..., M)`` with zeros where columns have no weight."""
         return vector if self.kept is None else torch.where(self.kept, vector, 0)
-
-    def value(self, w: Tensor) -> Tensor:
-        """Dual value ``(...)`` at the last potential ``g + eps w``, in units of ``eps``."""
-        if self.rho is not None:
-            eps = self.eps if isinstance(self.eps, float) else self.eps[:, 0]
-            return semi_dual(self.row_potential(), self.g + self.eps * w, self.a, self.b, eps, self.rho) / eps
-        if w.ndim == 1:
-            return torch.dot(self.b, self.scaled_g + w) - torch.dot(self.a, self.log_sums())
-        return (self.b * (self.scaled_g + w)).sum(-1) - (self.a * self.log_sums()).sum(-1)
 
     def log_sums(self) -> Tensor:
         """Logarithms ``(..., N)`` of the row sums at the last potential, the scale of the rows included."""
@@ -186,15 +176,19 @@ class GibbsKernel:
 
     def _answer(self, block: _Block) -> None:
         """The scaling of the rows that makes them exact."""
-        if block.kernel.ndim == 2:
-            torch.mv(block.kernel, self.v, out=block.sums)
-        else:
-            torch.bmm(block.kernel, self.v.unsqueeze(-1), out=block.sums.unsqueeze(-1))
+        _product(block, self.v)
         if self.rho is None:
             torch.div(block.a, block.sums, out=block.u)
         else:
             exponent = (1 - self.share) * block.top - self.share * block.sums.log()
             torch.mul(block.a, exponent.exp_(), out=block.u)
+
+
+def _product(block: _Block, v: Tensor) -> None:
+    if v.ndim == 1:
+        torch.mv(block.kernel, v, out=block.sums)
+    else:
+        torch.bmm(block.kernel, v.unsqueeze(-1), out=block.sums.unsqueeze(-1))
 
 
 def _times(matrix: Tensor, vector: Tensor) -> Tensor:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 from torch import Tensor
 
 from lightning_wdefense.transport.anderson import Anderson
+from lightning_wdefense.transport.arrays import Array, array, longest, namespace, norm, tensor
 from lightning_wdefense.transport.costs import GroundCost
-from lightning_wdefense.transport.dual import density
+from lightning_wdefense.transport.dual import semi_dual
 from lightning_wdefense.transport.kernel import GibbsKernel
 from lightning_wdefense.transport.workspace import Workspace
 
@@ -112,7 +114,8 @@ def solve(
             height = levels.clamp(max=level)
             temperature, level_tol = eps * COOLING**height, torch.where(height[:, 0] > 0, max(tol, ENTRY), tol)
         patience = PATIENCE if level == warmest and reheatings < REHEATINGS else max_iter
-        g, error, n = iteration.run(g, temperature, level_tol, max(1, max_iter - n_iter), patience)
+        with numpy.errstate(all="ignore"):  # Steps that lead nowhere are taken back.
+            g, error, n = iteration.run(g, temperature, level_tol, max(1, max_iter - n_iter), patience)
         n_iter += n
         stuck = error > ENTRY
         if n == patience and n_iter < max_iter and bool(stuck.any()):
@@ -145,23 +148,33 @@ def solve_symmetric(
 
     For a cost that is zero on the diagonal the scaling lies between ``n^-1/2`` and ``a^-1/2``, whatever the temperature.
     """
-    kernel = GibbsKernel(cost, a, a, rho, work)
+    kernel, xp = GibbsKernel(cost, a, a, rho, work), namespace(a)
+    root_a, root_mass = array(xp, a.sqrt()), array(xp, a.sum(-1).sqrt())
     g = torch.zeros_like(a)
     kernel.absorb(g, eps)
-    w = 0.5 * kernel.weighted(kernel.answer(g) / eps)
+    share = kernel.share if isinstance(kernel.share, float) else array(xp, kernel.share)
+
+    def gap_at(w: Array) -> Array:
+        """The step from ``w`` to its exact answer, in units of the temperature."""
+        log_sums = kernel.log_sums_at(tensor(w))
+        return array(xp, kernel.weighted(log_sums)) * -share - (array(xp, kernel.scaled_g) + w)
+
+    w = 0.5 * gap_at(array(xp, g))
     for n_iter in range(1, max_iter + 1):
-        gap = kernel.weighted(kernel.answer(w) / eps - (g / eps + w))
-        error = (a * (-gap / kernel.share).clamp(max=80).expm1().square()).sum(-1).div(a.sum(-1)).sqrt()
+        gap = gap_at(w)
+        error = norm(xp, root_a * xp.expm1(gap * (-1 / share))) / root_mass
         done = error <= SELF_ACCURACY * tol
         if n_iter == max_iter or bool(done.all()):
             break
-        w = w + AVERAGING * gap if w.ndim == 1 else torch.where(done[:, None], w, w + AVERAGING * gap)
-        if float(torch.linalg.vector_norm(w, math.inf)) > ABSORBED:
-            g, w = g + eps * w, torch.zeros_like(w)
+        w = w + AVERAGING * gap if w.ndim == 1 else xp.where(done[:, None], w, w + AVERAGING * gap)
+        if longest(xp, w) > ABSORBED:
+            g, w = g + eps * tensor(w), xp.zeros_like(w)
             kernel.absorb(g, eps)
-    kernel.symmetrise(g / eps + w)
+    scaled = kernel.scaled_g + tensor(w)
+    kernel.symmetrise(scaled)
     f = kernel.row_potential()
-    return Solution(f, torch.where(a > 0, g + eps * w, f), n_iter, error, kernel)
+    error = torch.as_tensor(error, dtype=a.dtype, device=a.device)
+    return Solution(f, torch.where(a > 0, eps * scaled, f), n_iter, error, kernel)
 
 
 def _levels(mean: float | Tensor, eps: float | Tensor) -> int | Tensor:
@@ -174,26 +187,28 @@ def _levels(mean: float | Tensor, eps: float | Tensor) -> int | Tensor:
 class _Point(NamedTuple):
     """Where the iteration was: exponents of the scaling, the plain step from there, and the dual value."""
 
-    w: Tensor
-    residual: Tensor
-    value: float | Tensor
+    w: Array
+    residual: Array
+    value: float | Array
 
 
 class _Iteration:
     """The Sinkhorn iteration on the potential ``g + eps w`` of the columns, ``w`` small enough for the kernel at ``g``."""
 
     def __init__(self, kernel: GibbsKernel, b: Tensor) -> None:
-        self.kernel, self.b, self.rho = kernel, b, kernel.rho
-        self.log_b = b.clamp(min=TINY).log()
-        self.history = Anderson(b.sqrt())
+        self.kernel, self.rho, self.xp = kernel, kernel.rho, namespace(b)
+        self.history = Anderson(b.sqrt(), self.xp)
         self._slack = ROUNDING * torch.finfo(b.dtype).eps
-        self._scale = torch.where(b > 0, b.rsqrt(), 0) / b.sum(-1, keepdim=True).sqrt()
+        constants = b, b.sqrt(), torch.where(b > 0, b.rsqrt(), 0), b.sum(-1).sqrt(), b.clamp(min=TINY).log()
+        self._b, self._root_b, self._inverse_root_b, self._root_mass, self._log_b = (array(self.xp, c) for c in constants)
+        self._a = array(self.xp, kernel.a)
+        self._tiny, self._root_tiny = (array(self.xp, b.new_tensor(tiny)) for tiny in (TINY, TINY**0.5))
 
     def error_at(self, g: Tensor, eps: float | Tensor) -> float:
         """Largest error of the batch at a potential."""
         self.kernel.absorb(g, eps)
-        w = torch.zeros_like(g)
-        return float(self._error(self.kernel.columns(w), g).max())
+        columns = self.kernel.columns(torch.zeros_like(g))
+        return float(self._error(array(self.xp, columns), array(self.xp, g)).max())
 
     def run(
         self, g: Tensor, eps: float | Tensor, tol: float | Tensor, max_iter: int, patience: int
@@ -205,71 +220,85 @@ class _Iteration:
         Extrapolation by itself may wander off. Plain steps never lower the dual value, so a step that did is taken back, one
         that is nearer to the plain step is taken in its place, and the history starts anew.
         """
-        kernel, history, single = self.kernel, self.history, g.ndim == 1
+        xp, kernel, history, single = self.xp, self.kernel, self.history, g.ndim == 1
+        eps_, tol_ = (array(xp, each) if isinstance(each, Tensor) else each for each in (eps, tol))
         kernel.absorb(g, eps)
         history.reset()
-        w, before = torch.zeros_like(g), None
+        g, w, before = array(xp, g), array(xp, torch.zeros_like(g)), None
         for n_iter in range(1, max_iter + 1):
-            columns = kernel.columns(w)
-            potential = g if self.rho is None else g + eps * w
+            columns = array(xp, kernel.columns(tensor(w)))
+            potential = g if self.rho is None else g + eps_ * w
             error = _scalars(self._error(columns, potential))
-            done = error <= tol
+            done = error <= tol_
             if n_iter == max_iter or _all(done) or (n_iter == patience and not _all(error <= ENTRY)):
                 break
-            value = _scalars(kernel.value(w))
-            here = _Point(w, self._residual(columns, potential), value)
+            here = _Point(w, self._residual(columns, potential), self._value(w, potential))
             following = history.next(w, here.residual)
             if before is not None:
                 # Written so that NaN counts as fallen too.
-                kept = (value >= before.value - self._slack * abs(value)) | done
+                kept = (here.value >= before.value - self._slack * abs(here.value)) | done
                 if not _all(kept):
-                    history.keep(kept)
-                    following = _choose(kept, following, _shortened(w, before.w + before.residual, 0.25))
-                    here = _Point(*(_choose(kept, *pair) for pair in zip(here, before, strict=True)))
+                    following = self._choose(kept, following, self._shortened(w, before.w + before.residual, 0.25))
+                    here = _Point(*(self._choose(kept, *pair) for pair in zip(here, before, strict=True)))
+                    history.forget(not kept if isinstance(kept, bool) else ~kept, here.w, here.residual)
             before = here
-            w = following if single else _choose(done, w, following)
-            length = float(torch.linalg.vector_norm(w, math.inf))
+            w = following if single else self._choose(done, w, following)
+            length = longest(xp, w)
             if not length <= ABSORBED:
                 if not length <= FARTHEST:
-                    w = _shortened(w, here.w + here.residual, 1.0)
+                    w = self._shortened(w, here.w + here.residual, 1.0)
                 before = before._replace(w=before.w - w)
-                g = g + eps * w
-                kernel.absorb(g, eps)
+                g = g + eps_ * w
+                kernel.absorb(tensor(g), eps)
                 history.shift(w)
-                w = torch.zeros_like(g)
-        return g + eps * w, torch.as_tensor(error, dtype=g.dtype, device=g.device), n_iter
+                w = xp.zeros_like(w)
+        return tensor(g + eps_ * w), torch.as_tensor(error, dtype=kernel.b.dtype, device=kernel.b.device), n_iter
 
-    def _error(self, columns: Tensor, potential: Tensor) -> Tensor:
+    def _error(self, columns: Array, potential: Array) -> Array:
         """Root mean square ``(...)`` of the relative error of the marginal; the L1 error is not larger."""
         if self.rho is None:
-            return torch.linalg.vector_norm((columns - self.b).mul_(self._scale), dim=-1)
-        target = self.b * density(potential, self.rho)
-        scale = torch.where(target > 0, target.rsqrt(), 0)
-        return torch.linalg.vector_norm((columns - target) * scale, dim=-1) / target.sum(-1).sqrt()
+            return norm(self.xp, (columns - self._b) * self._inverse_root_b) / self._root_mass
+        root_density = self.xp.maximum(self.xp.exp(potential * (-0.5 / self.rho)), self._root_tiny)
+        difference = columns - self._b * root_density * root_density
+        return norm(self.xp, difference * self._inverse_root_b / root_density) / norm(self.xp, self._root_b * root_density)
 
-    def _residual(self, columns: Tensor, potential: Tensor) -> Tensor:
+    def _residual(self, columns: Array, potential: Array) -> Array:
         """Plain Sinkhorn step, in units of the temperature."""
-        residual = self.log_b - columns.clamp_(min=TINY).log_()
-        return residual if self.rho is None else self.kernel.share * (residual - potential / self.rho)
+        residual = self._log_b - self.xp.log(self.xp.maximum(columns, self._tiny))
+        if self.rho is None:
+            return residual
+        share = self.kernel.share
+        return (share if isinstance(share, float) else array(self.xp, share)) * (residual - potential / self.rho)
+
+    def _value(self, w: Array, potential: Array) -> float | Array:
+        """Dual value at the last potential, in units of ``eps``."""
+        kernel, xp = self.kernel, self.xp
+        if self.rho is not None:
+            eps = kernel.eps if isinstance(kernel.eps, float) else kernel.eps[:, 0]
+            value = semi_dual(kernel.row_potential(), tensor(potential), kernel.a, kernel.b, eps, self.rho) / eps
+            return float(value) if value.ndim == 0 else array(xp, value)
+        columns, rows = array(xp, kernel.scaled_g) + w, array(xp, kernel.log_sums())
+        if w.ndim == 1:
+            return float(self._b @ columns) - float(self._a @ rows)
+        return (self._b * columns).sum(-1) - (self._a * rows).sum(-1)
+
+    def _shortened(self, far: Array, near: Array, share: float) -> Array:
+        """A point on the way from ``near`` to ``far``: where marginals saturate, extrapolated steps have any length."""
+        step = far - near
+        factor = LONGEST / self.xp.amax(abs(step), -1, keepdims=True)
+        factor = self.xp.where(factor < share, factor, share)
+        return self.xp.where(self.xp.isfinite(factor * step), near + factor * step, near)
+
+    def _choose(self, condition: bool | Array, one: Any, other: Any) -> Any:
+        if isinstance(condition, bool):
+            return one if condition else other
+        return self.xp.where(condition.reshape(condition.shape + (1,) * (one.ndim - condition.ndim)), one, other)
 
 
-def _shortened(far: Tensor, near: Tensor, share: float) -> Tensor:
-    """A point on the way from ``near`` to ``far``: where marginals saturate, extrapolated steps have any length."""
-    step = far - near
-    length = torch.linalg.vector_norm(step, math.inf, dim=-1, keepdim=True)
-    return torch.where(length.isfinite(), near + step * (LONGEST / length).clamp(max=share), near)
+def _scalars(values: Array) -> float | Array:
+    """A number for a single problem."""
+    return float(values) if values.ndim == 0 else values
 
 
-def _scalars(values: Tensor) -> float | Tensor:
-    """A number for a single problem: arithmetic with it takes a tenth of the time."""
-    return values.item() if values.ndim == 0 else values
-
-
-def _all(conditions: bool | Tensor) -> bool:
-    return conditions if isinstance(conditions, bool) else bool(conditions.all())
-
-
-def _choose(condition: bool | Tensor, one: Any, other: Any) -> Any:
-    if isinstance(condition, bool):
-        return one if condition else other
-    return torch.where(condition.reshape(condition.shape + (1,) * (one.ndim - condition.ndim)), one, other)
+def _all(conditions: bool | Array) -> bool:
+    return bool(conditions if isinstance(conditions, bool) else conditions.all())

@@ -256,4 +256,5 @@ def settings(slabs: Slabs, rho: float) -> dict[str, Any]:
         "MEMORY": memory,
         "num_warps": 16 if slabs.entries > SLAB else min(8, max(1, slabs.entries // 1024)),
         "launch_cooperative_grid": slabs.programs > 1,  # fails if they cannot all run at once
+        "enable_fp_fusion": True,
     }

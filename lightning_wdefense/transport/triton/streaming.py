@@ -169,4 +169,11 @@ def weighted_points(x: Tensor, y: Tensor, exponents: Tensor, log_sums: Tensor, e
 
 def tiles() -> dict[str, Any]:
     """What the kernels are compiled for."""
-    return {"ROWS": ROWS, "COLUMNS": COLUMNS, "DEPTH": DEPTH, "PRECISION": PRECISION, "num_warps": 8}
+    return {
+        "ROWS": ROWS,
+        "COLUMNS": COLUMNS,
+        "DEPTH": DEPTH,
+        "PRECISION": PRECISION,
+        "num_warps": 8,
+        "enable_fp_fusion": True,
+    }
