@@ -85,7 +85,7 @@ class TransportShift(Metric):
         reach: float | None = None,
         cost: Cost | None = None,
         label_cost: float | None = None,
-        tol: float = 1e-3,
+        tol: float = 5e-4,
         max_iter: int = 1000,
         solver: Solver = "native",
         **kwargs: Any,

@@ -36,6 +36,7 @@ class GroundCost:
         lazy: whether ``matrix`` makes it.
         distances: for ``p = 1`` the distances of a slice of the rows, by which the gradient divides.
         zero_diagonal: whether it is the cost within one cloud, zero from each point to itself.
+        points: the two clouds, if the cost is their half squared distance and nothing else.
     """
 
     shape: tuple[int, ...]
@@ -45,6 +46,7 @@ class GroundCost:
     lazy: bool = True
     distances: Rows | None = None
     zero_diagonal: bool = False
+    points: tuple[Tensor, Tensor] | None = None
 
     def rows(self, part: slice = slice(None)) -> Tensor:
         """The cost of a slice of the rows."""
@@ -102,7 +104,7 @@ def half_squared_distance(x: Tensor, y: Tensor, eps: float) -> GroundCost:
         out = some.new_empty(*some.shape[:-1], shape[-1]) if out is None else out
         return product(out, some, transposed, beta=0, alpha=-1, out=out)
 
-    return GroundCost(shape, matrix, row, column)
+    return GroundCost(shape, matrix, row, column, points=(x, y))
 
 
 def half_squares(points: Tensor) -> Tensor:
@@ -157,7 +159,7 @@ def with_labels(cost: GroundCost, x: Measure, y: Measure, price: float) -> Groun
         block = cost.matrix(part)
         return torch.add(block, label_disagreement(some, y_labels, block.dtype), alpha=price, out=out)
 
-    return replace(cost, matrix=matrix, lazy=True)
+    return replace(cost, matrix=matrix, lazy=True, points=None)
 
 
 def label_disagreement(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:

@@ -28,7 +28,7 @@ def sinkhorn_divergence(
     label_cost: float | None = None,
     x_labels: Tensor | None = None,
     y_labels: Tensor | None = None,
-    tol: float = 1e-3,
+    tol: float = 5e-4,
     max_iter: int = 1000,
     solver: Solver = "native",
     warm_start: WarmStart | None = None,
@@ -134,7 +134,7 @@ class SinkhornDivergence(nn.Module):
         reach: float | None = None,
         cost: Cost | NamedCost | None = None,
         label_cost: float | None = None,
-        tol: float = 1e-3,
+        tol: float = 5e-4,
         max_iter: int = 1000,
         solver: Solver = "native",
     ) -> None:
@@ -153,8 +153,9 @@ class SinkhornDivergence(nn.Module):
         warm_start: WarmStart | None = None,
     ) -> Tensor:
         """Divergence between ``x`` ``(N, D)`` and ``y`` ``(M, D)``: a scalar, or ``(B,)`` for batches of clouds."""
-        labels = {"x_labels": x_labels, "y_labels": y_labels}
-        return sinkhorn_divergence(x, y, a, b, **labels, warm_start=warm_start, **vars(self.options))
+        return sinkhorn_divergence(
+            x, y, a, b, x_labels=x_labels, y_labels=y_labels, warm_start=warm_start, **vars(self.options)
+        )
 
     def extra_repr(self) -> str:
         """The cost, the blur in force, and whatever else is not the default."""

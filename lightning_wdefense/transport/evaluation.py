@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
+import numpy
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -83,7 +84,8 @@ def evaluate(arguments: Arguments, warm_start: WarmStart | None = None) -> Evalu
     needed = _needed(arguments)
     start = None if warm_start is None else warm_start.recall(y.weights)
     solved, blurs = [], []
-    with torch.no_grad(), exact_products(), workspace() as work:
+    # Steps of the iteration that lead nowhere may overflow: they are taken back.
+    with torch.no_grad(), exact_products(), numpy.errstate(all="ignore"), workspace() as work:
         for i, problem in enumerate(solved_at_once(x, y, options, matrices, work)):
             here = start if start is None or problem.x.weights.ndim == 2 else start[i]
             solved.append([optimum(problem, pair, needed, here if pair == "xy" else None) for pair in pairs])

@@ -50,15 +50,19 @@ class GibbsKernel:
     """
 
     def __init__(self, cost: GroundCost, a: Tensor, b: Tensor, rho: float | None, work: Workspace) -> None:
-        *batch, n, m = cost.shape
         self.cost, self.a, self.b, self.rho, self.work = cost, a, b, rho, work
         self.log_b = b.log()
         self.kept = b > 0 if bool((b == 0).any()) else None
-        self.sums, self.u, self.top = torch.empty_like(a), torch.empty_like(a), torch.empty_like(a)
         self.streamed = cost.too_large(a.device)
+        self._make_blocks()
+
+    def _make_blocks(self) -> None:
+        *batch, n, m = self.cost.shape
+        a = self.a
+        self.sums, self.u, self.top = torch.empty_like(a), torch.empty_like(a), torch.empty_like(a)
         entries = STREAMED.get(a.device.type, CACHED) if self.streamed else CACHED
         size = n if batch or (a.is_cuda and not self.streamed) else min(n, max(16, entries // m))
-        storage = work.empty("kernel", (*batch, size if self.streamed else n, m), a)
+        storage = self.work.empty("kernel", (*batch, size if self.streamed else n, m), a)
         self.blocks = []
         for start in range(0, n, size):
             part = slice(start, min(n, start + size))
@@ -110,11 +114,11 @@ class GibbsKernel:
 
     def column_potential(self, f: Tensor) -> Tensor:
         """The exact answer ``(..., M)`` to the potential ``f`` ``(..., N)``, also where a column has no weight."""
-        exponents, total = self.a.log() + f / self.eps, None
+        exponents, total = self.a.log() + f / self.eps, torch.full_like(self.b, -torch.inf)
         for part in self.cost.parts():
             inverse = 1 / self.eps if isinstance(self.eps, float) else (1 / self.eps).unsqueeze(-1)
-            block = (exponents[..., part].unsqueeze(-1) - self.cost.rows(part) * inverse).logsumexp(-2)
-            total = block if total is None else torch.logaddexp(total, block)
+            block = exponents[..., part].unsqueeze(-1) - self.cost.rows(part) * inverse
+            total = torch.logaddexp(total, block.logsumexp(-2))
         return -(self.eps * self.share) * total
 
     def symmetrise(self, w: Tensor) -> None:

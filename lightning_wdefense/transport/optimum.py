@@ -61,11 +61,11 @@ def optimum(problem: Problem, pair: Pair, needed: Needed, start: Tensor | None =
     """Solve the transport between two measures of a problem, from the potential ``start`` if it is given."""
     options, eps, rho = problem.options, problem.eps, problem.options.rho
     (x, y), cost, needed = problem.measures(pair), problem.ground_cost(pair), needed.of(pair)
-    a, b, limits = x.weights, y.weights, {"tol": options.tol, "max_iter": options.max_iter}
+    a, b, tol, max_iter = x.weights, y.weights, options.tol, options.max_iter
     if pair == "xy":
-        solution = solve(cost, a, b, eps, rho, problem.work, mean=problem.mean, start=start, **limits)
+        solution = solve(cost, a, b, eps, rho, problem.work, mean=problem.mean, tol=tol, max_iter=max_iter, start=start)
     else:
-        solution = solve_symmetric(cost, a, eps, rho, problem.work, **limits)
+        solution = solve_symmetric(cost, a, eps, rho, problem.work, tol=tol, max_iter=max_iter)
     f, g, n_iter, error, kernel = solution
     of_x = of_y = None
     if not needed.cost and (needed.x or needed.y):

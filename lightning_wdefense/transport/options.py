@@ -27,7 +27,7 @@ class SinkhornOptions:
     reach: float | None = None
     cost: Cost | NamedCost | None = None
     label_cost: float | None = None
-    tol: float = 1e-3
+    tol: float = 5e-4
     max_iter: int = 1000
     solver: Solver = "native"
 
@@ -37,7 +37,7 @@ class SinkhornOptions:
         if self.blur is not None:
             _check_number("blur", self.blur, "None for a blur relative to the data")
         _check_number("relative_blur", self.relative_blur, "the default is 0.2")
-        _check_number("tol", self.tol, "the default is 1e-3")
+        _check_number("tol", self.tol, "the default is 5e-4")
         if self.reach is not None:
             _check_number("reach", self.reach, "None for balanced transport")
         if self.label_cost is not None:

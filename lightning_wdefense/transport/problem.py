@@ -90,9 +90,7 @@ class Problem:
         """Mean cost ``(...)`` between the measures, without the price of labels."""
         if self.matrices or self.options.p == 1:
             return self._between.average(self.x.weights, self.y.weights)
-        (square_x, centre_x), (square_y, centre_y) = (
-            _moments(measure) for measure in (self.x, self.y)
-        )
+        (square_x, centre_x), (square_y, centre_y) = (_moments(measure) for measure in (self.x, self.y))
         return (square_x + square_y - (centre_x * centre_y).sum(-1)).clamp(min=0)
 
     @cached_property

@@ -43,7 +43,7 @@ def geomloss_evaluation(arguments: Arguments) -> Evaluation:
     if not debias:
         # geomloss drops the terms of its own definition that cancel in the divergence, and are zero for unit masses.
         mass_a, mass_b = leaves[0].sum(-1), leaves[2].sum(-1)
-        value = value + problem.eps[:, 0] * (mass_a * mass_b - 0.5 * (mass_a + mass_b))
+        value = value + problem.blur**options.p * (mass_a * mass_b - 0.5 * (mass_a + mass_b))
     if differentiable:
         gradients = torch.autograd.grad(value.sum(), leaves, allow_unused=True)
         # Through fixed gradients, because geomloss's second derivatives are wrong: so they raise.
@@ -121,7 +121,7 @@ def _temperatures(problem: Problem) -> int:
 def _marginal_error(problem: Problem, f: Tensor, g: Tensor) -> Tensor:
     """Root mean square ``(B,)`` of the relative error of the plan's marginals, those of the worse side."""
     a, b, rho = problem.x.weights, problem.y.weights, problem.options.rho
-    exponent = (f[:, :, None] + g[:, None, :] - _cost(problem)) / problem.eps[:, :, None]
+    exponent = (f[:, :, None] + g[:, None, :] - _cost(problem)) / (problem.blur**problem.options.p)[:, None, None]
     plan = a[:, :, None] * b[:, None, :] * exponent.exp()
     errors = []
     for marginal, target in ((plan.sum(-1), a * density(f, rho)), (plan.sum(-2), b * density(g, rho))):

@@ -9,15 +9,16 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-import numpy
 import torch
 from torch import Tensor
 
+from lightning_wdefense.transport import triton
 from lightning_wdefense.transport.anderson import Anderson
 from lightning_wdefense.transport.arrays import Array, array, longest, namespace, norm, tensor
 from lightning_wdefense.transport.costs import GroundCost
 from lightning_wdefense.transport.dual import semi_dual
 from lightning_wdefense.transport.kernel import GibbsKernel
+from lightning_wdefense.transport.tiled import gibbs_kernel
 from lightning_wdefense.transport.workspace import Workspace
 
 COOLING = 8.0
@@ -85,6 +86,8 @@ def solve(
 ) -> Solution:
     """Potentials of the transport of ``a`` to ``b``, to a relative marginal error of ``tol``.
 
+    On a GPU, Triton finds them in one launch where it can, and what follows is their check.
+
     At a high temperature the problem is easy, and its solution is a good start for the next one. A problem that needs fewer
     temperatures than others of its batch stays at its first one, so that it takes the same path as it would alone.
 
@@ -100,12 +103,20 @@ def solve(
         max_iter: most iterations, those of the annealing included.
         start: potential on ``y`` to start from.
     """
-    iteration = _Iteration(GibbsKernel(cost, a, b, rho, work), b)
+    iteration = _Iteration(gibbs_kernel(cost, a, b, rho, work), b)
     levels = _levels(mean, eps)
-    if start is not None and iteration.error_at(start, eps) < WARM:
-        levels = 0 if isinstance(levels, int) else torch.zeros_like(levels)
-    g, n_iter = torch.zeros_like(b) if start is None else start, 0
+    if triton.available(a.device) and not cost.too_large(a.device):
+        found = triton.potential(cost.rows().contiguous(), a, b, eps, rho, mean, tol, max_iter, start)
+        start = start if found is None else found
+    g, n_iter = torch.zeros_like(b), 0
+    if start is not None:
+        if rho is None:  # Only differences count, and they would drown beside a large constant.
+            start = start - (b * start).sum(-1, keepdim=True) / b.sum(-1, keepdim=True)
+        if iteration.error_at(start, eps) < WARM:
+            g, levels = start, 0 if isinstance(levels, int) else torch.zeros_like(levels)
     level = warmest = levels if isinstance(levels, int) else int(levels.max())
+    temperature: float | Tensor
+    level_tol: float | Tensor
     reheatings = 0
     while True:
         if isinstance(levels, int):
@@ -114,8 +125,7 @@ def solve(
             height = levels.clamp(max=level)
             temperature, level_tol = eps * COOLING**height, torch.where(height[:, 0] > 0, max(tol, ENTRY), tol)
         patience = PATIENCE if level == warmest and reheatings < REHEATINGS else max_iter
-        with numpy.errstate(all="ignore"):  # Steps that lead nowhere are taken back.
-            g, error, n = iteration.run(g, temperature, level_tol, max(1, max_iter - n_iter), patience)
+        g, error, n = iteration.run(g, temperature, level_tol, max(1, max_iter - n_iter), patience)
         n_iter += n
         stuck = error > ENTRY
         if n == patience and n_iter < max_iter and bool(stuck.any()):
@@ -148,7 +158,7 @@ def solve_symmetric(
 
     For a cost that is zero on the diagonal the scaling lies between ``n^-1/2`` and ``a^-1/2``, whatever the temperature.
     """
-    kernel, xp = GibbsKernel(cost, a, a, rho, work), namespace(a)
+    kernel, xp = gibbs_kernel(cost, a, a, rho, work), namespace(a)
     root_a, root_mass = array(xp, a.sqrt()), array(xp, a.sum(-1).sqrt())
     g = torch.zeros_like(a)
     kernel.absorb(g, eps)
@@ -200,7 +210,9 @@ class _Iteration:
         self.history = Anderson(b.sqrt(), self.xp)
         self._slack = ROUNDING * torch.finfo(b.dtype).eps
         constants = b, b.sqrt(), torch.where(b > 0, b.rsqrt(), 0), b.sum(-1).sqrt(), b.clamp(min=TINY).log()
-        self._b, self._root_b, self._inverse_root_b, self._root_mass, self._log_b = (array(self.xp, c) for c in constants)
+        self._b, self._root_b, self._inverse_root_b, self._root_mass, self._log_b = (
+            array(self.xp, c) for c in constants
+        )
         self._a = array(self.xp, kernel.a)
         self._tiny, self._root_tiny = (array(self.xp, b.new_tensor(tiny)) for tiny in (TINY, TINY**0.5))
 
@@ -260,7 +272,9 @@ class _Iteration:
             return norm(self.xp, (columns - self._b) * self._inverse_root_b) / self._root_mass
         root_density = self.xp.maximum(self.xp.exp(potential * (-0.5 / self.rho)), self._root_tiny)
         difference = columns - self._b * root_density * root_density
-        return norm(self.xp, difference * self._inverse_root_b / root_density) / norm(self.xp, self._root_b * root_density)
+        return norm(self.xp, difference * self._inverse_root_b / root_density) / norm(
+            self.xp, self._root_b * root_density
+        )
 
     def _residual(self, columns: Array, potential: Array) -> Array:
         """Plain Sinkhorn step, in units of the temperature."""

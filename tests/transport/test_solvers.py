@@ -31,7 +31,7 @@ def test_result(batch, solver):
     assert result.f.shape == (*batch, 20)
     assert result.g.shape == (*batch, 15)
     assert result.n_iter > 1
-    assert torch.equal(result.converged, result.marginal_error <= 1e-3)
+    assert torch.equal(result.converged, result.marginal_error <= 5e-4)
     assert torch.equal(pickle.loads(pickle.dumps(result)).value, result.value)
 
 
@@ -57,13 +57,13 @@ def test_warns_once_if_it_does_not_converge(call):
     x, y = clouds()
     options = {} if isinstance(call, SinkhornDivergence) else {"blur": 0.05, "max_iter": 2}
     with pytest.warns(
-        SinkhornConvergenceWarning, match=r"max_iter=2 iterations .* above tol=0.001.* larger blur"
+        SinkhornConvergenceWarning, match=r"max_iter=2 iterations .* above tol=0.0005.* larger blur"
     ) as caught:
         result = call(x, y, **options)
     assert len(caught) == 1
     if call is sinkhorn:
         assert not result.converged
-        assert result.marginal_error > 1e-3
+        assert result.marginal_error > 5e-4
 
 
 def test_does_not_warn_when_it_converges():

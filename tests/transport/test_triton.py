@@ -21,7 +21,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 
 
 @needs_triton
-@pytest.mark.parametrize("group", ["solves", "streaming", "programs"])
+@pytest.mark.parametrize("group", ["solves", "streaming", "programs", "ends"])
 def test_interpreted(group):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     script = Path(triton_cases.__file__)
@@ -35,6 +35,13 @@ def test_interpreted(group):
 def test_solves_on_a_gpu(name):
     case = {**triton_cases.SOLVES, **triton_cases.LARGE_SOLVES}[name]
     triton_cases.check_solve(name, case, "cuda")
+
+
+@needs_gpu
+@needs_triton
+@pytest.mark.parametrize("name", triton_cases.ENDS)
+def test_end_to_end_on_a_gpu(name):
+    triton_cases.check_end_to_end(name, "cuda")
 
 
 @needs_gpu
@@ -89,7 +96,7 @@ def stack_of(kernel, settings):
 @pytest.mark.parametrize("rho", [math.inf, 1.0], ids=["balanced", "unbalanced"])
 @pytest.mark.parametrize(
     ("slabs", "most"),
-    [((1, 16, 16), 64), ((1, 64, 64), 64), ((1, 128, 128), 64), ((64, 16, 1024), 64), ((128, 16, 2048), 800)],
+    [((1, 16, 16), 128), ((1, 64, 64), 128), ((1, 128, 128), 128), ((64, 16, 1024), 128), ((128, 16, 2048), 800)],
     ids=str,
 )
 def test_solve_compiles(slabs, most, rho):

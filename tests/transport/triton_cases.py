@@ -168,6 +168,49 @@ def check_stream(name: str, n: int, m: int, depth: int, device: str = "cpu") -> 
     return f"{name}: off by {float((sums - scores.logsumexp(1)).abs().max()):.0e}"
 
 
+ENDS = {
+    "p2": {},
+    "weighted": {"a": torch.arange(20.0) / 190, "b": torch.arange(17.0) / 136},
+    "reach": {"reach": 1.0},
+    "labels": {"label_cost": 1.0, "x_labels": torch.arange(20) % 3, "y_labels": torch.arange(17) % 3},
+    "p1": {"p": 1},
+    "batch": {},
+}
+
+
+def check_end_to_end(name: str, device: str = "cpu") -> str:
+    """The public function with kernels, stored and streamed, against itself in float64, which has none."""
+    from lightning_wdefense.transport import costs, sinkhorn, sinkhorn_divergence
+
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(20, 3, generator=generator), 0.8 * torch.randn(17, 3, generator=generator) + 0.5
+    if name == "batch":
+        x, y = torch.stack([x, 3 * x]), torch.stack([y, y])
+    options = {key: each.to(device) if isinstance(each, torch.Tensor) else each for key, each in ENDS[name].items()}
+
+    def evaluate(dtype: torch.dtype, **settings: float) -> tuple[torch.Tensor, torch.Tensor, int]:
+        clouds = [cloud.to(device, dtype).requires_grad_() for cloud in (x, y)]
+        value = sinkhorn_divergence(*clouds, **settings, **options).sum()
+        gradient = torch.cat([each.flatten() for each in torch.autograd.grad(value, clouds)])
+        with torch.no_grad():
+            n_iter = sinkhorn(*clouds, **settings, **options).n_iter
+        return value.detach().double(), gradient.double(), n_iter
+
+    exact, exact_gradient, _ = evaluate(torch.float64, tol=1e-8)
+    results, kept = [], costs.STORED[device]
+    for stored in (kept, 0):
+        costs.STORED[device] = stored
+        try:
+            value, gradient, n_iter = evaluate(torch.float32)
+        finally:
+            costs.STORED[device] = kept
+        assert abs(value - exact) < 1e-3 * abs(exact), (name, stored, value, exact)
+        assert (gradient - exact_gradient).norm() < 1e-2 * exact_gradient.norm(), (name, stored)
+        results.append(n_iter)
+    assert results[0] <= 3, f"{name}: PyTorch had {results[0]} iterations left to do after the kernel"
+    return f"{name}: {results[0]} iterations after the kernel, {results[1]} with a streamed cost"
+
+
 def check_programs(programs: int) -> str:
     """Several programs, each in a process of its own, solve a problem together."""
     import torch.multiprocessing as mp
@@ -224,6 +267,9 @@ if __name__ == "__main__":
         elif group == "streaming":
             for each in STREAMS:
                 print(check_stream(each, *STREAMS[each]), flush=True)
+        elif group == "ends":
+            for each in ENDS:
+                print(check_end_to_end(each), flush=True)
         elif group == "programs":
             print(check_programs(2), flush=True)
         else:
