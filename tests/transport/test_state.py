@@ -181,3 +181,16 @@ def test_results_do_not_share_memory_with_later_calls():
         torch.equal(copied, field)
         for copied, field in zip(copies, [f for f in kept if isinstance(f, torch.Tensor)], strict=True)
     )
+
+
+def test_inside_a_compiled_function():
+    x, y = clouds()
+    x.requires_grad_()
+
+    @torch.compile(backend="eager")
+    def loss(x, y):
+        return 2 * sinkhorn_divergence(3 * x, y)
+
+    (gradient,) = torch.autograd.grad(loss(x, y), x)
+    (expected,) = torch.autograd.grad(2 * sinkhorn_divergence(3 * x, y), x)
+    torch.testing.assert_close(gradient, expected)
