@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy
 import torch
@@ -97,7 +97,8 @@ def evaluate(arguments: Arguments, warm_start: WarmStart | None = None) -> Evalu
     if warm_start is not None:
         warm_start.keep(optima["xy"].g)
     if any(needed):
-        gradients, unused = _gradients(arguments, optima), dict.fromkeys(("of_x", "of_y", "of_a", "of_b", "of_cost"))
+        gradients = _gradients(arguments, optima)
+        unused: dict[str, Any] = dict.fromkeys(("of_x", "of_y", "of_a", "of_b", "of_cost"))
         solutions = {pair: each._replace(**unused) for pair, each in optima.items()}
         value = with_gradients(
             value,

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lightning_wdefense.transport.dual import density, price, semi_dual
 from lightning_wdefense.transport.problem import Pair, Problem
-from lightning_wdefense.transport.solver import Solution, solve, solve_symmetric
+from lightning_wdefense.transport.solver import Solution, solve
+from lightning_wdefense.transport.symmetric import solve_symmetric
 
 
 class Needed(NamedTuple):
