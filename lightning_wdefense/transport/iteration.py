@@ -27,6 +27,9 @@ LONGEST = 10.0
 TINY = 1e-30
 """Smallest marginal that is told from none."""
 
+NOTHING = 1e-6
+"""Root of the share of the weight that, where it is all that is transported, counts as nothing."""
+
 ROUNDING = 64
 """Units in the last place by which a value may fall and still count as not fallen."""
 
@@ -52,6 +55,12 @@ class Iteration:
         )
         self._a = array(self.xp, kernel.a)
         self._tiny, self._root_tiny = (array(self.xp, b.new_tensor(tiny)) for tiny in (TINY, TINY**0.5))
+
+    def log_step(self, g: Tensor, eps: float | Tensor) -> Tensor:
+        """A plain step from ``g`` in the log domain, from where no entry of the kernel may be left."""
+        self.kernel.absorb(g, eps)
+        self.kernel.columns(torch.zeros_like(g))
+        return self.kernel.column_potential(self.kernel.row_potential())
 
     def error_at(self, g: Tensor, eps: float | Tensor) -> float:
         """Largest error of the batch at a potential."""
@@ -109,9 +118,8 @@ class Iteration:
             return norm(self.xp, (columns - self._b) * self._inverse_root_b) / self._root_mass
         root_density = self.xp.maximum(self.xp.exp(potential * (-0.5 / self.rho)), self._root_tiny)
         difference = columns - self._b * root_density * root_density
-        return norm(self.xp, difference * self._inverse_root_b / root_density) / norm(
-            self.xp, self._root_b * root_density
-        )
+        root_mass = self.xp.maximum(norm(self.xp, self._root_b * root_density), NOTHING * self._root_mass)
+        return norm(self.xp, difference * self._inverse_root_b / root_density) / root_mass
 
     def _residual(self, columns: Array, potential: Array) -> Array:
         """Plain Sinkhorn step, in units of the temperature."""

@@ -83,11 +83,12 @@ def solve(
         found = triton.potential(cost.rows().contiguous(), a, b, eps, rho, mean, tol, max_iter, start)
         start = start if found is None else found
     g, n_iter = torch.zeros_like(b), 0
-    if start is not None:
-        if rho is None:  # Only differences count, and they would drown beside a large constant.
-            start = start - (b * start).sum(-1, keepdim=True) / b.sum(-1, keepdim=True)
-        if iteration.error_at(start, eps) < WARM:
-            g, levels = start, 0 if isinstance(levels, int) else torch.zeros_like(levels)
+    if start is not None and rho is None:  # Only differences count, and they would drown beside a large constant.
+        start = start - (b * start).sum(-1, keepdim=True) / b.sum(-1, keepdim=True)
+    if start is not None and iteration.error_at(start, eps) < WARM:
+        g, levels = start, 0 if isinstance(levels, int) else torch.zeros_like(levels)
+    elif rho is not None:  # Between clouds so far apart that nothing is transported, only logarithms are left.
+        g = iteration.log_step(g, eps)
     level = warmest = levels if isinstance(levels, int) else int(levels.max())
     temperature: float | Tensor
     level_tol: float | Tensor
