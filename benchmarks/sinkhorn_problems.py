@@ -35,6 +35,9 @@ class Row(NamedTuple):
         return f"{self.family} {f'{self.batch}x' if self.batch > 1 else ''}{self.n}x{self.d}"
 
 
+VALUE_TARGET = 1e-3
+"""Largest relative error of a value."""
+
 ROWS = [
     Row("adv", 64, 10),
     Row("adv", 128, 10),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy
 import torch
@@ -78,6 +78,7 @@ def read_arguments(
     return Arguments(source, target, options, matrices, pairs)
 
 
+@torch.compiler.disable
 def evaluate(arguments: Arguments, warm_start: WarmStart | None = None) -> Evaluation:
     """Solve the transports; the value is that of the first, less half of those of the measures to themselves."""
     x, y, options, matrices, pairs = arguments
@@ -96,11 +97,14 @@ def evaluate(arguments: Arguments, warm_start: WarmStart | None = None) -> Evalu
     if warm_start is not None:
         warm_start.keep(optima["xy"].g)
     if any(needed):
+        gradients = _gradients(arguments, optima)
+        unused: dict[str, Any] = dict.fromkeys(("of_x", "of_y", "of_a", "of_b", "of_cost"))
+        solutions = {pair: each._replace(**unused) for pair, each in optima.items()}
         value = with_gradients(
             value,
             arguments.inputs,
-            _gradients(arguments, optima),
-            lambda *inputs: _differentiable_gradients(arguments, inputs, optima, blur**options.p),
+            gradients,
+            lambda *inputs: _differentiable_gradients(arguments, inputs, solutions, blur**options.p),
         )
     return Evaluation(value, optima, blur)
 

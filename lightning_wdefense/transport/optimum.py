@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lightning_wdefense.transport.dual import density, price, semi_dual
 from lightning_wdefense.transport.problem import Pair, Problem
-from lightning_wdefense.transport.solver import Solution, solve, solve_symmetric
+from lightning_wdefense.transport.solver import Solution, solve
+from lightning_wdefense.transport.symmetric import solve_symmetric
 
 
 class Needed(NamedTuple):
@@ -41,7 +42,7 @@ IDENTITY = 0.1
 class Optimum(NamedTuple):
     """Solved transports: value ``(...)``, potentials ``(..., N)`` and ``(..., M)``, convergence, and needed gradients.
 
-    ``of_cost`` is the plan ``(..., N, M)``. For the transport of a measure to itself the gradients are half of the whole ones:
+    ``of_cost`` is the plan ``(..., N, M)``. ``None`` is a gradient that nobody needs, or that is zero. For the transport of a measure to itself the gradients are half of the whole ones:
     those of one of the two arguments.
     """
 
@@ -92,9 +93,10 @@ def stacked(optima: Sequence[Optimum]) -> Optimum:
     def stack(values: tuple[Any, ...]) -> Any:
         if isinstance(values[0], int):
             return max(values)
-        if values[0] is None:
+        known = [value for value in values if value is not None]
+        if not known:
             return None
-        return torch.stack(values) if len(values) > 1 else values[0].unsqueeze(0)
+        return torch.stack([torch.zeros_like(known[0]) if value is None else value for value in values])
 
     return Optimum(*(stack(values) for values in zip(*optima, strict=True)))
 

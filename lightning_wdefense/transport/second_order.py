@@ -52,10 +52,12 @@ def gradients_of_weights_and_costs(
 
 def euclidean_cost(x: Tensor, y: Tensor, p: int) -> Tensor:
     """``|x - y|^p / p``, ``(B, N, M)``, by operations that can be differentiated twice; zero gradients at distance zero."""
-    difference = x.unsqueeze(-2) - y.unsqueeze(-3)
-    square = difference.square().sum(-1)
     if p == 2:
-        return 0.5 * square
+        centre = 0.5 * (x.detach().mean(-2, keepdim=True) + y.detach().mean(-2, keepdim=True)).double()
+        wide_x, wide_y = x.double() - centre, y.double() - centre
+        squares = wide_x.square().sum(-1).unsqueeze(-1) + wide_y.square().sum(-1).unsqueeze(-2)
+        return (0.5 * squares - wide_x @ wide_y.mT).to(x.dtype)
+    square = (x.unsqueeze(-2) - y.unsqueeze(-3)).square().sum(-1)
     apart = square > 0
     return torch.where(apart, torch.where(apart, square, 1).sqrt(), 0)
 

@@ -29,7 +29,9 @@ class Workspace:
             return like.new_empty(shape)
         buffer = self._buffers.get((name, like.dtype))
         if buffer is None or buffer.numel() < size:
-            buffer = self._buffers[name, like.dtype] = like.new_empty(size)
+            # Not an inference tensor, which later calls outside that mode could not write to.
+            with torch.inference_mode(False):
+                buffer = self._buffers[name, like.dtype] = torch.empty(size, dtype=like.dtype)
         return buffer[:size].view(*shape)
 
 

@@ -5,9 +5,16 @@ import warnings
 import pytest
 import torch
 
-from lightning_wdefense.transport import SinkhornConvergenceWarning, WarmStart, costs, sinkhorn, sinkhorn_divergence
+from lightning_wdefense.transport import (
+    SinkhornConvergenceWarning,
+    WarmStart,
+    arrays,
+    costs,
+    sinkhorn,
+    sinkhorn_divergence,
+)
 
-EXACT = {"tol": 1e-9, "max_iter": 20_000}
+EXACT = {"tol": 1e-6, "max_iter": 5_000}
 
 
 def paired(n, d, rng):
@@ -99,6 +106,23 @@ def test_hard_problems_converge(hard, options):
         "p", 2
     )
     torch.testing.assert_close(value.detach().double(), wide, rtol=2e-3, atol=2e-6 * scale)
+
+
+@pytest.mark.parametrize("options", [{}, {"reach": 1.0, "blur": 0.5}, {"relative_blur": 0.05}], ids=str)
+@pytest.mark.parametrize("batched", [False, True], ids=["single", "batch"])
+@pytest.mark.parametrize("hard", ["two points each", "islands", "outlier", "far apart"])
+def test_vectors_of_either_library(monkeypatch, hard, batched, options):
+    """Small vectors are NumPy's, large ones and those on a GPU PyTorch's: the steps are the same."""
+    x, y = (cloud.double() for cloud in HARD[hard])
+    if batched:
+        x, y = torch.stack([x, 0.3 * x]), torch.stack([y, 2 * y])
+    results = []
+    for small in (0, 10**6):
+        monkeypatch.setattr(arrays, "SMALL", small)
+        results.append(sinkhorn(x, y, tol=1e-6, max_iter=5000, **options))
+    assert results[0].converged.all()
+    assert results[1].converged.all()
+    torch.testing.assert_close(results[0].value, results[1].value, rtol=1e-6, atol=1e-9)
 
 
 STREAMED = {

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from lightning_wdefense.transport import SinkhornDivergence, sinkhorn, sinkhorn_divergence
+from lightning_wdefense.transport import SinkhornDivergence, WarmStart, sinkhorn, sinkhorn_divergence
 
 SOLVERS = ["native", "geomloss"]
 
@@ -82,6 +82,25 @@ def test_inference_tensors_can_be_targets(p, solver):
     x.requires_grad_()
     sinkhorn_divergence(x, y, None, b, p=p, solver=solver).backward()
     assert x.grad.abs().sum() > 0
+
+
+def test_evaluating_does_not_spoil_training():
+    """Buffers are kept between calls, also from inference mode to training."""
+    x, y = (torch.randn(n, 3) for n in (57, 43))  # A shape of its own, so that the buffers may be new.
+    handle = WarmStart()
+
+    def in_new_thread():
+        with torch.inference_mode():
+            value = sinkhorn_divergence(x, y, warm_start=handle)
+        cloud = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(sinkhorn_divergence(cloud, y, warm_start=handle), cloud, create_graph=True)
+        gradient.square().sum().backward()
+        return value, cloud.grad
+
+    with ThreadPoolExecutor(1) as pool:
+        value, gradient = pool.submit(in_new_thread).result()
+    torch.testing.assert_close(value + 0, sinkhorn_divergence(x, y), rtol=1e-3, atol=0)
+    assert gradient.isfinite().all()
 
 
 class BrokenCostError(Exception):
@@ -181,3 +200,16 @@ def test_results_do_not_share_memory_with_later_calls():
         torch.equal(copied, field)
         for copied, field in zip(copies, [f for f in kept if isinstance(f, torch.Tensor)], strict=True)
     )
+
+
+def test_inside_a_compiled_function():
+    x, y = clouds()
+    x.requires_grad_()
+
+    @torch.compile(backend="eager")
+    def loss(x, y):
+        return 2 * sinkhorn_divergence(3 * x, y)
+
+    (gradient,) = torch.autograd.grad(loss(x, y), x)
+    (expected,) = torch.autograd.grad(2 * sinkhorn_divergence(3 * x, y), x)
+    torch.testing.assert_close(gradient, expected)

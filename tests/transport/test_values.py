@@ -209,6 +209,20 @@ def test_batch_equals_loop(options):
     torch.testing.assert_close(batch, torch.stack(loop), rtol=1e-6, atol=0)
 
 
+def test_a_batch_of_large_problems_is_solved_one_by_one(monkeypatch):
+    """Also if in some of them, but not in all, nothing moves in the transport of a cloud to itself."""
+    pairs = [clouds(seed=seed) for seed in range(3)]
+    x, y = (torch.stack(each) for each in zip(*(pair[:2] for pair in pairs), strict=True))
+    x = (x * torch.tensor([1.0, 40.0, 0.01]).double()[:, None, None]).requires_grad_()
+    results = []
+    for looped in (2**18, 1):
+        monkeypatch.setattr("lightning_wdefense.transport.problem.LOOPED", looped)
+        value = sinkhorn_divergence(x, y, blur=0.3, tol=1e-7)
+        results.append((value, *torch.autograd.grad(value.sum(), x)))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
 @st.composite
 def problems(draw):
     n, m, d = draw(st.integers(1, 8)), draw(st.integers(1, 8)), draw(st.integers(1, 4))

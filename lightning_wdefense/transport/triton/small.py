@@ -18,19 +18,19 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lightning_wdefense.transport import anderson, kernel, solver
+from lightning_wdefense.transport import anderson, iteration, kernel, solver
 from lightning_wdefense.transport.triton.persistent import COLUMNS, SLAB, Slabs, add_up, meeting_place
 
 WARMEST = tl.constexpr(solver.WARMEST)
 LOG_COOLING = tl.constexpr(math.log(solver.COOLING))
-ENTRY = tl.constexpr(solver.ENTRY)
+ENTRY = tl.constexpr(iteration.ENTRY)
 WARM = tl.constexpr(solver.WARM)
-ABSORBED = tl.constexpr(solver.ABSORBED)
-FARTHEST = tl.constexpr(solver.FARTHEST)
-LONGEST = tl.constexpr(solver.LONGEST)
+ABSORBED = tl.constexpr(iteration.ABSORBED)
+FARTHEST = tl.constexpr(iteration.FARTHEST)
+LONGEST = tl.constexpr(iteration.LONGEST)
 PATIENCE = tl.constexpr(solver.PATIENCE)
 REHEATINGS = tl.constexpr(solver.REHEATINGS)
-TINY = tl.constexpr(solver.TINY)
+TINY = tl.constexpr(iteration.TINY)
 FLOOR = tl.constexpr(kernel.FLOOR)
 RIDGE = tl.constexpr(anderson.RIDGE)
 
