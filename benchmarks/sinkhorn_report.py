@@ -87,19 +87,28 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
     """Time against the number of points on the single adversarial problems, one panel for each blur and target."""
     from matplotlib import pyplot as plt
 
+    names = list(dict.fromkeys(name for r in records for name in r["sides"]))
     blurs = list(dict.fromkeys(r["row"]["relative_blur"] for r in records))
     targets = list(dict.fromkeys(target for r in records for target in r["sides"]["ours"]))
     figure, axes = plt.subplots(
-        len(targets), len(blurs), figsize=(5 * len(blurs), 4 * len(targets)), squeeze=False, sharex=True, sharey=True
+        len(targets),
+        len(blurs),
+        figsize=(5 * len(blurs), 4 * len(targets)),
+        squeeze=False,
+        sharex=True,
+        sharey=True,
+        layout="constrained",
     )
     for (i, target), (j, blur) in ((t, b) for t in enumerate(targets) for b in enumerate(blurs)):
         of_blur = [r for r in records if r["row"]["relative_blur"] == blur]
         shown = sorted((r for r in of_blur if r["row"]["family"] == "adv" and r["row"]["batch"] == 1), key=_size)
-        for name in dict.fromkeys(name for r in records for name in r["sides"]):
+        for k, name in enumerate(names):
             trials = [(_size(r)[0], r["sides"].get(name, {}).get(target, {})) for r in shown]
             points = [(n, trial["ms"]) for n, trial in trials if "ms" in trial]
             if points:
-                axes[i, j].loglog(*zip(*points, strict=True), "o-", label=name, lw=3 if name == "ours" else 1.5)
+                axes[i, j].loglog(
+                    *zip(*points, strict=True), "o-", label=name, color=f"C{k}", lw=3 if name == "ours" else 1.5
+                )
         axes[i, j].set(title=f"blur {blur:g}, gradient error {float(target):.0e}", xlabel="points", ylabel="ms")
         axes[i, j].grid(alpha=0.3)
     handles = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
