@@ -35,7 +35,6 @@ class GroundCost:
         column: added to all costs of a column, ``(..., M)``.
         lazy: whether ``matrix`` makes it.
         distances: for ``p = 1`` the distances of a slice of the rows, by which the gradient divides.
-        zero_diagonal: whether it is the cost within one cloud, zero from each point to itself.
         points: the two clouds, if the cost is their half squared distance and nothing else.
     """
 
@@ -45,7 +44,6 @@ class GroundCost:
     column: Tensor | None = None
     lazy: bool = True
     distances: Rows | None = None
-    zero_diagonal: bool = False
     points: tuple[Tensor, Tensor] | None = None
 
     def rows(self, part: slice = slice(None)) -> Tensor:
@@ -55,10 +53,10 @@ class GroundCost:
             block = block + self.row[..., part].unsqueeze(-1) + self.column.unsqueeze(-2)
         return block
 
-    def parts(self, entries: int = BLOCK) -> list[slice]:
+    def parts(self) -> list[slice]:
         """Slices of the rows that are made at once."""
         n, m = self.shape[-2:]
-        step = n if len(self.shape) == 3 else max(16, entries // m)
+        step = n if len(self.shape) == 3 else max(16, BLOCK // m)
         return [slice(start, min(n, start + step)) for start in range(0, n, step)]
 
     def average(self, a: Tensor, b: Tensor) -> Tensor:
@@ -145,7 +143,7 @@ def within_a_cloud(cost: GroundCost) -> GroundCost:
             torch.add(cost.row[..., part], cost.column[..., part], out=diagonal).neg_()
         return block
 
-    return replace(cost, matrix=matrix, zero_diagonal=True)
+    return replace(cost, matrix=matrix)
 
 
 def with_labels(cost: GroundCost, x: Measure, y: Measure, price: float) -> GroundCost:

@@ -42,8 +42,8 @@ IDENTITY = 0.1
 class Optimum(NamedTuple):
     """Solved transports: value ``(...)``, potentials ``(..., N)`` and ``(..., M)``, convergence, and needed gradients.
 
-    ``of_cost`` is the plan ``(..., N, M)``. ``None`` is a gradient that nobody needs, or that is zero. For the transport of a measure to itself the gradients are half of the whole ones:
-    those of one of the two arguments.
+    ``of_cost`` is the plan ``(..., N, M)``. ``None`` is a gradient that nobody needs, or that is zero. For the transport of a
+    measure to itself the gradients are half of the whole ones: those of one of the two arguments.
     """
 
     value: Tensor

@@ -29,7 +29,7 @@ def solve_symmetric(
     tol: float,
     max_iter: int,
 ) -> Solution:
-    """Potentials of the transport of ``a`` to itself: one vector, found by averaging (no annealing is needed).
+    """Potentials of the transport of ``a`` to itself, found by averaging.
 
     For a cost that is zero on the diagonal the scaling lies between ``n^-1/2`` and ``a^-1/2``, whatever the temperature.
     """
