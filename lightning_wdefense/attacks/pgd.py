@@ -99,13 +99,18 @@ class PGD(Attack):
         return adversarial
 
     def _ascend(self, problem: Problem) -> Tensor:
-        threat = self.threat
-        step = self.step_size if self.step_size is not None else 2.5 * threat.eps / self.steps
         data = self._start(problem)
         for index in range(self.steps):
-            gradient = problem.gradient(data, self.loss, check=index == 0)
-            data = problem.project(data + step * threat.ball.steepest(gradient))
+            data = self._move(problem, data, problem.gradient(data, self.loss, check=index == 0))
         return data
+
+    @property
+    def _step(self) -> float:
+        return self.step_size if self.step_size is not None else 2.5 * self.threat.eps / self.steps
+
+    def _move(self, problem: Problem, data: Tensor, gradient: Tensor) -> Tensor:
+        """One step of ascent and the way back into the ball and the box."""
+        return problem.project(data + self._step * self.threat.ball.steepest(gradient))
 
     def _start(self, problem: Problem) -> Tensor:
         clean, threat = problem.data, self.threat
