@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
@@ -9,9 +11,12 @@ from torch import Tensor
 
 from lightning_wdefense._compat import is_a
 from lightning_wdefense.callbacks.schedule import is_logging_step, noise_generator, warmup_radius
-from lightning_wdefense.defenses.defense import Defense
+from lightning_wdefense.defenses.defense import Defense, DefenseState
 from lightning_wdefense.defenses.objective import Branch, combine
 from lightning_wdefense.defenses.recipe import Recipe
+
+
+_CHECKPOINT_KEY = "wasserstein_defense"
 
 
 class DefenseOutput(NamedTuple):
@@ -79,6 +84,16 @@ class WassersteinDefenseMixin:
         assert self._defense is not None
         return self._defense
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put what the recipe has learned into the checkpoint. An override must call ``super()``."""
+        super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
+        checkpoint[_CHECKPOINT_KEY] = asdict(self.defense.state)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Continue with what was learned. An override must call ``super()``."""
+        super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
+        self.defense.state = DefenseState(**checkpoint.get(_CHECKPOINT_KEY, {}))
+
     @torch.compiler.disable  # the attack's loop stays eager; a compiled forward is called as such
     def defend(self, inputs: Tensor, labels: Any, *, seed: int = 0) -> DefenseOutput:
         """Attack the batch and compute the recipe's loss on it.
@@ -98,17 +113,18 @@ class WassersteinDefenseMixin:
         trainer = trainer if is_a(trainer, "Trainer") else None
         radius = 1.0 if trainer is None else warmup_radius(trainer, recipe.warmup_epochs)
         generator = None if trainer is None else noise_generator(trainer, seed, inputs.device)
+        average = None if trainer is None else functools.partial(trainer.strategy.reduce, reduce_op="mean")
         defense.recorder.attach(inputs)
         adversarial = inputs
         if recipe.active:
-            adversarial = defense.adversarial(inputs, labels, radius=radius, generator=generator)
-        needs_clean = recipe.needs_both or recipe.sees == "clean"
-        needs_adversarial = recipe.needs_both or recipe.sees == "adversarial"
-        clean: Branch | None = defense.forward(inputs) if needs_clean else None
-        attacked: Branch | None = defense.forward(adversarial) if needs_adversarial else None
+            adversarial = defense.adversarial(inputs, labels, radius=radius, generator=generator, average=average)
+            defense.perturb_weights(inputs, adversarial, labels, self.task_loss)
+        clean: Branch | None = defense.forward(inputs) if recipe.needs("clean") else None
+        attacked: Branch | None = defense.forward(adversarial) if recipe.needs("adversarial") else None
         seen = clean if recipe.sees == "clean" else attacked
         assert seen is not None
         loss, logs = combine(recipe, self.task_loss(seen.outputs, labels), clean, attacked, labels)
+        defense.restore_weights_after(loss)
         if trainer is not None and is_logging_step(trainer):
             logs |= defense.measure(inputs, adversarial, labels)
         return DefenseOutput(
@@ -116,5 +132,5 @@ class WassersteinDefenseMixin:
             clean.outputs if clean is not None else None,
             attacked.outputs if attacked is not None else None,
             adversarial,
-            {**logs, "eps": radius * recipe.eps},
+            {**logs, "eps": radius * recipe.eps, **defense.learned()},
         )

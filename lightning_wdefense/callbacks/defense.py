@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from lightning_wdefense._compat import Callback, LightningModule, Trainer, rank_zero_warn
@@ -13,7 +13,7 @@ from lightning_wdefense.callbacks.batches import Batches, Key
 from lightning_wdefense.callbacks.interception import intercept_training_step
 from lightning_wdefense.callbacks.schedule import is_logging_step, noise_generator, warmup_radius
 from lightning_wdefense.callbacks.support import attacked_model, check_automatic_optimization, check_strategy
-from lightning_wdefense.defenses.defense import Defense
+from lightning_wdefense.defenses.defense import Defense, DefenseState
 from lightning_wdefense.defenses.objective import combine
 from lightning_wdefense.defenses.recipe import Recipe
 
@@ -74,6 +74,7 @@ class WassersteinDefense(Callback):
         self._batches = Batches(inputs, labels)
         self._undo: list[Callable[[], None]] = []
         self._defense: Defense | None = None
+        self._state = DefenseState()
 
     @property
     def state_key(self) -> str:
@@ -85,11 +86,20 @@ class WassersteinDefense(Callback):
         if stage != "fit":
             return
         self._restore()
+        self._state = DefenseState()
         check_automatic_optimization(pl_module)
         check_strategy(trainer, "WassersteinDefense")
         if self.recipe.active:
             step = functools.partial(self._training_step, trainer, pl_module)
             self._undo = [intercept_training_step(pl_module, step)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the recipe has learned, for the checkpoint."""
+        return asdict(self._state)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        self._state = DefenseState(**state_dict)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that model and features exist (not earlier: ``configure_model`` may make them)."""
@@ -117,8 +127,8 @@ class WassersteinDefense(Callback):
 
     def _bind(self, pl_module: LightningModule) -> Defense:
         if self._defense is None:
-            self._defense = Defense(self.recipe, attacked_model(pl_module, self.model))
-            self._undo.append(self._defense.recorder.detach)
+            self._defense = Defense(self.recipe, attacked_model(pl_module, self.model), self._state)
+            self._undo += [self._defense.recorder.detach, self._defense.restore_weights]
         return self._defense
 
     def _restore(self) -> None:
@@ -140,21 +150,28 @@ class WassersteinDefense(Callback):
         defense.recorder.attach(inputs)
         radius = warmup_radius(trainer, recipe.warmup_epochs)
         generator = noise_generator(trainer, self.seed, inputs.device)
-        adversarial = defense.adversarial(inputs, labels, radius=radius, generator=generator)
+        average = functools.partial(trainer.strategy.reduce, reduce_op="mean")
+        adversarial = defense.adversarial(inputs, labels, radius=radius, generator=generator, average=average)
+        defense.perturb_weights(inputs, adversarial, labels)
         with defense.watch(len(inputs)) as watch:
             sees_clean = recipe.sees == "clean"
             result = step(batch if sees_clean else self._batches.replace(batch, adversarial), *args, **kwargs)
         loss = result["loss"] if isinstance(result, dict) else result
         if loss is None:  # the user's way to skip a batch
+            defense.restore_weights()
             return result
         seen = watch.branch()
-        other = defense.forward(adversarial if sees_clean else inputs) if recipe.needs_both else None
-        clean, attacked = (seen, other) if sees_clean else (other, seen)
+        if sees_clean:
+            clean, attacked = seen, defense.forward(adversarial) if recipe.needs("adversarial") else None
+        else:
+            clean, attacked = defense.forward(inputs) if recipe.needs("clean") else None, seen
         total, logs = combine(recipe, loss, clean, attacked, labels)
+        defense.restore_weights_after(total)
         if is_logging_step(trainer):
             logs |= defense.measure(inputs, adversarial, labels)
         prefix = f"defense/{self.name}/" if self.name else "defense/"
-        logged = {prefix + key: value for key, value in logs.items()} | {prefix + "eps": radius * recipe.eps}
+        logs |= {"eps": radius * recipe.eps} | defense.learned()
+        logged = {prefix + key: value for key, value in logs.items()}
         pl_module.log_dict(logged, on_step=True, on_epoch=False, batch_size=len(inputs))
         return {**result, "loss": total} if isinstance(result, dict) else total
 

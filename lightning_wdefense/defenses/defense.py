@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_wdefense.attacks import LearnedAttack
 from lightning_wdefense.attacks.isolation import eager, isolated, own_pass
 from lightning_wdefense.attacks.outputs import class_labels, hard_labels, predictions, tensor_of
 from lightning_wdefense.defenses.discrepancies import Transport
-from lightning_wdefense.defenses.objective import Branch
+from lightning_wdefense.defenses.objective import Branch, combine
 from lightning_wdefense.defenses.recipe import Recipe
 from lightning_wdefense.defenses.recording import ForwardRecorder, Recording
+from lightning_wdefense.defenses.weight_perturbation import WeightPerturbation
+
+
+@dataclass
+class DefenseState:
+    """What a recipe learns in training and a checkpoint must hold.
+
+    Attributes:
+        multiplier: of a :class:`~lightning_wdefense.attacks.LearnedAttack`; ``None`` before its first step.
+    """
+
+    multiplier: float | None = None
 
 
 class Defense:
@@ -23,24 +37,86 @@ class Defense:
     Args:
         recipe: what to do.
         model: takes the inputs and returns logits.
+        state: what was learned so far; updated in place.
 
     Raises:
         ValueError: if the recipe's features name no submodule.
     """
 
-    def __init__(self, recipe: Recipe, model: nn.Module) -> None:
-        self.recipe, self.model = recipe, model
+    def __init__(self, recipe: Recipe, model: nn.Module, state: DefenseState | None = None) -> None:
+        self.recipe, self.model, self.state = recipe, model, state or DefenseState()
         self.recorder = ForwardRecorder(model, recipe.features)
+        self.perturbation = WeightPerturbation(model, recipe.awp)
 
     def adversarial(
-        self, inputs: Tensor, labels: Any, *, radius: float = 1.0, generator: torch.Generator | None = None
+        self,
+        inputs: Tensor,
+        labels: Any,
+        *,
+        radius: float = 1.0,
+        generator: torch.Generator | None = None,
+        average: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """Adversarial inputs of the recipe's attack, its eps multiplied by ``radius`` (the warm-up)."""
+        """Adversarial inputs of the recipe's attack, from which a learned attack learns.
+
+        Args:
+            inputs: ``(N, ...)`` in model units.
+            labels: of the batch.
+            radius: factor on the attack's eps (the warm-up).
+            generator: source of the attack's noise.
+            average: the mean of a scalar over all ranks, on which all of them learn the same.
+        """
         attack = self.recipe.attack
         assert attack is not None
         if radius != 1.0:
             attack = attack.with_eps(attack.threat.eps * radius)
-        return attack(self.model, inputs, labels, generator=generator)
+        if not isinstance(attack, LearnedAttack):
+            return attack(self.model, inputs, labels, generator=generator)
+        if self.state.multiplier is not None:
+            attack = replace(attack, multiplier=self.state.multiplier)  # type: ignore[type-var]
+        adversarial = attack(self.model, inputs, labels, generator=generator)
+        displacement = attack.displacement(inputs, adversarial)
+        self.state.multiplier = attack.updated_multiplier(displacement if average is None else average(displacement))
+        return adversarial
+
+    def learned(self) -> dict[str, float]:
+        """What the recipe has learned, for the logs."""
+        return {} if self.state.multiplier is None else {"multiplier": self.state.multiplier}
+
+    def perturb_weights(
+        self, inputs: Tensor, adversarial: Tensor, labels: Any, task_loss: Callable[[Any, Any], Tensor] | None = None
+    ) -> None:
+        """Move the weights uphill on the recipe's loss, where it has ``awp``; :meth:`restore_weights_after` takes them back.
+
+        Costs the passes of a training step without the attack, in the model's own modes; buffers and random state stay.
+
+        Args:
+            inputs: ``(N, ...)`` in model units.
+            adversarial: the adversarial inputs.
+            labels: of the batch.
+            task_loss: ``(outputs, labels) -> scalar`` on what ``training_step`` sees; the recipe's by default.
+        """
+        recipe = self.recipe
+        if recipe.awp == 0:
+            return
+        self.perturbation.undo()
+        with isolated(self.model, inputs.device, evaluation=False):
+            clean = self.forward(inputs) if recipe.needs("clean") else None
+            attacked = self.forward(adversarial) if recipe.needs("adversarial") else None
+            seen = clean if recipe.sees == "clean" else attacked
+            assert seen is not None
+            loss, _ = combine(
+                recipe, (task_loss or recipe.task_loss)(seen.outputs, labels), clean, attacked, labels
+            )
+            self.perturbation.apply(loss)
+
+    def restore_weights_after(self, loss: Tensor) -> None:
+        """Take perturbed weights back at the end of the backward pass of ``loss``."""
+        self.perturbation.undo_after(loss)
+
+    def restore_weights(self) -> None:
+        """Take perturbed weights back now: the step was skipped or failed."""
+        self.perturbation.undo()
 
     def forward(self, inputs: Tensor) -> Branch:
         """A plain forward pass, in whatever mode the model is in."""

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_wdefense._names import unknown_name
 from lightning_wdefense.attacks.losses import kl_divergence
-from lightning_wdefense.attacks.outputs import float32_or_better
+from lightning_wdefense.attacks.outputs import class_labels, float32_or_better, hard_labels, logits_of
 from lightning_wdefense.transport import SinkhornDivergence
 
 Discrepancy = Callable[[Tensor, Tensor, Any], Tensor]
@@ -20,6 +21,40 @@ Discrepancy = Callable[[Tensor, Tensor, Any], Tensor]
 def kl(clean: Tensor, adversarial: Tensor, labels: Any = None) -> Tensor:
     """``KL(softmax(clean) || softmax(adversarial))``, the batch mean (TRADES)."""
     return kl_divergence(adversarial, clean).mean()
+
+
+def weighted_kl(clean: Tensor, adversarial: Tensor, labels: Any) -> Tensor:
+    """``KL(softmax(clean) || softmax(adversarial))``, weighted with the clean input's ``1 - p_y``, the batch mean (MART)."""
+    classes = hard_labels(class_labels(labels, clean)).unsqueeze(1)
+    right = F.softmax(float32_or_better(logits_of(clean)), 1).gather(1, classes).squeeze(1)
+    return (kl_divergence(adversarial, clean) * (1 - right)).mean()
+
+
+def mmd(clean: Tensor, adversarial: Tensor, labels: Any = None) -> Tensor:
+    """Squared maximum mean discrepancy, with five Gaussian kernels around the batch's mean squared distance (Long et al., 2015).
+
+    Their bandwidths are the mean squared distance between two points of the pooled batch (a constant for the gradient) times 1/4, 1/2,
+    1, 2 and 4; the kernels' mean is taken, so that the value lies in [0, 2].
+    """
+    points = float32_or_better(torch.cat([_rows(clean), _rows(adversarial)]))
+    products = points @ points.T
+    lengths = products.diagonal()
+    distances = (lengths.unsqueeze(0) + lengths.unsqueeze(1) - 2 * products).clamp_min(0)
+    bandwidth = distances.detach().mean().clamp_min(torch.finfo(points.dtype).tiny)
+    kernel = torch.stack([(-distances / (scale * bandwidth)).exp() for scale in (0.25, 0.5, 1.0, 2.0, 4.0)]).mean(0)
+    n = len(clean)
+    return kernel[:n, :n].mean() + kernel[n:, n:].mean() - 2 * kernel[:n, n:].mean()
+
+
+def coral(clean: Tensor, adversarial: Tensor, labels: Any = None) -> Tensor:
+    """``|cov(clean) - cov(adversarial)|_F^2 / (4 D^2)``: second moments alone (Sun and Saenko, 2016); 0 for a single sample."""
+    one, other = float32_or_better(_rows(clean)), float32_or_better(_rows(adversarial))
+    return (_covariance(one) - _covariance(other)).square().sum() / (4 * one.shape[1] ** 2)
+
+
+def _covariance(points: Tensor) -> Tensor:
+    centred = points - points.mean(0)
+    return centred.T @ centred / max(len(points) - 1, 1)
 
 
 def paired_l2(clean: Tensor, adversarial: Tensor, labels: Any = None) -> Tensor:
@@ -60,9 +95,12 @@ LABEL_COST = 100.0
 
 DISCREPANCIES: dict[str, Discrepancy] = {
     "kl": kl,
+    "weighted-kl": weighted_kl,
     "paired-l2": paired_l2,
     "sinkhorn": Transport(),
     "sinkhorn-label": Transport(SinkhornDivergence(label_cost=LABEL_COST)),
+    "mmd": mmd,
+    "coral": coral,
 }
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_wdefense.attacks.outputs import class_labels, float32_or_better, hard_labels, logits_of
 from lightning_wdefense.defenses.discrepancies import get_discrepancy
 from lightning_wdefense.defenses.recipe import Recipe
 
@@ -18,10 +20,19 @@ class Branch(NamedTuple):
     features: Tensor
 
 
+def runner_up(outputs: Any, labels: Any) -> Tensor:
+    """``-log(1 - max_{k != y} p_k)``, the batch mean: with cross-entropy it makes MART's boosted one (Wang et al., 2020)."""
+    logits = float32_or_better(logits_of(outputs))
+    classes = hard_labels(class_labels(labels, outputs)).unsqueeze(1)
+    others = F.log_softmax(logits, 1).scatter(1, classes, -torch.inf).amax(1)
+    # log(1 - p) from log p without loss of digits near p = 0 and p = 1.
+    return -torch.log(-torch.expm1(others.clamp_max(-torch.finfo(logits.dtype).eps))).mean()
+
+
 def combine(
     recipe: Recipe, task_loss: Tensor, clean: Branch | None, adversarial: Branch | None, labels: Any
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The training loss, ``task_loss + other_weight * task(other) + weight * discrepancy``, and its parts.
+    """The training loss, ``task_loss + other_weight * task(other) + margin_weight * runner-up + weight * discrepancy``.
 
     Args:
         recipe: says what is added.
@@ -31,26 +42,30 @@ def combine(
         labels: of the batch.
 
     Returns:
-        The loss, and its detached parts: ``loss`` (the sum), ``task_loss``, and those of ``other_loss`` and ``discrepancy``
-        (unweighted) that the recipe has.
+        The loss, and its detached parts: ``loss`` (the sum), ``task_loss``, and those of ``other_loss``, ``margin_loss`` and
+        ``discrepancy`` (unweighted) that the recipe has.
 
     Raises:
         FloatingPointError: if a part is NaN or infinite; says which.
     """
     parts = {"task_loss": task_loss}
     loss = task_loss
-    if recipe.needs_both:
+    if recipe.other_weight > 0:
+        other = clean if recipe.sees == "adversarial" else adversarial
+        assert other is not None
+        parts["other_loss"] = recipe.task_loss(other.outputs, labels)
+        loss = loss + recipe.other_weight * parts["other_loss"]
+    if recipe.weight > 0:
+        assert recipe.discrepancy is not None
         assert clean is not None
         assert adversarial is not None
-        if recipe.other_weight > 0:
-            other = clean if recipe.sees == "adversarial" else adversarial
-            parts["other_loss"] = recipe.task_loss(other.outputs, labels)
-            loss = loss + recipe.other_weight * parts["other_loss"]
-        if recipe.weight > 0:
-            assert recipe.discrepancy is not None
-            measure = get_discrepancy(recipe.discrepancy)
-            parts["discrepancy"] = measure(clean.features, adversarial.features, labels)
-            loss = loss + recipe.weight * parts["discrepancy"]
+        measure = get_discrepancy(recipe.discrepancy)
+        parts["discrepancy"] = measure(clean.features, adversarial.features, labels)
+        loss = loss + recipe.weight * parts["discrepancy"]
+    if recipe.margin_weight > 0:
+        assert adversarial is not None
+        parts["margin_loss"] = runner_up(adversarial.outputs, labels)
+        loss = loss + recipe.margin_weight * parts["margin_loss"]
     if not bool(torch.isfinite(loss).all()):
         _explain(recipe, parts)
     return loss, {name: part.detach() for name, part in ({"loss": loss} | parts).items()}
@@ -62,6 +77,7 @@ def _explain(recipe: Recipe, parts: dict[str, Tensor]) -> None:
     advice = {
         "task_loss": "task_loss is the training_step's own loss: lower the learning rate, clip gradients, or look at the data",
         "other_loss": "other_loss is the task loss on the other branch's outputs: do the labels fit it?",
+        "margin_loss": f"lower margin_weight={recipe.margin_weight}",
         "discrepancy": f"lower weight={recipe.weight}, or choose other features than {recipe.features!r}",
     }
     hints = "; ".join(advice[name] for name in culprits) or "the weighted sum overflowed: lower the weights"

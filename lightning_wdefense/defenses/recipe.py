@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -10,7 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_wdefense._names import unknown_name
-from lightning_wdefense.attacks import PGD, Attack, ThreatModel
+from lightning_wdefense.attacks import (
+    FGSM,
+    PGD,
+    Attack,
+    FeatureScattering,
+    GibbsNoise,
+    LagrangianAttack,
+    SoftBallPGD,
+    ThreatModel,
+)
 from lightning_wdefense.attacks.outputs import class_labels, float32_or_better, logits_of
 from lightning_wdefense.defenses.discrepancies import Discrepancy, get_discrepancy
 
@@ -25,7 +35,7 @@ def mean_cross_entropy(outputs: Any, labels: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a robust training step computes: ``step(seen) + other_weight * task(other) + weight * discrepancy``.
+    """What a robust training step minimises: ``step(seen) + other_weight * task(other) + weight * discrepancy``.
 
     Args:
         attack: makes the adversarial inputs; ``None`` for none.
@@ -37,7 +47,11 @@ class Recipe:
         features: where it is measured: ``"outputs"``, ``"penultimate"`` (the input of the last linear layer that runs), or a
             dotted path to a submodule.
         other_weight: of the task loss on the inputs that ``training_step`` does not see.
-        task_loss: ``(outputs, labels) -> scalar`` for that term.
+        task_loss: ``(outputs, labels) -> scalar`` for that term, and for ``awp``.
+        margin_weight: of ``-log(1 - max_{k != y} p_k)`` on the adversarial outputs, the second half of MART's boosted cross-entropy.
+        awp: size of the adversarial weight perturbation (Wu et al., 2020), in multiples of each weight's norm; 0 for none, 0.005 to
+            0.01 in the paper. The step's gradient is taken at weights moved uphill by so much, which costs about one more training
+            step without the attack. ``task_loss`` stands in for the loss in ``training_step``, which runs only once.
         warmup_epochs: the attack's radius grows linearly from 0 over so many epochs, counted in optimizer steps. Training at
             a large radius from the start collapses to a constant output.
         name: for logs and messages.
@@ -57,17 +71,20 @@ class Recipe:
     features: str = "outputs"
     other_weight: float = 0.0
     task_loss: Callable[[Any, Any], Tensor] = mean_cross_entropy
+    margin_weight: float = 0.0
+    awp: float = 0.0
     warmup_epochs: float = 3.0
     name: str = "custom"
 
     def __post_init__(self) -> None:
         if self.sees not in ("clean", "adversarial"):
             raise ValueError(f'sees must be "clean" or "adversarial", got {self.sees!r}.')
-        for field in ("weight", "other_weight", "warmup_epochs"):
+        for field in ("weight", "other_weight", "margin_weight", "awp", "warmup_epochs"):
             if not getattr(self, field) >= 0:
                 raise ValueError(f"{field} must not be negative, got {getattr(self, field)}.")
-        if self.attack is None and (self.sees == "adversarial" or self.weight or self.other_weight):
-            raise ValueError('Without an attack there are no adversarial inputs: sees="clean" and both weights 0.')
+        terms = (self.weight, self.other_weight, self.margin_weight, self.awp)
+        if self.attack is None and (self.sees == "adversarial" or any(terms)):
+            raise ValueError('Without an attack there are no adversarial inputs: sees="clean", all weights and awp 0.')
         if self.weight and self.discrepancy is None:
             raise ValueError(f"weight={self.weight} needs a discrepancy=.")
         if self.discrepancy is not None:
@@ -86,27 +103,36 @@ class Recipe:
     @property
     def active(self) -> bool:
         """Whether the recipe changes anything: otherwise training is exactly as without it."""
-        return self.sees == "adversarial" or self.needs_both
+        return self.needs("adversarial") or self.awp > 0
 
-    @property
-    def needs_both(self) -> bool:
-        """Whether a term needs the model's outputs on both the clean and the adversarial inputs."""
-        return self.weight > 0 or self.other_weight > 0
+    def needs(self, branch: Branch) -> bool:
+        """Whether the loss needs the model's outputs on the clean, or on the adversarial inputs."""
+        both = self.weight > 0 or self.other_weight > 0
+        return both or self.sees == branch or (branch == "adversarial" and self.margin_weight > 0)
 
     @classmethod
     def named(cls, name: str, threat: ThreatModel, **changes: Any) -> Recipe:
         """A published recipe by its name, for a threat model.
 
-        ===============  ============================================================================================
-        ``standard``     ``CE(f(x), y)``: the user's training as it is
-        ``pgd-at``       ``CE(f(x'), y)`` (Madry et al., 2018)
-        ``trades``       ``CE(f(x), y) + 6 KL(f(x) || f(x'))`` (Zhang et al., 2019)
-        ``alp``          ``CE(f(x'), y) + 1 paired L2`` of logits (Kannan et al., 2018; adversarial batch only)
-        ``alp-features`` ``CE(f(x'), y) + 0.1 paired L2`` of penultimate features
-        ``sat``          ``CE(f(x'), y) + 1 Sinkhorn divergence`` of logits (Bouniot et al., 2020)
-        ``sat-label``    the same, with a ground cost that keeps mass within its class
-        ``sat-features`` ``CE(f(x'), y) + 0.1 Sinkhorn divergence`` of penultimate features
-        ===============  ============================================================================================
+        ====================== =====================================================================================
+        ``standard``           ``CE(f(x), y)``: the user's training as it is
+        ``pgd-at``             ``CE(f(x'), y)`` (Madry et al., 2018)
+        ``fast-at``            the same with one step from noise of twice the radius, N-FGSM (de Jorge et al., 2022)
+        ``trades``             ``CE(f(x), y) + 6 KL(f(x) || f(x'))`` (Zhang et al., 2019)
+        ``mart``               ``BCE(f(x'), y) + 5 KL(f(x) || f(x')) (1 - p_y(x))`` (Wang et al., 2020)
+        ``alp``                ``CE(f(x'), y) + 1 paired L2`` of logits (Kannan et al., 2018; adversarial batch only)
+        ``alp-features``       ``CE(f(x'), y) + 0.1 paired L2`` of penultimate features
+        ``sat``                ``CE(f(x'), y) + 1 Sinkhorn divergence`` of logits (Bouniot et al., 2020)
+        ``sat-label``          the same, with a ground cost that keeps mass within its class
+        ``sat-features``       ``CE(f(x'), y) + 0.1 Sinkhorn divergence`` of penultimate features
+        ``mmd``                ``CE(f(x'), y) + 1 MMD^2`` of logits, five Gaussian kernels (as in Song et al., 2019)
+        ``coral``              ``CE(f(x'), y) + 1 |difference of covariances|^2 / 4D^2`` of logits (as in Song et al., 2019)
+        ``udr``                ``CE(f(x'), y)``, ``x'`` from a soft ball whose pull is learned (Bui et al., 2022)
+        ``wrm``                ``CE(f(x'), y)``, ``x'`` maximises ``CE - gamma |x' - x|^2`` (Sinha et al., 2018)
+        ``sinkhorn-dro``       ``T log mean_m exp(CE(f(x + noise_m), y) / T)``, no attack (Wang et al., 2021)
+        ``feature-scattering`` ``CE(f(x'), y)``, ``x'`` maximises the transport cost of logits (Zhang and Wang, 2019);
+                               **fails under AutoAttack** and warns of it
+        ====================== =====================================================================================
 
         Paired L2 is ``mean |z_i - z'_i|^2 / 2``, the transport cost of the identity coupling, so that each ``alp`` is the
         ablation of a ``sat``. The attack is PGD with 10 steps.
@@ -124,14 +150,31 @@ class Recipe:
         return replace(RECIPES[name](threat), name=name, **changes)
 
 
+def _feature_scattering(threat: ThreatModel) -> Recipe:
+    warnings.warn(
+        'Recipe "feature-scattering" fails under AutoAttack: models that looked 60% robust under PGD were 37% robust (CIFAR-10). It is '
+        "there to be compared with; choose another one for a model that must be robust.",
+        stacklevel=3,
+    )
+    return Recipe(FeatureScattering(threat))
+
+
 RECIPES: dict[str, Callable[[ThreatModel], Recipe]] = {
     "standard": lambda threat: Recipe(None, "clean"),
     "pgd-at": lambda threat: Recipe(PGD(threat)),
+    "fast-at": lambda threat: Recipe(FGSM(threat, noise=2.0)),
     "trades": lambda threat: Recipe(PGD(threat, loss="kl", random_start="gaussian"), "clean", "kl", 6.0),
+    "mart": lambda threat: Recipe(PGD(threat), discrepancy="weighted-kl", weight=5.0, margin_weight=1.0),
     "alp": lambda threat: Recipe(PGD(threat), discrepancy="paired-l2", weight=1.0),
     "alp-features": lambda threat: Recipe(PGD(threat), discrepancy="paired-l2", weight=0.1, features="penultimate"),
     "sat": lambda threat: Recipe(PGD(threat), discrepancy="sinkhorn", weight=1.0),
     "sat-label": lambda threat: Recipe(PGD(threat), discrepancy="sinkhorn-label", weight=1.0),
     "sat-features": lambda threat: Recipe(PGD(threat), discrepancy="sinkhorn", weight=0.1, features="penultimate"),
+    "mmd": lambda threat: Recipe(PGD(threat), discrepancy="mmd", weight=1.0),
+    "coral": lambda threat: Recipe(PGD(threat), discrepancy="coral", weight=1.0),
+    "udr": lambda threat: Recipe(SoftBallPGD(threat)),
+    "wrm": lambda threat: Recipe(LagrangianAttack(threat)),
+    "sinkhorn-dro": lambda threat: Recipe(GibbsNoise(threat)),
+    "feature-scattering": _feature_scattering,
 }
 """Every recipe that has a name."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
@@ -24,6 +25,13 @@ from lightning_wdefense.transport import sinkhorn_divergence
 
 THREAT = ThreatModel(eps=0.2)
 ACTIVE = [name for name in RECIPES if name != "standard"]
+CASES = [*ACTIVE, "trades+awp", "udr+awp"]
+
+
+def case(name, **changes):
+    """A recipe by its name, with weight perturbation where that says so."""
+    name, *more = name.split("+")
+    return Recipe.named(name, THREAT, **({"awp": 0.01} if more else {}), **changes)
 
 
 def train(*callbacks, module=DigitsClassifier, loader=None, seed=0, **trainer):
@@ -173,6 +181,29 @@ class TestLeavesAlone:
         assert first.state_key != second.state_key
 
 
+def right(z, y):
+    return z.softmax(1)[range(len(y)), y]
+
+
+def boosted(z, y):
+    """MART's cross-entropy, from probabilities, without its code's guard of 1e-4."""
+    others = z.softmax(1).clone()
+    others[range(len(y)), y] = 0
+    return -(right(z, y).log() + (1 - others.max(1).values).log()).mean()
+
+
+def kl(z, za):
+    return (z.softmax(1) * (z.log_softmax(1) - za.log_softmax(1))).sum(1)
+
+
+def mmd_by_hand(z, za):
+    points = torch.cat([z, za])
+    distances = (points.unsqueeze(0) - points.unsqueeze(1)).pow(2).sum(2)
+    signs = torch.tensor([1.0] * len(z) + [-1.0] * len(za), dtype=z.dtype) / len(z)
+    scale = distances.detach().mean()
+    return sum(signs @ torch.exp(-distances / (c * scale)) @ signs for c in (0.25, 0.5, 1, 2, 4)) / 5
+
+
 class TestLoss:
     """The same training written by hand, with the formulas from the papers."""
 
@@ -188,6 +219,15 @@ class TestLoss:
             F.cross_entropy(za, y) + sinkhorn_divergence(z, za, label_cost=100.0, x_labels=y, y_labels=y)
         ),
         "sat-features": lambda z, za, h, ha, y: F.cross_entropy(za, y) + 0.1 * sinkhorn_divergence(h, ha),
+        "mart": lambda z, za, h, ha, y: boosted(za, y) + 5 * (kl(z, za) * (1 - right(z, y))).mean(),
+        "mmd": lambda z, za, h, ha, y: F.cross_entropy(za, y) + mmd_by_hand(z, za),
+        "coral": lambda z, za, h, ha, y: (
+            F.cross_entropy(za, y) + (torch.cov(z.T) - torch.cov(za.T)).pow(2).sum() / (4 * 10**2)
+        ),
+        **dict.fromkeys(
+            ["fast-at", "udr", "wrm", "sinkhorn-dro", "feature-scattering"],
+            lambda z, za, h, ha, y: F.cross_entropy(za, y),
+        ),
     }
 
     @pytest.mark.parametrize("recipe", ACTIVE)
@@ -196,10 +236,14 @@ class TestLoss:
         defended = train(defend(recipe), precision="64-true")
 
         class ByHand(DigitsClassifier):
+            attack = RECIPES[recipe](THREAT).attack
+
             def training_step(self, batch, batch_idx):
                 x, y = batch
-                attack = RECIPES[recipe](THREAT).attack
-                adversarial = attack(self, x, y, generator=noise_generator(self.trainer, 0, x.device))
+                adversarial = self.attack(self, x, y, generator=noise_generator(self.trainer, 0, x.device))
+                if recipe == "udr":
+                    learned = self.attack.multiplier - 0.002 * (0.2 - (adversarial - x).abs().mean().item())
+                    self.attack = replace(self.attack, multiplier=learned)
                 features = [self.net[:-1](inputs) for inputs in (x, adversarial)]
                 logits = [self.net[-1](feature) for feature in features]
                 return TestLoss.FORMULAS[recipe](*logits, *features, y)
@@ -207,6 +251,43 @@ class TestLoss:
         torch.testing.assert_close(
             weights(defended), weights(train(module=ByHand, precision="64-true")), rtol=1e-5, atol=1e-6
         )
+
+    @pytest.mark.parametrize("recipe", ["pgd-at", "trades"])
+    def test_weight_perturbation_equals_the_formula(self, recipe):
+        """The gradient of the step is that at the perturbed weights; the update starts from the true ones."""
+        defended = train(WassersteinDefense(Recipe.named(recipe, THREAT, awp=0.02, warmup_epochs=0)), precision="64-true")
+
+        class ByHand(DigitsClassifier):
+            def __init__(self):
+                super().__init__()
+                self.automatic_optimization = False
+
+            def loss_at(self, x, adversarial, y):
+                features = [self.net[:-1](inputs) for inputs in (x, adversarial)]
+                return TestLoss.FORMULAS[recipe](*[self.net[-1](feature) for feature in features], *features, y)
+
+            def training_step(self, batch, batch_idx):
+                x, y = batch
+                attack = RECIPES[recipe](THREAT).attack
+                adversarial = attack(self, x, y, generator=noise_generator(self.trainer, 0, x.device))
+                true = {name: weight.detach().clone() for name, weight in self.named_parameters()}
+                gradients = torch.autograd.grad(self.loss_at(x, adversarial, y), list(self.parameters()))
+                with torch.no_grad():
+                    for (name, weight), gradient in zip(self.named_parameters(), gradients, strict=True):
+                        if "bias" not in name:
+                            weight += 0.02 * weight.norm() * gradient / gradient.norm()
+                self.optimizers().zero_grad()
+                self.manual_backward(self.loss_at(x, adversarial, y))
+                with torch.no_grad():
+                    for name, weight in self.named_parameters():
+                        weight.copy_(true[name])
+                self.optimizers().step()
+
+        torch.testing.assert_close(
+            weights(defended), weights(train(module=ByHand, precision="64-true")), rtol=1e-5, atol=1e-6
+        )
+        plain = train(defend(recipe), precision="64-true")
+        assert (weights(defended) - weights(plain)).abs().max() > 1e-4
 
     def test_the_other_branch_has_a_task_loss(self):
         recipe = Recipe(PGD(THREAT), other_weight=0.5, warmup_epochs=0)
@@ -284,6 +365,7 @@ class TestLogging:
         assert len(rows) == 2
         for row in rows:
             expected = row["defense/task_loss"]
+            expected += row.get("defense/margin_loss", 0.0)
             if "defense/discrepancy" in row:
                 expected += RECIPES[recipe](THREAT).weight * row["defense/discrepancy"]
             assert row["defense/loss"] == pytest.approx(expected, rel=1e-4)
@@ -300,7 +382,7 @@ class TestLogging:
 
 
 class TestResuming:
-    @pytest.mark.parametrize("recipe", ["pgd-at", "trades", "sat-features"])
+    @pytest.mark.parametrize("recipe", CASES)
     def test_a_resumed_run_ends_with_the_same_weights(self, recipe, tmp_path):
         def run(epochs, ckpt=None):
             L.seed_everything(0 if ckpt is None else 99, verbose=False)
@@ -309,14 +391,19 @@ class TestResuming:
                 max_epochs=epochs,
                 limit_train_batches=4,
                 enable_checkpointing=True,
-                callbacks=[WassersteinDefense(recipe, threat=THREAT), saver],
+                callbacks=[defense := WassersteinDefense(case(recipe)), saver],
             )
             trainer.fit(module := DigitsClassifier(batch_norm=True), digits_loaders(shuffle=False)[0], ckpt_path=ckpt)
+            states.append(defense.state_dict())
             return module
+
+        states = []
 
         whole = run(4)
         run(2)
         assert_same_weights(run(4, tmp_path / "2" / "epoch=1.ckpt"), whole)
+        assert states[0] == states[2]
+        assert (states[0] == states[1] == {"multiplier": None}) == ("udr" not in recipe)
 
     def test_noise_differs_by_batch_epoch_rank_and_seed(self):
         class At:
@@ -335,14 +422,15 @@ class TestResuming:
 
 
 class TestPipelines:
-    @pytest.mark.parametrize("recipe", ACTIVE)
+    @pytest.mark.parametrize("recipe", CASES)
     @pytest.mark.parametrize(
         "options", [{"precision": "bf16-mixed"}, {"accumulate_grad_batches": 2}, {"precision": "64-true"}]
     )
     def test_precision_and_accumulation(self, recipe, options):
         module = DigitsClassifier(batch_norm=True)
         before = weights(module).clone()
-        module = train(defend(recipe), module=module, log_every_n_steps=1, **options)
+        defense = WassersteinDefense(case(recipe, warmup_epochs=0))
+        module = train(defense, module=module, log_every_n_steps=1, **options)
         assert torch.isfinite(weights(module)).all()
         assert not torch.equal(weights(module), before)
 
@@ -394,11 +482,12 @@ class TestPipelines:
         trainer.fit(module := Tunable())
         assert "training_step" not in module.__dict__
 
-    def test_weight_averaging(self):
+    @pytest.mark.parametrize("recipe", ["sat-features", "trades+awp"])
+    def test_weight_averaging(self, recipe):
         callbacks = pytest.importorskip("lightning.pytorch.callbacks")
         if not hasattr(callbacks, "EMAWeightAveraging"):
             pytest.skip("this Lightning has no EMAWeightAveraging")
-        module = train(defend("sat-features"), callbacks.EMAWeightAveraging())
+        module = train(WassersteinDefense(case(recipe, warmup_epochs=0)), callbacks.EMAWeightAveraging())
         assert torch.isfinite(weights(module)).all()
         assert not module._forward_hooks
 
