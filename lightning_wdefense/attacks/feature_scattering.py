@@ -30,9 +30,9 @@ class FeatureScattering(Attack):
         threat: what the attacker may do (norm ``linf`` or ``l2``).
         steps: number of gradient steps, from a start drawn uniformly in the ball.
         step_size: length of a step in data units; ``None`` for ``eps`` if there is one step, else ``2.5 * eps / steps``.
-        divergence: differentiable ``(clean, adversarial) -> scalar`` of logits ``(N, D)``, such as a ``SinkhornDivergence``;
-            by default that one with its defaults. The paper's code has ``SinkhornDivergence(cost="cosine")``, which is
-            blind to a single logit's size.
+        divergence: differentiable ``(clean, adversarial) -> scalar`` of logits ``(N, D)``; ``None`` for
+            ``SinkhornDivergence()``. The paper's code has the cosine cost, ``SinkhornDivergence(cost="cosine")``, which is
+            blind to the size of a single logit.
         seed: seeds the noise of calls that are given no generator.
 
     Raises:
@@ -58,7 +58,7 @@ class FeatureScattering(Attack):
     threat: ThreatModel
     steps: int = 1
     step_size: float | None = None
-    divergence: Callable[[Tensor, Tensor], Tensor] = sinkhorn_divergence
+    divergence: Callable[[Tensor, Tensor], Tensor] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -67,9 +67,9 @@ class FeatureScattering(Attack):
             raise ValueError(f"steps must be at least 1, got {self.steps}.")
         if self.step_size is not None and not self.step_size > 0:
             raise ValueError(f"step_size must be positive (data units), got {self.step_size}.")
-        if not callable(self.divergence):
+        if self.divergence is not None and not callable(self.divergence):
             raise TypeError(
-                "divergence must be a callable (clean, adversarial) -> scalar, such as SinkhornDivergence(), got "
+                "divergence must be a callable (clean, adversarial) -> scalar, such as SinkhornDivergence(), or None, got "
                 f"{self.divergence!r}."
             )
 
@@ -93,7 +93,8 @@ class FeatureScattering(Attack):
 
     def _gradient(self, problem: Problem, data: Tensor) -> Tensor:
         point = data.detach().requires_grad_()
-        value = self.divergence(_rows(problem.clean_outputs), _rows(problem.forward(point)))
+        divergence = self.divergence or sinkhorn_divergence
+        value = divergence(_rows(problem.clean_outputs), _rows(problem.forward(point)))
         # The divergence is a mean over the batch: gradients of the sum are of one size whatever the batch's.
         return problem.differentiate(value, point, value.new_tensor(float(len(data))))
 

@@ -21,9 +21,9 @@ class GibbsNoise(Attack):
     """One of several noisy copies of each sample, drawn with probability ``softmax(loss / temperature)``: no gradients.
 
     Sinkhorn distributionally robust optimisation minimises ``temperature * log mean_m exp(loss(x + spread * noise_m) /
-    temperature)``. Its gradient is the mean of the copies' gradients under just these weights, so the gradient of the loss at
-    a copy that is drawn with them is an unbiased estimate of it, at the cost of a single backward pass. Normal noise is
-    in no ball: this serves training, not evaluation.
+    temperature)``. Its gradient is the mean of the copies' gradients under just these weights, so the gradient of the loss
+    at a copy that is drawn with them is an unbiased estimate of it, at the cost of a single backward pass. (The weights
+    are those of the model in eval mode.) Normal noise is in no ball: this serves training, not evaluation.
 
     Args:
         threat: units and bounds, into which the copies are clamped; its ``eps`` is the default of ``spread``.
@@ -31,8 +31,8 @@ class GibbsNoise(Attack):
         temperature: in units of the loss, the product of the paper's ``lambda`` and ``epsilon``: near 0 the worst copy is
             picked, far above the losses any.
         copies: noisy copies of each sample, that is, forward passes (one at a time, without a graph).
-        loss: ``"ce"``, ``"kl"``, ``"margin"``, or a callable ``(outputs, labels) -> per-sample loss``. The estimate is unbiased
-            for the loss that training minimises.
+        loss: ``"ce"``, ``"kl"``, ``"margin"``, or a callable ``(outputs, labels) -> per-sample loss``; the estimate is
+            unbiased if training minimises the same.
         seed: seeds the noise of calls that are given no generator.
 
     Raises:

@@ -19,20 +19,20 @@ class LagrangianAttack(Attack):
 
     The distance is the squared L2 one whatever the threat's norm, and steps follow the plain gradient, so samples with
     steep losses move farther. There is no ball: this serves training, not evaluation. Training on its results minimises
-    the expectation of ``phi_gamma(x) = max over x' of loss(x') - gamma * |x' - x|^2``, and ``gamma * rho + E[phi_gamma]`` bounds
-    the loss under any shift of the data within mean squared distance ``rho``. That certificate is only an *estimate* from
-    below unless the inner problem is concave and solved: smooth activations (no ReLU) and a ``gamma`` above half the
-    Lipschitz constant of the loss's gradient.
+    the expectation of ``phi_gamma(x) = max over x' of loss(x') - gamma * |x' - x|^2``, and ``gamma * rho + E[phi_gamma]``
+    bounds the loss under any shift of the data within mean squared distance ``rho``. That certificate is only an
+    *estimate* from below unless the inner problem is concave and solved: smooth activations (no ReLU) and a ``gamma``
+    above half the Lipschitz constant of the loss's gradient.
 
     Args:
         threat: units and bounds. Its ``eps`` and norm only enter the default of ``gamma``; ``eps=0`` is no attack.
         gamma: price of a unit of squared distance, in units of the loss; ``None`` for ``1 / (2 * R)``, where ``R`` is the
             largest L2 length in the threat's ball (``eps * sqrt(elements)`` for ``linf``): a sample whose gradient has
             length 1 then moves by about ``R``.
-        steps: number of gradient steps; the paper takes 15.
+        steps: number of gradient steps; the paper takes 15 (its code one more).
         step_size: what the first step multiplies the gradient by; ``None`` for ``1 / (2 * gamma)``, which solves a linear
             loss in one step, contracts if the problem is concave and otherwise goes no farther than the largest gradient
-            leads. Step ``t`` takes ``1 / sqrt(t)`` of it, which damps oscillations. Both are those of the paper's code.
+            leads. Step ``t`` takes ``1 / sqrt(t)`` of it, which damps oscillations. Both are as in the paper's code.
         loss: ``"ce"``, ``"margin"``, or a callable ``(outputs, labels) -> per-sample loss``.
         seed: seeds the noise of calls that are given no generator; the attack itself draws none.
 

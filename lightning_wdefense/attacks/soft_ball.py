@@ -72,7 +72,7 @@ class SoftBallPGD(PGD, LearnedAttack):
         return False
 
     def displacement(self, inputs: Tensor, adversarial: Tensor) -> Tensor:
-        """Mean of ``|d|`` over all elements for ``linf`` (as the paper's code has it), mean length for ``l2``; data units."""
+        """Mean of ``|d|`` over all elements for ``linf`` (as in the paper's code), mean length for ``l2``, in data units."""
         to_data = self.threat.to_data
         delta = to_data(float32_or_better(adversarial.detach())) - to_data(float32_or_better(inputs.detach()))
         return delta.abs().mean() if self.threat.norm == "linf" else self.threat.ball.length(delta).mean()
