@@ -245,6 +245,20 @@ def test_scattering_forwards_the_clean_batch_once():
     assert len(calls) == 4
 
 
+def test_scattering_in_float16_whatever_the_batch():
+    """The share of one sample in a mean over thousands is less than float16 holds."""
+    model = torch.nn.Linear(2, 2, bias=False).half()
+    with torch.no_grad():
+        model.weight.copy_(1e-4 * torch.eye(2))
+    inputs = torch.rand(4096, 2).half()
+    attack = FeatureScattering(LINF, step_size=1e-9, divergence=lambda x, y: (x - y).square().sum(1).mean())
+    start = attack(model, inputs)
+    moved = replace(attack, step_size=0.2)(model, inputs) - inputs
+    inside = ((inputs > 0.1) & (inputs < 0.9)).all(1)
+    assert (start - inputs).abs().mean() < 0.06
+    assert (moved[inside].abs() > 0.099).float().mean() > 0.95
+
+
 # --- Gibbs noise
 
 
@@ -327,6 +341,12 @@ def test_gibbs_noise_ignores_copies_whose_loss_is_not_a_number():
     assert (picked <= 0.5).all()
     never = GibbsNoise(LINF, loss=lambda z, _: z * torch.nan)(identity, inputs)
     assert torch.equal(never, inputs)
+
+
+def test_gibbs_noise_is_judged_inside_the_bounds():
+    seen = []
+    GibbsNoise(LINF, spread=1.0)(lambda x: seen.append(x) or x, torch.rand(8, 3), torch.zeros(8, dtype=torch.long))
+    assert all(((x >= 0) & (x <= 1)).all() for x in seen)
 
 
 def test_gibbs_noise_spread():
