@@ -2,9 +2,14 @@
 
 from lightning_wdefense.attacks.autoattack import AutoAttack
 from lightning_wdefense.attacks.base import Attack
+from lightning_wdefense.attacks.feature_scattering import FeatureScattering
 from lightning_wdefense.attacks.fgsm import FGSM
+from lightning_wdefense.attacks.gibbs_noise import GibbsNoise
+from lightning_wdefense.attacks.lagrangian import LagrangianAttack
+from lightning_wdefense.attacks.learned import LearnedAttack
 from lightning_wdefense.attacks.pgd import PGD
 from lightning_wdefense.attacks.registry import ATTACKS, get_attack
+from lightning_wdefense.attacks.soft_ball import SoftBallPGD
 from lightning_wdefense.attacks.threat import ThreatModel
 from lightning_wdefense.attacks.torchattack import TorchAttack
 from lightning_wdefense.attacks.worst_case import WorstCase, worst_case
@@ -15,6 +20,11 @@ __all__ = [
     "PGD",
     "Attack",
     "AutoAttack",
+    "FeatureScattering",
+    "GibbsNoise",
+    "LagrangianAttack",
+    "LearnedAttack",
+    "SoftBallPGD",
     "ThreatModel",
     "TorchAttack",
     "WorstCase",

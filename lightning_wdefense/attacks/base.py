@@ -157,8 +157,18 @@ class Problem:
         """The same problem with the clean outputs known, at the cost of a forward pass."""
         return replace(self, clean_outputs=logits_of(self.outputs(self.data)))
 
-    def loss(self, outputs: Any, loss: AttackLoss) -> Tensor:
-        """Per-sample loss ``(N,)`` of these outputs, to be maximised."""
+    def loss(self, outputs: Any, loss: AttackLoss, *, check: bool = False) -> Tensor:
+        """Per-sample loss ``(N,)`` of these outputs, to be maximised.
+
+        Args:
+            outputs: the model's.
+            loss: what to maximise.
+            check: also check the values of outputs and labels, which waits for the device: once an attack is enough.
+        """
+        if check and not callable(loss):
+            check_logits(logits_of(outputs))
+            if loss != "kl":
+                class_labels(self.labels, outputs, check_values=True)
         if loss == "kl":
             return kl_divergence(outputs, self.clean_outputs)
         if loss in ("ce", "margin"):
@@ -176,15 +186,10 @@ class Problem:
         Args:
             data: where, in data units.
             loss: what to maximise.
-            check: also check the values of outputs and labels, which waits for the device: once an attack is enough.
+            check: as in :meth:`loss`.
         """
         point = data.detach().requires_grad_()
-        outputs = self.forward(point)
-        if check and not callable(loss):
-            check_logits(logits_of(outputs))
-            if loss != "kl":
-                class_labels(self.labels, outputs, check_values=True)
-        values = self.loss(outputs, loss)
+        values = self.loss(self.forward(point), loss, check=check)
         return self.differentiate(values, point, torch.ones_like(values))
 
     def differentiate(self, values: Tensor, point: Tensor, weights: Tensor, *, keep_graph: bool = False) -> Tensor:

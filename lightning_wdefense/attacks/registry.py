@@ -9,8 +9,12 @@ from typing import Any
 from lightning_wdefense._names import unknown_name
 from lightning_wdefense.attacks.autoattack import PARTS, AutoAttack, autoattack_part
 from lightning_wdefense.attacks.base import Attack
+from lightning_wdefense.attacks.feature_scattering import FeatureScattering
 from lightning_wdefense.attacks.fgsm import FGSM
+from lightning_wdefense.attacks.gibbs_noise import GibbsNoise
+from lightning_wdefense.attacks.lagrangian import LagrangianAttack
 from lightning_wdefense.attacks.pgd import PGD
+from lightning_wdefense.attacks.soft_ball import SoftBallPGD
 from lightning_wdefense.attacks.threat import ThreatModel
 
 Attacks = Sequence[str | Attack] | Mapping[str, str | Attack]
@@ -20,6 +24,10 @@ ATTACKS: dict[str, Callable[..., Attack]] = {
     "fgsm": FGSM,
     "n-fgsm": lambda threat, **options: FGSM(threat, **{"noise": 2.0} | options),
     "pgd": PGD,
+    "soft-ball-pgd": SoftBallPGD,
+    "lagrangian": LagrangianAttack,
+    "feature-scattering": FeatureScattering,
+    "gibbs-noise": GibbsNoise,
     "autoattack": AutoAttack,
     **{part: partial(autoattack_part, part) for part in PARTS},
 }

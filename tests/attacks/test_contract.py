@@ -160,6 +160,8 @@ def test_inside_autocast(case, threat, before):
 @pytest.mark.parametrize("half", ["autocast", "model"])
 def test_float16_gradients_do_not_underflow(case, half):
     """A confident model's gradients, near 1e-8, are nothing in float16."""
+    if not case.scaled:
+        pytest.skip("gradients of 1e-8 do not move it: test_training_attacks.py looks at what they do")
     torch.manual_seed(0)
     model = torch.nn.Linear(6, 3)
     inputs = torch.rand(8, 6)

@@ -9,7 +9,19 @@ import torch
 from support.attacks import ATTACK_CASES, OWN_CASES
 from support.modules import batch, classifier
 
-from lightning_wdefense.attacks import FGSM, PGD, Attack, AutoAttack, ThreatModel, TorchAttack, get_attack
+from lightning_wdefense.attacks import (
+    FGSM,
+    PGD,
+    Attack,
+    AutoAttack,
+    FeatureScattering,
+    GibbsNoise,
+    LagrangianAttack,
+    SoftBallPGD,
+    ThreatModel,
+    TorchAttack,
+    get_attack,
+)
 
 LINF, L2 = ThreatModel(eps=0.1), ThreatModel(norm="l2", eps=0.1)
 WASSERSTEIN = ThreatModel(norm="wasserstein", eps=0.1)
@@ -55,6 +67,25 @@ CONFIGURATIONS = {
     "loss unknown": (lambda: PGD(LINF, loss="cee"), "no attack loss 'cee'. Did you mean 'ce'"),
     "fgsm loss unknown": (lambda: FGSM(LINF, loss="cw"), "no attack loss 'cw'"),
     "noise negative": (lambda: FGSM(LINF, noise=-1.0), "noise must not be negative"),
+    "soft ball multiplier": (lambda: SoftBallPGD(LINF, multiplier=-0.1), "multiplier must be finite and not neg.*-0.1"),
+    "soft ball nan": (lambda: SoftBallPGD(LINF, multiplier=float("nan")), "multiplier must be finite.*nan"),
+    "soft ball rate": (lambda: SoftBallPGD(LINF, multiplier_rate=-1.0), "multiplier_rate must be finite.*-1.0"),
+    "soft ball steps": (lambda: SoftBallPGD(LINF, steps=0), "steps must be at least 1, got 0"),
+    "lagrangian gamma": (lambda: LagrangianAttack(LINF, gamma=0.0), "gamma must be positive.*None, got 0.0"),
+    "lagrangian gamma inf": (lambda: LagrangianAttack(LINF, gamma=float("inf")), "gamma must be positive and finite"),
+    "lagrangian step size": (lambda: LagrangianAttack(LINF, step_size=-1.0), "step_size must be positive.*-1.0"),
+    "lagrangian steps": (lambda: LagrangianAttack(LINF, steps=0), "steps must be at least 1, got 0"),
+    "lagrangian kl": (lambda: LagrangianAttack(LINF, loss="kl"), 'loss="kl" has zero gradient.*use "ce"'),
+    "lagrangian loss": (lambda: LagrangianAttack(LINF, loss="mse"), "no attack loss 'mse'"),
+    "lagrangian wasserstein": (lambda: LagrangianAttack(WASSERSTEIN), "'wasserstein' has no ball"),
+    "scattering steps": (lambda: FeatureScattering(LINF, steps=0), "steps must be at least 1, got 0"),
+    "scattering step size": (lambda: FeatureScattering(LINF, step_size=0.0), "step_size must be positive.*0.0"),
+    "scattering wasserstein": (lambda: FeatureScattering(WASSERSTEIN), "'wasserstein' has no ball"),
+    "gibbs spread": (lambda: GibbsNoise(LINF, spread=-0.1), "spread must be finite and not negative.*-0.1"),
+    "gibbs temperature": (lambda: GibbsNoise(LINF, temperature=0.0), "temperature must be positive.*0.0"),
+    "gibbs copies": (lambda: GibbsNoise(LINF, copies=0), "copies must be at least 1, got 0"),
+    "gibbs loss": (lambda: GibbsNoise(LINF, loss="cee"), "no attack loss 'cee'"),
+    "gibbs wasserstein": (lambda: GibbsNoise(WASSERSTEIN), "'wasserstein' has no ball"),
     "autoattack steps": (lambda: AutoAttack(LINF, steps=0), "steps must be at least 1"),
     "autoattack queries": (lambda: AutoAttack(LINF, queries=0), "queries must be at least 1"),
 }
@@ -64,6 +95,12 @@ CONFIGURATIONS = {
 def test_configuration(build, message):
     with pytest.raises(ValueError, match=re.compile(message, re.DOTALL)):
         build()
+
+
+@pytest.mark.parametrize("divergence", ["sinkhorn", 0.1])
+def test_a_divergence_is_callable(divergence):
+    with pytest.raises(TypeError, match=re.escape(f"SinkhornDivergence(), or None, got {divergence!r}")):
+        FeatureScattering(LINF, divergence=divergence)
 
 
 every_attack = pytest.mark.parametrize("case", ATTACK_CASES.values(), ids=ATTACK_CASES)
@@ -122,8 +159,8 @@ LABELS = {
     "soft, negative": (torch.tensor([[2.0, -1, 0, 0, 0]] * 8), ValueError, "non-negative"),
 }
 LABELLED = {
-    name: case for name, case in ATTACK_CASES.items() if name not in ("pgd-kl", "pgd-callable")
-}  # the others take no labels, or whatever their loss takes
+    name: case for name, case in ATTACK_CASES.items() if case.labelled and name != "pgd-callable"
+}  # that one takes whatever its loss takes
 
 
 @pytest.mark.parametrize("case", LABELLED.values(), ids=LABELLED)
@@ -170,8 +207,8 @@ NOT_DIFFERENTIABLE = {
 @pytest.mark.parametrize("model", NOT_DIFFERENTIABLE.values(), ids=NOT_DIFFERENTIABLE)
 @every_attack
 def test_not_differentiable(case, model):
-    """Gradient attacks say so; Square needs no gradient."""
-    if case(LINF).name == "square":
+    """Gradient attacks say so."""
+    if not case.differentiates:
         case(LINF)(model, X, Y)
         return
     with pytest.raises(ValueError, match=r"do not depend differentiably on its inputs.*detach"):
@@ -188,7 +225,7 @@ def test_not_differentiable(case, model):
         (lambda z, y: None, "NoneType"),
     ],
 )
-@pytest.mark.parametrize("attack", [FGSM, PGD])
+@pytest.mark.parametrize("attack", [FGSM, PGD, LagrangianAttack, GibbsNoise])
 def test_callable_losses(attack, loss, shape):
     with pytest.raises(ValueError, match=rf"one loss a sample, \(8,\) here, got {shape}"):
         attack(LINF, loss=loss)(MODEL, X, Y)

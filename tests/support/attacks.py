@@ -8,7 +8,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_wdefense.attacks import FGSM, PGD, Attack, AutoAttack, ThreatModel, TorchAttack, get_attack
+from lightning_wdefense.attacks import (
+    FGSM,
+    PGD,
+    Attack,
+    AutoAttack,
+    FeatureScattering,
+    GibbsNoise,
+    LagrangianAttack,
+    SoftBallPGD,
+    ThreatModel,
+    TorchAttack,
+    get_attack,
+)
 
 
 def square_error(outputs: Tensor, labels: Tensor) -> Tensor:
@@ -21,11 +33,16 @@ class AttackCase:
     """How to build a small attack for a threat model, and what to expect of it.
 
     ``noisy``: another seed gives another result. ``own``: ours, so it takes ``bounds=None``, any task and float16 gradients.
+    ``differentiates``: needs gradients. ``labelled``: maximises a loss of the labels. ``scaled``: moves as far however small the
+    gradient.
     """
 
     build: Callable[[ThreatModel], Attack]
     noisy: bool = True
     own: bool = True
+    differentiates: bool = True
+    labelled: bool = True
+    scaled: bool = True
 
     def __call__(self, threat: ThreatModel) -> Attack:
         return self.build(threat)
@@ -36,16 +53,20 @@ ATTACK_CASES = {
     "n-fgsm": AttackCase(lambda threat: get_attack("n-fgsm", threat)),
     "pgd": AttackCase(lambda threat: PGD(threat, steps=3)),
     "pgd-restarts": AttackCase(lambda threat: PGD(threat, steps=2, restarts=3)),
-    "pgd-kl": AttackCase(lambda threat: PGD(threat, steps=3, loss="kl", random_start="gaussian")),
+    "pgd-kl": AttackCase(lambda threat: PGD(threat, steps=3, loss="kl", random_start="gaussian"), labelled=False),
     "pgd-margin": AttackCase(lambda threat: PGD(threat, steps=3, loss="margin", random_start=False), noisy=False),
     "pgd-callable": AttackCase(lambda threat: PGD(threat, steps=3, loss=square_error, restarts=2)),
+    "soft-ball-pgd": AttackCase(lambda threat: SoftBallPGD(threat, steps=3, multiplier=0.5)),
+    "lagrangian": AttackCase(lambda threat: LagrangianAttack(threat, steps=3), noisy=False, scaled=False),
+    "feature-scattering": AttackCase(FeatureScattering, labelled=False),
+    "gibbs-noise": AttackCase(lambda threat: GibbsNoise(threat, temperature=0.01), differentiates=False),
     "torchattacks-pgd": AttackCase(
         lambda threat: TorchAttack("PGDL2" if threat.norm == "l2" else "PGD", threat, steps=3), own=False
     ),
     "apgd-ce": AttackCase(lambda threat: get_attack("apgd-ce", threat, steps=5), own=False),
     "apgd-t": AttackCase(lambda threat: get_attack("apgd-t", threat, steps=3), own=False),
     "fab-t": AttackCase(lambda threat: get_attack("fab-t", threat, steps=3), noisy=False, own=False),
-    "square": AttackCase(lambda threat: get_attack("square", threat, n_queries=20), own=False),
+    "square": AttackCase(lambda threat: get_attack("square", threat, n_queries=20), own=False, differentiates=False),
     "autoattack": AttackCase(lambda threat: AutoAttack(threat, steps=5, queries=20), own=False),
 }
 
