@@ -15,7 +15,6 @@ from lightning_wdefense.defenses.defense import Defense, DefenseState
 from lightning_wdefense.defenses.objective import Branch, combine
 from lightning_wdefense.defenses.recipe import Recipe
 
-
 _CHECKPOINT_KEY = "wasserstein_defense"
 
 

@@ -105,9 +105,7 @@ class Defense:
             attacked = self.forward(adversarial) if recipe.needs("adversarial") else None
             seen = clean if recipe.sees == "clean" else attacked
             assert seen is not None
-            loss, _ = combine(
-                recipe, (task_loss or recipe.task_loss)(seen.outputs, labels), clean, attacked, labels
-            )
+            loss, _ = combine(recipe, (task_loss or recipe.task_loss)(seen.outputs, labels), clean, attacked, labels)
             self.perturbation.apply(loss)
 
     def restore_weights_after(self, loss: Tensor) -> None:

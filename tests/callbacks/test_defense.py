@@ -255,7 +255,9 @@ class TestLoss:
     @pytest.mark.parametrize("recipe", ["pgd-at", "trades"])
     def test_weight_perturbation_equals_the_formula(self, recipe):
         """The gradient of the step is that at the perturbed weights; the update starts from the true ones."""
-        defended = train(WassersteinDefense(Recipe.named(recipe, THREAT, awp=0.02, warmup_epochs=0)), precision="64-true")
+        defended = train(
+            WassersteinDefense(Recipe.named(recipe, THREAT, awp=0.02, warmup_epochs=0)), precision="64-true"
+        )
 
         class ByHand(DigitsClassifier):
             def __init__(self):
