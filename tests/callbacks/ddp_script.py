@@ -1,14 +1,18 @@
-"""Trains under two-process DDP and writes what each rank ended with; run by test_ddp.py."""
+"""Trains recipes under two-process DDP and writes what each rank ended with; run by test_ddp.py."""
 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import torch
+from lightning import seed_everything
 from support.lightning_modules import DigitsClassifier, digits_loaders, quiet_trainer
 
-from lightning_wdefense import ThreatModel, WassersteinDefense
+from lightning_wdefense import Recipe, ThreatModel, WassersteinDefense
 from lightning_wdefense.attacks import PGD
+
+THREAT = ThreatModel(eps=0.2)
 
 
 class Recording(PGD):
@@ -22,23 +26,23 @@ class Recording(PGD):
         return adversarial
 
 
-def main(recipe, folder):
-    from lightning import seed_everything
-
-    from lightning_wdefense import Recipe
-
-    seed_everything(0, verbose=False)
-    threat = ThreatModel(eps=0.2)
-    made = Recipe.named(recipe, threat, attack=Recording(threat, steps=2), warmup_epochs=0)
-    trainer = quiet_trainer(
-        strategy="ddp", devices=2, limit_train_batches=3, callbacks=[WassersteinDefense(made)], log_every_n_steps=1
-    )
-    module = DigitsClassifier(batch_norm=True)
-    trainer.fit(module, digits_loaders(shuffle=False)[0])
-    parameters = torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
-    torch.save(
-        {"weights": parameters, "perturbations": torch.stack(Recording.made)}, f"{folder}/{trainer.global_rank}.pt"
-    )
+def main(folder, *recipes):
+    results = {}
+    for name in recipes:
+        seed_everything(0, verbose=False)
+        recipe = Recipe.named(name.removesuffix("+awp"), THREAT, awp=0.01 * name.endswith("+awp"), warmup_epochs=0)
+        if name == "pgd-at":
+            recipe = replace(recipe, attack=Recording(THREAT, steps=2))
+        defense = WassersteinDefense(recipe)
+        trainer = quiet_trainer(
+            strategy="ddp", devices=2, limit_train_batches=3, callbacks=[defense], log_every_n_steps=1
+        )
+        module = DigitsClassifier(batch_norm=True)
+        trainer.fit(module, digits_loaders(shuffle=False)[0])
+        parameters = torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+        results[name] = {"weights": parameters, "learned": defense.state_dict()}
+    results["perturbations"] = torch.stack(Recording.made)
+    torch.save(results, f"{folder}/{trainer.global_rank}.pt")
 
 
 if __name__ == "__main__":

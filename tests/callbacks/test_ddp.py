@@ -1,4 +1,4 @@
-"""Two processes (gloo): one model, and noise of its own on each rank."""
+"""Two processes (gloo): one model, one learned state, and noise of its own on each rank, whatever the recipe."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightning_wdefense.defenses import RECIPES
+
 TESTS = Path(__file__).parents[1]
+CASES = [*(name for name in RECIPES if name != "standard"), "trades+awp", "udr+awp"]
 
 
-@pytest.mark.parametrize("recipe", ["pgd-at", "sat-features"])
-def test_ranks_end_with_the_same_weights(recipe, tmp_path):
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What both ranks ended with: all recipes in one pair of processes, whose start takes longer than their work."""
+    folder = tmp_path_factory.mktemp("ddp")
     path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     environment = {
         **os.environ,
@@ -22,10 +27,21 @@ def test_ranks_end_with_the_same_weights(recipe, tmp_path):
         "OMP_NUM_THREADS": "1",
         "MASTER_PORT": str(20000 + os.getpid() % 20000),
     }
-    command = [sys.executable, str(TESTS / "callbacks" / "ddp_script.py"), recipe, str(tmp_path)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    command = [sys.executable, str(TESTS / "callbacks" / "ddp_script.py"), str(folder), *CASES]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, cwd=folder)
     assert run.returncode == 0, run.stderr
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("recipe", CASES)
+def test_ranks_end_with_the_same_weights_and_have_learned_the_same(recipe, ranks):
+    first, second = (rank[recipe] for rank in ranks)
     assert torch.equal(first["weights"], second["weights"])
-    assert len(first["perturbations"]) == 3
-    assert not torch.equal(first["perturbations"], second["perturbations"])
+    assert first["learned"] == second["learned"]
+    assert (first["learned"]["multiplier"] is not None) == recipe.startswith("udr")
+
+
+def test_noise_differs_by_rank(ranks):
+    first, second = (rank["perturbations"] for rank in ranks)
+    assert len(first) == 3
+    assert not torch.equal(first, second)
