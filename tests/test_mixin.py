@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import replace
 
 import lightning as L
 import pytest
@@ -116,6 +117,27 @@ def test_a_missing_recipe_is_explained():
 
     with pytest.raises(NotImplementedError, match="configure_defense"):
         Forgetful().defend(*(part[:4] for part in digits()))
+
+
+@pytest.mark.parametrize("manual", [False, True])
+def test_weight_perturbation_trains_as_with_the_callback(manual):
+    class Perturbed(Defended):
+        def configure_defense(self):
+            return replace(super().configure_defense(), awp=0.01)
+
+    callback = WassersteinDefense(Recipe.named("trades", THREAT, warmup_epochs=0.5, awp=0.01))
+    _, expected = fit(DigitsClassifier, callback, precision="64-true")
+    _, module = fit(lambda: Perturbed("trades", manual), precision="64-true")
+    torch.testing.assert_close(weights(module), weights(expected), rtol=1e-5, atol=1e-6)
+
+
+def test_what_was_learned_is_in_the_checkpoint(tmp_path):
+    trainer, module = fit(lambda: Defended("udr"))
+    assert module.defense.state.multiplier < 1
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    again = Defended("udr")
+    quiet_trainer(limit_train_batches=4, max_epochs=1).fit(again, digits_loaders()[0], ckpt_path=tmp_path / "last.ckpt")
+    assert again.defense.state == module.defense.state
 
 
 def test_nan_is_named():

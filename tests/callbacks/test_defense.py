@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,6 +51,10 @@ def defend(recipe="pgd-at", **options):
 
 def weights(module):
     return torch.cat([value.detach().double().flatten() for value in module.state_dict().values()])
+
+
+def parameters(module):
+    return torch.cat([parameter.detach().clone().flatten() for parameter in module.parameters()])
 
 
 def rows_of(logger):
@@ -132,9 +137,12 @@ class TestLeavesAlone:
         for (x, _), kept in zip(loader, seen, strict=False):
             assert torch.equal(x, kept)
 
-    @pytest.mark.parametrize(("recipe", "passes"), [("pgd-at", 1), ("trades", 2), ("sat-features", 2)])
+    @pytest.mark.parametrize(
+        ("recipe", "passes"), [("pgd-at", 1), ("trades", 2), ("sat-features", 2), ("trades+awp", 2)]
+    )
     def test_batchnorm_sees_the_branches_and_not_the_attack(self, recipe, passes):
-        module = train(defend(recipe), module=DigitsClassifier(batch_norm=True), log_every_n_steps=1)
+        defense = WassersteinDefense(case(recipe, warmup_epochs=0))
+        module = train(defense, module=DigitsClassifier(batch_norm=True), log_every_n_steps=1)
         assert int(module.net.norm.num_batches_tracked) == 4 * passes
 
     @pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt()])
@@ -154,6 +162,38 @@ class TestLeavesAlone:
         assert not any(child._forward_hooks or child._forward_pre_hooks for child in module.modules())
         assert not module.net.norm.training
         assert module.net.head.training
+
+    @pytest.mark.parametrize("where", ["skipped", "step", "backward"])
+    def test_perturbed_weights_come_back(self, where):
+        """To the last bit, when the step is skipped, or fails before or in the backward pass."""
+
+        class Failing(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, loss):
+                return loss.clone()
+
+            @staticmethod
+            def backward(ctx, gradient):
+                raise RuntimeError("in backward")
+
+        class Unfortunate(DigitsClassifier):
+            def training_step(self, batch, batch_idx):
+                moved.append(not torch.equal(parameters(self), start))
+                if where == "skipped":
+                    return None
+                loss = super().training_step(batch, batch_idx)
+                if where == "step":
+                    raise RuntimeError("in the step")
+                return Failing.apply(loss)
+
+        moved: list[bool] = []
+        module = Unfortunate(batch_norm=True)
+        start = parameters(module)
+        with nullcontext() if where == "skipped" else pytest.raises(RuntimeError, match="in "):
+            train(WassersteinDefense(case("pgd-at+awp", warmup_epochs=0)), module=module)
+        assert moved
+        assert all(moved)
+        assert torch.equal(parameters(module), start)
 
     def test_an_attack_that_fails_leaves_the_modes(self):
         class FailingForward(DigitsClassifier):
@@ -603,6 +643,8 @@ CONSTRUCTOR_ERRORS = {
     "weight without discrepancy": (lambda: defend("pgd-at", weight=1.0), "needs a discrepancy"),
     "unknown discrepancy": (lambda: Recipe(PGD(THREAT), discrepancy="sinkhron", weight=1), "'sinkhorn'"),
     "no attack": (lambda: Recipe(None), "Without an attack"),
+    "no attack to perturb for": (lambda: Recipe(None, "clean", awp=0.01), "Without an attack"),
+    "negative perturbation": (lambda: Recipe.named("pgd-at", THREAT, awp=-0.1), "awp must not be negative"),
     "unknown branch": (lambda: Recipe(PGD(THREAT), sees="dirty"), "dirty"),
 }
 
@@ -611,6 +653,20 @@ CONSTRUCTOR_ERRORS = {
 def test_errors_at_construction(make, match):
     with pytest.raises(ValueError, match=match):
         make()
+
+
+def test_feature_scattering_warns():
+    with pytest.warns(UserWarning, match="fails under AutoAttack"):
+        WassersteinDefense("feature-scattering", threat=THREAT)
+
+
+def test_a_second_run_learns_anew():
+    defense = defend("udr")
+    train(defense)
+    learned = defense.state_dict()
+    train(defense)
+    assert defense.state_dict() == learned
+    assert learned["multiplier"] < 1
 
 
 def test_an_equal_threat_beside_a_recipe_is_fine():
