@@ -2,6 +2,7 @@
 
 from lightning_wdefense.attacks.autoattack import AutoAttack
 from lightning_wdefense.attacks.base import Attack
+from lightning_wdefense.attacks.execution import Execution
 from lightning_wdefense.attacks.fgsm import FGSM
 from lightning_wdefense.attacks.pgd import PGD
 from lightning_wdefense.attacks.registry import ATTACKS, get_attack
@@ -15,6 +16,7 @@ __all__ = [
     "PGD",
     "Attack",
     "AutoAttack",
+    "Execution",
     "ThreatModel",
     "TorchAttack",
     "WorstCase",
