@@ -111,7 +111,11 @@ def _compiled(model: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
             f"compile=True needs an nn.Module, got {type(model).__name__}: compile it yourself with torch.compile, and leave "
             "compile=False."
         )
-    if hasattr(model, "_orig_mod") or model._compiled_call_impl is not None or isinstance(model, torch.jit.ScriptModule):
+    if (
+        hasattr(model, "_orig_mod")
+        or model._compiled_call_impl is not None
+        or isinstance(model, torch.jit.ScriptModule)
+    ):
         return model
     if model not in _compiled_forms:
         # Each with a code object of its own: what is compiled, and how often at most, is counted by code object.
