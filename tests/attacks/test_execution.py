@@ -182,9 +182,9 @@ def test_the_model_is_left_as_it_was(how):
 
 
 def test_a_nasty_module_in_bf16():
-    model = Nasty(36)
+    model, inputs = Nasty(36), torch.rand(8, 1, 6, 6)
     snapshot = Snapshot(model)
-    ATTACK(model, torch.rand(8, 1, 6, 6), torch.arange(8) % 5, execution=BF16)
+    ATTACK(model, inputs, torch.arange(8) % 5, execution=BF16)
     snapshot.check()
 
 
