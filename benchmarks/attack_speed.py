@@ -142,9 +142,9 @@ def images(options: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor, Tensor,
     return x[:1297], y[:1297], x[1297:], y[1297:], DIGITS_EPS
 
 
-def scheduled_steps(epoch: int, epochs: int, warmup: int) -> int:
+def scheduled_steps(epoch: int, warmup: int) -> int:
     """K grows with the radius, over the warm-up."""
-    return max(1, round(STEPS * min(1.0, (epoch + 1) / warmup))) if epoch < epochs else STEPS
+    return round(STEPS * min(1.0, (epoch + 1) / warmup))
 
 
 def train(option: str, data: Sequence[Tensor], eps: float, seed: int, epochs: int) -> tuple[nn.Module, float]:
@@ -162,7 +162,7 @@ def train(option: str, data: Sequence[Tensor], eps: float, seed: int, epochs: in
     warmup, start = epochs // 2, time.perf_counter()
     for epoch in range(epochs):
         radius = eps * min(1.0, (epoch + 1) / warmup)
-        steps = scheduled_steps(epoch, epochs, warmup) if option == "scheduled steps" else STEPS
+        steps = scheduled_steps(epoch, warmup) if option == "scheduled steps" else STEPS
         attack = PGD(ThreatModel(eps=radius), steps=steps, **fields)
         for index in torch.randperm(len(x)).split(64):
             adversarial = attack(model, x[index], y[index], generator=generator, execution=execution)
@@ -301,7 +301,7 @@ def main() -> None:
         },
         "peers": times(peers, options),
         "options": times({name: partial(ours, name) for name in OPTIONS}, options),
-        "saved_steps": 1 - sum(scheduled_steps(epoch, EPOCHS, WARMUP) for epoch in range(EPOCHS)) / (EPOCHS * STEPS),
+        "saved_steps": 1 - sum(scheduled_steps(epoch, WARMUP) for epoch in range(EPOCHS)) / (EPOCHS * STEPS),
         "quality": quality(robust, data[2], data[3], data[4]),
         "training": trainings(data, options),
     }
