@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import time
 import warnings
@@ -21,6 +19,7 @@ from pathlib import Path
 import lightning as L
 import torch
 import torch.nn.functional as F
+from _common import hardware, ratio_interval
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -117,25 +116,6 @@ def passes(module, batch, repeats=10):
     return statistics.median(seconds)
 
 
-def interval(ours, theirs, draws=2000):
-    """95% bootstrap interval of the ratio of medians."""
-    generator = torch.Generator().manual_seed(0)
-    sides = [
-        torch.tensor(side)[torch.randint(len(side), (draws, len(side)), generator=generator)] for side in (ours, theirs)
-    ]
-    ratios = sides[0].median(1).values / sides[1].median(1).values
-    return [round(float(q), 4) for q in torch.quantile(ratios, torch.tensor([0.025, 0.975]))]
-
-
-def hardware():
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    model = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    return f"{model[0] if model else platform.processor()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=10, help="K, the attack's gradient steps")
@@ -158,7 +138,7 @@ def main():
     module = Plain(options.width).to("cuda" if torch.cuda.is_available() else "cpu")
     ours, theirs = times["callback"], times["hand-written"]
     result = {
-        "hardware": hardware(),
+        "hardware": hardware("cuda" if torch.cuda.is_available() else "cpu"),
         "torch": torch.__version__,
         "lightning": L.__version__,
         "attack_steps": options.steps,
@@ -166,7 +146,7 @@ def main():
         "callback_ms": round(1e3 * statistics.median(ours), 2),
         "hand_written_ms": round(1e3 * statistics.median(theirs), 2),
         "ratio_of_medians": round(statistics.median(ours) / statistics.median(theirs), 4),
-        "interval_95": interval(ours, theirs),
+        "interval_95": ratio_interval(ours, theirs),
         "ratio_of_means": round(statistics.mean(ours) / statistics.mean(theirs), 4),
         "timed_steps_each": len(ours),
     }

@@ -2,6 +2,7 @@
 
 from lightning_wdefense.attacks.autoattack import AutoAttack
 from lightning_wdefense.attacks.base import Attack
+from lightning_wdefense.attacks.execution import Execution
 from lightning_wdefense.attacks.feature_scattering import FeatureScattering
 from lightning_wdefense.attacks.fgsm import FGSM
 from lightning_wdefense.attacks.gibbs_noise import GibbsNoise
@@ -20,6 +21,7 @@ __all__ = [
     "PGD",
     "Attack",
     "AutoAttack",
+    "Execution",
     "FeatureScattering",
     "GibbsNoise",
     "LagrangianAttack",

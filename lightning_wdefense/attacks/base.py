@@ -5,12 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
+from lightning_wdefense.attacks.execution import Execution
 from lightning_wdefense.attacks.isolation import isolated
 from lightning_wdefense.attacks.losses import AttackLoss, cross_entropy, kl_divergence, margin
 from lightning_wdefense.attacks.outputs import check_logits, class_labels, hard_labels, logits_of, predictions
@@ -65,6 +67,7 @@ class Attack(ABC):
         *,
         generator: torch.Generator | None = None,
         samples: Tensor | None = None,
+        execution: Execution | None = None,
     ) -> Tensor:
         """Attack a batch.
 
@@ -76,33 +79,33 @@ class Attack(ABC):
             generator: source of all noise; ``None`` for one seeded with ``seed``.
             samples: which samples to attack, indices or a boolean mask ``(N,)``; the others come back clean. The
                 inputs are held against the bounds as a whole.
+            execution: how the model is run (precision, layout, compiled); ``None`` for as it is.
 
         Returns:
             Adversarial inputs in model units, with the shape, dtype and device of ``inputs``, detached.
 
         Raises:
-            TypeError: if the inputs are not floating point, or the outputs are not logits.
-            ValueError: if inputs or labels do not fit the threat model or the outputs.
+            TypeError: if the inputs are not floating point, the outputs are not logits, or what is to be compiled is no module.
+            ValueError: if inputs or labels do not fit the threat model or the outputs, or the device has no autocast.
         """
         if not isinstance(inputs, Tensor):
             raise TypeError(f"The inputs must be a tensor, got {type(inputs).__name__}. Name theirs with inputs=.")
         if inputs.ndim == 0 or len(inputs) == 0:
             raise ValueError(f"The inputs must be a batch with at least one sample, got shape {tuple(inputs.shape)}.")
-        with isolated(model, inputs.device):
+        execution = execution or Execution()
+        with isolated(model, inputs.device), execution.prepared(model, inputs.device) as run:
             clean = inputs.detach().clone()
             labels = apply_to_collection(labels, Tensor, lambda label: label.detach().clone())
             # Half precision cannot hold small steps: the attack iterates in float32, the model sees its own dtype.
-            data, box = self.threat.read(clean)
+            data, box = self.threat.read(execution.lay_out(clean))
             if self.threat.eps == 0 and self.bounded:
                 return clean
             generator = generator or torch.Generator(inputs.device).manual_seed(self.seed)
-            problem = Problem(model, data, labels, box, self.threat, generator, inputs.dtype)
+            problem = Problem(model, run, data, labels, box, self.threat, generator, inputs.dtype)
             if samples is not None:
                 problem = problem.select(samples)
             adversarial = self.threat.to_model(problem.box.clamp(self.perturb(problem))).to(inputs.dtype).detach()
-            if samples is None:
-                return adversarial
-            clean[samples] = adversarial
+            clean[slice(None) if samples is None else samples] = adversarial
             return clean
 
 
@@ -111,7 +114,8 @@ class Problem:
     """One batch under attack, in data units: what :meth:`Attack.perturb` works with.
 
     Attributes:
-        model: takes inputs in model units; use :meth:`forward`.
+        model: the user's; use :meth:`forward`.
+        run: the same as the :class:`Execution` has it: takes inputs in model units.
         data: clean inputs, data units, float32 or better.
         labels: as given.
         box: element-wise limits.
@@ -122,6 +126,7 @@ class Problem:
     """
 
     model: Model
+    run: Model
     data: Tensor
     labels: Any
     box: Box
@@ -132,7 +137,8 @@ class Problem:
 
     def forward(self, data: Tensor) -> Any:
         """The model's outputs for inputs in data units (a copy: the model may work in place)."""
-        return self.model(self.threat.to_model(data).to(self.dtype, copy=True))
+        inputs = self.threat.to_model(data)
+        return self.run(inputs.to(self.dtype, copy=inputs is data))
 
     def outputs(self, data: Tensor) -> Any:
         """:meth:`forward` without a graph."""
@@ -151,7 +157,18 @@ class Problem:
 
     def project(self, data: Tensor) -> Tensor:
         """Into the ball around the clean inputs, and into the box."""
-        return self.threat.project(data, self.data, self.box)
+        return self.project_(data.clone())
+
+    def project_(self, data: Tensor) -> Tensor:
+        """:meth:`project`, which may work in the memory of ``data``."""
+        if self._limits is not None:
+            return self._limits.clamp_(data)
+        return self.box.clamp_(self.threat.ball.project(data.sub_(self.data), self.threat.eps).add_(self.data))
+
+    @cached_property
+    def _limits(self) -> Box | None:
+        # In L-infinity the ball is a box as well, so that a projection into both is a single clamp.
+        return self.box.around(self.data, self.threat.eps) if self.threat.norm == "linf" else None
 
     def with_clean_outputs(self) -> Problem:
         """The same problem with the clean outputs known, at the cost of a forward pass."""
@@ -187,10 +204,18 @@ class Problem:
             data: where, in data units.
             loss: what to maximise.
             check: as in :meth:`loss`.
+
+        Returns:
+            The gradient, in memory of its own.
         """
+        return self.outputs_and_gradient(data, loss, check=check)[1]
+
+    def outputs_and_gradient(self, data: Tensor, loss: AttackLoss, *, check: bool = False) -> tuple[Any, Tensor]:
+        """The model's outputs, and :meth:`gradient`, of one pass."""
         point = data.detach().requires_grad_()
-        values = self.loss(self.forward(point), loss, check=check)
-        return self.differentiate(values, point, torch.ones_like(values))
+        outputs = self.forward(point)
+        values = self.loss(outputs, loss, check=check)
+        return outputs, self.differentiate(values, point, torch.ones_like(values))
 
     def differentiate(self, values: Tensor, point: Tensor, weights: Tensor, *, keep_graph: bool = False) -> Tensor:
         """Gradient of the weighted sum of ``values`` with respect to ``point``; NaN becomes zero.
@@ -208,12 +233,14 @@ class Problem:
             raise ValueError(_NO_GRADIENT)
         for scale in self._scales():
             keep = keep_graph or scale != 1
-            (gradient,) = torch.autograd.grad(values, point, weights * scale, retain_graph=keep, allow_unused=True)
+            scaled = weights if scale == 1 else weights * scale
+            (gradient,) = torch.autograd.grad(values, point, scaled, retain_graph=keep, allow_unused=True)
             if gradient is None:
                 raise ValueError(_NO_GRADIENT)
             if scale == 1 or bool(torch.isfinite(gradient).all()):
                 break
-        return torch.nan_to_num(gradient / scale, nan=0.0, posinf=0.0, neginf=0.0)
+        # Always a copy: what autograd returns may be shared, or a view of itself.
+        return torch.nan_to_num(gradient if scale == 1 else gradient / scale, nan=0.0, posinf=0.0, neginf=0.0)
 
     def _scales(self) -> tuple[int, ...]:
         # float16 gradients underflow: scale them up, and less if that overflows.

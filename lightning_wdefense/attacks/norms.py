@@ -26,11 +26,11 @@ def random_normal(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _linf_uniform(like: Tensor, eps: float, generator: torch.Generator) -> Tensor:
-    return (2 * random_uniform(like, generator) - 1) * eps
+    return random_uniform(like, generator).mul_(2).sub_(1).mul_(eps)
 
 
 def _linf_steepest(gradient: Tensor) -> Tensor:
-    return gradient.sign()
+    return gradient.sign_()
 
 
 def _linf_project(delta: Tensor, eps: float) -> Tensor:
@@ -55,8 +55,8 @@ def _l2_uniform(like: Tensor, eps: float, generator: torch.Generator) -> Tensor:
 def _l2_steepest(gradient: Tensor) -> Tensor:
     # Dividing by the largest entry first keeps the square of tiny gradients from underflowing.
     largest = per_sample(_linf_length(gradient), gradient)
-    gradient = gradient / largest.clamp_min(torch.finfo(gradient.dtype).tiny)
-    return gradient / per_sample(_l2_length(gradient), gradient).clamp_min(1e-12)
+    gradient = gradient.div_(largest.clamp_min(torch.finfo(gradient.dtype).tiny))
+    return gradient.div_(per_sample(_l2_length(gradient), gradient).clamp_min(1e-12))
 
 
 def _l2_project(delta: Tensor, eps: float) -> Tensor:
@@ -65,7 +65,10 @@ def _l2_project(delta: Tensor, eps: float) -> Tensor:
 
 
 class Ball(NamedTuple):
-    """The operations that an attack needs of a norm ball around zero; all lengths are in data units."""
+    """The operations that an attack needs of a norm ball around zero; all lengths are in data units.
+
+    ``steepest`` works in the memory of the gradient that it is given: fresh temporaries cost as much as the arithmetic.
+    """
 
     uniform: Callable[[Tensor, float, torch.Generator], Tensor]
     steepest: Callable[[Tensor], Tensor]

@@ -30,14 +30,19 @@ class PGD(Attack):
         restarts: runs from different starts, of which each sample keeps its worst; with ``loss`` ``"ce"`` or
             ``"margin"`` the later runs attack only what is still classified correctly.
         loss: ``"ce"``, ``"kl"``, ``"margin"``, or a callable ``(outputs, labels) -> per-sample loss``.
+        early_exit: leave each sample where it is first misclassified (segmentation: in one element), and run the model on
+            the others alone. For training: cheaper, but the examples are weaker, and so may be the robustness. It needs
+            ``loss`` ``"ce"`` or ``"margin"``, and waits for the device at every step. A sample that the last step breaks, or
+            none, is where all the steps lead.
         seed: seeds the noise of calls that are given no generator.
 
     Raises:
-        ValueError: for a norm without a ball, an unknown loss, ``steps`` or ``restarts`` below 1, or a step size that
-            is not positive.
+        ValueError: for a norm without a ball, an unknown loss, ``steps`` or ``restarts`` below 1, a step size that
+            is not positive, or ``early_exit`` with a loss that does not say what is misclassified.
 
     References:
-        Madry et al., "Towards deep learning models resistant to adversarial attacks", 2018.
+        Madry et al., "Towards deep learning models resistant to adversarial attacks", 2018. On early exit: Zhang et al.,
+        "Attacks which do not kill training make adversarial learning stronger", 2020 (friendly adversarial training).
 
     Example:
         >>> import torch
@@ -57,6 +62,7 @@ class PGD(Attack):
     random_start: bool | Literal["gaussian"] = True
     restarts: int = 1
     loss: AttackLoss = "ce"
+    early_exit: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -71,6 +77,11 @@ class PGD(Attack):
             raise ValueError(f'random_start must be True, False or "gaussian", got {self.random_start!r}.')
         if self.loss == "kl" and not self.random_start:
             raise ValueError('loss="kl" has zero gradient at the clean inputs: use random_start=True or "gaussian".')
+        if self.early_exit and self.loss not in ("ce", "margin"):
+            raise ValueError(
+                f'early_exit=True ends where a sample is misclassified, which loss={self.loss!r} does not say: use loss="ce" or '
+                '"margin", or early_exit=False.'
+            )
 
     def with_eps(self, eps: float) -> PGD:
         """The same attack at another radius (data units); an explicit step size keeps its ratio to the radius."""
@@ -100,17 +111,33 @@ class PGD(Attack):
 
     def _ascend(self, problem: Problem) -> Tensor:
         data = self._start(problem)
+        if self.early_exit:
+            return self._ascend_until_fooled(problem, data)
         for index in range(self.steps):
             data = self._move(problem, data, problem.gradient(data, self.loss, check=index == 0))
         return data
+
+    def _ascend_until_fooled(self, problem: Problem, data: Tensor) -> Tensor:
+        found, left = data.clone(), torch.arange(len(data), device=data.device)
+        for index in range(self.steps):
+            outputs, gradient = problem.outputs_and_gradient(data, self.loss, check=index == 0)
+            right = (~problem.fooled(outputs)).nonzero().squeeze(1)
+            if len(right) < len(left):
+                found[left] = data
+                problem, data, gradient, left = problem.select(right), data[right], gradient[right], left[right]
+            if len(left) == 0:
+                break
+            data = self._move(problem, data, gradient)
+        found[left] = data
+        return found
 
     @property
     def _step(self) -> float:
         return self.step_size if self.step_size is not None else 2.5 * self.threat.eps / self.steps
 
     def _move(self, problem: Problem, data: Tensor, gradient: Tensor) -> Tensor:
-        """One step of ascent and the way back into the ball and the box."""
-        return problem.project(data + self._step * self.threat.ball.steepest(gradient))
+        """One step of ascent and the way back into the ball and the box; may overwrite the gradient."""
+        return problem.project_(self.threat.ball.steepest(gradient).mul_(self._step).add_(data))
 
     def _start(self, problem: Problem) -> Tensor:
         clean, threat = problem.data, self.threat

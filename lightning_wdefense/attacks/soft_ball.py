@@ -82,9 +82,10 @@ class SoftBallPGD(PGD, LearnedAttack):
         return max(self.multiplier - self.multiplier_rate * (self.threat.eps - float(displacement)), 0.0)
 
     def _move(self, problem: Problem, data: Tensor, gradient: Tensor) -> Tensor:
-        """One step of ascent, the way back towards the ball, and into the box."""
+        """One step of ascent, the way back towards the ball, and into the box; may overwrite the gradient."""
+        if self.multiplier >= 1:
+            return super()._move(problem, data, gradient)
         ball = self.threat.ball
-        delta = data + self._step * ball.steepest(gradient) - problem.data
-        # lerp with weight 1 is its second argument to the bit, so that the hard ball is PGD's.
-        pulled = delta.lerp(ball.project(delta, self.threat.eps), min(self.multiplier, 1.0))
-        return problem.box.clamp(problem.data + pulled)
+        delta = ball.steepest(gradient).mul_(self._step).add_(data).sub_(problem.data)
+        pulled = delta.lerp(ball.project(delta, self.threat.eps), self.multiplier)
+        return problem.box.clamp_(pulled.add_(problem.data))

@@ -32,6 +32,17 @@ class Box(NamedTuple):
         """Clamp ``data`` into the box."""
         return data if self.low is None else torch.clamp(data, self.low, self.high)
 
+    def clamp_(self, data: Tensor) -> Tensor:
+        """Clamp ``data`` into the box, in its own memory."""
+        return data if self.low is None else data.clamp_(self.low, self.high)
+
+    def around(self, center: Tensor, radius: float) -> Box:
+        """The part of the box that is within ``radius`` of ``center``, which it holds, in every coordinate."""
+        low, high = center - radius, center + radius
+        if self.low is None or self.high is None:
+            return Box(low, high)
+        return Box(torch.maximum(low, self.low, out=low), torch.minimum(high, self.high, out=high))
+
     def select(self, index: Tensor) -> Box:
         """The limits of some of the samples."""
         return self if self.low is None or self.high is None else Box(self.low[index], self.high[index])
@@ -136,15 +147,16 @@ class ThreatModel:
                 f"The inputs are {data.dtype}; an attack needs floating-point inputs. Convert integer images with "
                 "x.float() / 255 (and give ThreatModel the mean= and std= of any normalisation)."
             )
+        least, most = torch.stack(torch.aminmax(data)).tolist() if data.numel() else (0.0, 0.0)
         if self.bounds is None:
-            if not bool(torch.isfinite(data).all()):
+            if not (math.isfinite(least) and math.isfinite(most)):
                 raise ValueError("The inputs hold NaN or infinite values: look at the data pipeline.")
             return Box(None, None)
         low, high = self.bounds
         rounding = 8 * torch.finfo(precision or data.dtype).eps * max(1.0, abs(low), abs(high), high - low)
         # NaN compares false, so it counts as outside.
-        outside = float((~((data >= low - rounding) & (data <= high + rounding))).float().mean())
-        if outside > 0:
+        if data.numel() and not (least >= low - rounding and most <= high + rounding):
+            outside = float((~((data >= low - rounding) & (data <= high + rounding))).float().mean())
             self._explain(data, outside)
         return Box(data.clamp(max=low), data.clamp(min=high))
 

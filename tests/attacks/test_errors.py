@@ -63,6 +63,7 @@ CONFIGURATIONS = {
     "step size nan": (lambda: PGD(LINF, step_size=float("nan")), "step_size must be positive"),
     "random start": (lambda: PGD(LINF, random_start="normal"), "random_start must be.*'normal'"),
     "kl at the start": (lambda: PGD(LINF, loss="kl", random_start=False), 'loss="kl" has zero gradient'),
+    "early exit": (lambda: PGD(LINF, early_exit=True, loss="kl"), "early_exit=True.*loss='kl'.*\"margin\""),
     "fgsm kl": (lambda: FGSM(LINF, loss="kl"), 'loss="kl" has zero gradient.*noise'),
     "loss unknown": (lambda: PGD(LINF, loss="cee"), "no attack loss 'cee'. Did you mean 'ce'"),
     "fgsm loss unknown": (lambda: FGSM(LINF, loss="cw"), "no attack loss 'cw'"),

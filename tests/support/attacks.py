@@ -53,6 +53,7 @@ ATTACK_CASES = {
     "n-fgsm": AttackCase(lambda threat: get_attack("n-fgsm", threat)),
     "pgd": AttackCase(lambda threat: PGD(threat, steps=3)),
     "pgd-restarts": AttackCase(lambda threat: PGD(threat, steps=2, restarts=3)),
+    "pgd-early-exit": AttackCase(lambda threat: PGD(threat, steps=3, early_exit=True)),
     "pgd-kl": AttackCase(lambda threat: PGD(threat, steps=3, loss="kl", random_start="gaussian"), labelled=False),
     "pgd-margin": AttackCase(lambda threat: PGD(threat, steps=3, loss="margin", random_start=False), noisy=False),
     "pgd-callable": AttackCase(lambda threat: PGD(threat, steps=3, loss=square_error, restarts=2)),

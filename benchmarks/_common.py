@@ -1,0 +1,29 @@
+"""What the benchmarks share: the machine's name, and intervals."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+
+def hardware(device: str) -> str:
+    """The GPU's name, or the CPU's with the threads in use."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    models = [line.split(":")[1].strip() for line in lines if "model name" in line]
+    return f"{(models or [platform.processor()])[0]}, {torch.get_num_threads()} of {os.cpu_count()} cores"
+
+
+def ratio_interval(ours: Sequence[float], theirs: Sequence[float], draws: int = 2000) -> list[float]:
+    """95% bootstrap interval of the ratio of medians."""
+    generator = torch.Generator().manual_seed(0)
+    sides = [
+        torch.tensor(side)[torch.randint(len(side), (draws, len(side)), generator=generator)] for side in (ours, theirs)
+    ]
+    ratios = sides[0].median(1).values / sides[1].median(1).values
+    return [round(float(q), 4) for q in torch.quantile(ratios, torch.tensor([0.025, 0.975]))]
