@@ -66,17 +66,15 @@ class Defense:
             generator: source of the attack's noise.
             average: the mean of a scalar over all ranks, on which all of them learn the same.
         """
-        attack = self.recipe.attack
-        assert attack is not None
-        if radius != 1.0:
-            attack = attack.with_eps(attack.threat.eps * radius)
-        if not isinstance(attack, LearnedAttack):
-            return attack(self.model, inputs, labels, generator=generator)
-        if self.state.multiplier is not None:
+        attack = self.recipe.attack_at(radius)
+        if isinstance(attack, LearnedAttack) and self.state.multiplier is not None:
             attack = replace(attack, multiplier=self.state.multiplier)  # type: ignore[type-var]
-        adversarial = attack(self.model, inputs, labels, generator=generator)
-        displacement = attack.displacement(inputs, adversarial)
-        self.state.multiplier = attack.updated_multiplier(displacement if average is None else average(displacement))
+        adversarial = attack(self.model, inputs, labels, generator=generator, execution=self.recipe.execution)
+        if isinstance(attack, LearnedAttack):
+            displacement = attack.displacement(inputs, adversarial)
+            self.state.multiplier = attack.updated_multiplier(
+                displacement if average is None else average(displacement)
+            )
         return adversarial
 
     def learned(self) -> dict[str, float]:

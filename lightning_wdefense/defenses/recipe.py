@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from lightning_wdefense.attacks import (
     FGSM,
     PGD,
     Attack,
+    Execution,
     FeatureScattering,
     GibbsNoise,
     LagrangianAttack,
@@ -52,6 +54,8 @@ class Recipe:
         awp: size of the adversarial weight perturbation (Wu et al., 2020), in multiples of each weight's norm; 0 for none, 0.005 to
             0.01 in the paper. The step's gradient is taken at weights moved uphill by so much, which costs about one more training
             step without the attack. ``task_loss`` stands in for the loss in ``training_step``, which runs only once.
+        execution: how the model is run inside the attack, such as ``Execution(precision="bf16")``; ``None`` for as it is.
+        ramp_steps: in the warm-up let the attack's number of steps grow with its radius, which saves time.
         warmup_epochs: the attack's radius grows linearly from 0 over so many epochs, counted in optimizer steps. Training at
             a large radius from the start collapses to a constant output.
         name: for logs and messages.
@@ -73,6 +77,8 @@ class Recipe:
     task_loss: Callable[[Any, Any], Tensor] = mean_cross_entropy
     margin_weight: float = 0.0
     awp: float = 0.0
+    execution: Execution | None = None
+    ramp_steps: bool = False
     warmup_epochs: float = 3.0
     name: str = "custom"
 
@@ -89,6 +95,8 @@ class Recipe:
             raise ValueError(f"weight={self.weight} needs a discrepancy=.")
         if self.discrepancy is not None:
             get_discrepancy(self.discrepancy)
+        if self.ramp_steps and not isinstance(self.attack, PGD):
+            raise ValueError(f"ramp_steps=True needs PGD, whose steps can be fewer, got {self.attack!r}.")
 
     @property
     def threat(self) -> ThreatModel | None:
@@ -109,6 +117,17 @@ class Recipe:
         """Whether the loss needs the model's outputs on the clean, or on the adversarial inputs."""
         both = self.weight > 0 or self.other_weight > 0
         return both or self.sees == branch or (branch == "adversarial" and self.margin_weight > 0)
+
+    def attack_at(self, radius: float) -> Attack:
+        """The attack with its eps multiplied by ``radius`` (the warm-up), and its steps as well where they ramp."""
+        attack = self.attack
+        assert attack is not None
+        if self.ramp_steps and isinstance(attack, PGD):
+            steps = max(1, math.ceil(radius * attack.steps))
+            # Fewer steps go as far together.
+            step_size = None if attack.step_size is None else attack.step_size * attack.steps / steps
+            attack = replace(attack, steps=steps, step_size=step_size)
+        return attack if radius == 1.0 else attack.with_eps(attack.threat.eps * radius)
 
     @classmethod
     def named(cls, name: str, threat: ThreatModel, **changes: Any) -> Recipe:

@@ -19,7 +19,7 @@ from torch import nn
 from torchmetrics import Accuracy
 
 from lightning_wdefense import Recipe, ThreatModel, WassersteinDefense
-from lightning_wdefense.attacks import FGSM, PGD
+from lightning_wdefense.attacks import FGSM, PGD, Execution
 from lightning_wdefense.callbacks.schedule import noise_generator
 from lightning_wdefense.defenses import RECIPES
 from lightning_wdefense.transport import sinkhorn_divergence
@@ -353,6 +353,33 @@ class TestLoss:
         train(WassersteinDefense(Recipe(Recording(THREAT), warmup_epochs=1.5)), max_epochs=2)
         assert seen == pytest.approx([0.2 * min(1, (step + 1) / 6) for step in range(8)])
 
+    @pytest.mark.parametrize("step_size", [None, 0.06])
+    def test_steps_grow_with_the_radius(self, step_size):
+        seen = []
+
+        class Recording(PGD):
+            def perturb(self, problem):
+                seen.append((self.steps, self.steps * self._step / self.threat.eps))
+                return super().perturb(problem)
+
+        attack = Recording(THREAT, steps=10, step_size=step_size)
+        train(WassersteinDefense(Recipe(attack, warmup_epochs=1.5, ramp_steps=True)), max_epochs=2)
+        assert [steps for steps, _ in seen] == [2, 4, 5, 7, 9, 10, 10, 10]
+        assert [reach for _, reach in seen] == pytest.approx([2.5 if step_size is None else 3.0] * 8)
+
+    def test_the_attack_runs_as_it_is_told(self):
+        dtypes = set()
+
+        class Seeing(DigitsClassifier):
+            def forward(self, x):
+                outputs = super().forward(x)
+                dtypes.add((self.training, outputs.dtype))
+                return outputs
+
+        recipe = Recipe(PGD(THREAT, steps=2), execution=Execution(precision="bf16"), warmup_epochs=0)
+        train(WassersteinDefense(recipe), module=Seeing)
+        assert dtypes == {(False, torch.bfloat16), (True, torch.float32)}
+
     def test_warmup_counts_optimizer_steps(self, tmp_path):
         logger = CSVLogger(tmp_path)
         train(defend(warmup_epochs=1), accumulate_grad_batches=2, logger=logger, log_every_n_steps=1, max_epochs=2)
@@ -645,6 +672,7 @@ CONSTRUCTOR_ERRORS = {
     "no attack": (lambda: Recipe(None), "Without an attack"),
     "no attack to perturb for": (lambda: Recipe(None, "clean", awp=0.01), "Without an attack"),
     "negative perturbation": (lambda: Recipe.named("pgd-at", THREAT, awp=-0.1), "awp must not be negative"),
+    "steps of another attack": (lambda: Recipe.named("fast-at", THREAT, ramp_steps=True), "needs PGD"),
     "unknown branch": (lambda: Recipe(PGD(THREAT), sees="dirty"), "dirty"),
 }
 
