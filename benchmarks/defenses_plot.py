@@ -1,0 +1,71 @@
+"""The plot of ``defenses.py``: robust accuracy against the time of training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from defenses_protocol import Protocol
+from defenses_report import REFERENCES, Row, by_label, step_ratio
+
+GAP = 0.042
+"""Of the height of the plot, between two labels."""
+
+
+def plot(found: list[Row], protocol: Protocol, path: Path) -> None:
+    """Points with error bars, each joined to its label in a column at the right, where labels never overlap."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    reference = by_label(found).get(REFERENCES[0])
+    ratios = [step_ratio(row, reference, protocol.device) for row in found]
+    times = [ratio[0] if ratio else row.per_run("cpu_s") for row, ratio in zip(found, ratios, strict=True)]
+    figure, axes = plt.subplots(figsize=(10, max(5.0, 0.32 * len(found) + 1.5)), layout="constrained")
+    for index, (row, time) in enumerate(zip(found, times, strict=True)):
+        mean, half = 100 * row.robust.mean, 100 * (row.robust.half or 0)
+        filled = None if row.strongest == "autoattack" else "white"
+        axes.errorbar(
+            time, mean, half or None, fmt="o", color=f"C{index % 10}", mfc=filled, capsize=3, lw=1.2, zorder=3
+        )
+    if max(times) > 5 * min(times):
+        axes.set_xscale("log")
+    else:
+        axes.margins(x=0.1)
+    axes.set_xlabel(
+        f"training step, multiples of {REFERENCES[0]}'s (same epochs for all)" if all(ratios) else "training, s"
+    )
+    axes.set_ylabel("robust accuracy, %")
+    kinds = {row.strongest for row in found}
+    legend = {"autoattack": "filled: AutoAttack", "apgd": "open: APGD-CE + APGD-T"}
+    seeds = sorted({len(row.runs) for row in found})
+    count = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    axes.set_title(
+        f"{protocol.dataset}, L∞ {protocol.eps:.3g}; {', '.join(text for kind, text in legend.items() if kind in kinds)}; "
+        f"bars: 95% over {count} seed{'s' * (count != '1')}",
+        fontsize=10,
+    )
+    axes.grid(alpha=0.3)
+    figure.canvas.draw()  # fixes the limits, in which the labels are placed
+    bottom, top = axes.get_ylim()
+    heights = _spread([(100 * row.robust.mean - bottom) / (top - bottom) for row in found])
+    for index, (row, time, height) in enumerate(zip(found, times, heights, strict=True)):
+        axes.annotate(
+            f"{row.label}  {row.robust.text()}", (time, 100 * row.robust.mean), (1.03, height), "data", "axes fraction",
+            color=f"C{index % 10}", fontsize=9, va="center",
+            arrowprops={"arrowstyle": "-", "color": f"C{index % 10}", "lw": 0.6, "alpha": 0.5},
+        )  # fmt: skip
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _spread(heights: list[float]) -> list[float]:
+    """Falling heights, moved apart and kept within the plot as far as there is room."""
+    placed: list[float] = []
+    for height in heights:
+        placed.append(min(height, placed[-1] - GAP if placed else 1.0))
+    floor = 0.0
+    for index in reversed(range(len(placed))):
+        placed[index] = max(placed[index], floor)
+        floor = placed[index] + GAP
+    return placed
