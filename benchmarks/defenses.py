@@ -27,7 +27,7 @@ import torch
 from defenses_data import load
 from defenses_plot import plot
 from defenses_protocol import ALWAYS, AUTOATTACK, PROTOCOLS, STAGES, Protocol
-from defenses_report import markdown, rows, summary
+from defenses_report import lost, markdown, rows, summary
 from defenses_runs import Bench, describe, work_on
 from defenses_store import records, write_atomically
 from defenses_timing import REFERENCE, time_in_turns, timings
@@ -116,7 +116,7 @@ def make_variants(options: argparse.Namespace, bench: Bench) -> list[Variant]:
         variant.recipe(bench.protocol.threat)
     if not (options.tune or options.no_tuned):
         variants = [tuned(variant, bench, options.output) for variant in variants]
-    known = {"all", *(each for variant in variants for each in (variant.label, variant.name))}
+    known = {"all", *(variant.label for variant in variants)}
     if unknown := sorted(set(options.autoattack) - known):
         raise ValueError(
             f"--autoattack names {', '.join(unknown)}, which --recipes does not: {', '.join(sorted(known))}."
@@ -147,8 +147,8 @@ def run_jobs(options: argparse.Namespace, bench: Bench, jobs: list[tuple[Variant
     """Do all that no other process does; whether nothing failed. A failure is told, and tried again by the next call."""
     failed, elsewhere = [], 0
     for variant, seed in jobs:
-        complete = {"all", variant.label, variant.name} & set(options.autoattack)
-        stages = ALWAYS + AUTOATTACK * bool(complete)
+        complete = not {"all", variant.label}.isdisjoint(options.autoattack)
+        stages = ALWAYS + AUTOATTACK * complete
         try:
             elsewhere += not work_on(bench, variant, seed, stages, options.tune_samples if options.tune else None)
         except Exception:
@@ -185,7 +185,7 @@ def report(options: argparse.Namespace, bench: Bench, variants: list[Variant]) -
     }
     write_atomically(path, content)
     machines = {describe(run["hardware"]) for run in found if "hardware" in run}
-    text = f"# {__doc__.splitlines()[0]}\n\n{markdown(table, bench.protocol, sorted(machines))}"
+    text = f"# {__doc__.splitlines()[0]}\n\n{markdown(table, lost(found), bench.protocol, sorted(machines))}"
     path.with_suffix(".md").write_text(text)
     if table:
         plot(table, bench.protocol, path.with_suffix(".png"))

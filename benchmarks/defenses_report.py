@@ -80,6 +80,13 @@ def rows(
     return sorted(found, key=lambda row: -row.robust.mean)
 
 
+def lost(records: list[dict[str, Any]]) -> list[str]:
+    """Variants of which runs diverged and none is left to show."""
+    groups = {variant_key(run): f"{run['label']} ({settings(run)})" for run in records if "label" in run}
+    kept = {variant_key(run) for run in records if "diverged" not in run.get("training", {})}
+    return [text for key, text in groups.items() if key not in kept]
+
+
 def difference(ours: Row, theirs: Row | None) -> tuple[Estimate | None, str]:
     """Paired by seed, under the strongest attack that both have on a common seed; and that attack's name."""
     for measure, stage in MEASURES.items():
@@ -149,10 +156,11 @@ def _difference(ours: Row, theirs: Row | None) -> dict[str, Any] | None:
     return found._asdict() | {"measure": measure} if found else None
 
 
-def markdown(found: list[Row], protocol: Protocol, hardware: list[str]) -> str:
+def markdown(found: list[Row], lost: list[str], protocol: Protocol, hardware: list[str]) -> str:
     """The whole report."""
+    diverged = f"Diverged on every seed: {', '.join(lost)}.\n" if lost else ""
     if not found:
-        return "No run has been finished yet.\n"
+        return diverged or "No run has been finished yet.\n"
     labels = by_label(found)
     reference = labels.get(REFERENCES[0])
     header = [
@@ -200,7 +208,7 @@ def markdown(found: list[Row], protocol: Protocol, hardware: list[str]) -> str:
                 ]
             )
         text += f"\n## What the transport adds\n\n{table(lines)}"
-    return f"{text}\nProtocol: {protocol}.\n\nMeasured on {'; '.join(hardware)}.\n"
+    return f"{text}\n{diverged}\nProtocol: {protocol}.\n\nMeasured on {'; '.join(hardware)}.\n"
 
 
 def _against(ours: Row, theirs: Row | None) -> str:

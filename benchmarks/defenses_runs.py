@@ -16,7 +16,7 @@ from defenses_data import Images, Splits
 from defenses_protocol import ALWAYS, CLEAN, STAGES, Protocol
 from defenses_store import Run
 from defenses_train import CHUNK, load_model, train
-from defenses_variants import Variant
+from defenses_variants import Variant, settings
 from torch import Tensor, nn
 
 import lightning_wdefense
@@ -96,17 +96,20 @@ def work_on(bench: Bench, variant: Variant, seed: int, stages: Sequence[str], tu
             done = train(variant, bench.protocol, bench.splits.train, bench.splits.validation, seed, run.weights)
             run.store(training=done, hardware=hardware(bench.protocol))
             said = done.get("diverged") or f"{done['wall_s']:.0f} s, validation {done['validation_pgd']}"
-            print(f"{variant.label}, seed {seed}: {said}", flush=True)
-        if "diverged" not in run.record["training"]:
-            if tune_samples is not None:
-                _tune(bench, run, tune_samples)
-            else:
-                _attack(bench, run, variant, stages)
+            print(f"{settled(run)}: {said}", flush=True)
+        if tune_samples is None and run.record.get("label") != variant.label:
+            run.store(label=variant.label)  # a candidate of the tuning has none, and no row in the table
+        if "diverged" in run.record["training"]:
+            return True
+        if tune_samples is None:
+            _attack(bench, run, stages)
+        else:
+            _tune(bench, run, tune_samples)
     return True
 
 
-def _attack(bench: Bench, run: Run, variant: Variant, stages: Sequence[str]) -> None:
-    """Attack the test images. The label tells which argument has asked for it."""
+def _attack(bench: Bench, run: Run, stages: Sequence[str]) -> None:
+    """Attack the test images."""
     results = run.record.get("test", {})
     missing = [stage for stage in (CLEAN, *stages) if stage not in results]
     if missing:
@@ -120,9 +123,7 @@ def _attack(bench: Bench, run: Run, variant: Variant, stages: Sequence[str]) -> 
             mask = left(model, bench.protocol.attack(stage), bench.splits.test, open_, bench.protocol.device)
         results[stage] = measured(mask, time.perf_counter() - began)
         run.store(test=results)
-        print(f"  {variant.label}, seed {run.identity['seed']}, {stage}: {results[stage]['accuracy']:.1%}", flush=True)
-    if run.record.get("label") != variant.label:
-        run.store(label=variant.label)
+        print(f"  {settled(run)}, {stage}: {results[stage]['accuracy']:.1%}", flush=True)
 
 
 def _tune(bench: Bench, run: Run, samples: int) -> None:
@@ -141,4 +142,6 @@ def _tune(bench: Bench, run: Run, samples: int) -> None:
 
 
 def settled(run: Run) -> str:
-    return f"{run.identity['recipe']} {run.identity['changes'] or 'preset'}, seed {run.identity['seed']}"
+    """Recipe and seed, for messages."""
+    identity = run.identity
+    return f"{identity['recipe']}{'+avg' * identity['averaged']} ({settings(identity)}), seed {identity['seed']}"

@@ -121,7 +121,7 @@ def train(
 ) -> dict[str, Any]:
     """Train, write the chosen epoch's weights and say how it went.
 
-    A run whose loss stops being finite has no weights: its record holds ``diverged``, with the reason.
+    A run whose loss or outputs stop being finite has no weights: its record holds ``diverged``, with the reason.
     """
     L.seed_everything(seed, verbose=False)
     recipe, module, clock = prepared(variant, protocol), Classifier(protocol), StepClock()
@@ -135,7 +135,9 @@ def train(
         began = time.perf_counter()
         try:
             fit.fit(module, loader(train, protocol.batch_size, seed), loader(validation, CHUNK))
-        except FloatingPointError as error:
+        except Exception as error:
+            if not (isinstance(error, FloatingPointError) or _diverged(module, train.first(CHUNK))):
+                raise
             return {"diverged": str(error), **clock.summary()}
         total = time.perf_counter() - began
         checkpoint = torch.load(chosen.best_model_path, map_location="cpu", weights_only=False)
@@ -149,6 +151,12 @@ def train(
         "validation_pgd": chosen.history,
         "recipe_repr": repr(recipe),
     }
+
+
+def _diverged(module: Classifier, images: Images) -> bool:
+    """Attacks, transport and metrics complain of outputs that are not finite, each in its own way."""
+    with torch.no_grad():
+        return not bool(module(images.x.to(module.device)).isfinite().all())
 
 
 def load_model(weights: Path, protocol: Protocol) -> Classifier:
