@@ -110,7 +110,9 @@ def make_variants(options: argparse.Namespace, bench: Bench) -> list[Variant]:
     Raises:
         ValueError: if one does not exist, was not tuned, or is not written rightly.
     """
-    names = [each for name in options.recipes for each in (RECIPES if name == "all" else [name])]
+    # Times are told in multiples of the reference's.
+    wanted = [REFERENCE, *options.recipes] if options.timing else options.recipes
+    names = [each for name in wanted for each in (RECIPES if name == "all" else [name])]
     variants = [Variant.parse(name) for name in dict.fromkeys(names)]
     for variant in variants:
         variant.recipe(bench.protocol.threat)
@@ -125,18 +127,22 @@ def make_variants(options: argparse.Namespace, bench: Bench) -> list[Variant]:
 
 
 def make_jobs(options: argparse.Namespace, bench: Bench, variants: list[Variant]) -> list[tuple[Variant, int]]:
-    """Runs, seed by seed, so that an early look sees all recipes. What is still to be trained is tried on one small step.
+    """Runs, seed by seed, so that an early look sees all recipes. What is new is tried on one small step.
 
     Raises:
         ValueError: if a variant does not run.
     """
-    if options.tune:
+    if options.timing:
+        jobs = []
+    elif options.tune:
         tried = [each for variant in variants for each in candidates(variant, bench.protocol.threat)]
         jobs = [(variant, seed) for seed in range(options.tune_seeds) for variant in tried]
     else:
         jobs = [(variant, seed) for seed in range(options.seeds) for variant in variants]
-    untrained = {variant.key: variant for variant, seed in jobs if "training" not in bench.run(variant, seed).record}
-    for variant in untrained.values():
+    new = (
+        variants if options.timing else [each for each, seed in jobs if "training" not in bench.run(each, seed).record]
+    )
+    for variant in {variant.key: variant for variant in new}.values():
         check(variant, bench.protocol, bench.splits.train)
     for stage in STAGES:
         bench.protocol.attack(stage)
@@ -198,20 +204,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         bench = make_bench(options)
         variants = make_variants(options, bench)
-        jobs = [] if options.timing else make_jobs(options, bench, variants)
-        if options.timing:
-            reference = next((each for each in variants if each.label == REFERENCE), None)
-            reference = (
-                reference or make_variants(argparse.Namespace(**vars(options) | {"recipes": [REFERENCE]}), bench)[0]
-            )
-            for variant in (reference, *variants):
-                check(variant, bench.protocol, bench.splits.train)
+        jobs = make_jobs(options, bench, variants)
     except (ValueError, ImportError) as error:
         parser.error(str(error))
     for folder in (options.work, options.output):
         folder.mkdir(parents=True, exist_ok=True)
     if options.timing:
-        time_in_turns(bench, variants, reference, options.rounds, options.block)
+        time_in_turns(bench, variants, options.rounds, options.block)
     succeeded = run_jobs(options, bench, jobs)
     if options.tune:
         print(choose(bench, variants, options.tune_seeds, options.tune_samples, options.output))

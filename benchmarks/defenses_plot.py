@@ -6,9 +6,12 @@ from pathlib import Path
 
 from defenses_protocol import Protocol
 from defenses_report import REFERENCES, Row, by_label, step_ratio
+from sklearn.isotonic import isotonic_regression
 
 GAP = 0.042
 """Of the height of the plot, between two labels."""
+UNDEFENDED = "standard"
+"""Far from all others on both axes: the table has it, and the plot would show little else."""
 
 
 def plot(found: list[Row], protocol: Protocol, path: Path) -> None:
@@ -18,6 +21,7 @@ def plot(found: list[Row], protocol: Protocol, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    found = [row for row in found if row.name != UNDEFENDED] or found
     reference = by_label(found).get(REFERENCES[0])
     ratios = [step_ratio(row, reference, protocol.device) for row in found]
     times = [ratio[0] if ratio else row.per_run("cpu_s") for row, ratio in zip(found, ratios, strict=True)]
@@ -28,10 +32,13 @@ def plot(found: list[Row], protocol: Protocol, path: Path) -> None:
         axes.errorbar(
             time, mean, half or None, fmt="o", color=f"C{index % 10}", mfc=filled, capsize=3, lw=1.2, zorder=3
         )
-    if max(times) > 5 * min(times):
+    axes.margins(x=0.1)
+    if max(times) > 4 * min(times):
         axes.set_xscale("log")
-    else:
-        axes.margins(x=0.1)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("{x:g}")
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, 0), min(high, 100))
     axes.set_xlabel(
         f"training step, multiples of {REFERENCES[0]}'s (same epochs for all)" if all(ratios) else "training, s"
     )
@@ -53,19 +60,16 @@ def plot(found: list[Row], protocol: Protocol, path: Path) -> None:
         axes.annotate(
             f"{row.label}  {row.robust.text()}", (time, 100 * row.robust.mean), (1.03, height), "data", "axes fraction",
             color=f"C{index % 10}", fontsize=9, va="center",
-            arrowprops={"arrowstyle": "-", "color": f"C{index % 10}", "lw": 0.6, "alpha": 0.5},
+            arrowprops={"arrowstyle": "-", "color": f"C{index % 10}", "lw": 0.6, "alpha": 0.5, "relpos": (0, 0.5)},
         )  # fmt: skip
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
 def _spread(heights: list[float]) -> list[float]:
-    """Falling heights, moved apart and kept within the plot as far as there is room."""
-    placed: list[float] = []
-    for height in heights:
-        placed.append(min(height, placed[-1] - GAP if placed else 1.0))
-    floor = 0.0
-    for index in reversed(range(len(placed))):
-        placed[index] = max(placed[index], floor)
-        floor = placed[index] + GAP
-    return placed
+    """Falling heights, moved apart as little as will do (least squares), and into the plot."""
+    apart = [GAP * index for index in range(len(heights))]
+    level = isotonic_regression([height + down for height, down in zip(heights, apart, strict=True)], increasing=False)
+    placed = [float(each) - down for each, down in zip(level, apart, strict=True)]
+    shift = min(1 - placed[0], 0) or max(-placed[-1], 0)
+    return [height + shift for height in placed]

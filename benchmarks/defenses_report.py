@@ -21,6 +21,8 @@ OVERSTATED = 0.03
 MEASURES = {"autoattack": "square", "apgd": "apgd-t"}
 """Measures that rank, the strongest first, and the stage after which each is known. PGD alone never ranks."""
 
+NAMES = {"autoattack": "AutoAttack", "apgd": "APGD"}
+
 
 class Row(NamedTuple):
     """A recipe with its settings, on all seeds."""
@@ -87,12 +89,12 @@ def lost(records: list[dict[str, Any]]) -> list[str]:
     return [text for key, text in groups.items() if key not in kept]
 
 
-def difference(ours: Row, theirs: Row | None) -> tuple[Estimate | None, str]:
+def difference(ours: Row, theirs: Row | None) -> tuple[Estimate, str] | None:
     """Paired by seed, under the strongest attack that both have on a common seed; and that attack's name."""
     for measure, stage in MEASURES.items():
         if theirs is not None and (found := paired(ours.accuracies(stage), theirs.accuracies(stage))):
             return found, measure
-    return None, ""
+    return None
 
 
 def gap(row: Row, measure: str) -> float | None:
@@ -152,8 +154,8 @@ def summary(found: list[Row], protocol: Protocol) -> list[dict[str, Any]]:
 
 
 def _difference(ours: Row, theirs: Row | None) -> dict[str, Any] | None:
-    found, measure = difference(ours, theirs)
-    return found._asdict() | {"measure": measure} if found else None
+    found = difference(ours, theirs)
+    return found[0]._asdict() | {"measure": found[1]} if found else None
 
 
 def markdown(found: list[Row], lost: list[str], protocol: Protocol, hardware: list[str]) -> str:
@@ -190,32 +192,29 @@ def markdown(found: list[Row], lost: list[str], protocol: Protocol, hardware: li
         seconds = row.per_run("wall_s" if protocol.device == "cuda" else "cpu_s")
         lines.append([*cells, f"{seconds:.1f}", ratio[1] if ratio else "–", ", ".join(notes)])
     text = f"{table(lines)}\n{_explanation(protocol)}\n"
-    pairs = [
-        (row, labels[other]) for row in found if (other := ABLATIONS.get(row.name)) in labels and row.label == row.name
-    ]
+    pairs = [(row, other) for row in found if (other := _ablation(row, labels))]
     if pairs:
         lines = [["recipe", "without its transport", "difference", "under", "seeds"]]
         for row, other in pairs:
-            value, measure = difference(row, other)
-            assert value is not None or not measure
-            lines.append(
-                [
-                    row.label,
-                    other.label,
-                    value.text(sign=True) if value else "–",
-                    measure,
-                    str(value.count) if value else "0",
-                ]
-            )
+            value, measure = difference(row, other) or (None, "")
+            cells = [value.text(sign=True), NAMES[measure], str(value.count)] if value else ["–", "no common seed", "0"]
+            lines.append([row.label, other.label, *cells])
         text += f"\n## What the transport adds\n\n{table(lines)}"
     return f"{text}\n{diverged}\nProtocol: {protocol}.\n\nMeasured on {'; '.join(hardware)}.\n"
 
 
+def _ablation(row: Row, labels: Mapping[str, Row]) -> Row | None:
+    """The same changes, if any, of the recipe without transport."""
+    other = ABLATIONS.get(row.name)
+    return labels.get(row.label.replace(row.name, other, 1)) if other else None
+
+
 def _against(ours: Row, theirs: Row | None) -> str:
-    if theirs is None or ours is theirs:
+    found = None if ours is theirs else difference(ours, theirs)
+    if found is None:
         return "–"
-    value, measure = difference(ours, theirs)
-    return "–" if value is None else value.text(sign=True) + (" (APGD)" if measure != ours.strongest else "")
+    value, measure = found
+    return value.text(sign=True) + (f" ({NAMES[measure]})" if measure != ours.strongest else "")
 
 
 def _explanation(protocol: Protocol) -> str:

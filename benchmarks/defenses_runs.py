@@ -96,7 +96,7 @@ def work_on(bench: Bench, variant: Variant, seed: int, stages: Sequence[str], tu
             done = train(variant, bench.protocol, bench.splits.train, bench.splits.validation, seed, run.weights)
             run.store(training=done, hardware=hardware(bench.protocol))
             said = done.get("diverged") or f"{done['wall_s']:.0f} s, validation {done['validation_pgd']}"
-            print(f"{settled(run)}: {said}", flush=True)
+            print(f"{title(run)}: {said}", flush=True)
         if tune_samples is None and run.record.get("label") != variant.label:
             run.store(label=variant.label)  # a candidate of the tuning has none, and no row in the table
         if "diverged" in run.record["training"]:
@@ -123,7 +123,7 @@ def _attack(bench: Bench, run: Run, stages: Sequence[str]) -> None:
             mask = left(model, bench.protocol.attack(stage), bench.splits.test, open_, bench.protocol.device)
         results[stage] = measured(mask, time.perf_counter() - began)
         run.store(test=results)
-        print(f"  {settled(run)}, {stage}: {results[stage]['accuracy']:.1%}", flush=True)
+        print(f"  {title(run)}, {stage}: {results[stage]['accuracy']:.1%}", flush=True)
 
 
 def _tune(bench: Bench, run: Run, samples: int) -> None:
@@ -138,10 +138,10 @@ def _tune(bench: Bench, run: Run, samples: int) -> None:
         mask = left(model, bench.protocol.attack(stage), images, mask, bench.protocol.device)
     done = measured(mask, time.perf_counter() - began) | {"clean": round(float(clean.float().mean()), 6)}
     run.store(tuning=results | {str(samples): done})
-    print(f"  {settled(run)}: {done['accuracy']:.1%} of {len(mask)}", flush=True)
+    print(f"  {title(run)}: {done['accuracy']:.1%} of {len(mask)}", flush=True)
 
 
-def settled(run: Run) -> str:
+def title(run: Run) -> str:
     """Recipe and seed, for messages."""
     identity = run.identity
     return f"{identity['recipe']}{'+avg' * identity['averaged']} ({settings(identity)}), seed {identity['seed']}"

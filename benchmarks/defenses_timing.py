@@ -24,9 +24,9 @@ def timing_path(bench: Bench) -> Path:
     return bench.work / f"{bench.protocol.dataset}-timing-{short_hash(asdict(bench.protocol))}.json"
 
 
-def time_in_turns(bench: Bench, variants: list[Variant], reference: Variant, rounds: int, block: int) -> None:
-    """Store the median step of each variant and its ratio to the reference's, the median over rounds."""
-    everyone = list({variant.key: variant for variant in (reference, *variants)}.values())
+def time_in_turns(bench: Bench, variants: list[Variant], rounds: int, block: int) -> None:
+    """Store the median step of each variant and its ratio to the first one's, the median over rounds."""
+    everyone = list({variant.key: variant for variant in variants}.values())
     modules = {variant.key: _trained(bench, variant) for variant in everyone}
     # The process's own seconds are free of what other processes take; on a GPU only the wall's mean anything.
     clock = "wall" if bench.protocol.device == "cuda" else "cpu"
@@ -39,7 +39,7 @@ def time_in_turns(bench: Bench, variants: list[Variant], reference: Variant, rou
     medians = {key: [statistics.median(block) for block in blocks] for key, blocks in seconds.items()}
     entries = {}
     for variant in everyone:
-        ratios = [ours / theirs for ours, theirs in zip(medians[variant.key], medians[reference.key], strict=True)]
+        ratios = [ours / theirs for ours, theirs in zip(medians[variant.key], medians[everyone[0].key], strict=True)]
         entries[variant.key] = {
             "label": variant.label,
             "clock": clock,
