@@ -1,0 +1,147 @@
+"""The stages of a run of ``defenses.py``: training, then attack after attack, each stored when it is done."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from defenses_data import Images, Splits
+from defenses_protocol import ALWAYS, CLEAN, STAGES, Protocol
+from defenses_store import Run
+from defenses_train import CHUNK, load_model, train
+from defenses_variants import Variant, settings
+from torch import Tensor, nn
+
+import lightning_wdefense
+from lightning_wdefense.attacks import Attack, worst_case
+
+
+class Bench(NamedTuple):
+    """What all runs share."""
+
+    protocol: Protocol
+    splits: Splits
+    work: Path
+
+    def run(self, variant: Variant, seed: int) -> Run:
+        return Run(self.work, {"protocol": asdict(self.protocol), **variant.identity, "seed": seed})
+
+
+def hardware(protocol: Protocol) -> dict[str, Any]:
+    """Where a run ran, without the machine's name."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    models = [line.split(":")[1].strip() for line in lines if "model name" in line]
+    return {
+        "processor": torch.cuda.get_device_name()
+        if protocol.device == "cuda"
+        else next(iter(models), platform.machine()),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "lightning": L.__version__,
+        "lightning_wdefense": lightning_wdefense.__version__,
+    }
+
+
+def describe(hardware: dict[str, Any]) -> str:
+    packages = ", ".join(
+        f"{name.replace('_', '-')} {hardware[name]}" for name in ("torch", "lightning", "lightning_wdefense")
+    )
+    return f"{hardware['processor']}, {hardware['threads']} of {hardware['cores']} cores, {packages}"
+
+
+def right(model: nn.Module, images: Images, device: str) -> Tensor:
+    """Which clean images are classified correctly."""
+    with torch.no_grad():
+        parts = [model(x.to(device)).argmax(1).cpu() for x in images.x.split(CHUNK)]
+    return torch.cat(parts) == images.y
+
+
+def left(model: nn.Module, attack: Attack, images: Images, open_: Tensor, device: str) -> Tensor:
+    """Which of the open images the attack does not break."""
+    survivors = torch.zeros_like(open_)
+    for part in open_.nonzero().squeeze(1).split(CHUNK):
+        if len(part):
+            result = worst_case(model, {attack.name: attack}, images.x[part].to(device), images.y[part].to(device))
+            survivors[part] = result.robust.cpu()
+    return survivors
+
+
+def encode(mask: Tensor) -> str:
+    return "".join("1" if value else "0" for value in mask.tolist())
+
+
+def decode(mask: str) -> Tensor:
+    return torch.tensor([value == "1" for value in mask])
+
+
+def measured(mask: Tensor, seconds: float) -> dict[str, Any]:
+    return {"accuracy": round(float(mask.float().mean()), 6), "seconds": round(seconds, 2), "correct": encode(mask)}
+
+
+def work_on(bench: Bench, variant: Variant, seed: int, stages: Sequence[str], tune_samples: int | None) -> bool:
+    """Do what is not done of a run; ``False`` if another process has it."""
+    run = bench.run(variant, seed)
+    with run.claim() as ours:
+        if not ours:
+            return False
+        if "training" not in run.record:
+            done = train(variant, bench.protocol, bench.splits.train, bench.splits.validation, seed, run.weights)
+            run.store(training=done, hardware=hardware(bench.protocol))
+            said = done.get("diverged") or f"{done['wall_s']:.0f} s, validation {done['validation_pgd']}"
+            print(f"{title(run)}: {said}", flush=True)
+        if tune_samples is None and run.record.get("label") != variant.label:
+            run.store(label=variant.label)  # a candidate of the tuning has none, and no row in the table
+        if "diverged" in run.record["training"]:
+            return True
+        if tune_samples is None:
+            _attack(bench, run, stages)
+        else:
+            _tune(bench, run, tune_samples)
+    return True
+
+
+def _attack(bench: Bench, run: Run, stages: Sequence[str]) -> None:
+    """Attack the test images."""
+    results = run.record.get("test", {})
+    missing = [stage for stage in (CLEAN, *stages) if stage not in results]
+    if missing:
+        model = load_model(run.weights, bench.protocol)
+    for stage in missing:
+        began = time.perf_counter()
+        if stage == CLEAN:
+            mask = right(model, bench.splits.test, bench.protocol.device)
+        else:
+            open_ = decode(results[STAGES[stage]]["correct"])
+            mask = left(model, bench.protocol.attack(stage), bench.splits.test, open_, bench.protocol.device)
+        results[stage] = measured(mask, time.perf_counter() - began)
+        run.store(test=results)
+        print(f"  {title(run)}, {stage}: {results[stage]['accuracy']:.1%}", flush=True)
+
+
+def _tune(bench: Bench, run: Run, samples: int) -> None:
+    """Attack the validation images with the first two parts of AutoAttack."""
+    results = run.record.get("tuning", {})
+    if str(samples) in results:
+        return
+    began = time.perf_counter()
+    model, images = load_model(run.weights, bench.protocol), bench.splits.validation.first(samples)
+    clean = mask = right(model, images, bench.protocol.device)
+    for stage in ALWAYS[1:]:
+        mask = left(model, bench.protocol.attack(stage), images, mask, bench.protocol.device)
+    done = measured(mask, time.perf_counter() - began) | {"clean": round(float(clean.float().mean()), 6)}
+    run.store(tuning=results | {str(samples): done})
+    print(f"  {title(run)}: {done['accuracy']:.1%} of {len(mask)}", flush=True)
+
+
+def title(run: Run) -> str:
+    """Recipe and seed, for messages."""
+    identity = run.identity
+    return f"{identity['recipe']}{'+avg' * identity['averaged']} ({settings(identity)}), seed {identity['seed']}"
