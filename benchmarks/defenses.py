@@ -99,6 +99,8 @@ def make_bench(options: argparse.Namespace) -> Bench:
             )
     if protocol.optimizer not in ("adam", "sgd") or protocol.schedule not in ("constant", "one-cycle"):
         raise ValueError("--optimizer is adam or sgd, --schedule constant or one-cycle.")
+    if protocol.attack_precision not in ("32", "bf16"):
+        raise ValueError(f"--attack-precision is 32 or bf16, got {protocol.attack_precision!r}.")
     splits = load(protocol, options.data)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Bench(replace(protocol, device=device, data=splits.fingerprint), splits, options.work)

@@ -22,7 +22,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_wdefense import Recipe, RobustnessMonitor, WassersteinDefense
-from lightning_wdefense.attacks import PGD
+from lightning_wdefense.attacks import PGD, Execution
 
 CHUNK = 500
 """Images that are attacked at once in validation and tests."""
@@ -85,6 +85,8 @@ def prepared(variant: Variant, protocol: Protocol, **changes: Any) -> Recipe:
     """The variant's recipe under the protocol."""
     if protocol.warmup_epochs is not None:
         changes = {"warmup_epochs": protocol.warmup_epochs} | changes
+    if protocol.attack_precision == "bf16":
+        changes = {"execution": Execution(precision="bf16")} | changes
     return replace(variant.recipe(protocol.threat), **changes)
 
 

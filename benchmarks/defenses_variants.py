@@ -16,7 +16,13 @@ KNOB_FACTORS = (0.5, 1.0, 2.0)
 KNOBS = ("step_size", "noise", "gamma")
 """Of an attack, in the order in which one is tuned where a recipe has no discrepancy to weigh."""
 
-TUNING: dict[str, list[dict[str, Any]]] = {"standard": [{}]}
+TUNING: dict[str, list[dict[str, Any]]] = {
+    "standard": [{}],
+    "udr": [{}, {"attack.multiplier": 0.5}, {"attack.multiplier_rate": 0.02}],
+    "wrm": [{}, {"attack.gamma": 0.02}, {"attack.gamma": 0.2}],
+    "sinkhorn-dro": [{}, {"attack.temperature": 0.1}, {"attack.spread": 0.15}],
+    "feature-scattering": [{}, {"attack.step_size": 0.15}, {"attack.steps": 3}],
+}
 """Candidates of recipes for which the general rule (see ``candidates``) does not do. Keep to three each, the budget of all."""
 
 
