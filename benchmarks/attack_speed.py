@@ -215,7 +215,9 @@ def trainings(data: tuple[Tensor, Tensor, Tensor, Tensor, float], options: argpa
     for seed in range(options.seeds):
         for name in TRAINED:
             model, seconds = train(name, (x, y), eps, seed, options.epochs)
-            found[name].append({"seconds": seconds, **robust_accuracy(model, test_x[:300], test_y[:300], eps)})
+            found[name].append(
+                {"seconds": seconds, **robust_accuracy(model, test_x[: options.tested], test_y[: options.tested], eps)}
+            )
     rows = []
     for name, runs in found.items():
         row: dict[str, Any] = {"option": name}
@@ -253,7 +255,7 @@ def report(result: dict[str, Any]) -> str:
         f"{result['saved_steps']:.1%} fewer.\n\n"
         f"## The adversaries, on a robust network ({about['data']})\n\n{table(result['quality'])}\n"
         f"## Trained with each option ({about['data']}, {about['seeds']} seeds, {about['epochs']} epochs)\n\n"
-        "Accuracies in percent on 300 test images; `apgd` is what PGD-20, APGD-CE and APGD-T (20 steps each) leave together. "
+        f"Accuracies in percent on {about['tested']} test images; `apgd` is what PGD-20, APGD-CE and APGD-T (20 steps each) leave together. "
         f"Differences are to plain training with the same seed.\n\n{table(result['training'])}"
     )
 
@@ -265,12 +267,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=25, help="timed calls of each side")
     parser.add_argument("--seeds", type=int, default=4, help="trainings with each option")
     parser.add_argument("--epochs", type=int, default=8, help="of each training")
+    parser.add_argument("--tested", type=int, default=300, help="test images that each trained network is attacked on")
     parser.add_argument("--data", type=Path, help="folder of torchvision's MNIST; scikit-learn's digits if absent")
     parser.add_argument("--quick", action="store_true", help="only see that it runs")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
     if options.quick:
-        options.rounds, options.seeds, options.epochs = 2, 1, 2
+        options.rounds, options.seeds, options.epochs, options.tested = 1, 1, 2, 30
     return options
 
 
@@ -297,7 +300,7 @@ def main() -> None:
             "torchattacks": torchattacks.__version__,
             "foolbox": foolbox.__version__,
             "data": "MNIST" if options.data else "scikit-learn's digits",
-            **{name: getattr(options, name) for name in ("rounds", "seeds", "epochs")},
+            **{name: getattr(options, name) for name in ("rounds", "seeds", "epochs", "tested")},
         },
         "peers": times(peers, options),
         "options": times({name: partial(ours, name) for name in OPTIONS}, options),
