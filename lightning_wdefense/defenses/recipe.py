@@ -144,6 +144,7 @@ class Recipe:
         ``sat``                ``CE(f(x'), y) + 1 Sinkhorn divergence`` of logits (Bouniot et al., 2020)
         ``sat-label``          the same, with a ground cost that keeps mass within its class
         ``sat-features``       ``CE(f(x'), y) + 0.1 Sinkhorn divergence`` of penultimate features
+        ``class-transport``    ``BCE(f(x'), y) + 0.1 entropic transport within the classes`` of penultimate features (ours)
         ``mmd``                ``CE(f(x'), y) + 1 MMD^2`` of logits, five Gaussian kernels (as in Song et al., 2019)
         ``coral``              ``CE(f(x'), y) + 1 |difference of covariances|^2 / 4D^2`` of logits (as in Song et al., 2019)
         ``udr``                ``CE(f(x'), y)``, ``x'`` from a soft ball whose pull is learned (Bui et al., 2022)
@@ -153,7 +154,7 @@ class Recipe:
                                **fails under AutoAttack** and warns of it
         ====================== =====================================================================================
 
-        Paired L2 is ``mean |z_i - z'_i|^2 / 2``, the transport cost of the identity coupling, so that each ``alp`` is the
+        ``BCE`` is MART's boosted cross-entropy, ``CE - log(1 - max_{k != y} p_k)``. Paired L2 is ``mean |z_i - z'_i|^2 / 2``, the transport cost of the identity coupling, so that each ``alp`` is the
         ablation of a ``sat``. The attack is PGD with 10 steps.
 
         Args:
@@ -189,6 +190,9 @@ RECIPES: dict[str, Callable[[ThreatModel], Recipe]] = {
     "sat": lambda threat: Recipe(PGD(threat), discrepancy="sinkhorn", weight=1.0),
     "sat-label": lambda threat: Recipe(PGD(threat), discrepancy="sinkhorn-label", weight=1.0),
     "sat-features": lambda threat: Recipe(PGD(threat), discrepancy="sinkhorn", weight=0.1, features="penultimate"),
+    "class-transport": lambda threat: Recipe(
+        PGD(threat), discrepancy="class-transport", weight=0.1, features="penultimate", margin_weight=1.0
+    ),
     "mmd": lambda threat: Recipe(PGD(threat), discrepancy="mmd", weight=1.0),
     "coral": lambda threat: Recipe(PGD(threat), discrepancy="coral", weight=1.0),
     "udr": lambda threat: Recipe(SoftBallPGD(threat)),

@@ -22,7 +22,7 @@ from lightning_wdefense import Recipe, ThreatModel, WassersteinDefense
 from lightning_wdefense.attacks import FGSM, PGD, Execution
 from lightning_wdefense.callbacks.schedule import noise_generator
 from lightning_wdefense.defenses import RECIPES
-from lightning_wdefense.transport import sinkhorn_divergence
+from lightning_wdefense.transport import sinkhorn, sinkhorn_divergence
 
 THREAT = ThreatModel(eps=0.2)
 ACTIVE = [name for name in RECIPES if name != "standard"]
@@ -236,6 +236,11 @@ def kl(z, za):
     return (z.softmax(1) * (z.log_softmax(1) - za.log_softmax(1))).sum(1)
 
 
+def within_classes(h, ha, y):
+    label_cost = 10 * float((h - ha.mean(0)).pow(2).sum(1).mean())
+    return sinkhorn(h, ha, label_cost=label_cost, x_labels=y, y_labels=y).value
+
+
 def mmd_by_hand(z, za):
     points = torch.cat([z, za])
     distances = (points.unsqueeze(0) - points.unsqueeze(1)).pow(2).sum(2)
@@ -260,6 +265,7 @@ class TestLoss:
         ),
         "sat-features": lambda z, za, h, ha, y: F.cross_entropy(za, y) + 0.1 * sinkhorn_divergence(h, ha),
         "mart": lambda z, za, h, ha, y: boosted(za, y) + 5 * (kl(z, za) * (1 - right(z, y))).mean(),
+        "class-transport": lambda z, za, h, ha, y: boosted(za, y) + 0.1 * within_classes(h, ha, y),
         "mmd": lambda z, za, h, ha, y: F.cross_entropy(za, y) + mmd_by_hand(z, za),
         "coral": lambda z, za, h, ha, y: (
             F.cross_entropy(za, y) + (torch.cov(z.T) - torch.cov(za.T)).pow(2).sum() / (4 * 10**2)
