@@ -117,13 +117,13 @@ class WassersteinDefenseMixin:
         adversarial = inputs
         if recipe.active:
             adversarial = defense.adversarial(inputs, labels, radius=radius, generator=generator, average=average)
-            defense.perturb_weights(inputs, adversarial, labels, self.task_loss)
-        clean: Branch | None = defense.forward(inputs) if recipe.needs("clean") else None
-        attacked: Branch | None = defense.forward(adversarial) if recipe.needs("adversarial") else None
-        seen = clean if recipe.sees == "clean" else attacked
-        assert seen is not None
-        loss, logs = combine(recipe, self.task_loss(seen.outputs, labels), clean, attacked, labels)
-        defense.restore_weights_after(loss)
+        with defense.perturbed_weights(inputs, adversarial, labels, self.task_loss) as until_backward:
+            clean: Branch | None = defense.forward(inputs) if recipe.needs("clean") else None
+            attacked: Branch | None = defense.forward(adversarial) if recipe.needs("adversarial") else None
+            seen = clean if recipe.sees == "clean" else attacked
+            assert seen is not None
+            loss, logs = combine(recipe, self.task_loss(seen.outputs, labels), clean, attacked, labels)
+            until_backward(loss)
         if trainer is not None and is_logging_step(trainer):
             logs |= defense.measure(inputs, adversarial, labels)
         return DefenseOutput(

@@ -48,7 +48,7 @@ def fit(make, *callbacks, **options):
 
 
 def weights(module):
-    return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+    return torch.cat([parameter.detach().clone().flatten() for parameter in module.parameters()])
 
 
 @pytest.mark.parametrize("manual", [False, True])
@@ -129,6 +129,26 @@ def test_weight_perturbation_trains_as_with_the_callback(manual):
     _, expected = fit(DigitsClassifier, callback, precision="64-true")
     _, module = fit(lambda: Perturbed("trades", manual), precision="64-true")
     torch.testing.assert_close(weights(module), weights(expected), rtol=1e-5, atol=1e-6)
+
+
+def test_perturbed_weights_come_back_after_an_error():
+    class Broken(Defended):
+        def configure_defense(self):
+            return replace(super().configure_defense(), awp=0.01)
+
+        def task_loss(self, outputs, labels):
+            moved.append(not torch.equal(weights(self), start))
+            if len(moved) == 2:
+                raise RuntimeError("in the loss")
+            return super().task_loss(outputs, labels)
+
+    moved: list[bool] = []
+    module = Broken()
+    start = weights(module)
+    with pytest.raises(RuntimeError, match="in the loss"):
+        module.defend(*(part[:16] for part in digits()))
+    assert moved == [False, True]
+    assert torch.equal(weights(module), start)
 
 
 def test_what_was_learned_is_in_the_checkpoint(tmp_path):

@@ -152,21 +152,20 @@ class WassersteinDefense(Callback):
         generator = noise_generator(trainer, self.seed, inputs.device)
         average = functools.partial(trainer.strategy.reduce, reduce_op="mean")
         adversarial = defense.adversarial(inputs, labels, radius=radius, generator=generator, average=average)
-        defense.perturb_weights(inputs, adversarial, labels)
-        with defense.watch(len(inputs)) as watch:
-            sees_clean = recipe.sees == "clean"
-            result = step(batch if sees_clean else self._batches.replace(batch, adversarial), *args, **kwargs)
-        loss = result["loss"] if isinstance(result, dict) else result
-        if loss is None:  # the user's way to skip a batch
-            defense.restore_weights()
-            return result
-        seen = watch.branch()
-        if sees_clean:
-            clean, attacked = seen, defense.forward(adversarial) if recipe.needs("adversarial") else None
-        else:
-            clean, attacked = defense.forward(inputs) if recipe.needs("clean") else None, seen
-        total, logs = combine(recipe, loss, clean, attacked, labels)
-        defense.restore_weights_after(total)
+        with defense.perturbed_weights(inputs, adversarial, labels) as until_backward:
+            with defense.watch(len(inputs)) as watch:
+                sees_clean = recipe.sees == "clean"
+                result = step(batch if sees_clean else self._batches.replace(batch, adversarial), *args, **kwargs)
+            loss = result["loss"] if isinstance(result, dict) else result
+            if loss is None:  # the user's way to skip a batch
+                return result
+            seen = watch.branch()
+            if sees_clean:
+                clean, attacked = seen, defense.forward(adversarial) if recipe.needs("adversarial") else None
+            else:
+                clean, attacked = defense.forward(inputs) if recipe.needs("clean") else None, seen
+            total, logs = combine(recipe, loss, clean, attacked, labels)
+            until_backward(total)
         if is_logging_step(trainer):
             logs |= defense.measure(inputs, adversarial, labels)
         prefix = f"defense/{self.name}/" if self.name else "defense/"

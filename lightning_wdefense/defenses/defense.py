@@ -81,37 +81,48 @@ class Defense:
         """What the recipe has learned, for the logs."""
         return {} if self.state.multiplier is None else {"multiplier": self.state.multiplier}
 
-    def perturb_weights(
+    @contextlib.contextmanager
+    def perturbed_weights(
         self, inputs: Tensor, adversarial: Tensor, labels: Any, task_loss: Callable[[Any, Any], Tensor] | None = None
-    ) -> None:
-        """Move the weights uphill on the recipe's loss, where it has ``awp``; :meth:`restore_weights_after` takes them back.
+    ) -> Iterator[Callable[[Tensor], None]]:
+        """Where the recipe has ``awp``, the weights are moved uphill on its loss inside; buffers and random state are not.
 
-        Costs the passes of a training step without the attack, in the model's own modes; buffers and random state stay.
+        Costs the passes of a training step without the attack, in the model's own modes.
 
         Args:
             inputs: ``(N, ...)`` in model units.
             adversarial: the adversarial inputs.
             labels: of the batch.
             task_loss: ``(outputs, labels) -> scalar`` on what ``training_step`` sees; the recipe's by default.
-        """
-        recipe = self.recipe
-        if recipe.awp == 0:
-            return
-        self.perturbation.undo()
-        with isolated(self.model, inputs.device, evaluation=False):
-            clean = self.forward(inputs) if recipe.needs("clean") else None
-            attacked = self.forward(adversarial) if recipe.needs("adversarial") else None
-            seen = clean if recipe.sees == "clean" else attacked
-            assert seen is not None
-            loss, _ = combine(recipe, (task_loss or recipe.task_loss)(seen.outputs, labels), clean, attacked, labels)
-            self.perturbation.apply(loss)
 
-    def restore_weights_after(self, loss: Tensor) -> None:
-        """Take perturbed weights back at the end of the backward pass of ``loss``."""
-        self.perturbation.undo_after(loss)
+        Yields:
+            A function of the step's loss, after which the weights come back at the end of its backward pass. Without that call, and
+            after an exception, they come back with the end of the context.
+        """
+        recipe, perturbation = self.recipe, self.perturbation
+        if recipe.awp > 0:
+            perturbation.undo()
+            with isolated(self.model, inputs.device, evaluation=False):
+                clean = self.forward(inputs) if recipe.needs("clean") else None
+                attacked = self.forward(adversarial) if recipe.needs("adversarial") else None
+                seen = clean if recipe.sees == "clean" else attacked
+                assert seen is not None
+                loss = (task_loss or recipe.task_loss)(seen.outputs, labels)
+                perturbation.apply(combine(recipe, loss, clean, attacked, labels)[0])
+        losses: list[Tensor] = []
+        try:
+            yield losses.append
+            for loss in losses:
+                perturbation.undo_after(loss)
+        except BaseException:
+            losses.clear()
+            raise
+        finally:
+            if not losses:
+                perturbation.undo()
 
     def restore_weights(self) -> None:
-        """Take perturbed weights back now: the step was skipped or failed."""
+        """Take perturbed weights back now: the backward pass failed, or never came."""
         self.perturbation.undo()
 
     def forward(self, inputs: Tensor) -> Branch:
