@@ -117,6 +117,9 @@ class WassersteinDefenseMixin:
         adversarial = inputs
         if recipe.active:
             adversarial = defense.adversarial(inputs, labels, radius=radius, generator=generator, average=average)
+        measured: dict[str, Any] = {}
+        if trainer is not None and is_logging_step(trainer):
+            measured = defense.measure(inputs, adversarial, labels)
         with defense.perturbed_weights(inputs, adversarial, labels, self.task_loss) as until_backward:
             clean: Branch | None = defense.forward(inputs) if recipe.needs("clean") else None
             attacked: Branch | None = defense.forward(adversarial) if recipe.needs("adversarial") else None
@@ -124,12 +127,10 @@ class WassersteinDefenseMixin:
             assert seen is not None
             loss, logs = combine(recipe, self.task_loss(seen.outputs, labels), clean, attacked, labels)
             until_backward(loss)
-        if trainer is not None and is_logging_step(trainer):
-            logs |= defense.measure(inputs, adversarial, labels)
         return DefenseOutput(
             loss,
             clean.outputs if clean is not None else None,
             attacked.outputs if attacked is not None else None,
             adversarial,
-            {**logs, "eps": radius * recipe.eps, **defense.learned()},
+            {**logs, **measured, "eps": radius * recipe.eps, **defense.learned()},
         )

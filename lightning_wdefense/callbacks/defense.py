@@ -14,7 +14,7 @@ from lightning_wdefense.callbacks.interception import intercept_training_step
 from lightning_wdefense.callbacks.schedule import is_logging_step, noise_generator, warmup_radius
 from lightning_wdefense.callbacks.support import attacked_model, check_automatic_optimization, check_strategy
 from lightning_wdefense.defenses.defense import Defense, DefenseState
-from lightning_wdefense.defenses.objective import combine
+from lightning_wdefense.defenses.objective import Branch, combine
 from lightning_wdefense.defenses.recipe import Recipe
 
 
@@ -152,6 +152,7 @@ class WassersteinDefense(Callback):
         generator = noise_generator(trainer, self.seed, inputs.device)
         average = functools.partial(trainer.strategy.reduce, reduce_op="mean")
         adversarial = defense.adversarial(inputs, labels, radius=radius, generator=generator, average=average)
+        measured = defense.measure(inputs, adversarial, labels) if is_logging_step(trainer) else {}
         with defense.perturbed_weights(inputs, adversarial, labels) as until_backward:
             with defense.watch(len(inputs)) as watch:
                 sees_clean = recipe.sees == "clean"
@@ -160,16 +161,14 @@ class WassersteinDefense(Callback):
             if loss is None:  # the user's way to skip a batch
                 return result
             seen = watch.branch()
-            if sees_clean:
-                clean, attacked = seen, defense.forward(adversarial) if recipe.needs("adversarial") else None
-            else:
-                clean, attacked = defense.forward(inputs) if recipe.needs("clean") else None, seen
+            other: Branch | None = None
+            if recipe.needs("adversarial" if sees_clean else "clean"):
+                other = defense.forward(adversarial if sees_clean else inputs)
+            clean, attacked = (seen, other) if sees_clean else (other, seen)
             total, logs = combine(recipe, loss, clean, attacked, labels)
             until_backward(total)
-        if is_logging_step(trainer):
-            logs |= defense.measure(inputs, adversarial, labels)
         prefix = f"defense/{self.name}/" if self.name else "defense/"
-        logs |= {"eps": radius * recipe.eps} | defense.learned()
+        logs = {**logs, **measured, "eps": radius * recipe.eps, **defense.learned()}
         logged = {prefix + key: value for key, value in logs.items()}
         pl_module.log_dict(logged, on_step=True, on_epoch=False, batch_size=len(inputs))
         return {**result, "loss": total} if isinstance(result, dict) else total

@@ -31,7 +31,7 @@ def runner_up(outputs: Any, labels: Any) -> Tensor:
 
 def combine(
     recipe: Recipe, task_loss: Tensor, clean: Branch | None, adversarial: Branch | None, labels: Any
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, dict[str, Any]]:
     """The training loss, ``task_loss + other_weight * task(other) + margin_weight * runner-up + weight * discrepancy``.
 
     Args:
