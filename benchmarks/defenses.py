@@ -68,6 +68,7 @@ def arguments(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argp
         "--work", type=Path, default=Path("benchmarks/work"), help="folder of runs, shared by processes"
     )
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--name", help="of the files that are written; defenses_DATASET")
     group = parser.add_argument_group("protocol", "by default that of the dataset")
     for field in SETTABLE:
         kind = {"int": int, "float": float, "float | None": float, "str": str}[field.type]
@@ -76,6 +77,7 @@ def arguments(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argp
     for name in ("seeds", "tune_seeds", "tune_samples", "rounds", "threads"):
         if getattr(options, name) < 1:
             parser.error(f"{flag(name)} must be at least 1, got {getattr(options, name)}.")
+    options.stem = options.output / (options.name or f"defenses_{options.dataset}")
     if options.block < 5:
         parser.error(f"--block must be at least 5, got {options.block}: the first steps are not counted.")
     return parser, options
@@ -119,7 +121,7 @@ def make_variants(options: argparse.Namespace, bench: Bench) -> list[Variant]:
     for variant in variants:
         variant.recipe(bench.protocol.threat)
     if not (options.tune or options.no_tuned):
-        variants = [tuned(variant, bench, options.output) for variant in variants]
+        variants = [tuned(variant, bench, options.stem) for variant in variants]
     known = {"all", *(variant.label for variant in variants)}
     if unknown := sorted(set(options.autoattack) - known):
         raise ValueError(
@@ -179,24 +181,23 @@ def report(options: argparse.Namespace, bench: Bench, variants: list[Variant]) -
             return current[label]
         try:
             variant = Variant.parse(label)
-            return (variant if options.no_tuned else tuned(variant, bench, options.output)).key
+            return (variant if options.no_tuned else tuned(variant, bench, options.stem)).key
         except ValueError:
             return None
 
     table = rows(found, timing, meaning)
-    path = options.output / f"defenses_{bench.protocol.dataset}.json"
     content = {
         "protocol": asdict(bench.protocol),
         "rows": summary(table, bench.protocol),
         "timing": timing,
         "runs": found,
     }
-    write_atomically(path, content)
+    write_atomically(options.stem.with_suffix(".json"), content)
     machines = {describe(run["hardware"]) for run in found if "hardware" in run}
     text = f"# {__doc__.splitlines()[0]}\n\n{markdown(table, lost(found), bench.protocol, sorted(machines))}"
-    path.with_suffix(".md").write_text(text)
+    options.stem.with_suffix(".md").write_text(text)
     if table:
-        plot(table, bench.protocol, path.with_suffix(".png"))
+        plot(table, bench.protocol, options.stem.with_suffix(".png"))
     return text
 
 
@@ -215,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         time_in_turns(bench, variants, options.rounds, options.block)
     succeeded = run_jobs(options, bench, jobs)
     if options.tune:
-        print(choose(bench, variants, options.tune_seeds, options.tune_samples, options.output))
+        print(choose(bench, variants, options.tune_seeds, options.tune_samples, options.stem))
     else:
         print(report(options, bench, variants))
     return 0 if succeeded else 1

@@ -83,10 +83,11 @@ class Protocol:
 
 PROTOCOLS = {
     "digits": Protocol("digits", train=1097, validation=300, test=400, eps=0.2, epochs=20, batch_size=64, lr=2e-3, ema_decay=0.95),
-    # The learning rate is the best for pgd-at of 1e-3 (constant), 3e-3, 6e-3, 1e-2 and 2e-2 (one-cycle), by APGD on validation images.
+    # Adam at its default rate: what a pipeline that was written for clean accuracy brings. Adversarial training alone does best with
+    # --schedule one-cycle --lr 0.01 (of 3e-3, 6e-3, 1e-2 and 2e-2, by APGD on validation images): the control.
     "mnist": Protocol(
         "mnist", train=20_000, validation=1000, test=1000, eps=0.3, epochs=6, batch_size=128,
-        schedule="one-cycle", lr=1e-2, attack_precision="bf16",
+        pgd_restarts=1, attack_precision="bf16",
     ),
     "cifar10": Protocol(
         "cifar10", train=49_000, validation=1000, test=1000, eps=8 / 255, epochs=30, batch_size=128,

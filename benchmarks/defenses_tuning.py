@@ -13,13 +13,13 @@ from defenses_store import claimed, read, write_atomically
 from defenses_variants import Variant, candidates, settings
 
 
-def tuning_path(output: Path, dataset: str) -> Path:
-    return output / f"defenses_{dataset}_tuning.json"
+def tuning_path(stem: Path) -> Path:
+    return stem.with_name(f"{stem.name}_tuning.json")
 
 
-def choose(bench: Bench, variants: list[Variant], seeds: int, samples: int, output: Path) -> str:
+def choose(bench: Bench, variants: list[Variant], seeds: int, samples: int, stem: Path) -> str:
     """Write the best candidate of each recipe whose candidates are all done, beside what others wrote; return the table."""
-    path, recipes = tuning_path(output, bench.protocol.dataset), {}
+    path, recipes = tuning_path(stem), {}
     for variant in variants:
         tried = [_tried(bench, candidate, seeds, samples) for candidate in candidates(variant, bench.protocol.threat)]
         if None not in tried:
@@ -37,13 +37,13 @@ def choose(bench: Bench, variants: list[Variant], seeds: int, samples: int, outp
     return text
 
 
-def tuned(variant: Variant, bench: Bench, output: Path) -> Variant:
+def tuned(variant: Variant, bench: Bench, stem: Path) -> Variant:
     """The variant with what was chosen for it, or else for its recipe's name; the preset, where nothing was tuned at all.
 
     Raises:
         ValueError: if others were tuned and this recipe was not, or under another protocol.
     """
-    path = tuning_path(output, bench.protocol.dataset)
+    path = tuning_path(stem)
     content = read(path)
     if not content:
         return variant
