@@ -12,8 +12,8 @@ from defenses_variants import settings, variant_key
 
 REFERENCES = ("pgd-at", "trades")
 ABLATIONS = {
-    "sat": "alp", "sat-label": "alp", "sat-features": "alp-features", "mmd": "alp-features", "coral": "alp-features",
-    "udr": "pgd-at", "wrm": "pgd-at", "sinkhorn-dro": "standard", "feature-scattering": "pgd-at",
+    "sat": "alp", "sat-label": "alp", "mmd": "alp", "coral": "alp", "sat-features": "alp-features",
+    "class-transport": "class-transport:discrepancy=paired-l2", "udr": "pgd-at", "wrm": "pgd-at", "sinkhorn-dro": "standard", "feature-scattering": "pgd-at",
 }  # fmt: skip
 """What each recipe is without its transport."""
 OVERSTATED = 0.03
