@@ -75,9 +75,7 @@ class FeatureScattering(Attack):
 
     def with_eps(self, eps: float) -> FeatureScattering:
         """The same attack at another radius (data units); an explicit step size keeps its ratio to the radius."""
-        scaled = self.step_size
-        if scaled is not None and self.threat.eps > 0 and eps > 0:
-            scaled = scaled * eps / self.threat.eps
+        scaled = None if self.step_size is None else self.step_size * self.threat.ratio_to(eps)
         return replace(self, threat=self.threat.with_eps(eps), step_size=scaled)
 
     def perturb(self, problem: Problem) -> Tensor:

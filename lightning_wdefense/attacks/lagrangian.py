@@ -83,7 +83,7 @@ class LagrangianAttack(Attack):
 
         Displacements are about ``gradient / (2 * gamma)``, so they keep their ratio to ``eps``; so does the step size.
         """
-        ratio = eps / self.threat.eps if self.threat.eps > 0 and eps > 0 else 1.0
+        ratio = self.threat.ratio_to(eps)
         return replace(
             self,
             threat=self.threat.with_eps(eps),

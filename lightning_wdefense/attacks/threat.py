@@ -107,6 +107,10 @@ class ThreatModel:
         """The same threat with another radius."""
         return replace(self, eps=eps)
 
+    def ratio_to(self, eps: float) -> float:
+        """By how much lengths that were chosen for this radius change with it; 1 from and to 0, which have no proportion."""
+        return eps / self.eps if self.eps > 0 and eps > 0 else 1.0
+
     def to_data(self, inputs: Tensor) -> Tensor:
         """Model units to data units: ``inputs * std + mean``."""
         mean, std = self._statistics(inputs)

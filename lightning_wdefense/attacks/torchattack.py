@@ -78,8 +78,8 @@ class TorchAttack(Attack):
         """The same attack at another radius (data units); an explicit step size keeps its ratio to the radius."""
         scaled = copy.copy(self)
         scaled.threat = self.threat.with_eps(eps)
-        if "alpha" in self.options and self.threat.eps > 0 and eps > 0:
-            scaled.options = self.options | {"alpha": self.options["alpha"] * eps / self.threat.eps}
+        if "alpha" in self.options:
+            scaled.options = self.options | {"alpha": self.options["alpha"] * self.threat.ratio_to(eps)}
         return scaled
 
     def perturb(self, problem: Problem) -> Tensor:
