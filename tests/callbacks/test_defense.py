@@ -517,9 +517,9 @@ class TestPipelines:
         assert torch.cosine_similarity(exact - start, mixed - start, dim=0) > 0.8
 
     @pytest.mark.parametrize("how", ["module", "submodule", "in place"])
-    @pytest.mark.parametrize("recipe", ["pgd-at", "trades", "sat-features"])
+    @pytest.mark.parametrize("recipe", ["pgd-at", "trades", "sat-features", "pgd-at+awp"])
     def test_compiled_modules(self, recipe, how):
-        expected = train(defend(recipe), log_every_n_steps=2)
+        expected = train(WassersteinDefense(case(recipe, warmup_epochs=0)), log_every_n_steps=2)
         L.seed_everything(0, verbose=False)
         module = DigitsClassifier()
         if how == "module":
@@ -528,7 +528,7 @@ class TestPipelines:
             module.net = torch.compile(module.net, backend="aot_eager")
         else:
             module.compile(backend="aot_eager")
-        compiled = train(defend(recipe), module=module, log_every_n_steps=2)
+        compiled = train(WassersteinDefense(case(recipe, warmup_epochs=0)), module=module, log_every_n_steps=2)
         torch.testing.assert_close(weights(compiled), weights(expected), rtol=1e-4, atol=1e-5)
 
     def test_tuners_and_averaging(self, tmp_path):
