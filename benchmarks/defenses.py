@@ -10,7 +10,8 @@ are attacked by PGD, and by APGD-CE and APGD-T, which with ``--autoattack`` FAB-
 averaged weights: ``trades:weight=3``, ``"sat-features:weight=0.3,attack.steps=7"``, ``pgd-at+avg``. What ``--tune`` chose is used
 unless ``--no-tuned`` is given; changes in the argument come on top of it.
 
-All of it can be stopped and goes on where it was, and several processes can share the work: give each the same command.
+All of it can be stopped and goes on where it was, and several processes can share the work: give each the same command. Where the
+work folder is lost, the runs in the written JSON count as done; only what needs their weights trains again.
 Tables and plot are made from all runs under the same protocol that the work folder holds.
 """
 
@@ -29,7 +30,7 @@ from defenses_plot import plot
 from defenses_protocol import ALWAYS, AUTOATTACK, PROTOCOLS, STAGES, Protocol
 from defenses_report import lost, markdown, rows, summary
 from defenses_runs import Bench, describe, work_on
-from defenses_store import records, write_atomically
+from defenses_store import adopt, records, write_atomically
 from defenses_timing import REFERENCE, time_in_turns, timings
 from defenses_train import check
 from defenses_tuning import choose, tuned
@@ -206,6 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     try:
         bench = make_bench(options)
+        adopt(options.work, options.stem.with_suffix(".json"))
         variants = make_variants(options, bench)
         jobs = make_jobs(options, bench, variants)
     except (ValueError, ImportError) as error:

@@ -92,8 +92,14 @@ def work_on(bench: Bench, variant: Variant, seed: int, stages: Sequence[str], tu
     with run.claim() as ours:
         if not ours:
             return False
-        if "training" not in run.record:
+        if not run.weights.exists() and _unfinished(run, stages, tune_samples):
             done = train(variant, bench.protocol, bench.splits.train, bench.splits.validation, seed, run.weights)
+            before = run.record.get("training", done)
+            if done.get("validation_pgd") != before.get("validation_pgd"):
+                print(
+                    f"{title(run)}: trains differently here than where its record comes from, so all is measured anew."
+                )
+                run.store(test={}, tuning={})
             run.store(training=done, hardware=hardware(bench.protocol))
             said = done.get("diverged") or f"{done['wall_s']:.0f} s, validation {done['validation_pgd']}"
             print(f"{title(run)}: {said}", flush=True)
@@ -106,6 +112,16 @@ def work_on(bench: Bench, variant: Variant, seed: int, stages: Sequence[str], tu
         else:
             _tune(bench, run, tune_samples)
     return True
+
+
+def _unfinished(run: Run, stages: Sequence[str], tune_samples: int | None) -> bool:
+    """Whether something is still to be done that needs the weights, or their training."""
+    record = run.record
+    if "diverged" in record.get("training", {}):
+        return False
+    if tune_samples is not None:
+        return str(tune_samples) not in record.get("tuning", {})
+    return not {CLEAN, *stages} <= record.get("test", {}).keys()
 
 
 def _attack(bench: Bench, run: Run, stages: Sequence[str]) -> None:

@@ -44,12 +44,16 @@ def claimed(path: Path, *, wait: bool = False) -> Iterator[bool]:
         yield True
 
 
+IDENTITY = ("protocol", "recipe", "changes", "averaged", "seed")
+"""Fields of a record that decide its result."""
+
+
 class Run:
     """One training run and what was measured on it.
 
     Args:
         work: the folder of all runs.
-        identity: all that decides its result, with ``recipe`` and ``seed``; another identity is another folder.
+        identity: all that decides its result, the fields of ``IDENTITY``; another identity is another folder.
     """
 
     def __init__(self, work: Path, identity: dict[str, Any]) -> None:
@@ -68,6 +72,15 @@ class Run:
 
     def claim(self) -> contextlib.AbstractContextManager[bool]:
         return claimed(self.folder / "lock")
+
+
+def adopt(work: Path, written: Path) -> None:
+    """Take over the runs that an earlier sitting, perhaps on another machine, has left in its results, without their weights."""
+    for record in read(written).get("runs", []):
+        run = Run(work, {field: record[field] for field in IDENTITY})
+        with run.claim() as ours:
+            if ours and not (run.folder / "run.json").exists():
+                run.store(**record)
 
 
 def records(work: Path, protocol: dict[str, Any]) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +93,21 @@ def test_resumes_after_the_last_finished_stage(bench, tmp_path, monkeypatch):
     assert bench("--recipes pgd-at --seeds 1") == 0
     assert trained(tmp_path) == before
     assert calls == ["apgd-t"]
+
+
+def test_goes_on_from_its_results_where_the_work_is_lost(bench, tmp_path, capsys):
+    assert bench("--recipes pgd-at trades --seeds 1") == 0
+    before = results(tmp_path)
+    shutil.rmtree(tmp_path / "work")
+    assert bench("--recipes pgd-at trades --seeds 1") == 0
+    assert not trained(tmp_path), "nothing that is known is made again"
+    assert results(tmp_path)["runs"] == before["runs"]
+    assert bench("--recipes pgd-at trades --seeds 1 --autoattack pgd-at") == 0
+    assert len(trained(tmp_path)) == 1, "the weights are needed for the attacks that are new"
+    test = {run["label"]: run["test"] for run in results(tmp_path)["runs"]}
+    assert set(test["pgd-at"]) - set(test["trades"]) == {"fab-t", "square"}
+    assert test["pgd-at"]["apgd-t"] == next(run["test"]["apgd-t"] for run in before["runs"] if run["label"] == "pgd-at")
+    assert "trains differently" not in capsys.readouterr().out
 
 
 def test_a_failed_run_does_not_stop_the_others(bench, tmp_path, monkeypatch, capsys):
