@@ -67,7 +67,7 @@ class WassersteinDefenseMixin:
         """The recipe; called once, at the first :meth:`defend`. To be overridden."""
         raise NotImplementedError(
             f"{type(self).__name__} must define configure_defense(self), which returns a Recipe such as "
-            'Recipe.named("sat-features", threat).'
+            'Recipe.named("class-transport", threat).'
         )
 
     def task_loss(self, outputs: Any, labels: Any) -> Tensor:

@@ -54,7 +54,7 @@ class WassersteinDefense(Callback):
 
     def __init__(
         self,
-        recipe: str | Recipe = "sat-features",
+        recipe: str | Recipe = "class-transport",
         *,
         threat: ThreatModel | None = None,
         weight: float | None = None,

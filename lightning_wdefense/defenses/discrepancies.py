@@ -74,7 +74,7 @@ class Transport:
 
     def __call__(self, clean: Tensor, adversarial: Tensor, labels: Any = None) -> Tensor:
         """The divergence of two batches ``(N, ...)``."""
-        labels = _classes(labels) if self.divergence.options.label_cost is not None else None
+        labels = _classes(labels, len(clean)) if self.divergence.options.label_cost is not None else None
         return self.divergence(_rows(clean), _rows(adversarial), x_labels=labels, y_labels=labels)
 
 
@@ -98,7 +98,7 @@ class ClassTransport:
     def __call__(self, clean: Tensor, adversarial: Tensor, labels: Any) -> Tensor:
         """The cost of transport between two batches ``(N, ...)`` with the same labels."""
         x, y = float32_or_better(_rows(clean)), float32_or_better(_rows(adversarial))
-        labels = _classes(labels)
+        labels = _classes(labels, len(clean))
         # At unit scale the label cost is a number, for which nobody has to wait for the device.
         scale = (
             (x.detach() - y.detach().mean(0)).square().sum(1).mean().sqrt().clamp_min(torch.finfo(x.dtype).tiny ** 0.5)
@@ -114,11 +114,22 @@ class ClassTransport:
         return cost * scale.square()
 
 
-def _classes(labels: Tensor) -> Tensor:
-    """Labels as the cost takes them; one floating number a sample is the probability of class 1."""
-    if labels.is_floating_point() and labels.numel() == len(labels):
-        labels = labels.reshape(-1)
-        return torch.stack([1 - labels, labels], dim=1)
+def _classes(labels: Any, samples: int) -> Tensor:
+    """Labels as the cost takes them; one floating number a sample is the probability of class 1.
+
+    Raises:
+        ValueError: if they do not give each sample a class, or probabilities of the classes.
+    """
+    if isinstance(labels, Tensor) and labels.is_floating_point() and labels.numel() == samples:
+        labels = torch.stack([1 - labels.reshape(-1), labels.reshape(-1)], dim=1)
+    classes = isinstance(labels, Tensor) and len(labels) == samples and labels.ndim == 1 + labels.is_floating_point()
+    if not classes or (labels.is_floating_point() and bool((labels < 0).any())):
+        found = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
+        raise ValueError(
+            f"A transport that heeds classes needs a class (N,) or probabilities (N, K) for each of the {samples} samples, got "
+            f"labels {found}{' that are no probabilities' * bool(classes)}: for other tasks use the discrepancy 'sinkhorn' or "
+            "'paired-l2' (recipes 'sat-features', 'alp-features')."
+        )
     return labels
 
 

@@ -104,6 +104,22 @@ class TestClassTransport:
         labels = torch.arange(N) % 2
         torch.testing.assert_close(ClassTransport()(x, y, labels.double()), ClassTransport()(x, y, labels))
 
+    @pytest.mark.parametrize("name", ["class-transport", "sinkhorn-label"])
+    @pytest.mark.parametrize(
+        ("labels", "found"),
+        [
+            (torch.zeros(N, 2, 2, dtype=torch.long), r"\(12, 2, 2\)"),
+            (torch.arange(N - 1), r"\(11,\)"),
+            (torch.linspace(-3, 3, N), "no probabilities"),
+            (None, "NoneType"),
+        ],
+        ids=["pixels", "too few", "regression", "none"],
+    )
+    def test_labels_that_are_no_classes_are_explained(self, name, labels, found, clouds):
+        x, y, _ = clouds
+        with pytest.raises(ValueError, match=f"{found}.*'paired-l2'"):
+            get_discrepancy(name)(x, y, labels)
+
     def test_collapsed_features(self):
         x = torch.zeros(4, 2, requires_grad=True)
         value = ClassTransport()(x, x.detach(), torch.tensor([0, 0, 1, 1]))
