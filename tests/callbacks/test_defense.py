@@ -557,13 +557,16 @@ class TestPipelines:
         trainer.fit(module := Tunable())
         assert "training_step" not in module.__dict__
 
-    @pytest.mark.parametrize("recipe", ["sat-features", "trades+awp"])
-    def test_weight_averaging(self, recipe):
+    @pytest.mark.parametrize("recipe", ACTIVE)
+    def test_weight_perturbation_and_averaging_combine_with_every_recipe(self, recipe):
         callbacks = pytest.importorskip("lightning.pytorch.callbacks")
         if not hasattr(callbacks, "EMAWeightAveraging"):
             pytest.skip("this Lightning has no EMAWeightAveraging")
-        module = train(WassersteinDefense(case(recipe, warmup_epochs=0)), callbacks.EMAWeightAveraging())
+        plain = train(WassersteinDefense(case(recipe, warmup_epochs=0)))
+        defense = WassersteinDefense(case(f"{recipe}+awp", warmup_epochs=0))
+        module = train(defense, callbacks.EMAWeightAveraging())
         assert torch.isfinite(weights(module)).all()
+        assert not torch.equal(weights(module), weights(plain))
         assert not module._forward_hooks
 
     def test_fit_twice_and_validate_between(self):
