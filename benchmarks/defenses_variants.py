@@ -18,7 +18,7 @@ KNOBS = ("step_size", "noise", "gamma")
 
 TUNING: dict[str, list[dict[str, Any]]] = {
     "standard": [{}],
-    # The same weights for the three that act on features, whose presets differ.
+    # Three weights for each of the three that act on features; written out, so that they stay what they are if a preset changes.
     **{key: [{"weight": w} for w in (0.1, 0.3, 0.9)] for key in ("alp-features", "sat-features", "class-transport")},
     "udr": [{}, {"attack.multiplier": 0.5}, {"attack.multiplier_rate": 0.02}],
     "wrm": [{}, {"attack.gamma": 0.02}, {"attack.gamma": 0.2}],

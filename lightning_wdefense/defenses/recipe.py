@@ -144,7 +144,7 @@ class Recipe:
         ``sat``                ``CE(f(x'), y) + 1 Sinkhorn divergence`` of logits (Bouniot et al., 2020)
         ``sat-label``          the same, with a ground cost that keeps mass within its class
         ``sat-features``       ``CE(f(x'), y) + 0.1 Sinkhorn divergence`` of penultimate features
-        ``class-transport``    ``CE(f(x'), y) + 0.3 entropic transport within the classes`` of penultimate features (ours)
+        ``class-transport``    ``CE(f(x'), y) + 0.1 entropic transport within the classes`` of penultimate features (ours)
         ``mmd``                ``CE(f(x'), y) + 1 MMD^2`` of logits, five Gaussian kernels (as in Song et al., 2019)
         ``coral``              ``CE(f(x'), y) + 1 |difference of covariances|^2 / 4D^2`` of logits (as in Song et al., 2019)
         ``udr``                ``CE(f(x'), y)``, ``x'`` from a soft ball whose pull is learned (Bui et al., 2022)
@@ -191,7 +191,7 @@ RECIPES: dict[str, Callable[[ThreatModel], Recipe]] = {
     "sat-label": lambda threat: Recipe(PGD(threat), discrepancy="sinkhorn-label", weight=1.0),
     "sat-features": lambda threat: Recipe(PGD(threat), discrepancy="sinkhorn", weight=0.1, features="penultimate"),
     "class-transport": lambda threat: Recipe(
-        PGD(threat), discrepancy="class-transport", weight=0.3, features="penultimate"
+        PGD(threat), discrepancy="class-transport", weight=0.1, features="penultimate"
     ),
     "mmd": lambda threat: Recipe(PGD(threat), discrepancy="mmd", weight=1.0),
     "coral": lambda threat: Recipe(PGD(threat), discrepancy="coral", weight=1.0),

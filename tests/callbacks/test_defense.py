@@ -265,7 +265,7 @@ class TestLoss:
         ),
         "sat-features": lambda z, za, h, ha, y: F.cross_entropy(za, y) + 0.1 * sinkhorn_divergence(h, ha),
         "mart": lambda z, za, h, ha, y: boosted(za, y) + 5 * (kl(z, za) * (1 - right(z, y))).mean(),
-        "class-transport": lambda z, za, h, ha, y: F.cross_entropy(za, y) + 0.3 * within_classes(h, ha, y),
+        "class-transport": lambda z, za, h, ha, y: F.cross_entropy(za, y) + 0.1 * within_classes(h, ha, y),
         "mmd": lambda z, za, h, ha, y: F.cross_entropy(za, y) + mmd_by_hand(z, za),
         "coral": lambda z, za, h, ha, y: (
             F.cross_entropy(za, y) + (torch.cov(z.T) - torch.cov(za.T)).pow(2).sum() / (4 * 10**2)
