@@ -23,9 +23,9 @@ def costs_along(
     directions: Tensor, x: Measure, y: Measure, p: float, *, uniform: bool = False
 ) -> tuple[Tensor, Tensor]:
     """``W_p^p`` of the clouds projected on unit vectors ``(1 or B, K, D)``: costs ``(B, K)`` in units of scales ``(B,)``."""
-    lines = (exact_matmul(directions, measure.points.mT) for measure in (x, y))
+    lines_x, lines_y = (exact_matmul(directions, measure.points.mT) for measure in (x, y))
     a, b = (None, None) if uniform else (x.weights, y.weights)
-    return costs_of_lines(*lines, a, b, p)
+    return costs_of_lines(lines_x, lines_y, a, b, p)
 
 
 def max_direction(candidates: Tensor, x: Measure, y: Measure, p: float, *, uniform: bool) -> Tensor:

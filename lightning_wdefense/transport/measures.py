@@ -36,12 +36,10 @@ def read_measures(
     y_labels: Tensor | None,
     *,
     balanced: bool,
-    remedy: str = "normalise them, or pass reach= to let mass be created and destroyed",
 ) -> tuple[Measure, Measure]:
     """Both clouds as batched measures in float32 or float64, or an error that says what is wrong with which argument.
 
-    In the balanced case the second mass is scaled to the first, so that rounding cannot make the problem infeasible; masses
-    that differ by more are an error, whose message ends with the ``remedy``.
+    In the balanced case the second mass is scaled to the first, so that rounding cannot make the problem infeasible.
     """
     _check_cloud("x", x)
     _check_cloud("y", y)
@@ -52,12 +50,9 @@ def read_measures(
     weights_x = _read_weights("a", a, "x", x, dtype)
     weights_y = _read_weights("b", b, "y", y, dtype)
     if balanced:
-        mass_x, mass_y = weights_x.sum(-1, keepdim=True), weights_y.sum(-1, keepdim=True)
-        if bool(((mass_x - mass_y).abs() > MASS_TOLERANCE * mass_x).any()):
-            raise ValueError(
-                f"a and b must have equal sums, got {_show(mass_x)} and {_show(mass_y)} (weights not given sum to 1): "
-                f"{remedy}."
-            )
+        mass_x, mass_y = equal_masses(
+            weights_x, weights_y, "normalise them, or pass reach= to let mass be created and destroyed"
+        )
         weights_y = weights_y * (mass_x / mass_y)
     _check_labels("x_labels", x_labels, "x", x)
     _check_labels("y_labels", y_labels, "y", y)
@@ -76,6 +71,16 @@ def read_measures(
         Measure(batch(usable(x.to(dtype))), batch(weights_x), labels(x_labels)),
         Measure(batch(usable(y.to(dtype))), batch(weights_y), labels(y_labels)),
     )
+
+
+def equal_masses(a: Tensor, b: Tensor, remedy: str) -> tuple[Tensor, Tensor]:
+    """The masses ``(B, 1)`` of weights ``(B, N)`` and ``(B, M)``, or an error if they differ by more than rounding."""
+    mass_a, mass_b = a.sum(-1, keepdim=True), b.sum(-1, keepdim=True)
+    if bool(((mass_a - mass_b).abs() > MASS_TOLERANCE * mass_a).any()):
+        raise ValueError(
+            f"a and b must have equal sums, got {_show(mass_a)} and {_show(mass_b)} (weights not given sum to 1): {remedy}."
+        )
+    return mass_a, mass_b
 
 
 def usable(tensor: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ def costs_of_lines(x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, p: 
         x: positions ``(B, K, N)`` on ``K`` lines.
         y: positions ``(B, K, M)``.
         a: weights ``(B, N)``, or ``None``, like ``b``, if both clouds are uniform.
-        b: weights ``(B, M)`` of the same mass.
+        b: weights ``(B, M)``, which are scaled to the mass of ``a``.
         p: power of the distance.
 
     Returns:
@@ -71,12 +71,16 @@ def _weighted(a: Tensor, b: Tensor) -> Coupling:
     takes one step after the other, which makes the gradient with respect to the weights a dual solution.
     """
     n, m = a.shape[-1], b.shape[-1]
-    levels, order = torch.sort(torch.cat([a.cumsum(-1), b.cumsum(-1)], -1), dim=-1, stable=True)
+    # In float32 levels that should be equal differ by 1e-7, the root of which shows where clouds are equal.
+    dtype = torch.float32 if a.device.type == "mps" else torch.float64
+    levels_x, levels_y = a.cumsum(-1, dtype=dtype), b.cumsum(-1, dtype=dtype)
+    levels_y = levels_y * (levels_x[..., -1:] / levels_y[..., -1:])
+    levels, order = torch.sort(torch.cat([levels_x, levels_y], -1), dim=-1, stable=True)
     ends_x = (order < n).long()
     ends_y = 1 - ends_x
     source, target = ends_x.cumsum(-1) - ends_x, ends_y.cumsum(-1) - ends_y
     mass = levels.diff(dim=-1, prepend=torch.zeros_like(levels[..., :1]))
-    return Coupling(source.clamp(max=n - 1), target.clamp(max=m - 1), mass)
+    return Coupling(source.clamp(max=n - 1), target.clamp(max=m - 1), mass.to(a.dtype))
 
 
 def _pick(points: Tensor, ranks: Tensor) -> Tensor:

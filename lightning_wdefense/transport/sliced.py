@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_wdefense.transport.directions import orthogonal_directions, random_directions, read_directions
 from lightning_wdefense.transport.max_direction import costs_along, max_direction
-from lightning_wdefense.transport.measures import Measure, read_measures
+from lightning_wdefense.transport.measures import Measure, equal_masses, read_measures
 from lightning_wdefense.transport.sliced_options import Directions, SlicedOptions
 
 
@@ -45,10 +45,10 @@ def sliced_wasserstein(
         a: weights of ``x``, ``(N,)`` or ``(B, N)``, not negative; ``None`` for ``1 / N`` each.
         b: weights of ``y``, likewise; they must sum to what ``a`` sums to.
         p: power of the distance, at least 1.
-        n_projections: number of directions. The standard error is largest for a translation in many dimensions, where it is
-            ``1 / sqrt(2 K)`` of the distance: 9% for the default. Orthogonal ones have none there if ``K`` is a multiple of ``D``.
-        directions: ``"orthogonal"`` for blocks of up to ``D`` orthogonal ones, never worse than independent ones for a
-            translation (Rowland et al. 2019); ``"random"`` for independent ones; ``"max"`` for the best that gradient ascent finds
+        n_projections: number of directions. For a translation in many dimensions and ``p = 2`` the standard error of independent
+            ones is ``1 / sqrt(2 K)`` of the distance, 9% for the default; orthogonal ones have none if ``K`` is a multiple of ``D``.
+        directions: ``"orthogonal"`` for blocks of up to ``D`` orthogonal ones, over which the mean varies less than over
+            independent ones (Rowland et al. 2019); ``"random"`` for independent ones; ``"max"`` for the best that gradient ascent finds
             from the best of ``n_projections`` orthogonal ones and the difference between the means, which is a local maximum; or
             vectors ``(K, D)`` of any length but 0.
         seed: of the directions: the same seed gives the same ones, on all devices.
@@ -79,8 +79,9 @@ def sliced_wasserstein(
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}.")
     with torch.autocast(x.device.type if isinstance(x, Tensor) else "cpu", enabled=False):
-        measures = read_measures(x, y, a, b, None, None, balanced=True, remedy="normalise them")
-        value = _evaluate(*measures, options, generator, uniform=a is None and b is None)
+        source, target = read_measures(x, y, a, b, None, None, balanced=False)
+        equal_masses(source.weights, target.weights, "normalise them")
+        value = _evaluate(source, target, options, generator, uniform=a is None and b is None)
     return value if x.ndim == 3 else value[0]
 
 
@@ -135,6 +136,8 @@ class SlicedWasserstein(nn.Module):
         >>> distance(torch.zeros(4, 3), torch.ones(5, 3))
         tensor(1.)
     """
+
+    directions: Tensor | None
 
     def __init__(
         self,

@@ -221,6 +221,16 @@ def test_powers_neither_vanish_nor_overflow(p, scale):
     assert torch.autograd.grad(value, x)[0].isfinite().all()
 
 
+def test_levels_are_not_rounded():
+    """Neighbours swap places in the second cloud, so that every other level is the same sum in another order."""
+    x, a = torch.arange(3000.0)[:, None], torch.rand(3000, generator=rng()) / 1500
+    y = x.reshape(-1, 2).flip(1).reshape(-1, 1)
+    b = a.reshape(-1, 2).flip(1).reshape(-1)
+    split = torch.cat([a / 2, b / 2])
+    assert sliced_wasserstein(x, torch.cat([x, y]), a, split).item() < 1e-4
+    assert sliced_wasserstein(x, y, a, b) == 0
+
+
 def test_ties_and_a_weight_of_zero_have_valid_gradients():
     x = torch.tensor([[0.0], [0.0], [1.0], [2.0]], requires_grad=True)
     y = torch.tensor([[0.0], [3.0], [3.0], [4.0]])
