@@ -50,8 +50,7 @@ def sliced_wasserstein(
         directions: ``"orthogonal"`` for blocks of up to ``D`` orthogonal ones, over which the mean varies less than over
             independent ones (Rowland et al. 2019); ``"random"`` for independent ones; ``"max"`` for the best that gradient ascent finds
             from the best few of ``n_projections`` orthogonal ones and the difference between the means, a local
-            maximum, some ten times as slow; or
-            vectors ``(K, D)`` of any length but 0.
+            maximum, some ten times as slow; or vectors ``(K, D)`` of any length but 0.
         seed: of the directions: the same seed gives the same ones, on all devices.
         generator: to draw from instead, so that each call has directions of its own; it advances.
 
