@@ -3,6 +3,7 @@
 from lightning_wdefense.defenses.discrepancies import (
     DISCREPANCIES,
     ClassTransport,
+    SlicedTransport,
     Transport,
     coral,
     get_discrepancy,
@@ -18,6 +19,7 @@ __all__ = [
     "RECIPES",
     "ClassTransport",
     "Recipe",
+    "SlicedTransport",
     "Transport",
     "coral",
     "get_discrepancy",

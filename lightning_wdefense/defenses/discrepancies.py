@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_wdefense._names import unknown_name
 from lightning_wdefense.attacks.losses import kl_divergence
 from lightning_wdefense.attacks.outputs import class_labels, float32_or_better, hard_labels, logits_of
-from lightning_wdefense.transport import SinkhornDivergence, sinkhorn
+from lightning_wdefense.transport import SinkhornDivergence, SlicedWasserstein, sinkhorn
 
 Discrepancy = Callable[[Tensor, Tensor, Any], Tensor]
 
@@ -76,6 +76,23 @@ class Transport:
         """The divergence of two batches ``(N, ...)``."""
         labels = _classes(labels, len(clean)) if self.divergence.options.label_cost is not None else None
         return self.divergence(_rows(clean), _rows(adversarial), x_labels=labels, y_labels=labels)
+
+
+@dataclass(frozen=True)
+class SlicedTransport:
+    """Half the squared sliced Wasserstein distance between the clean and the adversarial batch; for many dimensions, and blind to labels.
+
+    It sees the mean over directions: a translation costs ``1 / D`` of what it costs by transport in ``D`` dimensions.
+
+    Args:
+        distance: the distance and its settings.
+    """
+
+    distance: SlicedWasserstein = field(default_factory=SlicedWasserstein)
+
+    def __call__(self, clean: Tensor, adversarial: Tensor, labels: Any = None) -> Tensor:
+        """Half the squared distance of two batches ``(N, ...)``."""
+        return 0.5 * self.distance(_rows(clean), _rows(adversarial)).square()
 
 
 @dataclass(frozen=True)
@@ -147,6 +164,7 @@ DISCREPANCIES: dict[str, Discrepancy] = {
     "sinkhorn": Transport(),
     "sinkhorn-label": Transport(SinkhornDivergence(label_cost=LABEL_COST)),
     "class-transport": ClassTransport(),
+    "sliced": SlicedTransport(),
     "mmd": mmd,
     "coral": coral,
 }
@@ -158,6 +176,8 @@ def get_discrepancy(discrepancy: str | Discrepancy) -> Discrepancy:
     Raises:
         ValueError: if the name does not exist, with the nearest ones.
     """
+    if isinstance(discrepancy, SlicedWasserstein):
+        return SlicedTransport(discrepancy)
     if callable(discrepancy):
         return Transport(discrepancy) if isinstance(discrepancy, SinkhornDivergence) else discrepancy
     if discrepancy not in DISCREPANCIES:

@@ -44,7 +44,8 @@ class Recipe:
         sees: which inputs the user's own ``training_step`` is given, ``"clean"`` or ``"adversarial"``. The other ones get a
             plain forward pass, where a term needs it.
         discrepancy: between clean and adversarial features: ``"kl"``, ``"paired-l2"``, ``"sinkhorn"``, ``"sinkhorn-label"``,
-            a :class:`~lightning_wdefense.transport.SinkhornDivergence`, or a callable ``(clean, adversarial, labels)``.
+            any other name in ``DISCREPANCIES``, a :class:`~lightning_wdefense.transport.SinkhornDivergence` or
+            :class:`~lightning_wdefense.transport.SlicedWasserstein`, or a callable ``(clean, adversarial, labels)``.
         weight: of the discrepancy.
         features: where it is measured: ``"outputs"``, ``"penultimate"`` (the input of the last linear layer that runs), or a
             dotted path to a submodule.

@@ -44,18 +44,15 @@ def read_measures(
     _check_cloud("x", x)
     _check_cloud("y", y)
     _check_pair(x, y)
-    _check_finite("x", x)
-    _check_finite("y", y)
+    check_finite("x", x)
+    check_finite("y", y)
     dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
     weights_x = _read_weights("a", a, "x", x, dtype)
     weights_y = _read_weights("b", b, "y", y, dtype)
     if balanced:
-        mass_x, mass_y = weights_x.sum(-1, keepdim=True), weights_y.sum(-1, keepdim=True)
-        if bool(((mass_x - mass_y).abs() > MASS_TOLERANCE * mass_x).any()):
-            raise ValueError(
-                f"a and b must have equal sums, got {_show(mass_x)} and {_show(mass_y)} (weights not given sum to 1): "
-                "normalise them, or pass reach= to let mass be created and destroyed."
-            )
+        mass_x, mass_y = equal_masses(
+            weights_x, weights_y, "normalise them, or pass reach= to let mass be created and destroyed"
+        )
         weights_y = weights_y * (mass_x / mass_y)
     _check_labels("x_labels", x_labels, "x", x)
     _check_labels("y_labels", y_labels, "y", y)
@@ -71,18 +68,28 @@ def read_measures(
         return batch(tensor.detach().to(dtype) if tensor.is_floating_point() else tensor)
 
     return (
-        Measure(batch(_usable(x.to(dtype))), batch(weights_x), labels(x_labels)),
-        Measure(batch(_usable(y.to(dtype))), batch(weights_y), labels(y_labels)),
+        Measure(batch(usable(x.to(dtype))), batch(weights_x), labels(x_labels)),
+        Measure(batch(usable(y.to(dtype))), batch(weights_y), labels(y_labels)),
     )
 
 
-def _usable(tensor: Tensor) -> Tensor:
+def equal_masses(a: Tensor, b: Tensor, remedy: str) -> tuple[Tensor, Tensor]:
+    """The masses ``(B, 1)`` of weights ``(B, N)`` and ``(B, M)``, or an error if they differ by more than rounding."""
+    mass_a, mass_b = a.sum(-1, keepdim=True), b.sum(-1, keepdim=True)
+    if bool(((mass_a - mass_b).abs() > MASS_TOLERANCE * mass_a).any()):
+        raise ValueError(
+            f"a and b must have equal sums, got {_show(mass_a)} and {_show(mass_b)} (weights not given sum to 1): {remedy}."
+        )
+    return mass_a, mass_b
+
+
+def usable(tensor: Tensor) -> Tensor:
     """Autograd cannot save an inference tensor, but a copy made outside inference mode is an ordinary one."""
     return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
 
 
 def _check_cloud(name: str, points: Tensor) -> None:
-    _check_float(name, points)
+    check_float(name, points)
     if points.ndim not in (2, 3):
         hint = f" Flatten each sample first: {name}.flatten(1)." if points.ndim > 3 else ""
         raise ValueError(f"{name} must have shape (N, D) or (B, N, D), got {tuple(points.shape)}.{hint}")
@@ -96,32 +103,32 @@ def _check_pair(x: Tensor, y: Tensor) -> None:
             f"x and y must agree in all but the number of points, (N, D) and (M, D) or (B, N, D) and (B, M, D); "
             f"got x {tuple(x.shape)} and y {tuple(y.shape)}."
         )
-    _check_device("y", y, x)
+    check_device("y", y, x)
 
 
 def _read_weights(name: str, weights: Tensor | None, of: str, points: Tensor, dtype: torch.dtype) -> Tensor:
     if weights is None:
         return torch.full(points.shape[:-1], 1 / points.shape[-2], dtype=dtype, device=points.device)
-    _check_float(name, weights)
+    check_float(name, weights)
     if weights.shape != points.shape[:-1]:
         raise ValueError(
             f"{name} must hold one weight for each point of {of}, shape {tuple(points.shape[:-1])}; "
             f"got {tuple(weights.shape)}."
         )
-    _check_device(name, weights, points)
-    _check_finite(name, weights)
+    check_device(name, weights, points)
+    check_finite(name, weights)
     if bool((weights < 0).any()):
         raise ValueError(f"{name} must not be negative, its smallest value is {float(weights.min()):.3g}.")
     if bool((weights.sum(-1) == 0).any()):
         raise ValueError(f"{name} sums to zero: there is nothing to transport.")
-    return _usable(weights.to(dtype))
+    return usable(weights.to(dtype))
 
 
 def _check_labels(name: str, labels: Tensor | None, of: str, points: Tensor) -> None:
     if labels is None:
         return
     _check_tensor(name, labels)
-    _check_device(name, labels, points)
+    check_device(name, labels, points)
     expected = tuple(points.shape[:-1])
     soft = labels.is_floating_point()
     if tuple(labels.shape[:-1] if soft else labels.shape) != expected:
@@ -147,19 +154,22 @@ def _check_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}.")
 
 
-def _check_float(name: str, tensor: Tensor) -> None:
+def check_float(name: str, tensor: Tensor) -> None:
+    """An error unless it is a tensor of a floating dtype."""
     _check_tensor(name, tensor)
     if not tensor.is_floating_point():
         raise TypeError(f"{name} must have a floating dtype, got {tensor.dtype}: pass {name}.float().")
 
 
-def _check_finite(name: str, tensor: Tensor) -> None:
+def check_finite(name: str, tensor: Tensor) -> None:
+    """An error if there is a NaN or an infinity in it."""
     # A sum is finite only if all its terms are, and takes a fiftieth of the time to look at; but it may overflow.
     if not bool(tensor.detach().sum().isfinite()) and not bool(tensor.isfinite().all()):
         raise ValueError(f"{name} {tuple(tensor.shape)} holds NaN or infinite values.")
 
 
-def _check_device(name: str, tensor: Tensor, points: Tensor) -> None:
+def check_device(name: str, tensor: Tensor, points: Tensor) -> None:
+    """An error unless it is where ``x`` is."""
     if tensor.device != points.device:
         raise ValueError(f"{name} is on {tensor.device}, x is on {points.device}: move them to one device.")
 

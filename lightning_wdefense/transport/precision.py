@@ -5,8 +5,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import Tensor
 
 _lock = threading.Lock()
 _users = 0
@@ -34,6 +36,32 @@ def exact_products() -> Iterator[None]:
             _users -= 1
             if _users == 0 and not _is_exact(_allowed):
                 _set(_allowed)
+
+
+def exact_matmul(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right`` of batches ``(1 or B, I, J)`` and ``(1 or B, J, K)``, and all its derivatives, with exact products.
+
+    Autocast is off in them too: a backward pass that is called under autocast would be cast, whatever the forward pass was.
+    """
+    product: Tensor = _ExactMatmul.apply(left, right)
+    return product
+
+
+class _ExactMatmul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, left: Tensor, right: Tensor) -> Tensor:
+        ctx.save_for_backward(left, right)
+        with exact_products(), torch.autocast(left.device.type, enabled=False):
+            return left @ right
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        left, right = ctx.saved_tensors
+        of_left, of_right = ctx.needs_input_grad
+        return (
+            exact_matmul(grad, right.mT).sum_to_size(left.shape) if of_left else None,
+            exact_matmul(left.mT, grad).sum_to_size(right.shape) if of_right else None,
+        )
 
 
 def _backends() -> list[object]:

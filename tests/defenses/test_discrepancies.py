@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lightning_wdefense.defenses import DISCREPANCIES, ClassTransport, get_discrepancy
+from lightning_wdefense.transport import SlicedWasserstein
 
 N, D, CLASSES = 12, 3, 3
 
@@ -46,7 +47,7 @@ class TestEveryDiscrepancy:
         assert torch.isfinite(get_discrepancy(name)(x, x + 0.1, torch.tensor([1])))
 
 
-@pytest.mark.parametrize("name", ["kl", "weighted-kl", "paired-l2", "coral"])
+@pytest.mark.parametrize("name", ["kl", "weighted-kl", "paired-l2", "coral", "sliced"])
 def test_finite_differences(name, clouds):
     """Of those without a bandwidth or a blur, which follow the data but are constants for the gradient."""
     x, y, labels = clouds
@@ -56,6 +57,15 @@ def test_finite_differences(name, clouds):
     y = y.detach()
     slope = (measure(x, y + scale * direction, labels) - measure(x, y - scale * direction, labels)) / (2 * scale)
     assert float((gradient * direction).sum()) == pytest.approx(float(slope), rel=1e-6)
+
+
+class TestSlicedTransport:
+    def test_a_translation_costs_half_its_square_by_dimensions(self, clouds):
+        x, _, labels = clouds
+        measure = get_discrepancy(SlicedWasserstein(n_projections=D))
+        assert measure(x, x + 2.0, labels).item() == pytest.approx(2.0)
+        x, t = x.reshape(N, D, 1, 1), torch.tensor([0.0, 3.0, 0.0]).reshape(D, 1, 1)
+        assert measure(x, x + t, labels).item() == pytest.approx(1.5)
 
 
 class TestClassTransport:
