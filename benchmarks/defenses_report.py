@@ -90,11 +90,14 @@ def lost(records: list[dict[str, Any]]) -> list[str]:
 
 
 def difference(ours: Row, theirs: Row | None) -> tuple[Estimate, str] | None:
-    """Paired by seed, under the strongest attack that both have on a common seed; and that attack's name."""
-    for measure, stage in MEASURES.items():
-        if theirs is not None and (found := paired(ours.accuracies(stage), theirs.accuracies(stage))):
-            return found, measure
-    return None
+    """Paired by seed, under the strongest attack that has met both on all of their common seeds; and that attack's name."""
+    found = {
+        measure: pairs
+        for measure, stage in MEASURES.items()
+        if theirs is not None and (pairs := paired(ours.accuracies(stage), theirs.accuracies(stage)))
+    }
+    most = max((pairs.count for pairs in found.values()), default=0)
+    return next(((pairs, measure) for measure, pairs in found.items() if pairs.count == most), None)
 
 
 def gap(row: Row, measure: str) -> float | None:
@@ -186,7 +189,7 @@ def markdown(found: list[Row], lost: list[str], protocol: Protocol, hardware: li
             row.label,
             row.settings,
             str(len(row.runs)),
-            *(each.text() if each else "–" for each in percent),
+            *(_share(each, len(row.runs)) for each in percent),
             *against,
         ]
         seconds = row.per_run("wall_s" if protocol.device == "cuda" else "cpu_s")
@@ -201,6 +204,12 @@ def markdown(found: list[Row], lost: list[str], protocol: Protocol, hardware: li
             lines.append([row.label, other.label, *cells])
         text += f"\n## What the transport adds\n\n{table(lines)}"
     return f"{text}\n{diverged}\nProtocol: {protocol}.\n\nMeasured on {'; '.join(hardware)}.\n"
+
+
+def _share(found: Estimate | None, seeds: int) -> str:
+    if found is None:
+        return "–"
+    return found.text() + (f" ({found.count} of the seeds)" if found.count < seeds else "")
 
 
 def _ablation(row: Row, labels: Mapping[str, Row]) -> Row | None:
@@ -223,7 +232,7 @@ def _explanation(protocol: Protocol) -> str:
         f"Accuracy in per cent of {protocol.test} test images, means over seeds ± half a 95% t-interval over seeds (none with one "
         f"seed). PGD: {protocol.pgd_steps} steps, {protocol.pgd_restarts} restarts. APGD: what APGD-CE and APGD-T ({protocol.attack_steps} "
         f"steps each) leave. AutoAttack: what FAB-T and Square ({protocol.queries} queries) leave of that. Ranked by AutoAttack "
-        "where all seeds have it, else by APGD. `− pgd-at`, `− trades`: points of the strongest attack that both have, paired by seed. Training: seconds of "
+        "where all seeds have it, else by APGD. `− pgd-at`, `− trades`: points, paired by seed, under the strongest attack that has met both on all common seeds. Training: seconds of "
         f"training steps alone ({clock}), without validation. Step: median of steps taken in turns, with a 95% bootstrap interval; "
         f"`~`: from the runs themselves. `PGD overstates`: PGD leaves at least {100 * OVERSTATED:.0f} points more above the strongest attack than it "
         "does for pgd-at."
