@@ -104,7 +104,12 @@ def test_segmentation(case, classes):
         after = model(adversarial)
         after = torch.cat([torch.zeros_like(after), after], 1) if classes == 1 else after
     before = F.cross_entropy(two, labels, reduction="none").flatten(1).sum(1)
-    assert (F.cross_entropy(after, labels, reduction="none").flatten(1).sum(1) > before).all()
+    succeeded = F.cross_entropy(after, labels, reduction="none").flatten(1).sum(1) > before
+    if getattr(
+        case(THREAT), "early_exit", False
+    ):  # leaves a sample at its first wrong element, wherever the start put it
+        succeeded |= (after.argmax(1) != labels).flatten(1).any(1)
+    assert succeeded.all()
     if classes == 1:
         for given in (labels.float(), labels[:, None], labels[:, None].float()):
             assert torch.equal(case(THREAT)(model, inputs, given), adversarial)

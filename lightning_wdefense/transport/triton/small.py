@@ -21,6 +21,7 @@ from torch.nn.functional import pad
 from lightning_wdefense.transport import anderson, iteration, kernel, solver
 from lightning_wdefense.transport.triton.persistent import COLUMNS, SLAB, Slabs, add_up, meeting_place
 
+# In Triton's interpreter a constant on the left of a tensor may make a constant of the product: tensors come first below.
 WARMEST = tl.constexpr(solver.WARMEST)
 LOG_COOLING = tl.constexpr(math.log(solver.COOLING))
 ENTRY = tl.constexpr(iteration.ENTRY)
@@ -77,12 +78,12 @@ def extrapolate(residuals, images, gram, last_scaled, last_image, scaled, image,
     products = tl.sum(residuals * step[None, :], 1)
     gram = tl.where(length > 0, gram, tl.where(diagonal, 1.0, 0.0))
     gram = tl.where(now[:, None], products[None, :], tl.where(now[None, :], products[:, None], gram))
-    system = tl.where(diagonal, (1.0 + RIDGE) * gram + TINY, gram)
+    system = tl.where(diagonal, gram * (1.0 + RIDGE) + TINY, gram)
     mixture = solved(system, tl.sum(residuals * scaled[None, :], 1), slots, MEMORY)
     correction = tl.sum(images * mixture[:, None], 0)
     correction = tl.where(tl.abs(correction) < float("inf"), correction, 0.0)
     if tl.max(tl.abs(image - correction), 0) > FARTHEST:
-        correction = correction * tl.minimum(LONGEST / tl.maximum(tl.max(tl.abs(correction), 0), TINY), 1.0)
+        correction = correction * tl.minimum(1.0 / tl.maximum(tl.max(tl.abs(correction), 0), TINY) * LONGEST, 1.0)
     return residuals, images, gram, image - correction
 
 
@@ -125,7 +126,7 @@ def sinkhorn(
     kept = b > 0
     log_b = tl.where(kept, tl.log(tl.where(kept, b, 1.0)), -float("inf"))
 
-    levels = tl.floor(tl.log(tl.maximum(WARMEST * mean / eps, 1.0)) / LOG_COOLING).to(tl.int32)
+    levels = tl.floor(tl.log(tl.maximum(mean * WARMEST / eps, 1.0)) / LOG_COOLING).to(tl.int32)
     level = tl.where(warm > 0, 0, levels)
     warmest = level
     reheatings = 0
@@ -170,7 +171,7 @@ def sinkhorn(
         n_iter += 1
 
         # Written so that NaN counts as large.
-        astray = not (error <= GROWTH * best)
+        astray = not (error <= best * GROWTH)
         poor = untried and not (error < WARM)
         untried = False
         if astray:
