@@ -10,13 +10,19 @@ from pathlib import Path
 import torch
 
 
-def hardware(device: str) -> str:
-    """The GPU's name, or the CPU's with the threads in use."""
+def processor(device: str) -> str:
+    """The GPU's name, or the CPU's."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     models = [line.split(":")[1].strip() for line in lines if "model name" in line]
-    return f"{(models or [platform.processor()])[0]}, {torch.get_num_threads()} of {os.cpu_count()} cores"
+    return next(iter(models), platform.machine())
+
+
+def hardware(device: str) -> str:
+    """The GPU's name, or the CPU's with the threads in use."""
+    name = processor(device)
+    return name if device == "cuda" else f"{name}, {torch.get_num_threads()} of {os.cpu_count()} cores"
 
 
 def ratio_interval(ours: Sequence[float], theirs: Sequence[float], draws: int = 2000) -> list[float]:

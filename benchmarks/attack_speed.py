@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 import torchattacks
 from _common import hardware, ratio_interval
+from defenses_models import mnist_cnn
 from torch import Tensor, nn
 
 from lightning_wdefense.attacks import PGD, Execution, ThreatModel, get_attack, worst_case
@@ -44,13 +45,6 @@ OPTIONS: dict[str, tuple[dict[str, Any], Execution]] = {
     "bf16 + early_exit": ({"early_exit": True}, Execution(precision="bf16")),
 }
 TRAINED = "plain", "bf16", "early_exit", "bf16 + early_exit", "scheduled steps"
-
-
-def mnist_cnn() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(1, 16, 4, stride=2, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 4, stride=2, padding=1), nn.ReLU(),
-        nn.Flatten(), nn.Linear(32 * 7 * 7, 100), nn.ReLU(), nn.Linear(100, 10),
-    )  # fmt: skip
 
 
 def wide_cnn(width: int = 24) -> nn.Module:

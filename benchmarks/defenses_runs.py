@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 
 import lightning as L
 import torch
+from _common import processor
 from defenses_data import Images, Splits
 from defenses_protocol import ALWAYS, CLEAN, STAGES, Protocol
 from defenses_store import Run
@@ -36,12 +36,8 @@ class Bench(NamedTuple):
 
 def hardware(protocol: Protocol) -> dict[str, Any]:
     """Where a run ran, without the machine's name."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    models = [line.split(":")[1].strip() for line in lines if "model name" in line]
     return {
-        "processor": torch.cuda.get_device_name()
-        if protocol.device == "cuda"
-        else next(iter(models), platform.machine()),
+        "processor": processor(protocol.device),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,
