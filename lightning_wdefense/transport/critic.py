@@ -1,0 +1,225 @@
+"""The dual route to the Wasserstein distance: a Lipschitz critic."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_wdefense.transport.lipschitz import PENALISED, Lipschitz, constrain, critic_network
+from lightning_wdefense.transport.precision import exact_products
+
+Average = Callable[[Tensor], Tensor]
+
+
+class CriticObjective(NamedTuple):
+    """What a critic's training step computes, all scalars.
+
+    Attributes:
+        loss: to minimise: the penalty less the gap.
+        gap: mean score of ``x`` less mean score of ``y``, in units of the points.
+        penalty: ``weight * mean (|gradient| - 1)^2``; 0 for a critic that needs none.
+        gradient_norm: mean length of the critic's gradient between the clouds; NaN where the loss does not need it.
+    """
+
+    loss: Tensor
+    gap: Tensor
+    penalty: Tensor
+    gradient_norm: Tensor
+
+
+class WassersteinCritic(nn.Module):
+    r"""A 1-Lipschitz function of points, whose gap between two clouds is at most their Wasserstein distance ``W_1``.
+
+    ``W_1(x, y) = max_f mean f(x) - mean f(y)`` over all ``f`` of Lipschitz constant 1 (Kantorovich and Rubinstein). Trained for that
+    (:class:`CriticTraining`, :func:`critic_distance`), the critic's gap estimates the distance from below.
+
+    By default its layers are orthonormal matrices between :class:`GroupSort` activations (Anil et al., 2019), so that it is 1-Lipschitz at any
+    time, and nothing needs to be weighed. The other ways: ``"spectral-norm"`` divides every matrix by its largest singular value
+    (Miyato et al., 2018); ``"gradient-penalty"`` adds ``penalty * mean (|f'| - 1)^2`` between the clouds to the loss (WGAN-GP,
+    Gulrajani et al., 2017); ``"one-sided-penalty"`` only where ``|f'| > 1`` (Petzka et al., 2018). A penalty lets the gap overshoot, by about
+    ``W_1^2 / (2 penalty)`` for scaled points; :meth:`distance` therefore divides it by the gradient's length.
+
+    Points are centred and divided by the size of a typical coordinate, known from training; scores are in the units of the points. Everything
+    is computed in float32 or better, with autocast off.
+
+    Args:
+        network: width ``D`` of the points, or their shape such as ``(1, 28, 28)``, for which a network is built (an MLP; for images a small
+            convnet); or a module that takes ``(N, ...)`` and returns ``(N,)`` or ``(N, 1)``.
+        lipschitz: how it is kept Lipschitz. Of a module the first two change linear layers and convolutions in place, and leave it to
+            you that its activations are 1-Lipschitz; the penalties take any module.
+        penalty: weight of a penalty.
+        width: of the hidden layers that are built; ``None`` for the width of the points, from 64 to 256.
+        depth: number of the hidden layers that are built.
+        seed: of the weights that are built. PyTorch's own random number generators are not touched.
+
+    Raises:
+        ValueError: if a setting is out of its range, or the module has a layer that does not go with ``lipschitz``, above all BatchNorm;
+            in use, if points do not fit, are fewer than two, or not finite.
+
+    References:
+        Arjovsky, Chintala, Bottou, "Wasserstein GAN", ICML 2017.
+        Gulrajani et al., "Improved training of Wasserstein GANs", NeurIPS 2017.
+        Miyato et al., "Spectral normalization for generative adversarial networks", ICLR 2018.
+        Petzka, Fischer, Lukovnikov, "On the regularization of Wasserstein GANs", ICLR 2018.
+        Anil, Lucas, Grosse, "Sorting out Lipschitz function approximation", ICML 2019.
+
+    Example:
+        >>> critic = WassersteinCritic(8)
+        >>> points = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
+        >>> bool(critic.gap(points, points + 1) <= 8**0.5)
+        True
+    """
+
+    centre: Tensor
+    scale: Tensor
+    batches: Tensor
+
+    def __init__(
+        self,
+        network: int | Sequence[int] | nn.Module,
+        *,
+        lipschitz: Lipschitz = "orthogonal",
+        penalty: float = 10.0,
+        width: int | None = None,
+        depth: int = 2,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not (penalty > 0 and math.isfinite(penalty)):
+            raise ValueError(f"penalty must be positive and finite, got {penalty}.")
+        self.lipschitz, self.penalty = lipschitz, penalty
+        self.shape: tuple[int, ...] | None = None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            if isinstance(network, nn.Module):
+                self.network = network
+            else:
+                self.shape = (network,) if isinstance(network, int) else tuple(network)
+                _check_sizes(self.shape, width, depth)
+                self.network = critic_network(self.shape, width, depth)
+            self.orthonormal = constrain(self.network, lipschitz)
+        self.register_buffer("centre", torch.zeros(self.shape or ()))
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("batches", torch.zeros((), dtype=torch.long))
+
+    def forward(self, points: Tensor) -> Tensor:
+        """Scores ``(N,)`` of points ``(N, ...)``, in their units, in float32 or better."""
+        self._check(points)
+        with torch.autocast(points.device.type, enabled=False), exact_products():
+            points = points.to(torch.promote_types(points.dtype, torch.float32))
+            scores = self.network((points - self.centre) / self.scale)
+        if scores.shape not in ((len(points),), (len(points), 1)):
+            raise ValueError(
+                f"The critic must return a score for each of the {len(points)} points, ({len(points)},) or ({len(points)}, 1), "
+                f"got {tuple(scores.shape)}."
+            )
+        return scores.reshape(len(points)) * self.scale
+
+    def gap(self, x: Tensor, y: Tensor) -> Tensor:
+        """Mean score of ``x`` ``(N, ...)`` less that of ``y`` ``(M, ...)``, differentiable in both: what the critic says of the distance."""
+        scores = self(torch.cat([x, y]))
+        return scores[: len(x)].mean() - scores[len(x) :].mean()
+
+    def distance(self, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Estimate of ``W_1``: the gap, for a penalised critic divided by the length of its gradient between the clouds."""
+        gap = self.gap(x, y)
+        return gap / self.gradient_norm(x, y, generator=generator).mean() if self.lipschitz in PENALISED else gap
+
+    def gradient_norm(
+        self, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None, create_graph: bool = False
+    ) -> Tensor:
+        """Length of the critic's gradient at random places between ``x`` and ``y``: ``(max(N, M),)``."""
+        size = max(len(x), len(y))
+        x, y = x.detach(), y.detach()
+        device = x.device if generator is None else generator.device
+        generator = generator or torch.Generator(device).manual_seed(int(self.batches))
+        share = torch.rand((size, *[1] * (x.ndim - 1)), generator=generator, device=device).to(x)
+        rows = torch.arange(size, device=x.device)
+        with torch.enable_grad():
+            between = torch.lerp(x[rows % len(x)], y[rows % len(y)], share).requires_grad_()
+            (gradient,) = torch.autograd.grad(self(between).sum(), between, create_graph=create_graph)
+        return gradient.flatten(1).norm(dim=1)
+
+    def objective(self, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> CriticObjective:
+        """What a training step minimises on ``x`` and ``y``, which are constants in it."""
+        gap = self.gap(x.detach(), y.detach())
+        if self.lipschitz not in PENALISED:
+            return CriticObjective(-gap, gap, torch.zeros_like(gap), torch.full_like(gap, torch.nan))
+        norm = self.gradient_norm(x, y, generator=generator, create_graph=True)
+        excess = norm - 1
+        if self.lipschitz == "one-sided-penalty":
+            excess = excess.clamp_min(0)
+        penalty = self.penalty * excess.square().mean()
+        # At the scale of the points, so that the balance of gap and penalty is that of normalised ones.
+        return CriticObjective(penalty - gap / self.scale, gap, penalty, norm.mean())
+
+    @torch.no_grad()
+    def adapt(self, x: Tensor, y: Tensor, average: Average | None = None) -> None:
+        """Take note of where the points lie and how large they are: a running mean, over all ranks if ``average`` is one over them."""
+        self._check(x, y)
+        points = torch.cat([x, y]).to(self.scale.dtype).flatten(1)
+        moments = torch.cat([points.mean(0), points.square().mean(0)])
+        mean, square = (moments if average is None else average(moments)).chunk(2)
+        size = (square - mean.square()).mean().clamp_min(0).sqrt()
+        # Identical points have no size; the centre's own is better than a division by zero.
+        size = torch.where(size > 1e-6 * mean.norm(), size, mean.norm().clamp_min(1e-6)).to(self.scale)
+        centre = mean.view(x.shape[1:]).to(self.centre)
+        share = (1 / (self.batches + 1)).clamp_min(0.01).to(self.scale)
+        self.centre = torch.lerp(self.centre.expand_as(centre), centre, share)
+        self.scale = torch.lerp(self.scale, size, share)
+        self.batches = self.batches + 1
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Inside, scores are differentiated with respect to the points alone."""
+        flags = [(each, each.requires_grad) for each in self.parameters()]
+        try:
+            for each, _ in flags:
+                each.requires_grad_(False)
+            yield
+        finally:
+            for each, flag in flags:
+                each.requires_grad_(flag)
+
+    def extra_repr(self) -> str:
+        """How it is kept Lipschitz."""
+        return f"lipschitz={self.lipschitz!r}" + f", penalty={self.penalty:g}" * (self.lipschitz in PENALISED)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # A module of the user's does not say what points it takes, before it has seen some.
+        if self.shape is None and prefix + "centre" in state_dict:
+            self.centre = self.centre.new_zeros(state_dict[prefix + "centre"].shape)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _check(self, *clouds: Tensor) -> None:
+        for points in clouds:
+            if self.shape is not None and points.shape[1:] != self.shape:
+                raise ValueError(
+                    f"The critic takes points of shape (N, {', '.join(map(str, self.shape))}), got {tuple(points.shape)}: make one for theirs."
+                )
+            if points.ndim < 2 or not points.is_floating_point():
+                raise ValueError(
+                    f"The critic takes floating points (N, ...), got {points.dtype} of shape {tuple(points.shape)}."
+                )
+            if len(points) < 2 and len(clouds) == 2:
+                raise ValueError(
+                    f"A critic learns from two samples or more on each side, got {len(points)}: use a larger batch."
+                )
+            if len(clouds) == 2 and not bool(torch.isfinite(points).all()):
+                raise ValueError(
+                    "The critic's points hold NaN or infinite values: look for a model that diverged, or at the data."
+                )
+
+
+def _check_sizes(shape: tuple[int, ...], width: int | None, depth: int) -> None:
+    if not shape or min(shape) < 1:
+        raise ValueError(f"The points must have at least one value, got shape (N, {', '.join(map(str, shape))}).")
+    if width is not None and (width < 2 or width % 2):
+        raise ValueError(f"width must be even and at least 2, for GroupSort sorts pairs, got {width}.")
+    if depth < 1:
+        raise ValueError(f"depth must be at least 1, got {depth}.")

@@ -1,0 +1,160 @@
+"""Networks whose Lipschitz constant is 1 by construction, and the ways to keep one so."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+
+from lightning_wdefense._names import unknown_name
+
+Lipschitz = Literal["orthogonal", "spectral-norm", "gradient-penalty", "one-sided-penalty"]
+PENALISED = ("gradient-penalty", "one-sided-penalty")
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_BATCH_STATISTICS = (nn.modules.batchnorm._BatchNorm,)
+_LARGEST_FLAT = 1024
+"""Values of an image below which it is flattened."""
+
+
+class GroupSort(nn.Module):
+    """Sorts pairs of channels: 1-Lipschitz, and of gradient norm 1 everywhere, where ReLU loses it (Anil et al., 2019).
+
+    ``(N, C, ...)`` with even ``C``; channel ``i`` becomes the larger of ``i`` and ``i + C / 2``, the other one the smaller.
+
+    Example:
+        >>> GroupSort()(torch.tensor([[1.0, 5.0, 3.0, 2.0]]))
+        tensor([[3., 5., 1., 2.]])
+    """
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Sort; the shape stays."""
+        one, other = values.chunk(2, dim=1)
+        return torch.cat([torch.maximum(one, other), torch.minimum(one, other)], dim=1)
+
+
+def critic_network(shape: Sequence[int], width: int | None, depth: int) -> nn.Module:
+    """A network from ``(N, *shape)`` to ``(N, 1)`` with :class:`GroupSort`: for small inputs an MLP, else a convnet before it.
+
+    Its convolutions do not overlap (each has its stride for a kernel), so that they are linear maps of patches whose Lipschitz
+    constant is that of one matrix.
+    """
+    layers: list[nn.Module] = []
+    if len(shape) == 3 and math.prod(shape) > _LARGEST_FLAT:
+        channels, height, side = shape
+        out = 32
+        while min(height, side) >= 8:
+            pad = (0, -side % 2, 0, -height % 2)
+            layers += [nn.ZeroPad2d(pad), nn.Conv2d(channels, out, 2, stride=2), GroupSort()]
+            channels, height, side, out = out, (height + 1) // 2, (side + 1) // 2, 2 * out
+        shape = (channels, height, side)
+    inputs = math.prod(shape)
+    # Fewer channels than inputs could not keep all of their directions.
+    width = width or min(max(64, inputs + inputs % 2), 256)
+    layers.append(nn.Flatten())
+    for _ in range(depth):
+        layers += [nn.Linear(inputs, width), GroupSort()]
+        inputs = width
+    return nn.Sequential(*layers, nn.Linear(inputs, 1))
+
+
+def constrain(network: nn.Module, lipschitz: Lipschitz) -> list[Tensor]:
+    """Make every layer of the network 1-Lipschitz, in place, as ``lipschitz`` says; the penalties leave it as it is.
+
+    Activations must be 1-Lipschitz themselves.
+
+    Returns:
+        The weights that have to be kept orthonormal in training.
+
+    Raises:
+        ValueError: if ``lipschitz`` is unknown, or the network has a layer that cannot be constrained so.
+    """
+    if lipschitz not in get_args(Lipschitz):
+        raise ValueError(unknown_name("way to keep a critic Lipschitz:", lipschitz, get_args(Lipschitz)))
+    for name, layer in network.named_modules():
+        if isinstance(layer, _BATCH_STATISTICS):
+            raise ValueError(
+                f"The critic has a {type(layer).__name__} at {name!r}: its output for one sample depends on the others, so that neither a "
+                "gradient penalty nor a constraint on the layers bounds its Lipschitz constant. Leave it out, or use LayerNorm or GroupNorm "
+                "with a gradient penalty."
+            )
+    if lipschitz in PENALISED:
+        return []
+    weights: list[Tensor] = []
+    for name, layer in list(_layers_with_parameters(network)):
+        if not isinstance(layer, (nn.Linear, *_CONVOLUTIONS)):
+            raise ValueError(
+                f"lipschitz={lipschitz!r} cannot constrain the {type(layer).__name__} at {name!r}: it knows linear layers and convolutions. "
+                'Use "gradient-penalty", which takes any module.'
+            )
+        overlap = _overlap(layer)
+        if lipschitz == "spectral-norm":
+            parametrizations.spectral_norm(layer)
+            if overlap > 1:
+                parametrize.register_parametrization(layer, "weight", _Scaled(overlap**-0.5))
+        elif overlap > 1 or (isinstance(layer, _CONVOLUTIONS) and layer.groups > 1):
+            raise ValueError(
+                f'lipschitz="orthogonal" needs convolutions with stride equal to kernel size and one group, the one at {name!r} has kernel '
+                f'{layer.kernel_size}, stride {layer.stride} and {layer.groups} groups: use "spectral-norm" or "gradient-penalty".'
+            )
+        else:
+            weights.append(layer.weight)
+            with torch.no_grad():
+                as_matrix(layer.weight).copy_(_nearest_orthonormal(as_matrix(layer.weight)))
+    return weights
+
+
+def as_matrix(weight: Tensor) -> Tensor:
+    """A view ``(out, in)`` of a linear layer's or a convolution's weight."""
+    return weight.view(len(weight), -1)
+
+
+def tangent(weight: Tensor, direction: Tensor) -> Tensor:
+    """What of ``direction`` keeps the matrix orthonormal to first order: its projection on the Stiefel manifold's tangent space."""
+    if weight.shape[0] <= weight.shape[1]:
+        product = direction @ weight.mT
+        return direction - 0.5 * (product + product.mT) @ weight
+    product = weight.mT @ direction
+    return direction - 0.5 * weight @ (product + product.mT)
+
+
+def retract(weight: Tensor, length: float) -> Tensor:
+    """The orthonormal matrix next to one that is a tangent step of ``length`` (at most 1) away: Newton's iteration, products alone."""
+    wide = weight.shape[0] < weight.shape[1]
+    tall = weight.mT if wide else weight
+    identity = torch.eye(tall.shape[1], dtype=weight.dtype, device=weight.device)
+    # Singular values are at most sqrt(1 + length^2); an error of e becomes one of 1.5 e^2.
+    for _ in range(2 if length <= 0.1 else 3 if length <= 0.3 else 6):
+        tall = tall @ (1.5 * identity - 0.5 * tall.mT @ tall)
+    return tall.mT if wide else tall
+
+
+def _nearest_orthonormal(matrix: Tensor) -> Tensor:
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    return left @ right
+
+
+def _layers_with_parameters(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, layer in network.named_modules():
+        if any(True for _ in layer.parameters(recurse=False)):
+            yield name, layer
+
+
+def _overlap(layer: nn.Module) -> int:
+    """In how many patches of a convolution a value lies, at most: its norm is at most the root of that times its matrix's."""
+    if not isinstance(layer, _CONVOLUTIONS):
+        return 1
+    return math.prod(-(-kernel // stride) for kernel, stride in zip(layer.kernel_size, layer.stride, strict=True))
+
+
+class _Scaled(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return self.factor * weight
