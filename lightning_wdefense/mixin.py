@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +10,8 @@ from torch import Tensor
 
 from lightning_wdefense._compat import is_a
 from lightning_wdefense.callbacks.schedule import is_logging_step, noise_generator, warmup_radius
-from lightning_wdefense.defenses.defense import Defense, DefenseState
-from lightning_wdefense.defenses.objective import Branch, combine
+from lightning_wdefense.defenses.defense import Defense
+from lightning_wdefense.defenses.objective import Branch
 from lightning_wdefense.defenses.recipe import Recipe
 
 _CHECKPOINT_KEY = "wasserstein_defense"
@@ -86,12 +85,12 @@ class WassersteinDefenseMixin:
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put what the recipe has learned into the checkpoint. An override must call ``super()``."""
         super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
-        checkpoint[_CHECKPOINT_KEY] = asdict(self.defense.state)
+        checkpoint[_CHECKPOINT_KEY] = self.defense.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Continue with what was learned. An override must call ``super()``."""
         super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
-        self.defense.state = DefenseState(**checkpoint.get(_CHECKPOINT_KEY, {}))
+        self.defense.load_state_dict(checkpoint.get(_CHECKPOINT_KEY, {}))
 
     @torch.compiler.disable  # the attack's loop stays eager; a compiled forward is called as such
     def defend(self, inputs: Tensor, labels: Any, *, seed: int = 0) -> DefenseOutput:
@@ -125,7 +124,8 @@ class WassersteinDefenseMixin:
             attacked: Branch | None = defense.forward(adversarial) if recipe.needs("adversarial") else None
             seen = clean if recipe.sees == "clean" else attacked
             assert seen is not None
-            loss, logs = combine(recipe, self.task_loss(seen.outputs, labels), clean, attacked, labels)
+            defense.learn(clean, attacked, generator=generator, average=average, measure=bool(measured))
+            loss, logs = defense.combine(self.task_loss(seen.outputs, labels), clean, attacked, labels)
             until_backward(loss)
         return DefenseOutput(
             loss,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from lightning_wdefense._compat import Callback, LightningModule, Trainer, rank_zero_warn
@@ -13,8 +13,8 @@ from lightning_wdefense.callbacks.batches import Batches, Key
 from lightning_wdefense.callbacks.interception import intercept_training_step
 from lightning_wdefense.callbacks.schedule import is_logging_step, noise_generator, warmup_radius
 from lightning_wdefense.callbacks.support import attacked_model, check_automatic_optimization, check_strategy
-from lightning_wdefense.defenses.defense import Defense, DefenseState
-from lightning_wdefense.defenses.objective import Branch, combine
+from lightning_wdefense.defenses.defense import Defense
+from lightning_wdefense.defenses.objective import Branch
 from lightning_wdefense.defenses.recipe import Recipe
 
 
@@ -74,7 +74,7 @@ class WassersteinDefense(Callback):
         self._batches = Batches(inputs, labels)
         self._undo: list[Callable[[], None]] = []
         self._defense: Defense | None = None
-        self._state = DefenseState()
+        self._learned: dict[str, Any] = {}
 
     @property
     def state_key(self) -> str:
@@ -86,7 +86,7 @@ class WassersteinDefense(Callback):
         if stage != "fit":
             return
         self._restore()
-        self._state = DefenseState()
+        self._learned = {}
         check_automatic_optimization(pl_module)
         check_strategy(trainer, "WassersteinDefense")
         if self.recipe.active:
@@ -95,11 +95,11 @@ class WassersteinDefense(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What the recipe has learned, for the checkpoint."""
-        return asdict(self._state)
+        return self._learned if self._defense is None else self._defense.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
-        self._state = DefenseState(**state_dict)
+        self._learned = state_dict
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that model and features exist (not earlier: ``configure_model`` may make them)."""
@@ -127,11 +127,13 @@ class WassersteinDefense(Callback):
 
     def _bind(self, pl_module: LightningModule) -> Defense:
         if self._defense is None:
-            self._defense = Defense(self.recipe, attacked_model(pl_module, self.model), self._state)
+            self._defense = Defense(self.recipe, attacked_model(pl_module, self.model))
+            self._defense.load_state_dict(self._learned)
             self._undo += [self._defense.recorder.detach, self._defense.restore_weights]
         return self._defense
 
     def _restore(self) -> None:
+        self._learned = self.state_dict()
         while self._undo:
             self._undo.pop()()
         self._defense = None
@@ -165,7 +167,8 @@ class WassersteinDefense(Callback):
             if recipe.needs("adversarial" if sees_clean else "clean"):
                 other = defense.forward(adversarial if sees_clean else inputs)
             clean, attacked = (seen, other) if sees_clean else (other, seen)
-            total, logs = combine(recipe, loss, clean, attacked, labels)
+            defense.learn(clean, attacked, generator=generator, average=average, measure=bool(measured))
+            total, logs = defense.combine(loss, clean, attacked, labels)
             until_backward(total)
         prefix = f"defense/{self.name}/" if self.name else "defense/"
         logs = {**logs, **measured, "eps": radius * recipe.eps, **defense.learned()}

@@ -1,5 +1,6 @@
 """The training objective: which attack, which discrepancy, which weights."""
 
+from lightning_wdefense.defenses.critic import CriticDiscrepancy
 from lightning_wdefense.defenses.discrepancies import (
     DISCREPANCIES,
     ClassTransport,
@@ -18,6 +19,7 @@ __all__ = [
     "DISCREPANCIES",
     "RECIPES",
     "ClassTransport",
+    "CriticDiscrepancy",
     "Recipe",
     "SlicedTransport",
     "Transport",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,22 +13,12 @@ from torch import Tensor, nn
 from lightning_wdefense.attacks import LearnedAttack
 from lightning_wdefense.attacks.isolation import eager, isolated, own_pass
 from lightning_wdefense.attacks.outputs import class_labels, hard_labels, predictions, tensor_of
-from lightning_wdefense.defenses.discrepancies import Transport
+from lightning_wdefense.defenses.critic import CriticDiscrepancy, LiveCritic
+from lightning_wdefense.defenses.discrepancies import Transport, get_discrepancy
 from lightning_wdefense.defenses.objective import Branch, combine
 from lightning_wdefense.defenses.recipe import Recipe
 from lightning_wdefense.defenses.recording import ForwardRecorder, Recording
 from lightning_wdefense.defenses.weight_perturbation import WeightPerturbation
-
-
-@dataclass
-class DefenseState:
-    """What a recipe learns in training and a checkpoint must hold.
-
-    Attributes:
-        multiplier: of a :class:`~lightning_wdefense.attacks.LearnedAttack`; ``None`` before its first step.
-    """
-
-    multiplier: float | None = None
 
 
 class Defense:
@@ -37,14 +27,19 @@ class Defense:
     Args:
         recipe: what to do.
         model: takes the inputs and returns logits.
-        state: what was learned so far; updated in place.
 
     Raises:
         ValueError: if the recipe's features name no submodule.
     """
 
-    def __init__(self, recipe: Recipe, model: nn.Module, state: DefenseState | None = None) -> None:
-        self.recipe, self.model, self.state = recipe, model, state or DefenseState()
+    def __init__(self, recipe: Recipe, model: nn.Module) -> None:
+        self.recipe, self.model = recipe, model
+        self.multiplier: float | None = None
+        self.critic: LiveCritic | None = None
+        discrepancy = None if recipe.discrepancy is None else get_discrepancy(recipe.discrepancy)
+        if isinstance(discrepancy, CriticDiscrepancy):
+            discrepancy = self.critic = LiveCritic(discrepancy)
+        self.discrepancy = discrepancy
         self.recorder = ForwardRecorder(model, recipe.features)
         self.perturbation = WeightPerturbation(model, recipe.awp)
 
@@ -67,19 +62,51 @@ class Defense:
             average: the mean of a scalar over all ranks, on which all of them learn the same.
         """
         attack = self.recipe.attack_at(radius)
-        if isinstance(attack, LearnedAttack) and self.state.multiplier is not None:
-            attack = replace(attack, multiplier=self.state.multiplier)  # type: ignore[type-var]
+        if isinstance(attack, LearnedAttack) and self.multiplier is not None:
+            attack = replace(attack, multiplier=self.multiplier)  # type: ignore[type-var]
         adversarial = attack(self.model, inputs, labels, generator=generator, execution=self.recipe.execution)
         if isinstance(attack, LearnedAttack):
             displacement = attack.displacement(inputs, adversarial)
-            self.state.multiplier = attack.updated_multiplier(
-                displacement if average is None else average(displacement)
-            )
+            self.multiplier = attack.updated_multiplier(displacement if average is None else average(displacement))
         return adversarial
 
-    def learned(self) -> dict[str, float]:
+    def learn(
+        self,
+        clean: Branch | None,
+        adversarial: Branch | None,
+        *,
+        generator: torch.Generator | None = None,
+        average: Callable[[Tensor], Tensor] | None = None,
+        measure: bool = False,
+    ) -> None:
+        """Train the recipe's critic, if it has one, on the detached features of a batch.
+
+        Args:
+            clean: the clean inputs' branch.
+            adversarial: the adversarial inputs' branch.
+            generator: source of its noise.
+            average: the mean of a tensor over all ranks.
+            measure: also what only the logs need.
+        """
+        if self.critic is not None and clean is not None and adversarial is not None:
+            self.critic.update(
+                clean.features, adversarial.features, generator=generator, average=average, measure=measure
+            )
+
+    def learned(self) -> dict[str, Any]:
         """What the recipe has learned, for the logs."""
-        return {} if self.state.multiplier is None else {"multiplier": self.state.multiplier}
+        multiplier = {} if self.multiplier is None else {"multiplier": self.multiplier}
+        return multiplier | ({} if self.critic is None else self.critic.logs())
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the recipe has learned, for a checkpoint."""
+        return {"multiplier": self.multiplier, "critic": None if self.critic is None else self.critic.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        self.multiplier = state.get("multiplier")
+        if self.critic is not None:
+            self.critic.load_state_dict(state.get("critic"))
 
     @contextlib.contextmanager
     def perturbed_weights(
@@ -108,7 +135,7 @@ class Defense:
                 seen = clean if recipe.sees == "clean" else attacked
                 assert seen is not None
                 loss = (task_loss or recipe.task_loss)(seen.outputs, labels)
-                perturbation.apply(combine(recipe, loss, clean, attacked, labels)[0])
+                perturbation.apply(self.combine(loss, clean, attacked, labels)[0])
         losses: list[Tensor] = []
         try:
             yield losses.append
@@ -120,6 +147,12 @@ class Defense:
         finally:
             if not losses:
                 perturbation.undo()
+
+    def combine(
+        self, task_loss: Tensor, clean: Branch | None, adversarial: Branch | None, labels: Any
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The training loss and its parts: see :func:`~lightning_wdefense.defenses.objective.combine`."""
+        return combine(self.recipe, task_loss, clean, adversarial, labels, self.discrepancy)
 
     def restore_weights(self) -> None:
         """Take perturbed weights back now: the backward pass failed, or never came."""

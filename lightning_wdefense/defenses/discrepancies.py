@@ -13,9 +13,10 @@ from torch import Tensor
 from lightning_wdefense._names import unknown_name
 from lightning_wdefense.attacks.losses import kl_divergence
 from lightning_wdefense.attacks.outputs import class_labels, float32_or_better, hard_labels, logits_of
+from lightning_wdefense.defenses.critic import CriticDiscrepancy
 from lightning_wdefense.transport import SinkhornDivergence, SlicedWasserstein, sinkhorn
 
-Discrepancy = Callable[[Tensor, Tensor, Any], Tensor]
+Discrepancy = Callable[[Tensor, Tensor, Any], Tensor] | CriticDiscrepancy
 
 
 def kl(clean: Tensor, adversarial: Tensor, labels: Any = None) -> Tensor:
@@ -167,17 +168,20 @@ DISCREPANCIES: dict[str, Discrepancy] = {
     "sliced": SlicedTransport(),
     "mmd": mmd,
     "coral": coral,
+    "critic": CriticDiscrepancy(),
 }
 
 
 def get_discrepancy(discrepancy: str | Discrepancy) -> Discrepancy:
-    """A discrepancy by its name; callables ``(clean, adversarial, labels) -> scalar`` pass.
+    """A discrepancy by its name; a :class:`CriticDiscrepancy` and callables ``(clean, adversarial, labels) -> scalar`` pass.
 
     Raises:
         ValueError: if the name does not exist, with the nearest ones.
     """
     if isinstance(discrepancy, SlicedWasserstein):
         return SlicedTransport(discrepancy)
+    if isinstance(discrepancy, CriticDiscrepancy):
+        return discrepancy
     if callable(discrepancy):
         return Transport(discrepancy) if isinstance(discrepancy, SinkhornDivergence) else discrepancy
     if discrepancy not in DISCREPANCIES:

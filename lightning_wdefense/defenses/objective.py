@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_wdefense.attacks.outputs import class_labels, float32_or_better, hard_labels, logits_of
-from lightning_wdefense.defenses.discrepancies import get_discrepancy
 from lightning_wdefense.defenses.recipe import Recipe
 
 
@@ -30,7 +30,12 @@ def runner_up(outputs: Any, labels: Any) -> Tensor:
 
 
 def combine(
-    recipe: Recipe, task_loss: Tensor, clean: Branch | None, adversarial: Branch | None, labels: Any
+    recipe: Recipe,
+    task_loss: Tensor,
+    clean: Branch | None,
+    adversarial: Branch | None,
+    labels: Any,
+    discrepancy: Callable[[Tensor, Tensor, Any], Tensor] | None,
 ) -> tuple[Tensor, dict[str, Any]]:
     """The training loss, ``task_loss + other_weight * task(other) + margin_weight * runner-up + weight * discrepancy``.
 
@@ -40,6 +45,7 @@ def combine(
         clean: the clean inputs' branch; may be ``None`` where no term needs it.
         adversarial: the adversarial inputs' branch, likewise.
         labels: of the batch.
+        discrepancy: the recipe's, as it stands: what it has learned so far is in it.
 
     Returns:
         The loss, and its detached parts: ``loss`` (the sum), ``task_loss``, and those of ``other_loss``, ``margin_loss`` and
@@ -56,11 +62,10 @@ def combine(
         parts["other_loss"] = recipe.task_loss(other.outputs, labels)
         loss = loss + recipe.other_weight * parts["other_loss"]
     if recipe.weight > 0:
-        assert recipe.discrepancy is not None
+        assert discrepancy is not None
         assert clean is not None
         assert adversarial is not None
-        measure = get_discrepancy(recipe.discrepancy)
-        parts["discrepancy"] = measure(clean.features, adversarial.features, labels)
+        parts["discrepancy"] = discrepancy(clean.features, adversarial.features, labels)
         loss = loss + recipe.weight * parts["discrepancy"]
     if recipe.margin_weight > 0:
         assert adversarial is not None

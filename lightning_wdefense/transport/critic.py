@@ -45,7 +45,7 @@ class WassersteinCritic(nn.Module):
     ``W_1^2 / (2 penalty)`` for scaled points; :meth:`distance` therefore divides it by the gradient's length.
 
     Points are centred and divided by the size of a typical coordinate, known from training; scores are in the units of the points. Everything
-    is computed in float32 or better, with autocast off.
+    is computed in the critic's own dtype, float32 unless you convert it to float64, with autocast off.
 
     Args:
         network: width ``D`` of the points, or their shape such as ``(1, 28, 28)``, for which a network is built (an MLP; for images a small
@@ -108,11 +108,15 @@ class WassersteinCritic(nn.Module):
         self.register_buffer("batches", torch.zeros((), dtype=torch.long))
 
     def forward(self, points: Tensor) -> Tensor:
-        """Scores ``(N,)`` of points ``(N, ...)``, in their units, in float32 or better."""
+        """Scores ``(N,)`` of points ``(N, ...)``, in their units, in the critic's own dtype."""
         self._check(points)
         with torch.autocast(points.device.type, enabled=False), exact_products():
-            points = points.to(torch.promote_types(points.dtype, torch.float32))
-            scores = self.network((points - self.centre) / self.scale)
+            points = (points.to(self.scale.dtype) - self.centre) / self.scale
+            try:
+                scores = self.network(points)
+            except RuntimeError as error:
+                shape = ", ".join(map(str, points.shape[1:]))
+                raise ValueError(f"The critic's network fails on points of shape (N, {shape}): {error}") from error
         if scores.shape not in ((len(points),), (len(points), 1)):
             raise ValueError(
                 f"The critic must return a score for each of the {len(points)} points, ({len(points)},) or ({len(points)}, 1), "

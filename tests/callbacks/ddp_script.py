@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 from lightning import seed_everything
+from support.learned import plain
 from support.lightning_modules import DigitsClassifier, digits_loaders, quiet_trainer
 
 from lightning_wdefense import Recipe, ThreatModel, WassersteinDefense
@@ -35,12 +36,17 @@ def main(folder, *recipes):
             recipe = replace(recipe, attack=Recording(THREAT, steps=2))
         defense = WassersteinDefense(recipe)
         trainer = quiet_trainer(
-            strategy="ddp", devices=2, limit_train_batches=3, callbacks=[defense], log_every_n_steps=1
+            strategy="ddp",
+            devices=2,
+            limit_train_batches=3,
+            callbacks=[defense],
+            log_every_n_steps=1,
+            max_epochs=7 if name == "critic" else 1,
         )
         module = DigitsClassifier(batch_norm=True)
         trainer.fit(module, digits_loaders(shuffle=False)[0])
         parameters = torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
-        results[name] = {"weights": parameters, "learned": defense.state_dict()}
+        results[name] = {"weights": parameters, "learned": plain(defense.state_dict())}
     results["perturbations"] = torch.stack(Recording.made)
     torch.save(results, f"{folder}/{trainer.global_rank}.pt")
 

@@ -39,6 +39,7 @@ def test_ranks_end_with_the_same_weights_and_have_learned_the_same(recipe, ranks
     assert torch.equal(first["weights"], second["weights"])
     assert first["learned"] == second["learned"]
     assert (first["learned"]["multiplier"] is not None) == recipe.startswith("udr")
+    assert (first["learned"]["critic"] is not None) == recipe.startswith("critic")
 
 
 def test_noise_differs_by_rank(ranks):

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from support.learned import plain
 from support.lightning_modules import DigitsClassifier, HeadlessDigitsClassifier, digits_loaders, quiet_trainer
 from torch import nn
 from torchmetrics import Accuracy
@@ -21,8 +22,8 @@ from torchmetrics import Accuracy
 from lightning_wdefense import Recipe, ThreatModel, WassersteinDefense
 from lightning_wdefense.attacks import FGSM, PGD, Execution
 from lightning_wdefense.callbacks.schedule import noise_generator
-from lightning_wdefense.defenses import RECIPES
-from lightning_wdefense.transport import sinkhorn, sinkhorn_divergence
+from lightning_wdefense.defenses import RECIPES, CriticDiscrepancy
+from lightning_wdefense.transport import CriticTraining, WassersteinCritic, sinkhorn, sinkhorn_divergence
 
 THREAT = ThreatModel(eps=0.2)
 ACTIVE = [name for name in RECIPES if name != "standard"]
@@ -271,7 +272,7 @@ class TestLoss:
             F.cross_entropy(za, y) + (torch.cov(z.T) - torch.cov(za.T)).pow(2).sum() / (4 * 10**2)
         ),
         **dict.fromkeys(
-            ["fast-at", "udr", "wrm", "sinkhorn-dro", "feature-scattering"],
+            ["fast-at", "udr", "wrm", "sinkhorn-dro", "feature-scattering", "critic"],
             lambda z, za, h, ha, y: F.cross_entropy(za, y),
         ),
     }
@@ -282,7 +283,7 @@ class TestLoss:
         defended = train(defend(recipe), precision="64-true")
 
         class ByHand(DigitsClassifier):
-            attack = RECIPES[recipe](THREAT).attack
+            attack, critic = RECIPES[recipe](THREAT).attack, None
 
             def training_step(self, batch, batch_idx):
                 x, y = batch
@@ -292,7 +293,12 @@ class TestLoss:
                     self.attack = replace(self.attack, multiplier=learned)
                 features = [self.net[:-1](inputs) for inputs in (x, adversarial)]
                 logits = [self.net[-1](feature) for feature in features]
-                return TestLoss.FORMULAS[recipe](*logits, *features, y)
+                loss = TestLoss.FORMULAS[recipe](*logits, *features, y)
+                if recipe == "critic":
+                    self.critic = self.critic or CriticTraining(WassersteinCritic(32).double())
+                    self.critic.update(*features)
+                    loss = loss + 0.1 * self.critic.critic.gap(*features)
+                return loss
 
         torch.testing.assert_close(
             weights(defended), weights(train(module=ByHand, precision="64-true")), rtol=1e-5, atol=1e-6
@@ -469,7 +475,7 @@ class TestResuming:
                 callbacks=[defense := WassersteinDefense(case(recipe)), saver],
             )
             trainer.fit(module := DigitsClassifier(batch_norm=True), digits_loaders(shuffle=False)[0], ckpt_path=ckpt)
-            states.append(defense.state_dict())
+            states.append(plain(defense.state_dict()))
             return module
 
         states = []
@@ -478,7 +484,8 @@ class TestResuming:
         run(2)
         assert_same_weights(run(4, tmp_path / "2" / "epoch=1.ckpt"), whole)
         assert states[0] == states[2]
-        assert (states[0] == states[1] == {"multiplier": None}) == ("udr" not in recipe)
+        learns = recipe.startswith(("udr", "critic"))
+        assert (states[0] == states[1] == {"multiplier": None, "critic": None}) == (not learns)
 
     def test_noise_differs_by_batch_epoch_rank_and_seed(self):
         class At:
@@ -652,6 +659,26 @@ ERRORS = {
     "tuple outputs": (defend, lambda: module_with(forward=lambda s, x: (s.net(x), x)), TypeError, "not logits"),
     "manual optimisation": (defend, Manual, Exception, "WassersteinDefenseMixin"),
     "NaN task loss": (defend, NaN, FloatingPointError, "task_loss = nan"),
+    "critic of another width": (
+        lambda: with_critic(network=lambda shape: nn.Linear(7, 1)),
+        DigitsClassifier,
+        ValueError,
+        r"network fails on points of shape \(N, 32\)",
+    ),
+    "critic with BatchNorm": (
+        lambda: with_critic(network=lambda shape: nn.Sequential(nn.BatchNorm1d(*shape), nn.Linear(*shape, 1))),
+        DigitsClassifier,
+        ValueError,
+        "BatchNorm1d at '0'",
+    ),
+    "one sample": (
+        lambda: defend("critic"),
+        lambda: module_with(
+            on_train_batch_start=lambda s, batch, i: [part.resize_(1, *part.shape[1:]) for part in batch] and None
+        ),
+        ValueError,
+        "two samples or more",
+    ),
     "NaN discrepancy": (
         lambda: WassersteinDefense(
             Recipe(PGD(THREAT), discrepancy=lambda a, b, labels: (a - b).sum() * math.nan, weight=1.0, name="mine")
@@ -671,6 +698,10 @@ def test_errors_in_training_say_what_to_do(defense, module, error, match):
     assert "training_step" not in module.__dict__
 
 
+def with_critic(**settings):
+    return defend(Recipe.named("critic", THREAT, discrepancy=CriticDiscrepancy(**settings)))
+
+
 CONSTRUCTOR_ERRORS = {
     "unknown recipe": (lambda: WassersteinDefense("trade", threat=THREAT), "'trades'"),
     "no threat": (lambda: WassersteinDefense("trades"), "threat= is needed"),
@@ -682,6 +713,11 @@ CONSTRUCTOR_ERRORS = {
     "no attack to perturb for": (lambda: Recipe(None, "clean", awp=0.01), "Without an attack"),
     "negative perturbation": (lambda: Recipe.named("pgd-at", THREAT, awp=-0.1), "awp must not be negative"),
     "steps of another attack": (lambda: Recipe.named("fast-at", THREAT, ramp_steps=True), "needs PGD"),
+    "unknown critic": (lambda: CriticDiscrepancy(lipschitz="orthogonall"), "'orthogonal'"),
+    "no critic's step": (lambda: CriticDiscrepancy(max_steps=0), "max_steps must be at least 1"),
+    "a critic's rate": (lambda: CriticDiscrepancy(lr=2.0), "at most 1"),
+    "a critic's width": (lambda: CriticDiscrepancy(width=7), "width must be even"),
+    "a critic's penalty": (lambda: CriticDiscrepancy(penalty=0), "penalty must be positive"),
     "unknown branch": (lambda: Recipe(PGD(THREAT), sees="dirty"), "dirty"),
 }
 
@@ -697,13 +733,14 @@ def test_feature_scattering_warns():
         WassersteinDefense("feature-scattering", threat=THREAT)
 
 
-def test_a_second_run_learns_anew():
-    defense = defend("udr")
+@pytest.mark.parametrize("recipe", ["udr", "critic"])
+def test_a_second_run_learns_anew(recipe):
+    defense = defend(recipe)
     train(defense)
-    learned = defense.state_dict()
+    learned = plain(defense.state_dict())
     train(defense)
-    assert defense.state_dict() == learned
-    assert learned["multiplier"] < 1
+    assert plain(defense.state_dict()) == learned
+    assert learned["multiplier"] < 1 if recipe == "udr" else learned["critic"]["critic"]["batches"] == 4
 
 
 def test_an_equal_threat_beside_a_recipe_is_fine():

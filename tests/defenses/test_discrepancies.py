@@ -24,7 +24,7 @@ def half_squares(x, y):
     return (x.unsqueeze(1) - y.unsqueeze(0)).square().sum(2) / 2
 
 
-@pytest.mark.parametrize("name", DISCREPANCIES)
+@pytest.mark.parametrize("name", [name for name, each in DISCREPANCIES.items() if callable(each)])
 class TestEveryDiscrepancy:
     def test_is_a_scalar_with_gradients_on_both_sides(self, name, clouds):
         x, y, labels = clouds

@@ -1,0 +1,144 @@
+"""The Wasserstein distance between clean and adversarial features by a critic that trains beside the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_wdefense.attacks.isolation import eager
+from lightning_wdefense.transport import CriticTraining, CriticUpdate, WassersteinCritic
+from lightning_wdefense.transport.critic import Average
+from lightning_wdefense.transport.lipschitz import PENALISED, Lipschitz
+
+
+@dataclass(frozen=True)
+class CriticDiscrepancy:
+    """``W_1`` between the clean and the adversarial features, as a critic sees it (the WGAN route).
+
+    Before each step of the model the critic learns from the batch's detached features, as many steps as it is behind (see
+    :class:`~lightning_wdefense.transport.CriticTraining`); then the model minimises the critic's gap. A 1-Lipschitz critic moves every
+    sample's features with the same force at most, near or far: paired L2 pulls hardest at the samples that are lost.
+
+    This is configuration only. The critic itself is made for the features' shape and device at the first batch; it lives in the checkpoint of
+    the callback or the mixin, and under DDP it is the same on all ranks to the last bit. It is no part of the user's module.
+
+    Args:
+        lipschitz: how it is kept Lipschitz, see :class:`~lightning_wdefense.transport.WassersteinCritic`.
+        penalty: weight of a gradient penalty.
+        lr: length of a step of the critic.
+        max_steps: most steps of the critic on a batch.
+        width: of its hidden layers; ``None`` for that of the features, from 64 to 256.
+        depth: number of its hidden layers.
+        network: ``shape of one sample's features -> module``, in place of the network that is built.
+        seed: of its weights.
+
+    Raises:
+        ValueError: for settings out of range; at the first batch, for a network that does not go with ``lipschitz`` (BatchNorm), and at any,
+            for features that do not fit it, are not finite, or come from fewer than two samples; before the critic or the model takes a step.
+
+    References:
+        Arjovsky, Chintala, Bottou, "Wasserstein GAN", ICML 2017.
+        Shen et al., "Wasserstein distance guided representation learning for domain adaptation", AAAI 2018.
+
+    Example:
+        >>> from lightning_wdefense import Recipe, ThreatModel
+        >>> critic = CriticDiscrepancy(lipschitz="gradient-penalty")
+        >>> Recipe.named("critic", ThreatModel(eps=0.1), discrepancy=critic).discrepancy.penalty
+        10.0
+    """
+
+    lipschitz: Lipschitz = "orthogonal"
+    penalty: float = 10.0
+    lr: float = 0.05
+    max_steps: int = 5
+    width: int | None = None
+    depth: int = 2
+    network: Callable[[torch.Size], nn.Module] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._train(WassersteinCritic(2, **self._settings()))  # raises for settings out of range
+
+    @property
+    def penalised(self) -> bool:
+        """Whether it is a penalty that keeps the critic Lipschitz."""
+        return self.lipschitz in PENALISED
+
+    def start(self, features: Tensor) -> CriticTraining:
+        """A new critic for features like these ``(N, ...)``."""
+        shape = features.shape[1:]
+        critic = WassersteinCritic(shape if self.network is None else self.network(shape), **self._settings())
+        return self._train(critic.to(features.device, torch.promote_types(features.dtype, torch.float32)))
+
+    def _settings(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("lipschitz", "penalty", "width", "depth", "seed")}
+
+    def _train(self, critic: WassersteinCritic) -> CriticTraining:
+        return CriticTraining(critic, lr=self.lr, max_steps=self.max_steps)
+
+
+class LiveCritic:
+    """A critic in training, from its first batch on.
+
+    Args:
+        config: what kind of critic.
+    """
+
+    def __init__(self, config: CriticDiscrepancy) -> None:
+        self.config = config
+        self._training: CriticTraining | None = None
+        self._loaded: dict[str, Any] | None = None
+        self._last: CriticUpdate | None = None
+
+    def __call__(self, clean: Tensor, adversarial: Tensor, labels: Any = None) -> Tensor:
+        """The critic's gap between two batches of features ``(N, ...)``, differentiable in both."""
+        critic = self._training_on(clean).critic
+        with critic.frozen(), eager():
+            return critic.gap(clean, adversarial)
+
+    def update(
+        self,
+        clean: Tensor,
+        adversarial: Tensor,
+        *,
+        generator: torch.Generator | None = None,
+        average: Average | None = None,
+        measure: bool = False,
+    ) -> None:
+        """Learn from a batch of features, which are constants in it; ``measure`` the gradient even if learning does not need it."""
+        training, clean, adversarial = self._training_on(clean), clean.detach(), adversarial.detach()
+        with eager():
+            last = training.update(clean, adversarial, generator=generator, average=average)
+            if measure and not self.config.penalised:
+                norm = training.critic.gradient_norm(clean, adversarial, generator=generator)
+                last = last._replace(gradient_norm=norm.mean())
+        self._last = last
+
+    def logs(self) -> dict[str, Any]:
+        """What the critic said of the last batch before it learned from it."""
+        if self._last is None:
+            return {}
+        gap, penalty, norm, steps = self._last
+        distance = gap / norm if self.config.penalised else gap
+        logs = {"gap": gap, "distance": distance, "penalty": penalty, "gradient_norm": norm, "steps": float(steps)}
+        return {f"critic_{name}": value for name, value in logs.items()}
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """For the checkpoint; ``None`` before the first batch."""
+        return self._loaded if self._training is None else self._training.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Continue from a checkpoint, at the next batch."""
+        self._training, self._loaded = None, state
+
+    def _training_on(self, features: Tensor) -> CriticTraining:
+        if self._training is None:
+            self._training = self.config.start(features)
+            if self._loaded is not None:
+                self._training.load_state_dict(self._loaded)
+                self._loaded = None
+        return self._training
