@@ -19,7 +19,10 @@ KNOBS = ("step_size", "noise", "gamma")
 TUNING: dict[str, list[dict[str, Any]]] = {
     "standard": [{}],
     # Three weights for each of those that act on features; written out, so that they stay what they are if a preset changes.
-    **{key: [{"weight": w} for w in (0.1, 0.3, 0.9)] for key in ("alp-features", "sat-features", "class-transport", "critic")},
+    **{
+        key: [{"weight": w} for w in (0.1, 0.3, 0.9)]
+        for key in ("alp-features", "sat-features", "class-transport", "critic")
+    },
     "udr": [{}, {"attack.multiplier": 0.5}, {"attack.multiplier_rate": 0.02}],
     "wrm": [{}, {"attack.gamma": 0.02}, {"attack.gamma": 0.2}],
     "sinkhorn-dro": [{}, {"attack.temperature": 0.1}, {"attack.spread": 0.15}],
