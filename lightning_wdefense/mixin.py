@@ -124,7 +124,7 @@ class WassersteinDefenseMixin:
             attacked: Branch | None = defense.forward(adversarial) if recipe.needs("adversarial") else None
             seen = clean if recipe.sees == "clean" else attacked
             assert seen is not None
-            defense.learn(clean, attacked, generator=generator, average=average, measure=bool(measured))
+            measured |= defense.learn(clean, attacked, generator=generator, average=average, measure=bool(measured))
             loss, logs = defense.combine(self.task_loss(seen.outputs, labels), clean, attacked, labels)
             until_backward(loss)
         return DefenseOutput(

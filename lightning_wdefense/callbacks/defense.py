@@ -24,7 +24,8 @@ class WassersteinDefense(Callback):
     The module's ``training_step`` is called once a batch, with its own loss, logging and metrics; the recipe decides whether
     it sees the clean or the adversarial inputs, and adds its terms to the loss that comes back. Logged on every logger,
     under ``defense/``: the parts of the loss and the attack's current ``eps``; every ``log_every_n_steps`` also what the attack did
-    (``clean_acc``, ``adversarial_acc``, ``attack_success``) and the ``transport_cost`` between clean and adversarial features.
+    (``clean_acc``, ``adversarial_acc``, ``attack_success``) and the ``transport_cost`` between clean and adversarial features, and what a critic made of them (``critic_gap``,
+    ``critic_distance``, ``critic_penalty``, ``critic_gradient_norm``, ``critic_steps``).
 
     Args:
         recipe: a name, see :meth:`Recipe.named`, or a :class:`Recipe`.
@@ -167,7 +168,7 @@ class WassersteinDefense(Callback):
             if recipe.needs("adversarial" if sees_clean else "clean"):
                 other = defense.forward(adversarial if sees_clean else inputs)
             clean, attacked = (seen, other) if sees_clean else (other, seen)
-            defense.learn(clean, attacked, generator=generator, average=average, measure=bool(measured))
+            measured |= defense.learn(clean, attacked, generator=generator, average=average, measure=bool(measured))
             total, logs = defense.combine(loss, clean, attacked, labels)
             until_backward(total)
         prefix = f"defense/{self.name}/" if self.name else "defense/"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_wdefense.attacks.isolation import eager
-from lightning_wdefense.transport import CriticTraining, CriticUpdate, WassersteinCritic
+from lightning_wdefense.transport import CriticTraining, WassersteinCritic
 from lightning_wdefense.transport.critic import Average
 from lightning_wdefense.transport.lipschitz import PENALISED, Lipschitz
 
@@ -92,7 +92,6 @@ class LiveCritic:
         self.config = config
         self._training: CriticTraining | None = None
         self._loaded: dict[str, Any] | None = None
-        self._last: CriticUpdate | None = None
 
     def __call__(self, clean: Tensor, adversarial: Tensor, labels: Any = None) -> Tensor:
         """The critic's gap between two batches of features ``(N, ...)``, differentiable in both."""
@@ -108,21 +107,19 @@ class LiveCritic:
         generator: torch.Generator | None = None,
         average: Average | None = None,
         measure: bool = False,
-    ) -> None:
-        """Learn from a batch of features, which are constants in it; ``measure`` the gradient even if learning does not need it."""
+    ) -> dict[str, Any]:
+        """Learn from a batch of features, which are constants in it.
+
+        Returns:
+            With ``measure``, what the critic said of the batch before it learned from it; else nothing.
+        """
         training, clean, adversarial = self._training_on(clean), clean.detach(), adversarial.detach()
         with eager():
-            last = training.update(clean, adversarial, generator=generator, average=average)
-            if measure and not self.config.penalised:
-                norm = training.critic.gradient_norm(clean, adversarial, generator=generator)
-                last = last._replace(gradient_norm=norm.mean())
-        self._last = last
-
-    def logs(self) -> dict[str, Any]:
-        """What the critic said of the last batch before it learned from it."""
-        if self._last is None:
-            return {}
-        gap, penalty, norm, steps = self._last
+            gap, penalty, norm, steps = training.update(clean, adversarial, generator=generator, average=average)
+            if not measure:
+                return {}
+            if not self.config.penalised:
+                norm = training.critic.gradient_norm(clean, adversarial, generator=generator).mean()
         distance = gap / norm if self.config.penalised else gap
         logs = {"gap": gap, "distance": distance, "penalty": penalty, "gradient_norm": norm, "steps": float(steps)}
         return {f"critic_{name}": value for name, value in logs.items()}

@@ -78,7 +78,7 @@ class Defense:
         generator: torch.Generator | None = None,
         average: Callable[[Tensor], Tensor] | None = None,
         measure: bool = False,
-    ) -> None:
+    ) -> dict[str, Any]:
         """Train the recipe's critic, if it has one, on the detached features of a batch.
 
         Args:
@@ -86,17 +86,20 @@ class Defense:
             adversarial: the adversarial inputs' branch.
             generator: source of its noise.
             average: the mean of a tensor over all ranks.
-            measure: also what only the logs need.
-        """
-        if self.critic is not None and clean is not None and adversarial is not None:
-            self.critic.update(
-                clean.features, adversarial.features, generator=generator, average=average, measure=measure
-            )
+            measure: whether to say what the critic made of the batch.
 
-    def learned(self) -> dict[str, Any]:
+        Returns:
+            That, for the logs.
+        """
+        if self.critic is None or clean is None or adversarial is None:
+            return {}
+        return self.critic.update(
+            clean.features, adversarial.features, generator=generator, average=average, measure=measure
+        )
+
+    def learned(self) -> dict[str, float]:
         """What the recipe has learned, for the logs."""
-        multiplier = {} if self.multiplier is None else {"multiplier": self.multiplier}
-        return multiplier | ({} if self.critic is None else self.critic.logs())
+        return {} if self.multiplier is None else {"multiplier": self.multiplier}
 
     def state_dict(self) -> dict[str, Any]:
         """What the recipe has learned, for a checkpoint."""

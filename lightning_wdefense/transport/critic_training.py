@@ -36,7 +36,7 @@ class CriticTraining:
 
     Where the critic has converged, the gradient on a new batch is noise, and more steps on that batch would only fit the noise; where
     the clouds have moved on, it points where the last ones pointed. So the running cosine between new gradients and the optimiser's
-    momentum says how far the critic is behind, whatever the learning rate: at 0 it takes one step, from 1/2 on ``max_steps``.
+    momentum says how far the critic is behind, whatever the learning rate: at 0 it takes one step, at 1 ``max_steps``.
 
     Args:
         critic: to train.
@@ -81,7 +81,7 @@ class CriticTraining:
         self.critic.adapt(x, y, average)
         first = self._backward(x, y, generator, average)
         self.agreement = MEMORY * self.agreement + (1 - MEMORY) * self.optimizer.agreement()
-        steps = 1 + round((self.max_steps - 1) * min(max(2 * self.agreement, 0.0), 1.0))
+        steps = 1 + round((self.max_steps - 1) * max(self.agreement, 0.0))
         self.optimizer.step()
         for _ in range(steps - 1):
             self._backward(x, y, generator, average)
@@ -110,9 +110,10 @@ class CriticTraining:
         with torch.enable_grad():
             objective = self.critic.objective(x, y, generator=generator)
             gradients = torch.autograd.grad(objective.loss, parameters, materialize_grads=True)
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        flat = flat if average is None else average(flat)
-        for each, gradient in zip(parameters, flat.split([each.numel() for each in parameters]), strict=True):
+        if average is not None:  # all in one message
+            flat = average(torch.cat([gradient.flatten() for gradient in gradients]))
+            gradients = flat.split([each.numel() for each in parameters])
+        for each, gradient in zip(parameters, gradients, strict=True):
             each.grad = gradient.view_as(each)
         return objective
 

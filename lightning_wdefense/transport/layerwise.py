@@ -59,9 +59,9 @@ class LayerwiseMomentum(torch.optim.Optimizer):
             averages, squares = [], []
             for weight, kept in layer:
                 gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
-                gradient = _along(weight, gradient) if kept else gradient
-                average = self.state[weight].get("average", gradient)
-                average = torch.lerp(gradient, _along(weight, average) if kept else average, first)
+                if kept:
+                    gradient = tangent(as_matrix(weight), as_matrix(gradient)).view_as(weight)
+                average = torch.lerp(gradient, self.state[weight].get("average", gradient), first)
                 self.state[weight]["average"] = average
                 averages.append(average)
                 squares.append(gradient.square().sum())
@@ -85,7 +85,3 @@ class LayerwiseMomentum(torch.optim.Optimizer):
         new = torch.cat([each.grad.flatten() for each in weights])
         old = torch.cat([self.state[each]["average"].flatten() for each in weights])
         return float(torch.cosine_similarity(new, old, dim=0))
-
-
-def _along(weight: Tensor, direction: Tensor) -> Tensor:
-    return tangent(as_matrix(weight), as_matrix(direction)).view_as(weight)

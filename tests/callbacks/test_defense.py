@@ -454,6 +454,8 @@ class TestLogging:
             for share in ("clean_acc", "adversarial_acc", "attack_success"):
                 assert 0 <= row[f"defense/{share}"] <= 1
             assert row["defense/transport_cost"] >= -1e-4
+            for name in ("gap", "distance", "penalty", "gradient_norm", "steps"):
+                assert math.isfinite(row.get(f"defense/critic_{name}", math.nan)) == (recipe == "critic")
             assert "train/loss" in row  # the user's own
 
     def test_names_tell_callbacks_apart(self, tmp_path):
