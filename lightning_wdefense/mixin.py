@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lightning_wdefense._compat import is_a
 from lightning_wdefense.callbacks.schedule import is_logging_step, noise_generator, warmup_radius
+from lightning_wdefense.defenses.branch import Branch
 from lightning_wdefense.defenses.defense import Defense
-from lightning_wdefense.defenses.objective import Branch
 from lightning_wdefense.defenses.recipe import Recipe
 
 _CHECKPOINT_KEY = "wasserstein_defense"
@@ -124,7 +124,9 @@ class WassersteinDefenseMixin:
             attacked: Branch | None = defense.forward(adversarial) if recipe.needs("adversarial") else None
             seen = clean if recipe.sees == "clean" else attacked
             assert seen is not None
-            measured |= defense.learn(clean, attacked, generator=generator, average=average, measure=bool(measured))
+            measured |= defense.learn(
+                clean, attacked, labels, generator=generator, average=average, measure=bool(measured)
+            )
             loss, logs = defense.combine(self.task_loss(seen.outputs, labels), clean, attacked, labels)
             until_backward(loss)
         return DefenseOutput(

@@ -13,8 +13,8 @@ from lightning_wdefense.callbacks.batches import Batches, Key
 from lightning_wdefense.callbacks.interception import intercept_training_step
 from lightning_wdefense.callbacks.schedule import is_logging_step, noise_generator, warmup_radius
 from lightning_wdefense.callbacks.support import attacked_model, check_automatic_optimization, check_strategy
+from lightning_wdefense.defenses.branch import Branch
 from lightning_wdefense.defenses.defense import Defense
-from lightning_wdefense.defenses.objective import Branch
 from lightning_wdefense.defenses.recipe import Recipe
 
 
@@ -168,7 +168,9 @@ class WassersteinDefense(Callback):
             if recipe.needs("adversarial" if sees_clean else "clean"):
                 other = defense.forward(adversarial if sees_clean else inputs)
             clean, attacked = (seen, other) if sees_clean else (other, seen)
-            measured |= defense.learn(clean, attacked, generator=generator, average=average, measure=bool(measured))
+            measured |= defense.learn(
+                clean, attacked, labels, generator=generator, average=average, measure=bool(measured)
+            )
             total, logs = defense.combine(loss, clean, attacked, labels)
             until_backward(total)
         prefix = f"defense/{self.name}/" if self.name else "defense/"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_wdefense.attacks.isolation import eager
+from lightning_wdefense.attacks.outputs import class_labels, logits_of
+from lightning_wdefense.defenses.branch import Branch
 from lightning_wdefense.transport import CriticTraining, WassersteinCritic
 from lightning_wdefense.transport.critic import Average
 from lightning_wdefense.transport.lipschitz import PENALISED, Lipschitz
@@ -17,7 +20,10 @@ from lightning_wdefense.transport.lipschitz import PENALISED, Lipschitz
 
 @dataclass(frozen=True)
 class CriticDiscrepancy:
-    """``W_1`` between the clean and the adversarial features, as a critic sees it (the WGAN route).
+    """``W_1`` between the clean and the adversarial features of each class, as a critic sees it (the WGAN route).
+
+    One function a class, because without classes a critic is content if an attacked 3 has the features of a clean 8: on MNIST that costs 20
+    points of robust accuracy at weights at which this one gains.
 
     Before each step of the model the critic learns from the batch's detached features, as many steps as it is behind (see
     :class:`~lightning_wdefense.transport.CriticTraining`); then the model minimises the critic's gap. A 1-Lipschitz critic moves every
@@ -31,9 +37,10 @@ class CriticDiscrepancy:
         penalty: weight of a gradient penalty.
         lr: length of a step of the critic.
         max_steps: most steps of the critic on a batch.
+        by_class: one function a class; needs labels that are classes of the outputs, or their probabilities.
         width: of its hidden layers; ``None`` for that of the features, from 64 to 256.
         depth: number of its hidden layers.
-        network: ``shape of one sample's features -> module``, in place of the network that is built.
+        network: ``shape of one sample's features -> module``, in place of the network that is built; with ``by_class=False``.
         seed: of its weights.
 
     Raises:
@@ -55,12 +62,15 @@ class CriticDiscrepancy:
     penalty: float = 10.0
     lr: float = 0.05
     max_steps: int = 5
+    by_class: bool = True
     width: int | None = None
     depth: int = 2
     network: Callable[[torch.Size], nn.Module] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.by_class and self.network is not None:
+            raise ValueError("A network of your own takes no classes: set by_class=False.")
         self._train(WassersteinCritic(2, **self._settings()))  # raises for settings out of range
 
     @property
@@ -68,10 +78,11 @@ class CriticDiscrepancy:
         """Whether it is a penalty that keeps the critic Lipschitz."""
         return self.lipschitz in PENALISED
 
-    def start(self, features: Tensor) -> CriticTraining:
-        """A new critic for features like these ``(N, ...)``."""
+    def start(self, features: Tensor, classes: int | None = None) -> CriticTraining:
+        """A new critic for features like these ``(N, ...)``, with one function for each of so many classes."""
         shape = features.shape[1:]
-        critic = WassersteinCritic(shape if self.network is None else self.network(shape), **self._settings())
+        network = shape if self.network is None else self.network(shape)
+        critic = WassersteinCritic(network, classes=classes, **self._settings())
         return self._train(critic.to(features.device, torch.promote_types(features.dtype, torch.float32)))
 
     def _settings(self) -> dict[str, Any]:
@@ -93,16 +104,17 @@ class LiveCritic:
         self._training: CriticTraining | None = None
         self._loaded: dict[str, Any] | None = None
 
-    def __call__(self, clean: Tensor, adversarial: Tensor, labels: Any = None) -> Tensor:
-        """The critic's gap between two batches of features ``(N, ...)``, differentiable in both."""
-        critic = self._training_on(clean).critic
-        with critic.frozen(), eager():
-            return critic.gap(clean, adversarial)
+    def gap(self, clean: Branch, adversarial: Branch, labels: Any) -> Tensor:
+        """The critic's gap between two batches of features, differentiable in both."""
+        training, labels = self._training_on(clean, labels)
+        with training.critic.frozen(), eager():
+            return training.critic.gap(clean.features, adversarial.features, labels)
 
     def update(
         self,
-        clean: Tensor,
-        adversarial: Tensor,
+        clean: Branch,
+        adversarial: Branch,
+        labels: Any,
         *,
         generator: torch.Generator | None = None,
         average: Average | None = None,
@@ -113,13 +125,14 @@ class LiveCritic:
         Returns:
             With ``measure``, what the critic said of the batch before it learned from it; else nothing.
         """
-        training, clean, adversarial = self._training_on(clean), clean.detach(), adversarial.detach()
+        training, labels = self._training_on(clean, labels)
+        x, y = clean.features.detach(), adversarial.features.detach()
         with eager():
-            gap, penalty, norm, steps = training.update(clean, adversarial, generator=generator, average=average)
+            gap, penalty, norm, steps = training.update(x, y, labels, generator=generator, average=average)
             if not measure:
                 return {}
             if not self.config.penalised:
-                norm = training.critic.gradient_norm(clean, adversarial, generator=generator).mean()
+                norm = training.critic.gradient_norm(x, y, labels, generator=generator).mean()
         distance = gap / norm if self.config.penalised else gap
         logs = {"gap": gap, "distance": distance, "penalty": penalty, "gradient_norm": norm, "steps": float(steps)}
         return {f"critic_{name}": value for name, value in logs.items()}
@@ -132,10 +145,24 @@ class LiveCritic:
         """Continue from a checkpoint, at the next batch."""
         self._training, self._loaded = None, state
 
-    def _training_on(self, features: Tensor) -> CriticTraining:
+    def _training_on(self, clean: Branch, labels: Any) -> tuple[CriticTraining, Tensor | None]:
+        """The critic, made now if it was not, and the labels as it takes them."""
+        classes = self._classes(clean, labels) if self.config.by_class else None
         if self._training is None:
-            self._training = self.config.start(features)
+            number = None if classes is None else logits_of(clean.outputs).shape[1]
+            self._training = self.config.start(clean.features, number)
             if self._loaded is not None:
                 self._training.load_state_dict(self._loaded)
                 self._loaded = None
-        return self._training
+        return self._training, classes
+
+    def _classes(self, clean: Branch, labels: Any) -> Tensor:
+        with contextlib.suppress(TypeError, ValueError):
+            classes = class_labels(labels, clean.outputs)
+            if classes.ndim == 1 + classes.is_floating_point():
+                return classes
+        found = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
+        raise ValueError(
+            f"A critic that heeds classes needs a class (N,) or probabilities (N, K) for each sample, got labels {found}: for other tasks "
+            "give the recipe discrepancy=CriticDiscrepancy(by_class=False)."
+        )

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from lightning_wdefense.attacks import LearnedAttack
 from lightning_wdefense.attacks.isolation import eager, isolated, own_pass
 from lightning_wdefense.attacks.outputs import class_labels, hard_labels, predictions, tensor_of
+from lightning_wdefense.defenses.branch import Branch
 from lightning_wdefense.defenses.critic import CriticDiscrepancy, LiveCritic
 from lightning_wdefense.defenses.discrepancies import Transport, get_discrepancy
-from lightning_wdefense.defenses.objective import Branch, combine
+from lightning_wdefense.defenses.objective import combine
 from lightning_wdefense.defenses.recipe import Recipe
 from lightning_wdefense.defenses.recording import ForwardRecorder, Recording
 from lightning_wdefense.defenses.weight_perturbation import WeightPerturbation
@@ -36,10 +37,9 @@ class Defense:
         self.recipe, self.model = recipe, model
         self.multiplier: float | None = None
         self.critic: LiveCritic | None = None
-        discrepancy = None if recipe.discrepancy is None else get_discrepancy(recipe.discrepancy)
-        if isinstance(discrepancy, CriticDiscrepancy):
-            discrepancy = self.critic = LiveCritic(discrepancy)
-        self.discrepancy = discrepancy
+        self._discrepancy = None if recipe.discrepancy is None else get_discrepancy(recipe.discrepancy)
+        if isinstance(self._discrepancy, CriticDiscrepancy):
+            self.critic = LiveCritic(self._discrepancy)
         self.recorder = ForwardRecorder(model, recipe.features)
         self.perturbation = WeightPerturbation(model, recipe.awp)
 
@@ -74,6 +74,7 @@ class Defense:
         self,
         clean: Branch | None,
         adversarial: Branch | None,
+        labels: Any,
         *,
         generator: torch.Generator | None = None,
         average: Callable[[Tensor], Tensor] | None = None,
@@ -84,6 +85,7 @@ class Defense:
         Args:
             clean: the clean inputs' branch.
             adversarial: the adversarial inputs' branch.
+            labels: of the batch.
             generator: source of its noise.
             average: the mean of a tensor over all ranks.
             measure: whether to say what the critic made of the batch.
@@ -93,9 +95,7 @@ class Defense:
         """
         if self.critic is None or clean is None or adversarial is None:
             return {}
-        return self.critic.update(
-            clean.features, adversarial.features, generator=generator, average=average, measure=measure
-        )
+        return self.critic.update(clean, adversarial, labels, generator=generator, average=average, measure=measure)
 
     def learned(self) -> dict[str, float]:
         """What the recipe has learned, for the logs."""
@@ -155,7 +155,13 @@ class Defense:
         self, task_loss: Tensor, clean: Branch | None, adversarial: Branch | None, labels: Any
     ) -> tuple[Tensor, dict[str, Any]]:
         """The training loss and its parts: see :func:`~lightning_wdefense.defenses.objective.combine`."""
-        return combine(self.recipe, task_loss, clean, adversarial, labels, self.discrepancy)
+        return combine(self.recipe, task_loss, clean, adversarial, labels, self._measure)
+
+    def _measure(self, clean: Branch, adversarial: Branch, labels: Any) -> Tensor:
+        if self.critic is not None:
+            return self.critic.gap(clean, adversarial, labels)
+        assert callable(self._discrepancy)
+        return self._discrepancy(clean.features, adversarial.features, labels)
 
     def restore_weights(self) -> None:
         """Take perturbed weights back now: the backward pass failed, or never came."""

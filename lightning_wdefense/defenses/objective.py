@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_wdefense.attacks.outputs import class_labels, float32_or_better, hard_labels, logits_of
+from lightning_wdefense.defenses.branch import Branch
 from lightning_wdefense.defenses.recipe import Recipe
-
-
-class Branch(NamedTuple):
-    """The model's view of one set of inputs: raw outputs, and features ``(N, ...)``."""
-
-    outputs: Any
-    features: Tensor
 
 
 def runner_up(outputs: Any, labels: Any) -> Tensor:
@@ -35,7 +29,7 @@ def combine(
     clean: Branch | None,
     adversarial: Branch | None,
     labels: Any,
-    discrepancy: Callable[[Tensor, Tensor, Any], Tensor] | None,
+    discrepancy: Callable[[Branch, Branch, Any], Tensor],
 ) -> tuple[Tensor, dict[str, Any]]:
     """The training loss, ``task_loss + other_weight * task(other) + margin_weight * runner-up + weight * discrepancy``.
 
@@ -45,7 +39,7 @@ def combine(
         clean: the clean inputs' branch; may be ``None`` where no term needs it.
         adversarial: the adversarial inputs' branch, likewise.
         labels: of the batch.
-        discrepancy: the recipe's, as it stands: what it has learned so far is in it.
+        discrepancy: ``(clean, adversarial, labels) -> scalar``: the recipe's, with what it has learned.
 
     Returns:
         The loss, and its detached parts: ``loss`` (the sum), ``task_loss``, and those of ``other_loss``, ``margin_loss`` and
@@ -62,10 +56,9 @@ def combine(
         parts["other_loss"] = recipe.task_loss(other.outputs, labels)
         loss = loss + recipe.other_weight * parts["other_loss"]
     if recipe.weight > 0:
-        assert discrepancy is not None
         assert clean is not None
         assert adversarial is not None
-        parts["discrepancy"] = discrepancy(clean.features, adversarial.features, labels)
+        parts["discrepancy"] = discrepancy(clean, adversarial, labels)
         loss = loss + recipe.weight * parts["discrepancy"]
     if recipe.margin_weight > 0:
         assert adversarial is not None

@@ -24,6 +24,7 @@ from lightning_wdefense.attacks import (
     ThreatModel,
 )
 from lightning_wdefense.attacks.outputs import class_labels, float32_or_better, logits_of
+from lightning_wdefense.defenses.critic import CriticDiscrepancy
 from lightning_wdefense.defenses.discrepancies import Discrepancy, get_discrepancy
 
 Branch = Literal["clean", "adversarial"]
@@ -195,7 +196,7 @@ RECIPES: dict[str, Callable[[ThreatModel], Recipe]] = {
     "class-transport": lambda threat: Recipe(
         PGD(threat), discrepancy="class-transport", weight=0.1, features="penultimate"
     ),
-    "critic": lambda threat: Recipe(PGD(threat), discrepancy="critic", weight=0.1, features="penultimate"),
+    "critic": lambda threat: Recipe(PGD(threat), discrepancy=CriticDiscrepancy(), weight=0.1, features="penultimate"),
     "mmd": lambda threat: Recipe(PGD(threat), discrepancy="mmd", weight=1.0),
     "coral": lambda threat: Recipe(PGD(threat), discrepancy="coral", weight=1.0),
     "udr": lambda threat: Recipe(SoftBallPGD(threat)),

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_wdefense.transport.lipschitz import PENALISED, Lipschitz, constrain, critic_network
+from lightning_wdefense.transport.lipschitz import PENALISED, CriticNetwork, Lipschitz, constrain
 from lightning_wdefense.transport.precision import exact_products
 
 Average = Callable[[Tensor], Tensor]
@@ -55,6 +56,8 @@ class WassersteinCritic(nn.Module):
         penalty: weight of a penalty.
         width: of the hidden layers that are built; ``None`` for the width of the points, from 64 to 256.
         depth: number of the hidden layers that are built.
+        classes: number of classes, where the critic is to be one function a class: it then sees how far the clouds of *each class* are apart,
+            and takes labels with the points. Only for a network that is built.
         seed: of the weights that are built. PyTorch's own random number generators are not touched.
 
     Raises:
@@ -87,33 +90,45 @@ class WassersteinCritic(nn.Module):
         penalty: float = 10.0,
         width: int | None = None,
         depth: int = 2,
+        classes: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
         if not (penalty > 0 and math.isfinite(penalty)):
             raise ValueError(f"penalty must be positive and finite, got {penalty}.")
         self.lipschitz, self.penalty = lipschitz, penalty
+        self.classes = classes
         self.shape: tuple[int, ...] | None = None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             if isinstance(network, nn.Module):
+                if classes is not None:
+                    raise ValueError(
+                        f"classes={classes} needs a network that is built, got a {type(network).__name__}."
+                    )
                 self.network = network
             else:
                 self.shape = (network,) if isinstance(network, int) else tuple(network)
-                _check_sizes(self.shape, width, depth)
-                self.network = critic_network(self.shape, width, depth)
+                _check_sizes(self.shape, width, depth, classes)
+                self.network = CriticNetwork(self.shape, width, depth, classes)
             self.orthonormal = constrain(self.network, lipschitz)
         self.register_buffer("centre", torch.zeros(self.shape or ()))
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("batches", torch.zeros((), dtype=torch.long))
 
-    def forward(self, points: Tensor) -> Tensor:
-        """Scores ``(N,)`` of points ``(N, ...)``, in their units, in the critic's own dtype."""
+    def forward(self, points: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Scores ``(N,)`` of points ``(N, ...)``, in their units, in the critic's own dtype.
+
+        Args:
+            points: of the shape and device of the critic.
+            labels: classes ``(N,)`` or their probabilities ``(N, K)``, for a critic with ``classes``, which needs them.
+        """
         self._check(points)
+        shares = () if self.classes is None else (self._shares(labels, len(points)),)
         with torch.autocast(points.device.type, enabled=False), exact_products():
             points = (points.to(self.scale.dtype) - self.centre) / self.scale
             try:
-                scores = self.network(points)
+                scores = self.network(points, *shares)
             except RuntimeError as error:
                 shape = ", ".join(map(str, points.shape[1:]))
                 raise ValueError(f"The critic's network fails on points of shape (N, {shape}): {error}") from error
@@ -124,18 +139,31 @@ class WassersteinCritic(nn.Module):
             )
         return scores.reshape(len(points)) * self.scale
 
-    def gap(self, x: Tensor, y: Tensor) -> Tensor:
-        """Mean score of ``x`` ``(N, ...)`` less that of ``y`` ``(M, ...)``, differentiable in both: what the critic says of the distance."""
-        scores = self(torch.cat([x, y]))
+    def gap(self, x: Tensor, y: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Mean score of ``x`` ``(N, ...)`` less that of ``y`` ``(M, ...)``, differentiable in both: what the critic says of the distance.
+
+        ``labels``, for a critic with classes, are those of the samples in both clouds, which then are of the same number.
+        """
+        scores = self(torch.cat([x, y]), None if labels is None else torch.cat([labels, labels]))
         return scores[: len(x)].mean() - scores[len(x) :].mean()
 
-    def distance(self, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    def distance(
+        self, x: Tensor, y: Tensor, labels: Tensor | None = None, *, generator: torch.Generator | None = None
+    ) -> Tensor:
         """Estimate of ``W_1``: the gap, for a penalised critic divided by the length of its gradient between the clouds."""
-        gap = self.gap(x, y)
-        return gap / self.gradient_norm(x, y, generator=generator).mean() if self.lipschitz in PENALISED else gap
+        gap = self.gap(x, y, labels)
+        return (
+            gap / self.gradient_norm(x, y, labels, generator=generator).mean() if self.lipschitz in PENALISED else gap
+        )
 
     def gradient_norm(
-        self, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None, create_graph: bool = False
+        self,
+        x: Tensor,
+        y: Tensor,
+        labels: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        create_graph: bool = False,
     ) -> Tensor:
         """Length of the critic's gradient at random places between ``x`` and ``y``: ``(max(N, M),)``."""
         size = max(len(x), len(y))
@@ -146,15 +174,17 @@ class WassersteinCritic(nn.Module):
         rows = torch.arange(size, device=x.device)
         with torch.enable_grad():
             between = torch.lerp(x[rows % len(x)], y[rows % len(y)], share).requires_grad_()
-            (gradient,) = torch.autograd.grad(self(between).sum(), between, create_graph=create_graph)
+            (gradient,) = torch.autograd.grad(self(between, labels).sum(), between, create_graph=create_graph)
         return gradient.flatten(1).norm(dim=1)
 
-    def objective(self, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None) -> CriticObjective:
+    def objective(
+        self, x: Tensor, y: Tensor, labels: Tensor | None = None, *, generator: torch.Generator | None = None
+    ) -> CriticObjective:
         """What a training step minimises on ``x`` and ``y``, which are constants in it."""
-        gap = self.gap(x.detach(), y.detach())
+        gap = self.gap(x.detach(), y.detach(), labels)
         if self.lipschitz not in PENALISED:
             return CriticObjective(-gap, gap, torch.zeros_like(gap), torch.full_like(gap, torch.nan))
-        norm = self.gradient_norm(x, y, generator=generator, create_graph=True)
+        norm = self.gradient_norm(x, y, labels, generator=generator, create_graph=True)
         excess = norm - 1
         if self.lipschitz == "one-sided-penalty":
             excess = excess.clamp_min(0)
@@ -194,6 +224,18 @@ class WassersteinCritic(nn.Module):
         """How it is kept Lipschitz."""
         return f"lipschitz={self.lipschitz!r}" + f", penalty={self.penalty:g}" * (self.lipschitz in PENALISED)
 
+    def _shares(self, labels: Tensor | None, points: int) -> Tensor:
+        shapes = ((points,), (points, self.classes))
+        if labels is None or labels.shape != shapes[labels.is_floating_point()]:
+            found = "none" if labels is None else f"{labels.dtype} {tuple(labels.shape)}"
+            raise ValueError(
+                f"A critic of {self.classes} classes needs with {points} points their classes, integers {shapes[0]}, or probabilities "
+                f"{shapes[1]}, got {found}."
+            )
+        if not labels.is_floating_point():
+            labels = F.one_hot(labels.long(), self.classes or -1)
+        return labels.to(self.scale.dtype)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # A module of the user's does not say what points it takes, before it has seen some.
         if self.shape is None and prefix + "centre" in state_dict:
@@ -220,10 +262,12 @@ class WassersteinCritic(nn.Module):
                 )
 
 
-def _check_sizes(shape: tuple[int, ...], width: int | None, depth: int) -> None:
+def _check_sizes(shape: tuple[int, ...], width: int | None, depth: int, classes: int | None) -> None:
     if not shape or min(shape) < 1:
         raise ValueError(f"The points must have at least one value, got shape (N, {', '.join(map(str, shape))}).")
     if width is not None and (width < 2 or width % 2):
         raise ValueError(f"width must be even and at least 2, for GroupSort sorts pairs, got {width}.")
+    if classes is not None and classes < 1:
+        raise ValueError(f"classes must be at least 1, or None for a critic that knows none, got {classes}.")
     if depth < 1:
         raise ValueError(f"depth must be at least 1, got {depth}.")

@@ -65,13 +65,20 @@ class CriticTraining:
 
     @torch.compiler.disable  # the penalty differentiates twice, which compiled graphs do not
     def update(
-        self, x: Tensor, y: Tensor, *, generator: torch.Generator | None = None, average: Average | None = None
+        self,
+        x: Tensor,
+        y: Tensor,
+        labels: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        average: Average | None = None,
     ) -> CriticUpdate:
         """Learn from a batch: ``x`` ``(N, ...)`` and ``y`` ``(M, ...)``, which are constants.
 
         Args:
             x: the cloud that should score high.
             y: the other one.
+            labels: of the samples in both, for a critic with classes: ``(N,)`` or probabilities ``(N, K)``.
             generator: source of the places where a penalty looks.
             average: the mean of a tensor over all ranks. With it all of them take the same steps, to the last bit.
 
@@ -79,12 +86,12 @@ class CriticTraining:
             ValueError: if the points do not fit the critic, are fewer than two, or not finite; before anything is learned.
         """
         self.critic.adapt(x, y, average)
-        first = self._backward(x, y, generator, average)
+        first = self._backward(x, y, labels, generator, average)
         self.agreement = MEMORY * self.agreement + (1 - MEMORY) * self.optimizer.agreement()
         steps = 1 + round((self.max_steps - 1) * max(self.agreement, 0.0))
         self.optimizer.step()
         for _ in range(steps - 1):
-            self._backward(x, y, generator, average)
+            self._backward(x, y, labels, generator, average)
             self.optimizer.step()
         self.optimizer.zero_grad()
         return CriticUpdate(first.gap.detach(), first.penalty.detach(), first.gradient_norm.detach(), steps)
@@ -104,11 +111,16 @@ class CriticTraining:
         self.agreement = state["agreement"]
 
     def _backward(
-        self, x: Tensor, y: Tensor, generator: torch.Generator | None, average: Average | None
+        self,
+        x: Tensor,
+        y: Tensor,
+        labels: Tensor | None,
+        generator: torch.Generator | None,
+        average: Average | None,
     ) -> CriticObjective:
         parameters = [each for group in self.optimizer.param_groups for each in group["params"]]
         with torch.enable_grad():
-            objective = self.critic.objective(x, y, generator=generator)
+            objective = self.critic.objective(x, y, labels, generator=generator)
             gradients = torch.autograd.grad(objective.loss, parameters, materialize_grads=True)
         if average is not None:  # all in one message
             flat = average(torch.cat([gradient.flatten() for gradient in gradients]))

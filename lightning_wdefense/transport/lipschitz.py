@@ -38,29 +38,53 @@ class GroupSort(nn.Module):
         return torch.cat([other + excess, one - excess], dim=1)
 
 
-def critic_network(shape: Sequence[int], width: int | None, depth: int) -> nn.Module:
+class CriticNetwork(nn.Module):
     """A network from ``(N, *shape)`` to ``(N, 1)`` with :class:`GroupSort`: for small inputs an MLP, else a convnet before it.
 
     Its convolutions do not overlap (each has its stride for a kernel), so that they are linear maps of patches whose Lipschitz
-    constant is that of one matrix.
+    constant is that of one matrix. With ``classes`` a sample's class shifts the first hidden layer, so that there is one function a class,
+    each as smooth in the points as without.
+
+    Args:
+        shape: of one point.
+        width: of the hidden layers; ``None`` for that of the points, from 64 to 256.
+        depth: number of hidden layers.
+        classes: number of classes; ``None`` for one function of the points alone.
     """
-    layers: list[nn.Module] = []
-    if len(shape) == 3 and math.prod(shape) > _LARGEST_FLAT:
-        channels, height, side = shape
-        out = 32
-        while min(height, side) >= 8:
-            pad = (0, -side % 2, 0, -height % 2)
-            layers += [nn.ZeroPad2d(pad), nn.Conv2d(channels, out, 2, stride=2), GroupSort()]
-            channels, height, side, out = out, (height + 1) // 2, (side + 1) // 2, 2 * out
-        shape = (channels, height, side)
-    inputs = math.prod(shape)
-    # Fewer channels than inputs could not keep all of their directions.
-    width = width or min(max(64, inputs + inputs % 2), 256)
-    layers.append(nn.Flatten())
-    for _ in range(depth):
-        layers += [nn.Linear(inputs, width), GroupSort()]
-        inputs = width
-    return nn.Sequential(*layers, nn.Linear(inputs, 1))
+
+    def __init__(self, shape: Sequence[int], width: int | None, depth: int, classes: int | None) -> None:
+        super().__init__()
+        patches: list[nn.Module] = []
+        if len(shape) == 3 and math.prod(shape) > _LARGEST_FLAT:
+            channels, height, side = shape
+            out = 32
+            while min(height, side) >= 8:
+                pad = (0, -side % 2, 0, -height % 2)
+                patches += [nn.ZeroPad2d(pad), nn.Conv2d(channels, out, 2, stride=2), GroupSort()]
+                channels, height, side, out = out, (height + 1) // 2, (side + 1) // 2, 2 * out
+            shape = (channels, height, side)
+        inputs = math.prod(shape)
+        # Fewer channels than inputs could not keep all of their directions.
+        width = width or min(max(64, inputs + inputs % 2), 256)
+        layers: list[nn.Module] = [GroupSort()]
+        for _ in range(depth - 1):
+            layers += [nn.Linear(width, width), GroupSort()]
+        self.first = nn.Sequential(*patches, nn.Flatten(), nn.Linear(inputs, width))
+        self.shift = None if classes is None else ClassShift(classes, width)
+        self.rest = nn.Sequential(*layers, nn.Linear(width, 1))
+
+    def forward(self, points: Tensor, classes: Tensor | None = None) -> Tensor:
+        """Scores ``(N, 1)`` of points ``(N, ...)``, with shares of classes ``(N, K)`` where it was built for them."""
+        hidden = self.first(points)
+        return self.rest(hidden if self.shift is None or classes is None else hidden + classes @ self.shift.weight)
+
+
+class ClassShift(nn.Module):
+    """A vector a class, ``weight`` ``(K, width)``: added to a layer, it leaves its Lipschitz constant alone."""
+
+    def __init__(self, classes: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(classes, width))
 
 
 def constrain(network: nn.Module, lipschitz: Lipschitz) -> list[Tensor]:
@@ -87,6 +111,8 @@ def constrain(network: nn.Module, lipschitz: Lipschitz) -> list[Tensor]:
         return []
     weights: list[Tensor] = []
     for name, layer in list(_layers_with_parameters(network)):
+        if isinstance(layer, ClassShift):
+            continue
         if not isinstance(layer, (nn.Linear, *_CONVOLUTIONS)):
             raise ValueError(
                 f"lipschitz={lipschitz!r} cannot constrain the {type(layer).__name__} at {name!r}: it knows linear layers and convolutions. "

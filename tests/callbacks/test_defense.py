@@ -295,9 +295,9 @@ class TestLoss:
                 logits = [self.net[-1](feature) for feature in features]
                 loss = TestLoss.FORMULAS[recipe](*logits, *features, y)
                 if recipe == "critic":
-                    self.critic = self.critic or CriticTraining(WassersteinCritic(32).double())
-                    self.critic.update(*features)
-                    loss = loss + 0.1 * self.critic.critic.gap(*features)
+                    self.critic = self.critic or CriticTraining(WassersteinCritic(32, classes=10).double())
+                    self.critic.update(*features, y)
+                    loss = loss + 0.1 * self.critic.critic.gap(*features, y)
                 return loss
 
         torch.testing.assert_close(
@@ -662,13 +662,15 @@ ERRORS = {
     "manual optimisation": (defend, Manual, Exception, "WassersteinDefenseMixin"),
     "NaN task loss": (defend, NaN, FloatingPointError, "task_loss = nan"),
     "critic of another width": (
-        lambda: with_critic(network=lambda shape: nn.Linear(7, 1)),
+        lambda: with_critic(by_class=False, network=lambda shape: nn.Linear(7, 1)),
         DigitsClassifier,
         ValueError,
         r"network fails on points of shape \(N, 32\)",
     ),
     "critic with BatchNorm": (
-        lambda: with_critic(network=lambda shape: nn.Sequential(nn.BatchNorm1d(*shape), nn.Linear(*shape, 1))),
+        lambda: with_critic(
+            by_class=False, network=lambda shape: nn.Sequential(nn.BatchNorm1d(*shape), nn.Linear(*shape, 1))
+        ),
         DigitsClassifier,
         ValueError,
         "BatchNorm1d at '0'",
@@ -716,6 +718,7 @@ CONSTRUCTOR_ERRORS = {
     "negative perturbation": (lambda: Recipe.named("pgd-at", THREAT, awp=-0.1), "awp must not be negative"),
     "steps of another attack": (lambda: Recipe.named("fast-at", THREAT, ramp_steps=True), "needs PGD"),
     "unknown critic": (lambda: CriticDiscrepancy(lipschitz="orthogonall"), "'orthogonal'"),
+    "a critic's own network": (lambda: CriticDiscrepancy(network=lambda shape: nn.Linear(*shape, 1)), "by_class=False"),
     "no critic's step": (lambda: CriticDiscrepancy(max_steps=0), "max_steps must be at least 1"),
     "a critic's rate": (lambda: CriticDiscrepancy(lr=2.0), "at most 1"),
     "a critic's width": (lambda: CriticDiscrepancy(width=7), "width must be even"),
