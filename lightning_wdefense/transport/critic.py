@@ -40,12 +40,12 @@ class WassersteinCritic(nn.Module):
 
     By default its layers are orthonormal matrices between :class:`GroupSort` activations (Anil et al., 2019), so that it is 1-Lipschitz at any
     time, and nothing needs to be weighed. The other ways: ``"spectral-norm"`` divides every matrix by its largest singular value
-    (Miyato et al., 2018); ``"gradient-penalty"`` adds ``penalty * mean (|f'| - 1)^2`` between the clouds to the loss (WGAN-GP,
+    (Miyato et al., 2018), by a bound that exceeds it by 1% at most; ``"gradient-penalty"`` adds ``penalty * mean (|f'| - 1)^2`` between the clouds to the loss (WGAN-GP,
     Gulrajani et al., 2017); ``"one-sided-penalty"`` only where ``|f'| > 1`` (Petzka et al., 2018). A penalty lets the gap overshoot, by about
     ``W_1^2 / (2 penalty)`` for scaled points; :meth:`distance` therefore divides it by the gradient's length.
 
     Points are centred and divided by the size of a typical coordinate, known from training; scores are in the units of the points. Everything
-    is computed in float32 or better, with autocast off.
+    is computed in the critic's dtype, float32 or better, with autocast off.
 
     Args:
         network: width ``D`` of the points, or their shape such as ``(1, 28, 28)``, for which a network is built (an MLP; for images a small
@@ -111,8 +111,7 @@ class WassersteinCritic(nn.Module):
         """Scores ``(N,)`` of points ``(N, ...)``, in their units, in float32 or better."""
         self._check(points)
         with torch.autocast(points.device.type, enabled=False), exact_products():
-            points = points.to(torch.promote_types(points.dtype, torch.float32))
-            scores = self.network((points - self.centre) / self.scale)
+            scores = self.network((points.to(self.scale.dtype) - self.centre) / self.scale)
         if scores.shape not in ((len(points),), (len(points), 1)):
             raise ValueError(
                 f"The critic must return a score for each of the {len(points)} points, ({len(points)},) or ({len(points)}, 1), "
@@ -162,10 +161,11 @@ class WassersteinCritic(nn.Module):
     def adapt(self, x: Tensor, y: Tensor, average: Average | None = None) -> None:
         """Take note of where the points lie and how large they are: a running mean, over all ranks if ``average`` is one over them."""
         self._check(x, y)
+        average = average or (lambda values: values)
         points = torch.cat([x, y]).to(self.scale.dtype).flatten(1)
-        moments = torch.cat([points.mean(0), points.square().mean(0)])
-        mean, square = (moments if average is None else average(moments)).chunk(2)
-        size = (square - mean.square()).mean().clamp_min(0).sqrt()
+        mean = average(points.mean(0))
+        # Around the mean, for far from the origin the difference of two large squares is rounding.
+        size = average((points - mean).square().mean()).sqrt()
         # Identical points have no size; the centre's own is better than a division by zero.
         size = torch.where(size > 1e-6 * mean.norm(), size, mean.norm().clamp_min(1e-6)).to(self.scale)
         centre = mean.view(x.shape[1:]).to(self.centre)
@@ -197,10 +197,16 @@ class WassersteinCritic(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _check(self, *clouds: Tensor) -> None:
+        if torch.finfo(self.scale.dtype).bits < 32:
+            raise ValueError(
+                f"The critic's weights are {self.scale.dtype}, too coarse to compare means: keep it in float32 (critic.float())."
+            )
+        # A module of the user's takes what it has learned from, or what it is now given first.
+        shape = self.shape or tuple(self.centre.shape) or tuple(clouds[0].shape[1:])
         for points in clouds:
-            if self.shape is not None and points.shape[1:] != self.shape:
+            if points.shape[1:] != shape:
                 raise ValueError(
-                    f"The critic takes points of shape (N, {', '.join(map(str, self.shape))}), got {tuple(points.shape)}: make one for theirs."
+                    f"The critic takes points of shape (N, {', '.join(map(str, shape))}), got {tuple(points.shape)}: make one for theirs."
                 )
             if points.ndim < 2 or not points.is_floating_point():
                 raise ValueError(
