@@ -41,7 +41,7 @@ class WassersteinCritic(nn.Module):
 
     By default its layers are orthonormal matrices between :class:`GroupSort` activations (Anil et al., 2019), so that it is 1-Lipschitz at any
     time, and nothing needs to be weighed. The other ways: ``"spectral-norm"`` divides every matrix by its largest singular value
-    (Miyato et al., 2018); ``"gradient-penalty"`` adds ``penalty * mean (|f'| - 1)^2`` between the clouds to the loss (WGAN-GP,
+    (Miyato et al., 2018), by a bound that exceeds it by 1% at most; ``"gradient-penalty"`` adds ``penalty * mean (|f'| - 1)^2`` between the clouds to the loss (WGAN-GP,
     Gulrajani et al., 2017); ``"one-sided-penalty"`` only where ``|f'| > 1`` (Petzka et al., 2018). A penalty lets the gap overshoot, by about
     ``W_1^2 / (2 penalty)`` for scaled points; :meth:`distance` therefore divides it by the gradient's length.
 
@@ -172,7 +172,8 @@ class WassersteinCritic(nn.Module):
         generator = generator or torch.Generator(device).manual_seed(int(self.batches))
         share = torch.rand((size, *[1] * (x.ndim - 1)), generator=generator, device=device).to(x)
         rows = torch.arange(size, device=x.device)
-        with torch.enable_grad():
+        # A backward pass under autocast is cast too, whatever the forward pass was.
+        with torch.enable_grad(), torch.autocast(x.device.type, enabled=False), exact_products():
             between = torch.lerp(x[rows % len(x)], y[rows % len(y)], share).requires_grad_()
             (gradient,) = torch.autograd.grad(self(between, labels).sum(), between, create_graph=create_graph)
         return gradient.flatten(1).norm(dim=1)
@@ -196,10 +197,11 @@ class WassersteinCritic(nn.Module):
     def adapt(self, x: Tensor, y: Tensor, average: Average | None = None) -> None:
         """Take note of where the points lie and how large they are: a running mean, over all ranks if ``average`` is one over them."""
         self._check(x, y)
+        average = average or (lambda values: values)
         points = torch.cat([x, y]).to(self.scale.dtype).flatten(1)
-        moments = torch.cat([points.mean(0), points.square().mean(0)])
-        mean, square = (moments if average is None else average(moments)).chunk(2)
-        size = (square - mean.square()).mean().clamp_min(0).sqrt()
+        mean = average(points.mean(0))
+        # Around the mean, for far from the origin the difference of two large squares is rounding.
+        size = average((points - mean).square().mean()).sqrt()
         # Identical points have no size; the centre's own is better than a division by zero.
         size = torch.where(size > 1e-6 * mean.norm(), size, mean.norm().clamp_min(1e-6)).to(self.scale)
         centre = mean.view(x.shape[1:]).to(self.centre)
@@ -243,10 +245,16 @@ class WassersteinCritic(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _check(self, *clouds: Tensor) -> None:
+        if torch.finfo(self.scale.dtype).bits < 32:
+            raise ValueError(
+                f"The critic's weights are {self.scale.dtype}, too coarse to compare means: keep it in float32 (critic.float())."
+            )
+        # A module of the user's takes what it has learned from, or what it is now given first.
+        shape = self.shape or tuple(self.centre.shape) or tuple(clouds[0].shape[1:])
         for points in clouds:
-            if self.shape is not None and points.shape[1:] != self.shape:
+            if points.shape[1:] != shape:
                 raise ValueError(
-                    f"The critic takes points of shape (N, {', '.join(map(str, self.shape))}), got {tuple(points.shape)}: make one for theirs."
+                    f"The critic takes points of shape (N, {', '.join(map(str, shape))}), got {tuple(points.shape)}: make one for theirs."
                 )
             if points.ndim < 2 or not points.is_floating_point():
                 raise ValueError(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_wdefense.transport.critic import Average, CriticObjective, WassersteinCritic
 from lightning_wdefense.transport.layerwise import LayerwiseMomentum
+from lightning_wdefense.transport.precision import exact_products
 
 MEMORY = 0.9
 """Of the running agreement between batches: it is judged over some ten of them."""
@@ -85,15 +86,17 @@ class CriticTraining:
         Raises:
             ValueError: if the points do not fit the critic, are fewer than two, or not finite; before anything is learned.
         """
-        self.critic.adapt(x, y, average)
-        first = self._backward(x, y, labels, generator, average)
-        self.agreement = MEMORY * self.agreement + (1 - MEMORY) * self.optimizer.agreement()
-        steps = 1 + round((self.max_steps - 1) * max(self.agreement, 0.0))
-        self.optimizer.step()
-        for _ in range(steps - 1):
-            self._backward(x, y, labels, generator, average)
+        # Backward passes and the optimiser's products would be cast as well.
+        with torch.autocast(x.device.type, enabled=False), exact_products():
+            self.critic.adapt(x, y, average)
+            first = self._backward(x, y, labels, generator, average)
+            self.agreement = MEMORY * self.agreement + (1 - MEMORY) * self.optimizer.agreement()
+            steps = 1 + round((self.max_steps - 1) * max(self.agreement, 0.0))
             self.optimizer.step()
-        self.optimizer.zero_grad()
+            for _ in range(steps - 1):
+                self._backward(x, y, labels, generator, average)
+                self.optimizer.step()
+            self.optimizer.zero_grad()
         return CriticUpdate(first.gap.detach(), first.penalty.detach(), first.gradient_norm.detach(), steps)
 
     def state_dict(self) -> dict[str, Any]:

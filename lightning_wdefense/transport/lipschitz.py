@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrize
 
 from lightning_wdefense._names import unknown_name
 
@@ -19,6 +19,8 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BATCH_STATISTICS = (nn.modules.batchnorm._BatchNorm,)
 _LARGEST_FLAT = 1024
 """Values of an image below which it is flattened."""
+_SQUARINGS = 8
+"""Of the Gram matrix of a weight whose largest singular value is wanted."""
 
 
 class GroupSort(nn.Module):
@@ -118,11 +120,14 @@ def constrain(network: nn.Module, lipschitz: Lipschitz) -> list[Tensor]:
                 f"lipschitz={lipschitz!r} cannot constrain the {type(layer).__name__} at {name!r}: it knows linear layers and convolutions. "
                 'Use "gradient-penalty", which takes any module.'
             )
+        if getattr(layer, "padding_mode", "zeros") not in ("zeros", "circular"):
+            raise ValueError(
+                f"lipschitz={lipschitz!r} cannot bound the convolution at {name!r}: padding_mode={layer.padding_mode!r} repeats values. "
+                'Use "zeros", or "gradient-penalty", which takes any module.'
+            )
         overlap = _overlap(layer)
         if lipschitz == "spectral-norm":
-            parametrizations.spectral_norm(layer)
-            if overlap > 1:
-                parametrize.register_parametrization(layer, "weight", _Scaled(overlap**-0.5))
+            parametrize.register_parametrization(layer, "weight", _SpectralNorm(overlap**0.5))
         elif overlap > 1 or (isinstance(layer, _CONVOLUTIONS) and layer.groups > 1):
             raise ValueError(
                 f'lipschitz="orthogonal" needs convolutions with stride equal to kernel size and one group, the one at {name!r} has kernel '
@@ -174,13 +179,37 @@ def _overlap(layer: nn.Module) -> int:
     """In how many patches of a convolution a value lies, at most: its norm is at most the root of that times its matrix's."""
     if not isinstance(layer, _CONVOLUTIONS):
         return 1
-    return math.prod(-(-kernel // stride) for kernel, stride in zip(layer.kernel_size, layer.stride, strict=True))
+    # Only patches whose places agree modulo the dilation share values.
+    steps = (stride // math.gcd(stride, gap) for stride, gap in zip(layer.stride, layer.dilation, strict=True))
+    return math.prod(-(-kernel // step) for kernel, step in zip(layer.kernel_size, steps, strict=True))
 
 
-class _Scaled(nn.Module):
+class _SpectralNorm(nn.Module):
+    """Divides a weight by its largest singular value, times ``factor``, as a Schatten norm bounds it from above.
+
+    ``(sum_i s_i^2m)^(1/2m)`` is never below the largest ``s_i``, where power iteration lags behind a weight that moves (by up to 40% at
+    large steps), and above it by 1% at most for ``2m = 514`` and up to 256 singular values. It needs no state.
+    """
+
     def __init__(self, factor: float) -> None:
         super().__init__()
         self.factor = factor
 
     def forward(self, weight: Tensor) -> Tensor:
-        return self.factor * weight
+        matrix = as_matrix(weight)
+        if len(matrix) < matrix.shape[1]:
+            matrix = matrix.mT
+        with torch.no_grad():
+            tiny = torch.finfo(matrix.dtype).tiny
+            gram = matrix.mT @ matrix
+            log_size = gram.norm().clamp_min(tiny).log()
+            power = gram / log_size.exp()
+            for _ in range(_SQUARINGS):
+                power = power @ power
+                size = power.norm().clamp_min(tiny)
+                power, log_size = power / size, 2 * log_size + size.log()
+            trace = (power * gram).sum().clamp_min(tiny)
+            norm = ((log_size + trace.log()) / (2 * (2**_SQUARINGS + 1))).exp()
+            gradient = matrix @ power * (norm / trace)
+        # The norm is homogeneous, so that this is its value as well as its derivative.
+        return weight / (self.factor * (gradient * matrix).sum().clamp_min(tiny))
