@@ -60,8 +60,8 @@ class FeatureSqueezing(Detector):
     and runs the model in eval mode, leaving it as it was. It learns nothing and need not be fitted.
 
     Args:
-        model: a module or callable from inputs to logits.
         threat: the units and bounds of the inputs; its norm and eps are not used.
+        model: a module or callable from inputs to logits. :class:`~lightning_wdefense.DetectionMonitor` gives its own.
         bits: of a value in the first copy. The paper takes 1 for MNIST and 4 or 5 for colour images.
         size: side of the median filter's window, odd. The paper's is 2.
 
@@ -74,7 +74,7 @@ class FeatureSqueezing(Detector):
     Example:
         >>> import torch
         >>> model = torch.nn.Linear(4, 3)
-        >>> detector = FeatureSqueezing(model, ThreatModel(), bits=1)
+        >>> detector = FeatureSqueezing(ThreatModel(), model, bits=1)
         >>> detector.score(torch.tensor([[0.0, 1.0, 1.0, 0.0]]))  # one bit is all it needs
         tensor([0.])
     """
@@ -83,17 +83,31 @@ class FeatureSqueezing(Detector):
     reads: ClassVar[Reads] = "inputs"
     learns: ClassVar[bool] = False
 
-    def __init__(self, model: Callable[[Tensor], Any], threat: ThreatModel, bits: int = 4, size: int = 3) -> None:
+    def __init__(
+        self, threat: ThreatModel, model: Callable[[Tensor], Any] | None = None, bits: int = 4, size: int = 3
+    ) -> None:
         if threat.bounds is None:
             raise ValueError("FeatureSqueezing rounds between bounds, but the threat has bounds=None.")
         if bits < 1:
             raise ValueError(f"bits must be at least 1, got {bits}.")
         if size < 3 or size % 2 == 0:
             raise ValueError(f"size must be odd and at least 3, got {size}.")
-        self.model, self.threat, self.bits, self.size = model, threat, bits, size
+        self.threat, self.model, self.bits, self.size = threat, model, bits, size
+
+    def with_model(self, model: Callable[[Tensor], Any]) -> FeatureSqueezing:
+        """The same detector for another model."""
+        return FeatureSqueezing(self.threat, model, self.bits, self.size)
 
     def score(self, features: Any) -> Tensor:
-        """How much the class probabilities of inputs ``(N, ...)``, in model units, depend on detail: ``(N,)`` from 0 to 2."""
+        """How much the class probabilities of inputs ``(N, ...)``, in model units, depend on detail: ``(N,)`` from 0 to 2.
+
+        Raises:
+            RuntimeError: without a model.
+            TypeError: if the inputs are not a float tensor.
+            ValueError: if they are not finite.
+        """
+        if self.model is None:
+            raise RuntimeError("FeatureSqueezing was asked before it had a model: give it one with model=.")
         if not isinstance(features, Tensor):
             raise TypeError(f"FeatureSqueezing scores the model's inputs, one tensor, got {type(features).__name__}.")
         read(features)
@@ -106,6 +120,7 @@ class FeatureSqueezing(Detector):
         """Scores ``(N,)`` of the inputs in their own shape."""
         threat, differentiable = self.threat, torch.is_grad_enabled() and features.requires_grad
         assert threat.bounds is not None
+        assert self.model is not None
         with isolated(self.model, features.device), torch.set_grad_enabled(differentiable):
             features = features if differentiable else features.detach().clone()
             data = threat.to_data(float32_or_better(features))
@@ -118,4 +133,5 @@ class FeatureSqueezing(Detector):
 
     def _probabilities(self, data: Tensor, dtype: torch.dtype) -> Tensor:
         inputs = self.threat.to_model(data).to(dtype, copy=True)  # the model may work in place
+        assert self.model is not None
         return float32_or_better(logits_of(self.model(inputs))).softmax(1)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,11 +31,11 @@ class Mahalanobis(Detector):
 
     The covariance of the deviations from the class means is that of Ledoit and Wolf (shrunk towards a multiple of the identity), so it
     can be inverted with fewer samples than features or with units that are always off. Given several layers, their distances
-    are added up, as in the paper with equal weights. Needs labels, and scikit-learn to be fitted.
+    are added up, as in the paper with equal weights. Needs labels, and scikit-learn.
 
     Raises:
         ValueError: in ``fit``, without labels, if a class has fewer than 2 samples, or if all samples are equal.
-        ModuleNotFoundError: in ``fit``, if scikit-learn is not installed.
+        ModuleNotFoundError: if scikit-learn is not installed.
 
     References:
         Lee et al., "A simple unified framework for detecting out-of-distribution samples and adversarial attacks", NeurIPS
@@ -51,6 +53,9 @@ class Mahalanobis(Detector):
 
     name: ClassVar[str] = "mahalanobis"
 
+    def __init__(self) -> None:
+        _scikit_learn()  # what is missing should be missed before a model is trained
+
     def fit_layer(self, features: Tensor, labels: Tensor | None) -> ClassGaussians:
         """The classes' means and their common covariance."""
         if labels is None:
@@ -62,7 +67,8 @@ class Mahalanobis(Detector):
         points = features.double()
         sums = points.new_zeros(len(counts), points.shape[1]).index_add(0, classes, points)
         means = sums / counts.unsqueeze(1)
-        covariance = ledoit_wolf(points - means[classes])
+        deviations = (points - means[classes]).cpu().numpy()
+        covariance = torch.from_numpy(_scikit_learn()(deviations, assume_centered=True)[0]).to(points.device)
         scale, directions = torch.linalg.eigh(covariance)
         # Where classes have no spread at all, whatever is not a class mean is far, but not infinitely.
         scale = scale.clamp_min(torch.finfo(features.dtype).eps * spread(points) ** 2)
@@ -76,17 +82,11 @@ class Mahalanobis(Detector):
         return torch.stack([(whitened - mean).square().sum(1) for mean in fitted.means]).amin(0)
 
 
-def ledoit_wolf(deviations: Tensor) -> Tensor:
-    """Covariance ``(D, D)`` of samples ``(N, D)`` around 0, by scikit-learn.
-
-    Raises:
-        ModuleNotFoundError: if scikit-learn is not installed.
-    """
+def _scikit_learn() -> Callable[..., tuple[np.ndarray, float]]:
     try:
-        from sklearn.covariance import ledoit_wolf as shrunk
+        from sklearn.covariance import ledoit_wolf
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             'Mahalanobis needs scikit-learn. Install it with `pip install "lightning-wdefense[detection]"`.'
         ) from error
-    covariance, _ = shrunk(deviations.cpu().numpy(), assume_centered=True)
-    return torch.from_numpy(covariance).to(deviations)
+    return ledoit_wolf

@@ -25,7 +25,7 @@ def get_detector(name: str, **options: Any) -> Detector:
 
     Args:
         name: one of ``DETECTORS``.
-        **options: for the detector's constructor; ``"feature-squeezing"`` needs ``model`` and ``threat``, ``"critic"`` needs ``critic``.
+        **options: for the detector's constructor; ``"feature-squeezing"`` needs ``threat``, ``"critic"`` needs ``critic``.
 
     Raises:
         ValueError: if the name does not exist, with the nearest ones.

@@ -152,10 +152,11 @@ SETTINGS = {
     "few of a class": (lambda: Mahalanobis().fit(features(0, n=5), torch.tensor([0, 0, 7, 1, 1])), ValueError, r"classes \[7\] have fewer"),
     "no critic": (lambda: get_detector("critic", critic=None), TypeError, "critic must be a callable.*NoneType"),
     "critic's shape": (lambda: get_detector("critic", critic=lambda x: x).score(features(0)), ValueError, r"\(60,\) here, got \(60, 6\)"),
-    "bits": (lambda: FeatureSqueezing(Nasty(6), ThreatModel(), bits=0), ValueError, "bits must be at least 1"),
-    "window": (lambda: FeatureSqueezing(Nasty(6), ThreatModel(), size=2), ValueError, "size must be odd.*got 2"),
-    "no bounds": (lambda: FeatureSqueezing(Nasty(6), ThreatModel(bounds=None)), ValueError, "bounds=None"),
-    "list of inputs": (lambda: FeatureSqueezing(Nasty(6), ThreatModel()).score([features(0)]), TypeError, "one tensor, got list"),
+    "bits": (lambda: FeatureSqueezing(ThreatModel(), bits=0), ValueError, "bits must be at least 1"),
+    "window": (lambda: FeatureSqueezing(ThreatModel(), size=2), ValueError, "size must be odd.*got 2"),
+    "no bounds": (lambda: FeatureSqueezing(ThreatModel(bounds=None)), ValueError, "bounds=None"),
+    "no model": (lambda: FeatureSqueezing(ThreatModel()).score(features(0)), RuntimeError, "before it had a model.*model="),
+    "list of inputs": (lambda: FeatureSqueezing(ThreatModel(), Nasty(6)).score([features(0)]), TypeError, "one tensor, got list"),
 }  # fmt: skip
 
 
@@ -169,14 +170,14 @@ def test_settings_are_checked(case):
 def test_without_scikit_learn_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.covariance", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install \"lightning-wdefense\[detection\]\""):
-        Mahalanobis().fit(features(0), LABELS)
+        Mahalanobis()
 
 
 @pytest.mark.parametrize("fail_at", [None, 1, 2])
 def test_feature_squeezing_leaves_the_model_as_it_was(fail_at):
     model = Nasty(36, fail_at=fail_at)
     inputs, snapshot = torch.rand(8, 1, 6, 6), Snapshot(model)
-    kept, detector = inputs.clone(), FeatureSqueezing(model, ThreatModel())
+    kept, detector = inputs.clone(), FeatureSqueezing(ThreatModel(), model)
     with pytest.raises(RuntimeError, match="nasty failure") if fail_at else nullcontext():
         detector.score(inputs)
     snapshot.check()

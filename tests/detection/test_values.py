@@ -148,7 +148,7 @@ def test_feature_squeezing_in_the_units_of_the_model():
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, 4))
     inputs = torch.rand(10, 1, 6, 6)
     threat = ThreatModel(mean=0.3, std=0.4)
-    detector = FeatureSqueezing(lambda x: model(threat.to_data(x)), threat, bits=2)
+    detector = FeatureSqueezing(threat, lambda x: model(threat.to_data(x)), bits=2)
     with torch.no_grad():
         before, *after = (model(x).softmax(1) for x in (inputs, (inputs * 3).round() / 3, median_filter(inputs, 3)))
     expected = torch.stack([(each - before).abs().sum(1) for each in after]).amax(0)

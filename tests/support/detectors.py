@@ -35,6 +35,6 @@ DETECTOR_CASES = {
     "knn": lambda: KNNDistance(k=5),
     "lid": lambda: LID(k=5),
     "kernel-density": KernelDensity,
-    "feature-squeezing": lambda: FeatureSqueezing(linear(4), ThreatModel(bounds=(-8.0, 8.0)), bits=3),
+    "feature-squeezing": lambda: FeatureSqueezing(ThreatModel(bounds=(-8.0, 8.0)), linear(4), bits=3),
     "critic": lambda: CriticScore(linear(1)),
 }
