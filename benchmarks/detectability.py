@@ -15,7 +15,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +227,7 @@ class Bench:
         return {name: getattr(self.options, name) for name in names} | {"permutations": PERMUTATIONS}
 
 
-def arguments() -> argparse.Namespace:
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dataset", choices=sorted(RADII), default="digits")
     parser.add_argument("--data", type=Path, help="folder that holds mnist.npz")
@@ -254,7 +254,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("benchmarks/work/detectability"))
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--quick", action="store_true", help="only see that it runs")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if options.dataset == "digits":
         options.train, options.validation, options.test = (
             min(options.train, 1000),
@@ -267,9 +267,9 @@ def arguments() -> argparse.Namespace:
     return options
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore")
-    options = arguments()
+    options = arguments(argv)
     torch.set_num_threads(options.threads)
     options.output.mkdir(parents=True, exist_ok=True)
     protocol = Protocol(options.dataset, options.train, options.validation, options.test, 0.0, options.epochs, 128)
@@ -304,7 +304,7 @@ def main() -> None:
             alarms.setdefault(model, []).append(bench.false_alarms())
     result = {
         "environment": {
-            "command": f"python benchmarks/detectability.py {' '.join(sys.argv[1:])}".replace(
+            "command": f"python benchmarks/detectability.py {' '.join(sys.argv[1:] if argv is None else argv)}".replace(
                 str(options.data), "folder"
             ),
             "hardware": hardware(options.device),
