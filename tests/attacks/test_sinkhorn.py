@@ -23,8 +23,11 @@ def attacked(model, attack, x, y):
     return torch.cat([attack(model, *part) for part in zip(x.split(128), y.split(128), strict=True)])
 
 
-@pytest.mark.parametrize("threat", [ThreatModel(eps=0.2), ThreatModel(norm="l2", eps=1.5)], ids=["linf", "l2"])
-@pytest.mark.parametrize("features", ["penultimate", "6"])
+@pytest.mark.parametrize(
+    ("threat", "features"),
+    [(ThreatModel(eps=0.2), "penultimate"), (ThreatModel(norm="l2", eps=1.5), "6")],
+    ids=["linf", "l2"],
+)
 def test_fools_as_often_and_is_harder_to_detect(digits_cnn, threat, features):
     plain, _, x, y = digits_cnn
     layer = plain[:7]  # its output is what the last linear layer is given
