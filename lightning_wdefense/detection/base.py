@@ -116,7 +116,7 @@ def spread(features: Tensor) -> float:
     Raises:
         ValueError: if it is 0.
     """
-    value = float(features.double().var(0, correction=0).mean().sqrt())
+    value = float(features.cpu().double().var(0, correction=0).mean().sqrt())
     if value == 0:
         raise ValueError("All clean samples have the same features, so there is no scale to measure by.")
     return value

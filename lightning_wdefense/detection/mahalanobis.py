@@ -60,21 +60,22 @@ class Mahalanobis(Detector):
         """The classes' means and their common covariance."""
         if labels is None:
             raise ValueError("Mahalanobis measures the distance to class means: call fit(features, labels).")
+        # On the CPU, where scikit-learn computes, and where all devices can go for float64.
+        points, labels = features.cpu().double(), labels.cpu()
         _, classes, counts = labels.unique(return_inverse=True, return_counts=True)
         if int(counts.min()) < 2:
             few = labels.unique()[counts < 2].tolist()
             raise ValueError(f"Each class needs at least 2 clean samples to show its spread; classes {few} have fewer.")
-        points = features.double()
         sums = points.new_zeros(len(counts), points.shape[1]).index_add(0, classes, points)
         means = sums / counts.unsqueeze(1)
-        deviations = (points - means[classes]).cpu().numpy()
-        covariance = torch.from_numpy(_scikit_learn()(deviations, assume_centered=True)[0]).to(points.device)
+        deviations = (points - means[classes]).numpy()
+        covariance = torch.from_numpy(_scikit_learn()(deviations, assume_centered=True)[0])
         scale, directions = torch.linalg.eigh(covariance)
         # Where classes have no spread at all, whatever is not a class mean is far, but not infinitely.
         scale = scale.clamp_min(torch.finfo(features.dtype).eps * spread(points) ** 2)
         whitening, centre = directions / scale.sqrt(), points.mean(0)
         fitted = ((means - centre) @ whitening, centre, whitening)
-        return ClassGaussians(*(each.to(features.dtype) for each in fitted))
+        return ClassGaussians(*(each.to(features) for each in fitted))
 
     def score_layer(self, fitted: ClassGaussians, features: Tensor) -> Tensor:
         """Scores ``(N,)``."""

@@ -74,13 +74,13 @@ def detectability(
     if not len(clean) or not len(adversarial):
         nan = torch.full((), torch.nan, device=clean.device)
         return AUROC(nan, nan, nan)
-    levels, ranks = torch.cat([clean, adversarial]).unique(return_inverse=True)
-    target = (torch.arange(len(ranks), device=ranks.device) >= len(clean)).long()
+    levels, ranks = torch.cat([clean, adversarial]).cpu().unique(return_inverse=True)
+    target = (torch.arange(len(ranks)) >= len(clean)).long()
     # Ranks, because torchmetrics would send scores through a sigmoid, where large ones become ties.
-    value = binary_auroc(ranks.double() / len(ranks), target).float().to(clean.device)
-    draws = _resampled(ranks.cpu(), len(clean), len(levels), resamples, seed)
+    value = binary_auroc(ranks.double() / len(ranks), target)
+    draws = _resampled(ranks, len(clean), len(levels), resamples, seed)
     tails = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=draws.dtype)
-    low, high = torch.quantile(draws, tails).to(value)
+    value, low, high = (end.float().to(clean.device) for end in (value, *torch.quantile(draws, tails)))
     return AUROC(value, low, high)
 
 
@@ -160,7 +160,7 @@ class Detectability(Metric):
 
 
 def _resampled(ranks: Tensor, num_clean: int, num_levels: int, resamples: int, seed: int) -> Tensor:
-    """The area under the curve of each resample ``(resamples,)``, on the CPU."""
+    """The area under the curve of each resample ``(resamples,)``."""
     # Sorted, so that neither the order of the batches nor that of the processes matters.
     clean, adversarial = ranks[:num_clean].sort().values, ranks[num_clean:].sort().values
     generator = torch.Generator().manual_seed(seed)
