@@ -1,7 +1,12 @@
 """Adversarial robustness by optimal transport for PyTorch Lightning."""
 
 from lightning_wdefense.attacks import ThreatModel
-from lightning_wdefense.callbacks import AdversarialExampleLogger, RobustnessMonitor, WassersteinDefense
+from lightning_wdefense.callbacks import (
+    AdversarialExampleLogger,
+    DetectionMonitor,
+    RobustnessMonitor,
+    WassersteinDefense,
+)
 from lightning_wdefense.defenses import Recipe
 from lightning_wdefense.mixin import DefenseOutput, WassersteinDefenseMixin
 
@@ -10,6 +15,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdversarialExampleLogger",
     "DefenseOutput",
+    "DetectionMonitor",
     "Recipe",
     "RobustnessMonitor",
     "ThreatModel",

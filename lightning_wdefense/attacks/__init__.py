@@ -10,6 +10,7 @@ from lightning_wdefense.attacks.lagrangian import LagrangianAttack
 from lightning_wdefense.attacks.learned import LearnedAttack
 from lightning_wdefense.attacks.pgd import PGD
 from lightning_wdefense.attacks.registry import ATTACKS, get_attack
+from lightning_wdefense.attacks.sinkhorn import SinkhornAttack
 from lightning_wdefense.attacks.soft_ball import SoftBallPGD
 from lightning_wdefense.attacks.threat import ThreatModel
 from lightning_wdefense.attacks.torchattack import TorchAttack
@@ -26,6 +27,7 @@ __all__ = [
     "GibbsNoise",
     "LagrangianAttack",
     "LearnedAttack",
+    "SinkhornAttack",
     "SoftBallPGD",
     "ThreatModel",
     "TorchAttack",

@@ -14,6 +14,7 @@ from lightning_wdefense.attacks.fgsm import FGSM
 from lightning_wdefense.attacks.gibbs_noise import GibbsNoise
 from lightning_wdefense.attacks.lagrangian import LagrangianAttack
 from lightning_wdefense.attacks.pgd import PGD
+from lightning_wdefense.attacks.sinkhorn import SinkhornAttack
 from lightning_wdefense.attacks.soft_ball import SoftBallPGD
 from lightning_wdefense.attacks.threat import ThreatModel
 
@@ -28,6 +29,7 @@ ATTACKS: dict[str, Callable[..., Attack]] = {
     "lagrangian": LagrangianAttack,
     "feature-scattering": FeatureScattering,
     "gibbs-noise": GibbsNoise,
+    "sinkhorn": SinkhornAttack,
     "autoattack": AutoAttack,
     **{part: partial(autoattack_part, part) for part in PARTS},
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from lightning_wdefense._compat import LightningModule, MisconfigurationException, Trainer, is_a
-from lightning_wdefense.defenses.recording import submodule
+from lightning_wdefense.attacks.recording import submodule
 
 SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
 

@@ -14,15 +14,19 @@ from lightning_wdefense.defenses.discrepancies import (
     weighted_kl,
 )
 from lightning_wdefense.defenses.recipe import RECIPES, Recipe
+from lightning_wdefense.defenses.smoothing import Certificate, WassersteinSmoothing, certified_accuracy_curve
 
 __all__ = [
     "DISCREPANCIES",
     "RECIPES",
+    "Certificate",
     "ClassTransport",
     "CriticDiscrepancy",
     "Recipe",
     "SlicedTransport",
     "Transport",
+    "WassersteinSmoothing",
+    "certified_accuracy_curve",
     "coral",
     "get_discrepancy",
     "kl",

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from lightning_wdefense.attacks import LearnedAttack
 from lightning_wdefense.attacks.isolation import eager, isolated, own_pass
 from lightning_wdefense.attacks.outputs import class_labels, hard_labels, predictions, tensor_of
+from lightning_wdefense.attacks.recording import ForwardRecorder, Recording
 from lightning_wdefense.defenses.branch import Branch
 from lightning_wdefense.defenses.critic import CriticDiscrepancy, LiveCritic
 from lightning_wdefense.defenses.discrepancies import Transport, get_discrepancy
 from lightning_wdefense.defenses.objective import combine
 from lightning_wdefense.defenses.recipe import Recipe
-from lightning_wdefense.defenses.recording import ForwardRecorder, Recording
 from lightning_wdefense.defenses.weight_perturbation import WeightPerturbation
 
 

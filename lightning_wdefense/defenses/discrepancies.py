@@ -14,6 +14,7 @@ from lightning_wdefense._names import unknown_name
 from lightning_wdefense.attacks.losses import kl_divergence
 from lightning_wdefense.attacks.outputs import class_labels, float32_or_better, hard_labels, logits_of
 from lightning_wdefense.defenses.critic import CriticDiscrepancy
+from lightning_wdefense.detection.two_sample import multiscale_kernel
 from lightning_wdefense.transport import SinkhornDivergence, SlicedWasserstein, sinkhorn
 
 Discrepancy = Callable[[Tensor, Tensor, Any], Tensor] | CriticDiscrepancy
@@ -37,12 +38,7 @@ def mmd(clean: Tensor, adversarial: Tensor, labels: Any = None) -> Tensor:
     Their bandwidths are the mean squared distance between two points of the pooled batch (a constant for the gradient) times 1/4, 1/2,
     1, 2 and 4; the kernels' mean is taken, so that the value lies in [0, 2].
     """
-    points = float32_or_better(torch.cat([_rows(clean), _rows(adversarial)]))
-    products = points @ points.T
-    lengths = products.diagonal()
-    distances = (lengths.unsqueeze(0) + lengths.unsqueeze(1) - 2 * products).clamp_min(0)
-    bandwidth = distances.detach().mean().clamp_min(torch.finfo(points.dtype).tiny)
-    kernel = torch.stack([(-distances / (scale * bandwidth)).exp() for scale in (0.25, 0.5, 1.0, 2.0, 4.0)]).mean(0)
+    kernel = multiscale_kernel(float32_or_better(torch.cat([_rows(clean), _rows(adversarial)])))
     n = len(clean)
     return kernel[:n, :n].mean() + kernel[n:, n:].mean() - 2 * kernel[:n, n:].mean()
 

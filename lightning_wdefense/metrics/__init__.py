@@ -7,17 +7,21 @@ from lightning_wdefense.metrics.curve import (
     area_under_accuracy_curve,
     robust_accuracy_curve,
 )
+from lightning_wdefense.metrics.detectability import AUROC, Detectability, detectability
 from lightning_wdefense.metrics.shift import TransportShift
 from lightning_wdefense.metrics.success import AttackSuccessRate, attack_success_rate
 
 __all__ = [
+    "AUROC",
     "AccuracyCurve",
     "AttackSuccessRate",
+    "Detectability",
     "RobustAccuracy",
     "RobustAccuracyCurve",
     "TransportShift",
     "area_under_accuracy_curve",
     "attack_success_rate",
+    "detectability",
     "robust_accuracy",
     "robust_accuracy_curve",
 ]

@@ -17,7 +17,9 @@ THREAT = ThreatModel(norm="linf", eps=0.3)
 # A callable loss gets labels and outputs as they are, so what is said of both here is not of it.
 NAMED_LOSS = {name: case for name, case in ATTACK_CASES.items() if name != "pgd-callable"}
 # The distance between two logits is not that between their differences, so the transport cost is another.
-FEW_CLASSES = {name: case for name, case in NAMED_LOSS.items() if name not in ("apgd-t", "feature-scattering")}
+FEW_CLASSES = {
+    name: case for name, case in NAMED_LOSS.items() if name not in ("apgd-t", "feature-scattering", "sinkhorn")
+}
 named_loss = pytest.mark.parametrize("case", NAMED_LOSS.values(), ids=NAMED_LOSS)
 
 

@@ -12,8 +12,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from support.lightning_modules import DigitsClassifier, digits_loaders, quiet_trainer, trained_classifier
 from torch import nn
 
-from lightning_wdefense import AdversarialExampleLogger, RobustnessMonitor, ThreatModel
+from lightning_wdefense import AdversarialExampleLogger, DetectionMonitor, RobustnessMonitor, ThreatModel
 from lightning_wdefense.attacks import get_attack
+from lightning_wdefense.detection import DETECTORS
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -22,7 +23,11 @@ THREAT = ThreatModel(eps=0.1)
 
 def monitors() -> list[L.Callback]:
     noisy = {"fgsm": "fgsm", "pgd": "pgd", "square": get_attack("square", THREAT, n_queries=10)}
-    return [RobustnessMonitor(THREAT, noisy, epsilons=[0.05]), AdversarialExampleLogger(THREAT, samples=2)]
+    return [
+        RobustnessMonitor(THREAT, noisy, epsilons=[0.05]),
+        DetectionMonitor(THREAT, detectors=list(DETECTORS)[:-1]),  # all but the critic
+        AdversarialExampleLogger(THREAT, samples=2),
+    ]
 
 
 class Restless(DigitsClassifier):

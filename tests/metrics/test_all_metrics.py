@@ -16,7 +16,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from torchmetrics import Metric
 
-from lightning_wdefense.metrics import AttackSuccessRate, RobustAccuracy, RobustAccuracyCurve, TransportShift
+from lightning_wdefense.metrics import (
+    AttackSuccessRate,
+    Detectability,
+    RobustAccuracy,
+    RobustAccuracyCurve,
+    TransportShift,
+)
 
 matplotlib.use("Agg")
 
@@ -72,11 +78,16 @@ def _labelled_shift(size: int, seed: int) -> tuple:
     return *_shift(size, seed), labels(size, seed)
 
 
+def _scores(size: int, seed: int) -> tuple:
+    return logits(size, seed)[:, 0], logits(size, seed + 1)[:, 0] + 4.0
+
+
 CASES = {
     "RobustAccuracy(named)": Case(lambda: RobustAccuracy(("pgd", "fgsm")), _robust),
     "RobustAccuracy(discovered)": Case(RobustAccuracy, _robust),
     "AttackSuccessRate": Case(AttackSuccessRate, _success),
     "RobustAccuracyCurve": Case(lambda: RobustAccuracyCurve((0.0, 0.1, 0.2)), _curve, plots_lists=False),
+    "Detectability": Case(lambda: Detectability(resamples=50), _scores),
     "TransportShift": Case(TransportShift, _shift),
     "TransportShift(labels)": Case(lambda: TransportShift(label_cost=0.5), _labelled_shift),
 }

@@ -5,6 +5,7 @@ import torch
 
 from lightning_wdefense.metrics import (
     AttackSuccessRate,
+    Detectability,
     RobustAccuracy,
     RobustAccuracyCurve,
     TransportShift,
@@ -98,6 +99,11 @@ ERRORS = {
     "cost without labels": (lambda: TransportShift(label_cost=1.0).update(X, X), ValueError, "pass `labels`"),
     "soft labels": (lambda: TransportShift(label_cost=1.0).update(X, X, X), TypeError, "argmax of soft labels"),
     "labels' length": (lambda: TransportShift(label_cost=1.0).update(X, X, Y[:2]), ValueError, r"\(2,\).*4 pairs"),
+    "resamples": (lambda: Detectability(resamples=0), ValueError, "at least 1, got 0"),
+    "confidence": (lambda: Detectability(confidence=95), ValueError, "between 0 and 1, such as 0.95, got 95"),
+    "scores' shape": (lambda: Detectability().update(X[:, 0], X), ValueError, r"adversarial_scores.*\(N,\).*\(4, 5\)"),
+    "integer scores": (lambda: Detectability().update(Y, X[:, 0]), TypeError, "clean_scores.*float.*int64"),
+    "NaN scores": (lambda: Detectability().update(X[:, 0] * torch.nan, X[:, 0]), ValueError, "clean_scores.*NaN"),
     "keyword": (lambda: TransportShift(blurr=1.0), ValueError, "blurr"),
 }
 

@@ -16,6 +16,7 @@ from lightning_wdefense.attacks import (
     FeatureScattering,
     GibbsNoise,
     LagrangianAttack,
+    SinkhornAttack,
     SoftBallPGD,
     ThreatModel,
     TorchAttack,
@@ -61,6 +62,7 @@ ATTACK_CASES = {
     "lagrangian": AttackCase(lambda threat: LagrangianAttack(threat, steps=3), noisy=False, scaled=False),
     "feature-scattering": AttackCase(FeatureScattering, labelled=False),
     "gibbs-noise": AttackCase(lambda threat: GibbsNoise(threat, temperature=0.01), differentiates=False),
+    "sinkhorn": AttackCase(lambda threat: SinkhornAttack(threat, steps=3)),
     "torchattacks-pgd": AttackCase(
         lambda threat: TorchAttack("PGDL2" if threat.norm == "l2" else "PGD", threat, steps=3), own=False
     ),

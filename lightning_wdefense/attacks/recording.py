@@ -87,11 +87,11 @@ class ForwardRecorder:
         finally:
             self._current, self._level = outer
 
-    def see(self, inputs: Tensor) -> Tensor:
-        """The features of a forward pass on these inputs, detached, ``(N, D)``."""
+    def observe(self, inputs: Tensor) -> tuple[Any, Tensor]:
+        """The outputs of a forward pass on these inputs, and its features, detached, ``(N, D)``."""
         with self.recording() as recording:
             outputs = self.model(inputs)
-        return self.features_of(outputs, recording, len(inputs)).detach().reshape(len(inputs), -1)
+        return outputs, self.features_of(outputs, recording, len(inputs)).detach().reshape(len(inputs), -1)
 
     def features_of(self, outputs: Any, recording: Recording, size: int) -> Tensor:
         """The features of a recorded pass over ``size`` samples: ``(N, D)``, outputs in their own shape.

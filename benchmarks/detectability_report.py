@@ -1,0 +1,119 @@
+"""The tables and the plot of ``detectability.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+Cell = dict[str, Any]
+ABOUT = (
+    "AUROC between clean test images that the model classifies correctly and those of them that the attack broke; 0.5 is chance, and below it the attacked images "
+    "look more ordinary than the clean ones. Each attack "
+    "has the radius at which it breaks the given share of validation images. Detectors learned from clean training images only. *Adaptive*: the "
+    "attack knows the detector, lowers its score once an image is misclassified, and each image keeps the one with the lowest score, the "
+    "non-adaptive one included. Intervals are 95% bootstrap intervals; over several seeds the mean, and the lowest and highest end.\n"
+)
+
+
+def mean_and_ends(values: list[list[float]]) -> str:
+    values = [value for value in values if value[0] == value[0]]
+    if not values:
+        return "-"
+    centre = sum(value for value, _, _ in values) / len(values)
+    return f"{centre:.3f} [{min(low for _, low, _ in values):.2f}, {max(high for _, _, high in values):.2f}]"
+
+
+def groups(cells: list[Cell]) -> dict[tuple[str, str, float], list[Cell]]:
+    """The cells of all seeds by model, attack and success."""
+    found: dict[tuple[str, str, float], list[Cell]] = {}
+    for cell in cells:
+        found.setdefault((cell["model"], cell["attack"], cell["success"]), []).append(cell)
+    return found
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [list(header), *map(list, rows)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def markdown(result: dict[str, Any]) -> str:
+    about, cells, detectors = result["environment"], result["cells"], result["detectors"]
+    text = f"# How detectable attacks are, at equal success\n\n`{about['command']}`, on {about['hardware']}, torch {about['torch']}. {ABOUT}"
+    text += "".join(f"\n- Left out: {note}" for note in result["skipped"])
+    matched = groups(cells)
+    for kind in ("plain", "adaptive"):
+        rows = []
+        for (model, attack, success), found in matched.items():
+            eps, reached = (sum(cell[key] for cell in found) / len(found) for key in ("eps", "reached"))
+            values = [[cell[kind][name] for cell in found if cell[kind].get(name)] for name in detectors]
+            if any(values):
+                rows.append(
+                    [model, attack, f"{success:.0%}", f"{reached:.0%}", f"{eps:.3g}", *map(mean_and_ends, values)]
+                )
+        title = "Non-adaptive" if kind == "plain" else "Adaptive"
+        text += f"\n\n## {title}\n\n" + table(["model", "attack", "aim", "success", "eps", *detectors], rows)
+    statistics = result["statistics"]
+    rows = [
+        [
+            model,
+            attack,
+            f"{success:.0%}",
+            *(f"{sum(cell['power'][s] for cell in found) / len(found):.2f}" for s in statistics),
+        ]
+        for (model, attack, success), found in matched.items()
+    ]
+    rows += [
+        [model, "none", "-", *(f"{power[s]:.2f}" for s in statistics)]
+        for model, power in result["false_alarms"].items()
+    ]
+    text += (
+        f"\n\n## Batches\n\nShare of batches of {about['batch']} attacked images (features) that a two-sample test against "
+        f"{about['reference']} clean validation images, classified correctly, rejects at 5%; without an attack that is the rate of false alarms.\n\n"
+    )
+    return text + table(["model", "attack", "aim", *statistics], rows)
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """A panel for each model, success and kind; a row for each detector, a colour for each attack."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    matched, detectors = groups(result["cells"]), result["detectors"]
+    panels = sorted({(model, success) for model, _, success in matched})
+    attacks = list(dict.fromkeys(attack for _, attack, _ in matched))
+    figure, axes = plt.subplots(
+        len(panels),
+        2,
+        figsize=(10, 0.42 * len(detectors) * len(panels) + 1.2),
+        squeeze=False,
+        sharex=True,
+        layout="constrained",
+    )
+    for row, (model, success) in zip(axes, panels, strict=True):
+        for panel, kind in zip(row, ("plain", "adaptive"), strict=True):
+            for index, attack in enumerate(attacks):
+                found = matched.get((model, attack, success), [])
+                for place, name in enumerate(detectors):
+                    values = [cell[kind][name] for cell in found if cell[kind].get(name)]
+                    if not values:
+                        continue
+                    height = -place - 0.15 * (index - (len(attacks) - 1) / 2)
+                    centre = sum(value for value, _, _ in values) / len(values)
+                    ends = [min(low for _, low, _ in values), max(high for _, _, high in values)]
+                    panel.plot(ends, [height] * 2, color=f"C{index}", lw=1.2)
+                    panel.plot(centre, height, "o", color=f"C{index}", ms=4)
+            panel.axvline(0.5, color="grey", ls="--", lw=1)
+            panel.set_yticks(range(0, -len(detectors), -1), detectors if kind == "plain" else [""] * len(detectors))
+            panel.set_title(
+                f"{model}, success {success:.0%}, {'non-adaptive' if kind == 'plain' else kind}", fontsize=9
+            )
+            panel.grid(axis="x", alpha=0.3)
+    for panel in axes[-1]:
+        panel.set_xlabel("AUROC")
+    handles = [plt.Line2D([], [], marker="o", color=f"C{index}", label=attack) for index, attack in enumerate(attacks)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(attacks), fontsize=8)
+    figure.savefig(path, dpi=150)

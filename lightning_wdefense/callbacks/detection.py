@@ -1,0 +1,238 @@
+"""The callback that says how detectable an attack is."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.metric import jit_distributed_available
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+from lightning_wdefense._compat import Trainer, rank_zero_warn
+from lightning_wdefense.attacks import Attack, ThreatModel, worst_case
+from lightning_wdefense.attacks.outputs import logits_of
+from lightning_wdefense.attacks.recording import PENULTIMATE
+from lightning_wdefense.attacks.registry import evaluation_attacks
+from lightning_wdefense.callbacks.batches import Key
+from lightning_wdefense.callbacks.evaluation import EvaluationMonitor, Noise
+from lightning_wdefense.detection import DETECTORS, CriticScore, Detector, FeatureSqueezing, get_detector
+from lightning_wdefense.metrics import AUROC, Detectability
+
+Detectors = Sequence[str | Detector] | Mapping[str, str | Detector]
+"""Several detectors: names, detectors, or a mapping from names of your own to either."""
+
+PART = 1024
+"""Samples that are scored at once."""
+
+
+class Samples:
+    """What a model showed of some samples, in parts."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, list[Tensor]] = {"outputs": [], "features": [], "labels": []}
+
+    def add(self, outputs: Tensor, features: Tensor, labels: Tensor) -> None:
+        """Add logits ``(N, K)``, features ``(N, D)`` and classes ``(N,)`` of ``N`` samples."""
+        # A model that diverged has no features to measure; that is no reason to end its run.
+        finite = outputs.isfinite().all(1) & features.isfinite().all(1)
+        if finite.any():
+            for part, values in (("outputs", outputs), ("features", features), ("labels", labels.unsqueeze(1))):
+                self.parts[part].append(values[finite].detach())
+
+    def read(self, part: str) -> Tensor | None:
+        """All of one part, ``(N, D)``; ``None`` if there is nothing."""
+        return torch.cat(self.parts[part]) if self.parts[part] else None
+
+
+class Stores:
+    """What is kept of one dataloader: clean samples to learn from, and clean and attacked ones to judge by.
+
+    Scores of detectors that learn nothing from features are kept at once, in ``metrics``.
+    """
+
+    def __init__(self, detectors: Iterable[str], device: torch.device) -> None:
+        self.samples = 0
+        self.learn, self.clean, self.attacked = Samples(), Samples(), Samples()
+        self.metrics = {name: Detectability().to(device) for name in detectors}
+
+
+class DetectionMonitor(EvaluationMonitor[Stores]):
+    """Attacks validation and test batches of any LightningModule and logs how well detectors tell the attacked samples.
+
+    Logged at the end of each epoch, with ``{stage}`` ``val`` or ``test``: ``{stage}/auroc_{detector}``, the area under the ROC curve
+    between clean samples that are classified correctly and those of them that the attack broke; 0.5 is chance. It is NaN if
+    the attack broke none. Every second sample is only learned from (its clean features), the others are attacked
+    and judged, so that no detector is judged on what it has learned; batches should be shuffled. The attack does not know the detectors:
+    a high value here is no proof against one that does.
+
+    Several dataloaders are told apart as Lightning does, by ``/dataloader_idx_{i}``. Under several ranks detectors learn from all of
+    them. The features of all samples are kept until the end of the epoch, see ``max_batches``.
+
+    Args:
+        threat: what the attacker may do.
+        attack: a name or an attack; it must stay in the ball.
+        detectors: names, detectors, or a mapping from names of your own to them. Besides the default ones there are ``"mahalanobis"``
+            (needs scikit-learn, ``pip install "lightning-wdefense[detection]"``) and, for inputs within bounds,
+            ``"feature-squeezing"``.
+        features: what detectors that read features are given: ``"penultimate"`` (the input of the last linear layer that runs),
+            ``"outputs"``, or a dotted path to a submodule of the model.
+        every_n_epochs: measure only every so many training epochs (the first validation always); in between the last values are
+            logged again.
+        max_batches: measure only the first batches of each dataloader.
+        model: dotted path to the submodule that takes the inputs and returns logits, if not the module itself.
+        inputs: position, key or attribute of the inputs in a batch; by default found by convention.
+        labels: the same for the labels.
+        seed: seeds the attack's noise, the same in every epoch.
+        progress: show a progress bar where the attack takes more than a few seconds.
+        name: tells several monitors apart, in the logs (``{stage}/{name}/...``) and in checkpoints.
+
+    Attributes:
+        aurocs: the last values with their bootstrap intervals, by the keys they were logged under.
+
+    Raises:
+        ValueError: for an unknown detector or attack, two detectors of a name, or an attack that leaves the ball.
+        TypeError: for what is neither a name nor a detector.
+
+    Example:
+        >>> from lightning_wdefense import DetectionMonitor, ThreatModel
+        >>> monitor = DetectionMonitor(ThreatModel(eps=8 / 255), detectors=["energy", "knn"])
+        >>> list(monitor.detectors)
+        ['energy', 'knn']
+    """
+
+    def __init__(
+        self,
+        threat: ThreatModel,
+        attack: str | Attack = "pgd",
+        detectors: Detectors = ("max-softmax", "energy", "knn", "lid", "kernel-density"),
+        *,
+        features: str = PENULTIMATE,
+        every_n_epochs: int = 1,
+        max_batches: int | None = None,
+        model: str | None = None,
+        inputs: Key = None,
+        labels: Key = None,
+        seed: int = 0,
+        progress: bool = True,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(
+            every_n_epochs=every_n_epochs,
+            max_batches=max_batches,
+            features=features,
+            model=model,
+            inputs=inputs,
+            labels=labels,
+            seed=seed,
+            progress=progress,
+            name=name,
+        )
+        self.threat, self.attack = threat, evaluation_attacks([attack], threat)
+        self.detectors = named_detectors(detectors, threat)
+        self.aurocs: dict[str, AUROC] = {}
+
+    def new_measures(self, device: torch.device) -> Stores:
+        """Empty stores for one dataloader."""
+        return Stores(self.detectors, device)
+
+    def measure(self, measures: Stores, model: nn.Module, inputs: Tensor, labels: Any, noise: Noise) -> None:
+        """Attack every second sample, and keep what the detectors read of the batch."""
+        judged = (torch.arange(len(inputs), device=inputs.device) + measures.samples) % 2 == 1
+        measures.samples += len(inputs)
+        result = worst_case(model, self.attack, inputs, labels, samples=judged, generator=noise, on_attack=self.show)
+        if result.labels.ndim > 1:
+            raise ValueError(
+                f"DetectionMonitor judges samples of one class each, but there are labels of shape {tuple(result.labels.shape)}."
+            )
+        (predicted,) = result.adversarial.values()
+        right, broken = result.attacked, result.attacked & (predicted != result.labels)
+        clean = inputs.detach().clone()
+        chosen = {"learn": (clean, ~judged), "clean": (clean, right), "attacked": (result.inputs, broken)}
+        shown = {role: (batch[mask], result.labels[mask]) for role, (batch, mask) in chosen.items() if mask.any()}
+        seen = self.observe(model, *(batch for batch, _ in shown.values()))
+        for (role, (_, labels)), (outputs, features) in zip(shown.items(), seen, strict=True):
+            getattr(measures, role).add(logits_of(outputs).detach(), features, labels)
+        for name, detector in self.detectors.items():
+            if isinstance(detector, FeatureSqueezing):
+                judge = detector if detector.model is not None else detector.with_model(model)
+                sides = [
+                    judge.score(shown[role][0]) if role in shown else clean.new_empty(0)
+                    for role in ("clean", "attacked")
+                ]
+                measures.metrics[name].update(*(scores[scores.isfinite()] for scores in sides))
+
+    def compute(self, measures: Stores, trainer: Trainer, key: Callable[[str], str]) -> dict[str, float]:
+        """Let the detectors learn, and judge them."""
+        values: dict[str, float] = {}
+        # The metrics' own tensors were not made under inference_mode either.
+        with torch.inference_mode(False), torch.no_grad():
+            for name, detector in self.detectors.items():
+                metric, short = measures.metrics[name], f"auroc_{name}"
+                if not isinstance(detector, FeatureSqueezing):
+                    metric.update(*self._judge(name, detector, measures, metric.device))
+                self.aurocs[key(short)] = metric.compute()
+                values[short] = float(self.aurocs[key(short)].value)
+        return values
+
+    def _judge(self, name: str, detector: Detector, stores: Stores, device: torch.device) -> list[Tensor]:
+        """Scores of the clean and of the attacked samples of this rank; none if the detector could not learn."""
+        none = [torch.empty(0, device=device)] * 2
+        if detector.learns:
+            features, labels = (of_all_ranks(stores.learn.read(part), device) for part in (detector.reads, "labels"))
+            try:
+                detector = copy.copy(detector).fit(features, labels.flatten().long())
+            except ValueError as error:
+                # A collapsed model or a rare class is no reason to end a run.
+                rank_zero_warn(f"The detector {name!r} could not be fitted, so its AUROC is NaN. {error}")
+                return none
+        sides = [stores.clean.read(detector.reads), stores.attacked.read(detector.reads)]
+        return [
+            empty if side is None else torch.cat([detector.score(part) for part in side.split(PART)])
+            for side, empty in zip(sides, none, strict=True)
+        ]
+
+
+def of_all_ranks(rows: Tensor | None, device: torch.device) -> Tensor:
+    """Rows ``(N, D)`` of all ranks, of which some may have none; without any, ``(0, 1)``."""
+    if jit_distributed_available():
+        width = torch.tensor(0 if rows is None else rows.shape[1], device=device)
+        width = torch.stack(gather_all_tensors(width)).max()
+        # Flat, because a rank without rows takes part with an empty vector.
+        flat = torch.empty(0, device=device) if rows is None else rows.float().flatten()
+        return torch.cat(gather_all_tensors(flat)).reshape(-1, max(int(width), 1))
+    return torch.empty(0, 1, device=device) if rows is None else rows
+
+
+def named_detectors(detectors: Detectors, threat: ThreatModel) -> dict[str, Detector]:
+    """Detectors by name, each name once.
+
+    Raises:
+        TypeError: for what is neither a name nor a detector.
+        ValueError: for an unknown name, two of a name, or none at all.
+    """
+    if isinstance(detectors, (str, Detector)):
+        raise ValueError(f"detectors= takes a sequence or a mapping: write detectors=[{detectors!r}].")
+    pairs = list(detectors.items()) if isinstance(detectors, Mapping) else [(None, each) for each in detectors]
+    resolved: dict[str, Detector] = {}
+    for name, given in pairs:
+        if isinstance(given, str):
+            options = {"threat": threat} if DETECTORS.get(given) is FeatureSqueezing else {}
+            if DETECTORS.get(given) is CriticScore:
+                raise ValueError("The detector 'critic' needs a critic: give CriticScore(critic) in place of its name.")
+            detector = get_detector(given, **options)
+        else:
+            detector = given
+        if not isinstance(detector, Detector):
+            raise TypeError(
+                f"detectors= takes names and Detector objects, got a {type(detector).__name__}: {detector!r}."
+            )
+        key = name or detector.name
+        if key in resolved:
+            raise ValueError(f"Two detectors are called {key!r}: give detectors= as a mapping from names of your own.")
+        resolved[key] = detector
+    if not resolved:
+        raise ValueError("detectors= is empty: name at least one, such as 'energy'.")
+    return resolved

@@ -1,0 +1,184 @@
+"""Is a whole batch from the clean distribution? Two-sample tests with permutation p-values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_wdefense._names import unknown_name
+from lightning_wdefense.attacks.outputs import float32_or_better
+from lightning_wdefense.transport import sinkhorn_divergence
+from lightning_wdefense.transport.measures import read_measures
+
+StatisticName = Literal["sinkhorn", "mmd", "energy"]
+
+SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
+"""Squared bandwidths of the kernel's parts, in units of the mean squared distance."""
+
+RELATIVE_BLUR = 0.2
+"""Of the Sinkhorn statistic, in units of the root of the pooled samples' mean cost."""
+
+
+class TwoSampleResult(NamedTuple):
+    """The outcome of :func:`two_sample_test`.
+
+    Attributes:
+        statistic: the distance between the two samples.
+        p_value: the share of relabellings, the given one included, under which it is as large: small where the samples differ.
+    """
+
+    statistic: Tensor
+    p_value: float
+
+
+def two_sample_test(
+    x: Tensor, y: Tensor, statistic: StatisticName = "energy", *, permutations: int = 200, seed: int = 0
+) -> TwoSampleResult:
+    """Test whether two independent samples come from one distribution.
+
+    The p-value is that of the permutation test, ``(1 + #{as large under a random relabelling}) / (1 + permutations)``: whatever
+    the distribution and the sample sizes, under the null hypothesis it is at most ``alpha`` with a probability of at most ``alpha``.
+    For that the samples must be independent: do not compare a batch with its own attacked copy.
+
+    Args:
+        x: ``(N, ...)``, such as features of clean samples.
+        y: ``(M, ...)``, such as features of a batch under suspicion.
+        statistic: ``"sinkhorn"`` for the Sinkhorn divergence (cost ``|x - y|^2 / 2``), ``"mmd"`` for the squared maximum mean discrepancy
+            with :func:`multiscale_kernel`, ``"energy"`` for the energy distance ``2 E|x - y| - E|x - x'| - E|y - y'|``.
+        permutations: number of random relabellings; the p-value is at least ``1 / (1 + permutations)``. Each costs a transport problem
+            with ``"sinkhorn"``, and next to nothing with the others.
+        seed: of the relabellings.
+
+    Returns:
+        The statistic, a scalar in float32 or better, and the p-value.
+
+    Raises:
+        TypeError: if a sample is not a float tensor.
+        ValueError: if shapes do not fit, a value is not finite, the statistic is unknown, a sample has fewer than 2 points, or
+            ``permutations`` is below 1.
+
+    References:
+        Phipson and Smyth, "Permutation p-values should never be zero", 2010. Székely and Rizzo, "Energy statistics", 2013.
+        Gretton et al., "A kernel two-sample test", JMLR 2012. Grosse et al., "On the (statistical) detection of adversarial
+        examples", 2017.
+
+    Example:
+        >>> import torch
+        >>> x, y = torch.randn(2, 50, 3, generator=torch.Generator().manual_seed(1))
+        >>> two_sample_test(x, y).p_value > 0.05, two_sample_test(x, y + 1).p_value < 0.01
+        (True, True)
+    """
+    if statistic not in get_args(StatisticName):
+        raise ValueError(unknown_name("two-sample statistic", statistic, get_args(StatisticName)))
+    if permutations < 1:
+        raise ValueError(f"permutations must be at least 1, got {permutations}.")
+    x, y = (each.flatten(1) if isinstance(each, Tensor) and each.ndim > 2 else each for each in (x, y))
+    device = x.device if isinstance(x, Tensor) else torch.device("cpu")
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        read_measures(x, y, None, None, None, None, balanced=True)
+        for name, sample in (("x", x), ("y", y)):
+            if sample.ndim != 2 or len(sample) < 2:
+                raise ValueError(
+                    f"{name} must be a sample (N, ...) of at least 2 points, got shape {tuple(sample.shape)}."
+                )
+        points = float32_or_better(torch.cat([x, y]))
+        points = points - points.mean(0)
+        generator = torch.Generator().manual_seed(seed)
+        orders = [
+            torch.arange(len(points)),
+            *(torch.randperm(len(points), generator=generator) for _ in range(permutations)),
+        ]
+        values = _STATISTICS[statistic](points)(torch.stack(orders).to(device), len(x))
+        # Relabellings that split the samples alike may differ by rounding.
+        tolerance = 1e-5 * values.abs().amax()
+        return TwoSampleResult(values[0], float((values >= values[0] - tolerance).sum()) / len(values))
+
+
+class TwoSampleTest:
+    """:func:`two_sample_test` in the manner of a detector: ``fit(features)`` on clean samples, then ``test(features)`` on a batch.
+
+    Args:
+        statistic: ``"sinkhorn"``, ``"mmd"`` or ``"energy"``.
+        permutations: number of random relabellings.
+        seed: of the relabellings.
+
+    Raises:
+        RuntimeError: in ``test``, before ``fit``.
+        ValueError: as :func:`two_sample_test` does.
+
+    Example:
+        >>> import torch
+        >>> clean = torch.randn(100, 3, generator=torch.Generator().manual_seed(0))
+        >>> TwoSampleTest("mmd").fit(clean[:50]).test(clean[50:] + 1).p_value < 0.01
+        True
+    """
+
+    def __init__(self, statistic: StatisticName = "energy", permutations: int = 200, seed: int = 0) -> None:
+        self.statistic, self.permutations, self.seed = statistic, permutations, seed
+        self._clean: Tensor | None = None
+
+    def fit(self, features: Tensor) -> TwoSampleTest:
+        """Keep the clean samples ``(N, ...)``."""
+        self._clean = features.detach().clone()
+        return self
+
+    def test(self, features: Tensor) -> TwoSampleResult:
+        """Test a batch ``(M, ...)``."""
+        if self._clean is None:
+            raise RuntimeError("TwoSampleTest was asked before it was fitted: call fit(features) on clean data.")
+        return two_sample_test(self._clean, features, self.statistic, permutations=self.permutations, seed=self.seed)
+
+
+def multiscale_kernel(points: Tensor) -> Tensor:
+    """Mean of five Gaussian kernels ``(N, N)`` around the mean squared distance of the points (Long et al., 2015).
+
+    Their squared bandwidths are that mean (a constant for the gradient) times 1/4, 1/2, 1, 2 and 4, without the usual factor 2.
+
+    Args:
+        points: ``(N, D)``, in float32 or better.
+    """
+    products = points @ points.T
+    lengths = products.diagonal()
+    distances = (lengths.unsqueeze(0) + lengths.unsqueeze(1) - 2 * products).clamp_min(0)
+    bandwidth = distances.detach().mean().clamp_min(torch.finfo(points.dtype).tiny)
+    return torch.stack([(-distances / (scale * bandwidth)).exp() for scale in SCALES]).mean(0)
+
+
+def _mmd(points: Tensor) -> Callable[[Tensor, int], Tensor]:
+    return partial(_contrast, -multiscale_kernel(points))
+
+
+def _energy(points: Tensor) -> Callable[[Tensor, int], Tensor]:
+    return partial(_contrast, torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist"))
+
+
+def _contrast(distances: Tensor, orders: Tensor, n: int) -> Tensor:
+    """``2 E d(x, y) - E d(x, x') - E d(y, y')`` for each order ``(B, N + M)``, whose first ``n`` are ``x``: ``(B,)``."""
+    m = orders.shape[1] - n
+    signs = distances.new_full(orders.shape, -1 / m).scatter(1, orders[:, :n], 1 / n)
+    values = -((signs @ distances) * signs).sum(1)
+    # Never negative but by rounding; and what rounding leaves of equal samples is not to be compared.
+    return values.where(values > 16 * torch.finfo(values.dtype).eps * distances.abs().amax(), values.new_zeros(()))
+
+
+def _sinkhorn(points: Tensor) -> Callable[[Tensor, int], Tensor]:
+    # One blur for all relabellings. With cost |x - y|^2 / 2 the mean over pairs of centred points is their mean squared length.
+    blur = RELATIVE_BLUR * float(points.square().sum(1).mean().sqrt().clamp_min(torch.finfo(points.dtype).tiny ** 0.5))
+
+    def values(orders: Tensor, n: int) -> Tensor:
+        # In parts of about as many points as a single call is given elsewhere.
+        parts = orders.split(max(1, 4096 // orders.shape[1]))
+        return torch.cat([sinkhorn_divergence(points[part[:, :n]], points[part[:, n:]], blur=blur) for part in parts])
+
+    return values
+
+
+_STATISTICS: dict[StatisticName, Callable[[Tensor], Callable[[Tensor, int], Tensor]]] = {
+    "sinkhorn": _sinkhorn,
+    "mmd": _mmd,
+    "energy": _energy,
+}
