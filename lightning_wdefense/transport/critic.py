@@ -167,7 +167,7 @@ class WassersteinCritic(nn.Module):
     ) -> Tensor:
         """Length of the critic's gradient at random places between ``x`` and ``y``: ``(max(N, M),)``."""
         size = max(len(x), len(y))
-        x, y = x.detach(), y.detach()
+        x, y = x.detach().to(self.scale.dtype), y.detach().to(self.scale.dtype)
         device = x.device if generator is None else generator.device
         generator = generator or torch.Generator(device).manual_seed(int(self.batches))
         share = torch.rand((size, *[1] * (x.ndim - 1)), generator=generator, device=device).to(x)
