@@ -13,7 +13,7 @@ from defenses_variants import settings, variant_key
 REFERENCES = ("pgd-at", "trades")
 ABLATIONS = {
     "sat": "alp", "sat-label": "alp", "mmd": "alp", "coral": "alp", "sat-features": "alp-features",
-    "class-transport": "alp-features", "udr": "pgd-at", "wrm": "pgd-at", "sinkhorn-dro": "standard", "feature-scattering": "pgd-at",
+    "class-transport": "alp-features", "critic": "alp-features", "udr": "pgd-at", "wrm": "pgd-at", "sinkhorn-dro": "standard", "feature-scattering": "pgd-at",
 }  # fmt: skip
 """What each recipe is without its transport."""
 OVERSTATED = 0.03
