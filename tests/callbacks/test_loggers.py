@@ -128,9 +128,10 @@ def test_drawing_leaves_the_users_figures_alone(tmp_path):
     from matplotlib import pyplot
 
     figure = pyplot.figure()
+    before = pyplot.get_fignums()  # other tests may have left theirs open
     try:
         watch(TensorBoardLogger(tmp_path), stage="validate")
-        assert pyplot.get_fignums() == [figure.number]
+        assert pyplot.get_fignums() == before
         assert pyplot.gcf() is figure
     finally:
         pyplot.close(figure)
