@@ -57,7 +57,11 @@ class Attack(ABC):
 
     def with_eps(self: AttackT, eps: float) -> AttackT:
         """The same attack at another radius (data units); an explicit step size keeps its ratio to the radius."""
-        return replace(self, threat=self.threat.with_eps(eps))  # type: ignore[type-var]
+        changes: dict[str, Any] = {"threat": self.threat.with_eps(eps)}
+        step_size = getattr(self, "step_size", None)
+        if step_size is not None:
+            changes["step_size"] = step_size * self.threat.ratio_to(eps)
+        return replace(self, **changes)  # type: ignore[type-var]
 
     def __call__(
         self,

@@ -8,13 +8,14 @@ compare against it, and never judge a model that was trained on it by PGD.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
 from lightning_wdefense.attacks.base import Attack, Problem
-from lightning_wdefense.attacks.outputs import check_logits, float32_or_better, logits_of
+from lightning_wdefense.attacks.losses import check_divergence
+from lightning_wdefense.attacks.outputs import check_logits, logit_rows
 from lightning_wdefense.attacks.threat import ThreatModel
 from lightning_wdefense.transport import sinkhorn_divergence
 
@@ -67,16 +68,7 @@ class FeatureScattering(Attack):
             raise ValueError(f"steps must be at least 1, got {self.steps}.")
         if self.step_size is not None and not self.step_size > 0:
             raise ValueError(f"step_size must be positive (data units), got {self.step_size}.")
-        if self.divergence is not None and not callable(self.divergence):
-            raise TypeError(
-                "divergence must be a callable (clean, adversarial) -> scalar, such as SinkhornDivergence(), or None, got "
-                f"{self.divergence!r}."
-            )
-
-    def with_eps(self, eps: float) -> FeatureScattering:
-        """The same attack at another radius (data units); an explicit step size keeps its ratio to the radius."""
-        scaled = None if self.step_size is None else self.step_size * self.threat.ratio_to(eps)
-        return replace(self, threat=self.threat.with_eps(eps), step_size=scaled)
+        check_divergence(self.divergence)
 
     def perturb(self, problem: Problem) -> Tensor:
         """The adversarial inputs, in data units."""
@@ -92,11 +84,6 @@ class FeatureScattering(Attack):
     def _gradient(self, problem: Problem, data: Tensor) -> Tensor:
         point = data.detach().requires_grad_()
         divergence = self.divergence or sinkhorn_divergence
-        value = divergence(_rows(problem.clean_outputs), _rows(problem.forward(point)))
+        value = divergence(logit_rows(problem.clean_outputs), logit_rows(problem.forward(point)))
         # The divergence is a mean over the batch: gradients of the sum are of one size whatever the batch's.
         return problem.differentiate(value, point, value.new_tensor(float(len(data))))
-
-
-def _rows(outputs: Tensor) -> Tensor:
-    """Logits as a cloud: one point a sample, in float32 or better."""
-    return float32_or_better(logits_of(outputs)).flatten(1)

@@ -48,3 +48,16 @@ def check_loss(loss: AttackLoss) -> None:
     """
     if not callable(loss) and loss not in get_args(LossName):
         raise ValueError(unknown_name("attack loss", loss, get_args(LossName)))
+
+
+def check_divergence(divergence: object) -> None:
+    """Refuse a divergence between batches that cannot be called; ``None`` stands for the default.
+
+    Raises:
+        TypeError: saying what it must be.
+    """
+    if divergence is not None and not callable(divergence):
+        raise TypeError(
+            "divergence must be a callable (clean, adversarial) -> scalar, such as SinkhornDivergence(), or None, got "
+            f"{divergence!r}."
+        )

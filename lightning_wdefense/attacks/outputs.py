@@ -51,6 +51,11 @@ def logits_of(outputs: Any) -> Tensor:
     return outputs
 
 
+def logit_rows(outputs: Any) -> Tensor:
+    """Logits as a cloud: one point ``(D,)`` a sample, in float32 or better."""
+    return float32_or_better(logits_of(outputs)).flatten(1)
+
+
 def float32_or_better(values: Tensor) -> Tensor:
     """Half precision is too coarse for a loss; float64 stays."""
     return values.to(torch.promote_types(values.dtype, torch.float32))

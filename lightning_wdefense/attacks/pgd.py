@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -82,11 +82,6 @@ class PGD(Attack):
                 f'early_exit=True ends where a sample is misclassified, which loss={self.loss!r} does not say: use loss="ce" or '
                 '"margin", or early_exit=False.'
             )
-
-    def with_eps(self, eps: float) -> PGD:
-        """The same attack at another radius (data units); an explicit step size keeps its ratio to the radius."""
-        scaled = None if self.step_size is None else self.step_size * self.threat.ratio_to(eps)
-        return replace(self, threat=self.threat.with_eps(eps), step_size=scaled)
 
     def perturb(self, problem: Problem) -> Tensor:
         """The adversarial inputs, in data units."""

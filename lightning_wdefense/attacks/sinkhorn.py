@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from lightning_wdefense.attacks.base import Attack, Problem
 from lightning_wdefense.attacks.isolation import eager, module_of
-from lightning_wdefense.attacks.losses import AttackLoss, check_loss
+from lightning_wdefense.attacks.losses import AttackLoss, check_divergence, check_loss
 from lightning_wdefense.attacks.norms import per_sample
-from lightning_wdefense.attacks.outputs import float32_or_better, logits_of
+from lightning_wdefense.attacks.outputs import float32_or_better, logit_rows
 from lightning_wdefense.attacks.recording import OUTPUTS, ForwardRecorder
 from lightning_wdefense.attacks.threat import ThreatModel
 from lightning_wdefense.transport import sinkhorn_divergence
@@ -87,16 +87,7 @@ class SinkhornAttack(Attack):
             raise ValueError(f"weight must be finite and not negative, got {self.weight}.")
         if self.loss == "kl":
             raise ValueError('loss="kl" does not say what is misclassified: use "ce", "margin" or a callable.')
-        if self.divergence is not None and not callable(self.divergence):
-            raise TypeError(
-                "divergence must be a callable (clean, adversarial) -> scalar, such as SinkhornDivergence(), or None, got "
-                f"{self.divergence!r}."
-            )
-
-    def with_eps(self, eps: float) -> SinkhornAttack:
-        """The same attack at another radius (data units); an explicit step size keeps its ratio to the radius."""
-        scaled = None if self.step_size is None else self.step_size * self.threat.ratio_to(eps)
-        return replace(self, threat=self.threat.with_eps(eps), step_size=scaled)
+        check_divergence(self.divergence)
 
     def perturb(self, problem: Problem) -> Tensor:
         """The adversarial inputs, in data units."""
@@ -151,7 +142,7 @@ class SinkhornAttack(Attack):
 
             def see(data: Tensor) -> tuple[Any, Tensor]:
                 outputs = problem.forward(data)
-                return outputs, float32_or_better(logits_of(outputs)).flatten(1)
+                return outputs, logit_rows(outputs)
 
             yield see
             return
