@@ -24,8 +24,8 @@ class WassersteinDefense(Callback):
     The module's ``training_step`` is called once a batch, with its own loss, logging and metrics; the recipe decides whether
     it sees the clean or the adversarial inputs, and adds its terms to the loss that comes back. Logged on every logger,
     under ``defense/``: the parts of the loss and the attack's current ``eps``; every ``log_every_n_steps`` also what the attack did
-    (``clean_acc``, ``adversarial_acc``, ``attack_success``) and the ``transport_cost`` between clean and adversarial features, and what a critic made of them (``critic_gap``,
-    ``critic_distance``, ``critic_penalty``, ``critic_gradient_norm``, ``critic_steps``).
+    (``clean_acc``, ``adversarial_acc``, ``attack_success``), the ``transport_cost`` between clean and adversarial features, and what a
+    critic made of them (``critic_gap``, ``critic_distance``, ``critic_penalty``, ``critic_gradient_norm``, ``critic_steps``).
 
     Args:
         recipe: a name, see :meth:`Recipe.named`, or a :class:`Recipe`.

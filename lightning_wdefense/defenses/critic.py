@@ -14,8 +14,10 @@ from lightning_wdefense.attacks.isolation import eager
 from lightning_wdefense.attacks.outputs import class_labels, logits_of
 from lightning_wdefense.defenses.branch import Branch
 from lightning_wdefense.transport import CriticTraining, WassersteinCritic
-from lightning_wdefense.transport.critic import Average
-from lightning_wdefense.transport.lipschitz import PENALISED, Lipschitz
+from lightning_wdefense.transport.critic import Average, check_settings
+from lightning_wdefense.transport.critic_training import check_max_steps
+from lightning_wdefense.transport.layerwise import check_rate
+from lightning_wdefense.transport.lipschitz import Lipschitz
 
 
 @dataclass(frozen=True)
@@ -71,24 +73,24 @@ class CriticDiscrepancy:
     def __post_init__(self) -> None:
         if self.by_class and self.network is not None:
             raise ValueError("A network of your own takes no classes: set by_class=False.")
-        self._train(WassersteinCritic(2, **self._settings()))  # raises for settings out of range
-
-    @property
-    def penalised(self) -> bool:
-        """Whether it is a penalty that keeps the critic Lipschitz."""
-        return self.lipschitz in PENALISED
+        check_settings(self.lipschitz, self.penalty, self.width, self.depth, None)
+        check_rate(self.lr, orthonormal=self.lipschitz == "orthogonal")
+        check_max_steps(self.max_steps)
 
     def start(self, features: Tensor, classes: int | None = None) -> CriticTraining:
         """A new critic for features like these ``(N, ...)``, with one function for each of so many classes."""
         shape = features.shape[1:]
         network = shape if self.network is None else self.network(shape)
-        critic = WassersteinCritic(network, classes=classes, **self._settings())
-        return self._train(critic.to(features.device, torch.promote_types(features.dtype, torch.float32)))
-
-    def _settings(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("lipschitz", "penalty", "width", "depth", "seed")}
-
-    def _train(self, critic: WassersteinCritic) -> CriticTraining:
+        critic = WassersteinCritic(
+            network,
+            lipschitz=self.lipschitz,
+            penalty=self.penalty,
+            width=self.width,
+            depth=self.depth,
+            classes=classes,
+            seed=self.seed,
+        )
+        critic.to(features.device, torch.promote_types(features.dtype, torch.float32))
         return CriticTraining(critic, lr=self.lr, max_steps=self.max_steps)
 
 
@@ -128,14 +130,19 @@ class LiveCritic:
         training, labels = self._training_on(clean, labels)
         x, y = clean.features.detach(), adversarial.features.detach()
         with eager():
-            gap, penalty, norm, steps = training.update(x, y, labels, generator=generator, average=average)
+            said = training.update(x, y, labels, generator=generator, average=average)
             if not measure:
                 return {}
-            if not self.config.penalised:
+            norm = said.gradient_norm
+            if not training.critic.penalised:
                 norm = training.critic.gradient_norm(x, y, labels, generator=generator).mean()
-        distance = gap / norm if self.config.penalised else gap
-        logs = {"gap": gap, "distance": distance, "penalty": penalty, "gradient_norm": norm, "steps": float(steps)}
-        return {f"critic_{name}": value for name, value in logs.items()}
+        return {
+            "critic_gap": said.gap,
+            "critic_distance": said.distance,
+            "critic_penalty": said.penalty,
+            "critic_gradient_norm": norm,
+            "critic_steps": float(said.steps),
+        }
 
     def state_dict(self) -> dict[str, Any] | None:
         """For the checkpoint; ``None`` before the first batch."""

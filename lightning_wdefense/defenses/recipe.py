@@ -46,7 +46,8 @@ class Recipe:
             plain forward pass, where a term needs it.
         discrepancy: between clean and adversarial features: ``"kl"``, ``"paired-l2"``, ``"sinkhorn"``, ``"sinkhorn-label"``,
             any other name in ``DISCREPANCIES``, a :class:`~lightning_wdefense.transport.SinkhornDivergence`,
-            :class:`~lightning_wdefense.transport.SlicedWasserstein` or :class:`CriticDiscrepancy`, or a callable ``(clean, adversarial, labels)``.
+            :class:`~lightning_wdefense.transport.SlicedWasserstein` or :class:`CriticDiscrepancy`, or a callable
+            ``(clean, adversarial, labels)``.
         weight: of the discrepancy.
         features: where it is measured: ``"outputs"``, ``"penultimate"`` (the input of the last linear layer that runs), or a
             dotted path to a submodule.
@@ -147,7 +148,7 @@ class Recipe:
         ``sat-label``          the same, with a ground cost that keeps mass within its class
         ``sat-features``       ``CE(f(x'), y) + 0.1 Sinkhorn divergence`` of penultimate features
         ``class-transport``    ``CE(f(x'), y) + 0.1 entropic transport within the classes`` of penultimate features (ours)
-        ``critic``             ``CE(f(x'), y) + 0.1 W_1`` of penultimate features, by a critic (the WGAN route)
+        ``critic``             ``CE(f(x'), y) + 0.1 W_1`` of each class's penultimate features, by a critic (the WGAN route)
         ``mmd``                ``CE(f(x'), y) + 1 MMD^2`` of logits, five Gaussian kernels (as in Song et al., 2019)
         ``coral``              ``CE(f(x'), y) + 1 |difference of covariances|^2 / 4D^2`` of logits (as in Song et al., 2019)
         ``udr``                ``CE(f(x'), y)``, ``x'`` from a soft ball whose pull is learned (Bui et al., 2022)

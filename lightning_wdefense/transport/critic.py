@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_wdefense._names import unknown_name
 from lightning_wdefense.transport.lipschitz import PENALISED, CriticNetwork, Lipschitz, constrain
 from lightning_wdefense.transport.precision import exact_products
 
@@ -41,8 +42,8 @@ class WassersteinCritic(nn.Module):
 
     By default its layers are orthonormal matrices between :class:`GroupSort` activations (Anil et al., 2019), so that it is 1-Lipschitz at any
     time, and nothing needs to be weighed. The other ways: ``"spectral-norm"`` divides every matrix by its largest singular value
-    (Miyato et al., 2018), by a bound that exceeds it by 1% at most; ``"gradient-penalty"`` adds ``penalty * mean (|f'| - 1)^2`` between the clouds to the loss (WGAN-GP,
-    Gulrajani et al., 2017); ``"one-sided-penalty"`` only where ``|f'| > 1`` (Petzka et al., 2018). A penalty lets the gap overshoot, by about
+    (Miyato et al., 2018), by a bound that exceeds it by 1% at most; ``"gradient-penalty"`` adds ``penalty * mean (|f'| - 1)^2`` between the
+    clouds to the loss (WGAN-GP, Gulrajani et al., 2017); ``"one-sided-penalty"`` only where ``|f'| > 1`` (Petzka et al., 2018). A penalty lets the gap overshoot, by about
     ``W_1^2 / (2 penalty)`` for scaled points; :meth:`distance` therefore divides it by the gradient's length.
 
     Points are centred and divided by the size of a typical coordinate, known from training; scores are in the units of the points. Everything
@@ -94,10 +95,8 @@ class WassersteinCritic(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not (penalty > 0 and math.isfinite(penalty)):
-            raise ValueError(f"penalty must be positive and finite, got {penalty}.")
-        self.lipschitz, self.penalty = lipschitz, penalty
-        self.classes = classes
+        check_settings(lipschitz, penalty, width, depth, classes)
+        self.lipschitz, self.penalty, self.classes = lipschitz, penalty, classes
         self.shape: tuple[int, ...] | None = None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -109,12 +108,19 @@ class WassersteinCritic(nn.Module):
                 self.network = network
             else:
                 self.shape = (network,) if isinstance(network, int) else tuple(network)
-                _check_sizes(self.shape, width, depth, classes)
+                if not self.shape or min(self.shape) < 1:
+                    shape = ", ".join(map(str, self.shape))
+                    raise ValueError(f"The points must have at least one value, got shape (N, {shape}).")
                 self.network = CriticNetwork(self.shape, width, depth, classes)
             self.orthonormal = constrain(self.network, lipschitz)
         self.register_buffer("centre", torch.zeros(self.shape or ()))
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("batches", torch.zeros((), dtype=torch.long))
+
+    @property
+    def penalised(self) -> bool:
+        """Whether it is a penalty that keeps it Lipschitz, so that the gap may overshoot."""
+        return self.lipschitz in PENALISED
 
     def forward(self, points: Tensor, labels: Tensor | None = None) -> Tensor:
         """Scores ``(N,)`` of points ``(N, ...)``, in their units, in the critic's own dtype.
@@ -152,9 +158,7 @@ class WassersteinCritic(nn.Module):
     ) -> Tensor:
         """Estimate of ``W_1``: the gap, for a penalised critic divided by the length of its gradient between the clouds."""
         gap = self.gap(x, y, labels)
-        return (
-            gap / self.gradient_norm(x, y, labels, generator=generator).mean() if self.lipschitz in PENALISED else gap
-        )
+        return gap / self.gradient_norm(x, y, labels, generator=generator).mean() if self.penalised else gap
 
     def gradient_norm(
         self,
@@ -183,7 +187,7 @@ class WassersteinCritic(nn.Module):
     ) -> CriticObjective:
         """What a training step minimises on ``x`` and ``y``, which are constants in it."""
         gap = self.gap(x.detach(), y.detach(), labels)
-        if self.lipschitz not in PENALISED:
+        if not self.penalised:
             return CriticObjective(-gap, gap, torch.zeros_like(gap), torch.full_like(gap, torch.nan))
         norm = self.gradient_norm(x, y, labels, generator=generator, create_graph=True)
         excess = norm - 1
@@ -196,7 +200,7 @@ class WassersteinCritic(nn.Module):
     @torch.no_grad()
     def adapt(self, x: Tensor, y: Tensor, average: Average | None = None) -> None:
         """Take note of where the points lie and how large they are: a running mean, over all ranks if ``average`` is one over them."""
-        self._check(x, y)
+        self._check_batch(x, y)
         average = average or (lambda values: values)
         points = torch.cat([x, y]).to(self.scale.dtype).flatten(1)
         mean = average(points.mean(0))
@@ -224,7 +228,7 @@ class WassersteinCritic(nn.Module):
 
     def extra_repr(self) -> str:
         """How it is kept Lipschitz."""
-        return f"lipschitz={self.lipschitz!r}" + f", penalty={self.penalty:g}" * (self.lipschitz in PENALISED)
+        return f"lipschitz={self.lipschitz!r}" + f", penalty={self.penalty:g}" * self.penalised
 
     def _shares(self, labels: Tensor | None, points: int) -> Tensor:
         shapes = ((points,), (points, self.classes))
@@ -260,19 +264,30 @@ class WassersteinCritic(nn.Module):
                 raise ValueError(
                     f"The critic takes floating points (N, ...), got {points.dtype} of shape {tuple(points.shape)}."
                 )
-            if len(points) < 2 and len(clouds) == 2:
+
+    def _check_batch(self, *clouds: Tensor) -> None:
+        self._check(*clouds)
+        for points in clouds:
+            if len(points) < 2:
                 raise ValueError(
                     f"A critic learns from two samples or more on each side, got {len(points)}: use a larger batch."
                 )
-            if len(clouds) == 2 and not bool(torch.isfinite(points).all()):
+            if not bool(torch.isfinite(points).all()):
                 raise ValueError(
                     "The critic's points hold NaN or infinite values: look for a model that diverged, or at the data."
                 )
 
 
-def _check_sizes(shape: tuple[int, ...], width: int | None, depth: int, classes: int | None) -> None:
-    if not shape or min(shape) < 1:
-        raise ValueError(f"The points must have at least one value, got shape (N, {', '.join(map(str, shape))}).")
+def check_settings(lipschitz: Lipschitz, penalty: float, width: int | None, depth: int, classes: int | None) -> None:
+    """Refuse settings out of range, before a network is built.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    if lipschitz not in get_args(Lipschitz):
+        raise ValueError(unknown_name("way to keep a critic Lipschitz:", lipschitz, get_args(Lipschitz)))
+    if not (penalty > 0 and math.isfinite(penalty)):
+        raise ValueError(f"penalty must be positive and finite, got {penalty}.")
     if width is not None and (width < 2 or width % 2):
         raise ValueError(f"width must be even and at least 2, for GroupSort sorts pairs, got {width}.")
     if classes is not None and classes < 1:

@@ -31,6 +31,11 @@ class CriticUpdate(NamedTuple):
     gradient_norm: Tensor
     steps: int
 
+    @property
+    def distance(self) -> Tensor:
+        """The gap, for a penalised critic divided by the length of its gradient: its estimate of ``W_1``, ``()``."""
+        return torch.where(self.gradient_norm.isnan(), self.gap, self.gap / self.gradient_norm)
+
 
 class CriticTraining:
     """Trains a critic on pairs of batches, as many steps on each as the critic is behind.
@@ -58,8 +63,7 @@ class CriticTraining:
     """
 
     def __init__(self, critic: WassersteinCritic, *, lr: float = 0.05, max_steps: int = 5) -> None:
-        if max_steps < 1:
-            raise ValueError(f"max_steps must be at least 1, got {max_steps}.")
+        check_max_steps(max_steps)
         self.critic, self.max_steps = critic, max_steps
         self.optimizer = LayerwiseMomentum(critic, lr, critic.orthonormal)
         self.agreement = 0.0
@@ -133,6 +137,16 @@ class CriticTraining:
         return objective
 
 
+def check_max_steps(max_steps: int) -> None:
+    """Refuse a critic that never steps.
+
+    Raises:
+        ValueError: with what was given.
+    """
+    if max_steps < 1:
+        raise ValueError(f"max_steps must be at least 1, got {max_steps}.")
+
+
 class CriticDistance(NamedTuple):
     """A critic's estimate of ``W_1``.
 
@@ -196,8 +210,7 @@ def critic_distance(
         for group in training.optimizer.param_groups:
             group["lr"] = lr * (1 - step / steps)
         batch = first if step == 0 else draw()
-        update = training.update(*batch, generator=generator)
-        values.append(update.gap if update.gradient_norm.isnan() else update.gap / update.gradient_norm)
+        values.append(training.update(*batch, generator=generator).distance)
     if isinstance(x, Tensor) and isinstance(y, Tensor):
         with torch.no_grad():
             value = critic.distance(x, y, generator=generator)

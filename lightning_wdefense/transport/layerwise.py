@@ -35,10 +35,7 @@ class LayerwiseMomentum(torch.optim.Optimizer):
         orthonormal: Collection[Tensor] = (),
         betas: tuple[float, float] = (0.9, 0.99),
     ) -> None:
-        if not 0 < lr <= (1 if orthonormal else float("inf")):
-            raise ValueError(
-                f"lr must be positive{', and at most 1 for orthonormal layers' * bool(orthonormal)}, got {lr}."
-            )
+        check_rate(lr, orthonormal=bool(orthonormal))
         groups = []
         for layer in network.modules():
             own = [each for each in layer.parameters(recurse=False) if each.requires_grad]
@@ -85,3 +82,13 @@ class LayerwiseMomentum(torch.optim.Optimizer):
         new = torch.cat([each.grad.flatten() for each in weights])
         old = torch.cat([self.state[each]["average"].flatten() for each in weights])
         return float(torch.cosine_similarity(new, old, dim=0))
+
+
+def check_rate(lr: float, *, orthonormal: bool) -> None:
+    """Refuse a learning rate out of range, which depends on whether there are orthonormal layers.
+
+    Raises:
+        ValueError: with the range.
+    """
+    if not 0 < lr <= (1 if orthonormal else float("inf")):
+        raise ValueError(f"lr must be positive{', and at most 1 for orthonormal layers' * orthonormal}, got {lr}.")
