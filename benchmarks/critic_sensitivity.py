@@ -10,13 +10,13 @@ al. (2017) as published: ReLU, a two-sided penalty of 10, Adam with betas (0, 0.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from _common import hardware
+from defenses_store import read, write_atomically
 from torch import Tensor, nn
 
 from lightning_wdefense.transport import CriticTraining, WassersteinCritic
@@ -49,8 +49,7 @@ def ours(dim: int, seed: int, *, rate: float, steps: int = 1, penalty: float | N
     for index in range(BATCHES):
         for group in training.optimizer.param_groups:
             group["lr"] = OURS_LR * rate * (1 - index / BATCHES)
-        update = training.update(*draw())
-        said.append(float(update.gap if penalty is None else update.gap / update.gradient_norm))
+        said.append(float(training.update(*draw()).distance))
     return mean_of_last_quarter(said)
 
 
@@ -159,7 +158,7 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     stem = options.output / "critic_sensitivity"
     path = stem.with_suffix(".json")
-    stored = json.loads(path.read_text()) if path.exists() else {}
+    stored = read(path)
     machine = hardware("cpu")
     results = stored["results"] if stored.get("hardware") == machine else {}
     for name, setting, run, settings in cells():
@@ -170,7 +169,7 @@ def main() -> None:
             for seed in range(len(values), options.seeds):
                 values.append(round(run(dim, seed, **settings), 4))
             print(f"{name}, {setting}, {dim}-D: {values} ({time.perf_counter() - start:.0f} s)", flush=True)
-        path.write_text(json.dumps({"hardware": machine, "results": results}, indent=1) + "\n")
+        write_atomically(path, {"hardware": machine, "results": results})
     plot(results, stem.with_suffix(".png"))
     text = markdown(results, options.seeds, machine)
     stem.with_suffix(".md").write_text(text)

@@ -10,19 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TINY = "--epochs 1 --limit-train 64 --validation 16 --test 16 --warmup-epochs 0 --validation-steps 2 --pgd-steps 2 --pgd-restarts 1 --attack-steps 2 --queries 5"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _importable():
-    threads = torch.get_num_threads()
-    sys.path.insert(0, str(BENCHMARKS))
-    yield
-    sys.path.remove(str(BENCHMARKS))
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,20 +11,10 @@ from torch import nn
 from lightning_wdefense.attacks import ATTACKS
 from lightning_wdefense.attacks.losses import margin
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TINY = (
     "--models undefended --success 0.5 --seeds 1 --train 400 --epochs 3 --validation 40 --matched 32 --test 60 --learned 200 --bisections 2 "
     "--batch 8 --batches 2 --reference 16"
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _importable():
-    threads = torch.get_num_threads()
-    sys.path.insert(0, str(BENCHMARKS))
-    yield
-    sys.path.remove(str(BENCHMARKS))
-    torch.set_num_threads(threads)
 
 
 def test_writes_resumes_and_leaves_out(tmp_path, monkeypatch, capsys):
