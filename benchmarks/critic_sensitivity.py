@@ -138,7 +138,7 @@ def plot(results: dict[str, dict[str, list[float]]], path: Path) -> None:
     table = [[100 * _error(results, name, setting, dim) for name, dim in columns] for setting in settings]
     figure, axes = plt.subplots(figsize=(8, 6.5), layout="constrained")
     image = axes.imshow(table, cmap="RdBu", vmin=-50, vmax=50, aspect="auto")
-    axes.set_xticks(range(len(columns)), [f"{name}\n{dim}-D" for name, dim in columns])
+    axes.set_xticks(range(len(columns)), ["\n".join([*name.split(), f"{dim}-D"]) for name, dim in columns])
     axes.set_yticks(range(len(settings)), settings)
     for i, row in enumerate(table):
         for j, value in enumerate(row):
