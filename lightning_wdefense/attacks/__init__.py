@@ -3,6 +3,7 @@
 from lightning_wdefense.attacks.autoattack import AutoAttack
 from lightning_wdefense.attacks.base import Attack
 from lightning_wdefense.attacks.execution import Execution
+from lightning_wdefense.attacks.feasibility import wasserstein_feasibility
 from lightning_wdefense.attacks.feature_scattering import FeatureScattering
 from lightning_wdefense.attacks.fgsm import FGSM
 from lightning_wdefense.attacks.gibbs_noise import GibbsNoise
@@ -14,6 +15,7 @@ from lightning_wdefense.attacks.sinkhorn import SinkhornAttack
 from lightning_wdefense.attacks.soft_ball import SoftBallPGD
 from lightning_wdefense.attacks.threat import ThreatModel
 from lightning_wdefense.attacks.torchattack import TorchAttack
+from lightning_wdefense.attacks.wasserstein import WassersteinAttack
 from lightning_wdefense.attacks.worst_case import WorstCase, worst_case
 
 __all__ = [
@@ -31,7 +33,9 @@ __all__ = [
     "SoftBallPGD",
     "ThreatModel",
     "TorchAttack",
+    "WassersteinAttack",
     "WorstCase",
     "get_attack",
+    "wasserstein_feasibility",
     "worst_case",
 ]

@@ -17,6 +17,7 @@ from lightning_wdefense.attacks.pgd import PGD
 from lightning_wdefense.attacks.sinkhorn import SinkhornAttack
 from lightning_wdefense.attacks.soft_ball import SoftBallPGD
 from lightning_wdefense.attacks.threat import ThreatModel
+from lightning_wdefense.attacks.wasserstein import WassersteinAttack
 
 Attacks = Sequence[str | Attack] | Mapping[str, str | Attack]
 """Several attacks: names, attacks, or a mapping from names of your own to either."""
@@ -30,6 +31,7 @@ ATTACKS: dict[str, Callable[..., Attack]] = {
     "feature-scattering": FeatureScattering,
     "gibbs-noise": GibbsNoise,
     "sinkhorn": SinkhornAttack,
+    "wasserstein": WassersteinAttack,
     "autoattack": AutoAttack,
     **{part: partial(autoattack_part, part) for part in PARTS},
 }

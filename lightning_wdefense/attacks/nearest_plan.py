@@ -1,0 +1,150 @@
+"""The projection onto the Wasserstein ball, by its dual; and the last step that makes a plan legal in all respects."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_wdefense.attacks.local_transport import LocalTransport
+
+ROW_STEPS = 50
+"""Most Newton steps for the multipliers of the rows; they end by themselves, most often after three or four."""
+
+
+class Prices(NamedTuple):
+    """Multipliers of the constraints, from which the next projection can start.
+
+    Attributes:
+        cost: of the budget, ``(N, 1, 1)``.
+        room: of the room in each pixel, ``(N, C, H, W)``.
+    """
+
+    cost: Tensor
+    room: Tensor
+
+    @classmethod
+    def none(cls, transport: LocalTransport) -> Prices:
+        """Everything is free."""
+        budget = transport.budget
+        return cls(budget.new_zeros(len(budget), 1, 1), budget.new_zeros(transport.shape))
+
+    def select(self, index: Tensor) -> Prices:
+        """Those of some of the images."""
+        return Prices(self.cost[index], self.room[index])
+
+
+def nearest_plan(transport: LocalTransport, target: Tensor, *, iterations: int = 200, tol: float = 1e-7) -> Tensor:
+    """The plan of the budget that is nearest to ``target`` ``(N, K, R)`` in the Euclidean sense, whatever the room.
+
+    At each price of a unit of cost the rows are independent projections onto simplices. Newton's method finds the price at which the
+    budget is spent, inside of a bracket that shrinks.
+
+    Args:
+        transport: the constraints.
+        target: what to come near to.
+        iterations: most of them.
+        tol: of the cost, relative to the budget.
+    """
+    target, budget = target.masked_fill(~transport.inside, -torch.inf), transport.budget.view(-1, 1, 1)
+    price = torch.zeros_like(budget)
+    low, high = price, torch.full_like(budget, torch.inf)
+    for _ in range(iterations):
+        plan = _onto_rows(target - price * transport.costs, transport.masses)
+        excess, slope = _excess(transport, plan)
+        if bool(((excess.abs() <= tol * budget) | ((excess <= 0) & (price <= 0))).all()):
+            break
+        low, high = torch.where(excess > 0, price, low), torch.where(excess > 0, high, price)
+        newton = price + excess / slope
+        bracketed = (newton > low) & (newton < high)
+        price = torch.where(bracketed, newton, torch.where(high.isinf(), 2 * low + 1, (low + high) / 2))
+    return plan
+
+
+def nearest_plan_with_room(
+    transport: LocalTransport, target: Tensor, prices: Prices, *, iterations: int = 3
+) -> tuple[Tensor, Prices]:
+    """The same with regard to the room in the pixels, nearly: a few steps of the dual, from the prices of the last time.
+
+    Every iteration moves the price of cost by Newton's method and the price of each pixel by its own curvature, all at once.
+    :func:`legal` makes what is returned legal.
+
+    Returns:
+        The plan, and the prices.
+    """
+    target = target.masked_fill(~transport.inside, -torch.inf)
+    price, room = prices
+    for index in range(iterations):
+        plan = _onto_rows(target - price * transport.costs - transport.seen_from(room), transport.masses)
+        excess, slope = _excess(transport, plan)
+        price = (price + excess / slope).clamp_min(0)
+        if transport.room is None:
+            continue
+        images = transport.arrived(plan)
+        if index == 0:  # what moves with a pixel's price changes little from here on
+            active = (plan > 0).to(plan.dtype)
+            curvature = transport.arrived(active - active / active.sum(1, keepdim=True).clamp_min(1)).clamp_min(0.5)
+        room = (room + (images - transport.room.view_as(images)) / curvature).clamp_min(0)
+    return plan, Prices(price, room)
+
+
+def legal(transport: LocalTransport, plan: Tensor, *, sweeps: int = 500, tol: float = 1e-7) -> Tensor:
+    """A plan that holds all constraints, by leaving at home what does not fit.
+
+    Of what comes to a pixel as large a share is let in as its room allows, once what others send back is at home again: the greatest such
+    shares, which a falling sequence finds. At last all that moves is scaled to the budget.
+
+    Args:
+        transport: the constraints.
+        plan: any, ``(N, K, R)``.
+        sweeps: most steps of that sequence.
+        tol: by how much pixels may overflow after it.
+    """
+    centre, masses = transport.near.centre, transport.masses.unsqueeze(1)
+    plan = plan.clamp_min(0)
+    plan = plan * (masses / plan.sum(1, keepdim=True).clamp_min(torch.finfo(plan.dtype).tiny))
+    plan[:, centre] = 0
+    if transport.room is not None:
+        coming = transport.arrived(plan).flatten(1)
+        spare = transport.room - torch.zeros_like(coming).scatter_(1, transport.rows, transport.masses)
+        share, going = torch.ones_like(coming), plan
+        for _ in range(sweeps):
+            gone = torch.zeros_like(coming).scatter_(1, transport.rows, going.sum(1))
+            fits = torch.where(coming > 0, ((spare + gone) / coming).clamp(0, 1), share)
+            last, share = share, torch.minimum(share, fits)
+            going = plan * transport.seen_from(share.view(transport.shape))
+            if not bool(((last - share) * coming > tol).any()):
+                break
+        plan = going
+    cost = transport.cost(plan)
+    plan = plan * (transport.budget / cost.clamp_min(torch.finfo(cost.dtype).tiny)).clamp(max=1).view(-1, 1, 1)
+    plan[:, centre] = transport.masses - plan.sum(1)
+    return plan
+
+
+def _onto_rows(goal: Tensor, masses: Tensor) -> Tensor:
+    """Each row ``(N, K, R)`` onto the simplex of its mass ``(N, R)``."""
+    masses = masses.unsqueeze(1)
+    # Left of the root of a convex, falling function Newton's steps rise to it and, as it is piecewise linear, end there.
+    shift = goal.amax(1, keepdim=True) - masses
+    for _ in range(ROW_STEPS):
+        above = goal > shift
+        total = torch.where(above, goal, 0.0).sum(1, keepdim=True)
+        after = torch.maximum(shift, (total - masses) / above.sum(1, keepdim=True).clamp_min(1))
+        moved = bool((after > shift).any())
+        shift = after
+        if not moved:
+            break
+    return (goal - shift).clamp_min_(0)
+
+
+def _excess(transport: LocalTransport, plan: Tensor) -> tuple[Tensor, Tensor]:
+    """By how much a plan exceeds the budget, and how fast that falls with the price of cost, both ``(N, 1, 1)``."""
+    active = (plan > 0).to(plan.dtype)
+    count = active.sum(1, keepdim=True).clamp_min(1)
+    # An entry falls by its own cost less the mean of those in its row, which stays as large as it is.
+    mean = (active * transport.costs).sum(1, keepdim=True) / count
+    slope = (active * (transport.costs - mean).square()).sum((1, 2))
+    excess = transport.cost(plan) - transport.budget
+    return excess.view(-1, 1, 1), slope.clamp_min(torch.finfo(slope.dtype).eps).view(-1, 1, 1)

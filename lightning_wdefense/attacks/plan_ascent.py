@@ -1,0 +1,143 @@
+"""Ascent of a loss over transport plans: the ways to move a plan by a gradient."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_wdefense.attacks.best_plan import best_plan
+from lightning_wdefense.attacks.local_transport import LocalTransport
+from lightning_wdefense.attacks.nearest_plan import Prices, legal, nearest_plan_with_room
+
+Method = Literal["projected", "frank-wolfe"]
+FIRST_STEP = 2.0
+"""Of projected ascent: what the largest entry of the gradient moves, in units of the largest legal pixel."""
+LOOKS = 5
+"""How often in a run steps may be halved."""
+RISING = 0.75
+"""Share of steps on which the loss must have risen since the last look, for the step to stay as it is."""
+PRESSURE = 0.3
+"""By how much the prices of overfull pixels rise in the first step of Frank-Wolfe, in units of the largest gradient."""
+SWEEPS, TOLERANCE = 100, 1e-6
+"""Of the repair in every step."""
+
+
+class Ascent(Protocol):
+    """A plan that moves with the loss; ``legal`` is the legal plan near to it."""
+
+    transport: LocalTransport
+    legal: Tensor
+
+    def move(self, gradient: Tensor, values: Tensor) -> None:
+        """One step; the gradient ``(N, C, H, W)`` and the loss ``(N,)`` are those of the legal plan's images."""
+
+    def select(self, index: Tensor) -> Ascent:
+        """The same for some of the images."""
+
+
+@dataclass
+class ProjectedAscent:
+    """Steps along the gradient and back to the nearest plan; a step size for each image, halved where the loss no longer rises.
+
+    The rule is that of Auto-PGD (Croce and Hein, 2020): at every look, where the loss rose on less than three quarters of the steps, the step
+    is halved and the ascent goes on from the best plan so far.
+    """
+
+    transport: LocalTransport
+    legal: Tensor
+    steps: int
+    taken: int = 0
+    prices: Prices = field(init=False)
+    step: Tensor = field(init=False)
+    rises: Tensor = field(init=False)
+    best: Tensor = field(init=False)
+    best_plan: Tensor = field(init=False)
+    best_gradient: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        budget = self.transport.budget
+        self.prices = Prices.none(self.transport)
+        self.step = torch.full_like(budget, FIRST_STEP)
+        self.rises = torch.zeros_like(budget)
+        self.best = torch.full_like(budget, -torch.inf)
+        self.best_plan = self.legal
+        self.best_gradient = budget.new_zeros(self.transport.shape)
+
+    def move(self, gradient: Tensor, values: Tensor) -> None:
+        """One step."""
+        rose = values > self.best
+        self.rises += rose
+        self.best = torch.where(rose, values, self.best)
+        self.best_plan = torch.where(rose.view(-1, 1, 1), self.legal, self.best_plan)
+        self.best_gradient = torch.where(rose.view(-1, 1, 1, 1), gradient, self.best_gradient)
+        plan, every = self.legal, max(self.steps // LOOKS, 2)
+        self.taken += 1
+        if self.taken % every == 0:
+            stuck = self.rises < RISING * every
+            self.step = torch.where(stuck, self.step / 2, self.step)
+            plan = torch.where(stuck.view(-1, 1, 1), self.best_plan, plan)
+            gradient = torch.where(stuck.view(-1, 1, 1, 1), self.best_gradient, gradient)
+            self.rises = torch.zeros_like(self.rises)
+        climb = self.transport.seen_from(steepest(gradient) * self.step.view(-1, 1, 1, 1))
+        plan, self.prices = nearest_plan_with_room(self.transport, plan + climb, self.prices)
+        self.legal = legal(self.transport, plan, sweeps=SWEEPS, tol=TOLERANCE)
+
+    def select(self, index: Tensor) -> ProjectedAscent:
+        """The same for some of the images."""
+        part = ProjectedAscent(self.transport.select(index), self.legal[index], self.steps, self.taken)
+        part.prices = self.prices.select(index)
+        for name in ("step", "rises", "best", "best_plan", "best_gradient"):
+            setattr(part, name, getattr(self, name)[index])
+        return part
+
+
+@dataclass
+class FrankWolfe:
+    """Averages of the best plans for the gradients on the way, which are exact solutions of the linear problem in the ball without the box.
+
+    Of the box they know through prices, which rise where pixels of the average overflow and fall where there is room.
+    """
+
+    transport: LocalTransport
+    legal: Tensor
+    steps: int
+    taken: int = 0
+    plan: Tensor = field(init=False)
+    prices: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.plan = self.legal
+        self.prices = self.legal.new_zeros(self.transport.shape)
+
+    def move(self, gradient: Tensor, values: Tensor) -> None:
+        """One step."""
+        vertex = best_plan(self.transport, steepest(gradient) - self.prices)
+        self.plan = torch.lerp(self.plan, vertex, 2 / (self.taken + 2))
+        self.taken += 1
+        if self.transport.room is not None:
+            images = self.transport.arrived(self.plan)
+            over = (images - self.transport.room.view_as(images)).clamp(-1, 1)
+            self.prices = (self.prices + PRESSURE / math.sqrt(self.taken) * over).clamp_min(0)
+        self.legal = legal(self.transport, self.plan, sweeps=SWEEPS, tol=TOLERANCE)
+
+    def select(self, index: Tensor) -> FrankWolfe:
+        """The same for some of the images."""
+        part = replace(self, transport=self.transport.select(index), legal=self.legal[index])
+        part.plan, part.prices = self.plan[index], self.prices[index]
+        return part
+
+
+ASCENTS: dict[str, type[ProjectedAscent] | type[FrankWolfe]] = {
+    "projected": ProjectedAscent,
+    "frank-wolfe": FrankWolfe,
+}
+
+
+def steepest(gradient: Tensor) -> Tensor:
+    """Each image's gradient, its largest entry 1."""
+    largest = gradient.abs().flatten(1).amax(1).clamp_min(torch.finfo(gradient.dtype).tiny)
+    return gradient / largest.view(-1, 1, 1, 1)
