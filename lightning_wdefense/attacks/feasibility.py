@@ -10,7 +10,7 @@ from scipy.optimize import linprog
 from scipy.sparse import coo_array, eye_array, hstack
 from torch import Tensor
 
-from lightning_wdefense.attacks.local_transport import Neighbourhood, check_images, neighbourhood
+from lightning_wdefense.attacks.local_transport import Neighbourhood, check_images, square
 from lightning_wdefense.attacks.threat import ThreatModel
 from lightning_wdefense.attacks.wasserstein import check_ball
 
@@ -37,7 +37,7 @@ class WassersteinFeasibility(NamedTuple):
 
 
 def wasserstein_feasibility(
-    inputs: Tensor, adversarial: Tensor, threat: ThreatModel, *, neighbourhood_size: int = 5, p: int = 1
+    inputs: Tensor, adversarial: Tensor, threat: ThreatModel, *, neighbourhood: int = 5, p: int = 1
 ) -> WassersteinFeasibility:
     """Transport cost, mass and bounds of adversarial images, whoever made them.
 
@@ -48,7 +48,7 @@ def wasserstein_feasibility(
         inputs: clean images ``(N, C, H, W)``, in model units.
         adversarial: what an attack made of them, in model units.
         threat: the threat model (norm ``wasserstein``).
-        neighbourhood_size: pixels along the side of the square to which mass may go.
+        neighbourhood: pixels along the side of the square to which mass may go.
         p: order of the distance, 1 or 2.
 
     Returns:
@@ -61,11 +61,11 @@ def wasserstein_feasibility(
         >>> import torch
         >>> x, y = torch.zeros(2, 1, 1, 4, 4)
         >>> x[0, 0, 1, 1], y[0, 0, 1, 2] = 0.5, 0.5
-        >>> found = wasserstein_feasibility(x, y, ThreatModel(norm="wasserstein", eps=1.0), neighbourhood_size=3)
+        >>> found = wasserstein_feasibility(x, y, ThreatModel(norm="wasserstein", eps=1.0), neighbourhood=3)
         >>> [round(float(figure), 6) for figure in found]
         [1.0, 0.0, 0.0]
     """
-    check_ball(threat, neighbourhood_size, p)
+    check_ball(threat, neighbourhood, p)
     if inputs.shape != adversarial.shape:
         raise ValueError(
             f"Clean and adversarial images must have one shape, got {tuple(inputs.shape)} and {tuple(adversarial.shape)}."
@@ -74,13 +74,13 @@ def wasserstein_feasibility(
     y = threat.to_data(adversarial.detach().cpu().double())
     # Rounding of the conversion to data units makes no mass.
     x = torch.where(x.abs() < 1e-7 * x.abs().amax(), 0.0, x)
-    check_images(x, neighbourhood_size)
+    check_images(x, neighbourhood)
     total = x.sum((1, 2, 3))
     mass = (y.sum((2, 3)) - x.sum((2, 3))).abs().amax(1) / total
-    over = torch.zeros_like(y) if box.high is None else y - box.high
+    over = torch.zeros_like(y) if box.high is None else (y - box.high).relu()
     top = x.amax() if threat.bounds is None else torch.tensor(threat.bounds[1])
-    outside = torch.maximum(over, -y).flatten(1).amax(1).clamp_min(0) / top
-    near = neighbourhood(neighbourhood_size, p)
+    outside = (over + (-y).relu()).flatten(1).amax(1) / top
+    near = square(neighbourhood, p)
     costs = []
     for clean, moved in zip(x, y.clamp_min(0), strict=True):
         found = [_local_cost(a.numpy(), b.numpy(), near) for a, b in zip(clean, moved, strict=True)]

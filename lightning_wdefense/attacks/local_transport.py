@@ -32,8 +32,8 @@ class Neighbourhood(NamedTuple):
 
 
 @lru_cache(maxsize=16)
-def neighbourhood(size: int, p: int) -> Neighbourhood:
-    """The square of ``size`` by ``size`` pixels with Euclidean distances to the power of ``p``."""
+def square(size: int, p: int) -> Neighbourhood:
+    """``size`` by ``size`` pixels with Euclidean distances to the power of ``p``."""
     reach = size // 2
     squares = [i * i + j * j for i in range(-reach, reach + 1) for j in range(-reach, reach + 1)]
     rings = tuple(tuple(k for k, each in enumerate(squares) if each == square) for square in sorted(set(squares)))

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_wdefense._names import unknown_name
 from lightning_wdefense.attacks.base import Attack, Problem
 from lightning_wdefense.attacks.best_plan import best_plan
-from lightning_wdefense.attacks.local_transport import LocalTransport, check_images, check_neighbourhood, neighbourhood
+from lightning_wdefense.attacks.local_transport import LocalTransport, check_images, check_neighbourhood, square
 from lightning_wdefense.attacks.losses import AttackLoss, check_loss
 from lightning_wdefense.attacks.nearest_plan import legal
 from lightning_wdefense.attacks.norms import per_sample, random_normal, random_uniform
@@ -107,7 +107,7 @@ class WassersteinAttack(Attack):
         images = problem.data / scale
         budget = self.threat.eps**self.p * images.sum((1, 2, 3))
         room = None if problem.box.high is None else problem.box.high / scale
-        transport = LocalTransport.of(images, budget, room, neighbourhood(self.neighbourhood, self.p))
+        transport = LocalTransport.of(images, budget, room, square(self.neighbourhood, self.p))
         found = Found(problem.data.clone(), problem)
         for round_ in range(self.restarts):
             loss = self.loss or ("ce", "margin")[round_ % 2]
