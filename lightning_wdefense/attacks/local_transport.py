@@ -117,17 +117,11 @@ class LocalTransport:
 
     def arrived(self, plan: Tensor) -> Tensor:
         """The images that a plan makes, ``(N, C, H, W)``."""
-        size, (count, channels, height, width) = self.near.size, self.shape
-        dense = plan.new_zeros(count, size * size, channels * height * width)
-        dense.scatter_(2, self.rows.unsqueeze(1).expand(-1, size * size, -1), plan)
-        dense = dense.view(count, size * size, channels, height * width).transpose(1, 2)
-        folded = F.fold(
-            dense.reshape(count * channels, size * size, height * width),
-            (height + size - 1, width + size - 1),
-            size,
-        )
-        reach = size // 2
-        return folded[:, 0, reach : reach + height, reach : reach + width].reshape(self.shape)
+        reach = self.near.size // 2
+        count, channels, height, width = self.shape
+        padded = plan.new_zeros(count, channels, height + 2 * reach, width + 2 * reach)
+        padded.view(count, -1).scatter_add_(1, self.neighbours.flatten(1), plan.flatten(1))
+        return padded[:, :, reach : reach + height, reach : reach + width].contiguous()
 
     def cost(self, plan: Tensor) -> Tensor:
         """What a plan costs, ``(N,)``."""

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lightning_wdefense.attacks.local_transport import LocalTransport
 
-ROW_STEPS = 50
-"""Most Newton steps for the multipliers of the rows; they end by themselves, most often after three or four."""
+ROW_STEPS = 6
+"""Newton steps for the multipliers of the rows where they need not be exact, which they most often are by then."""
 
 
 class Prices(NamedTuple):
@@ -51,7 +51,7 @@ def nearest_plan(transport: LocalTransport, target: Tensor, *, iterations: int =
     price = torch.zeros_like(budget)
     low, high = price, torch.full_like(budget, torch.inf)
     for _ in range(iterations):
-        plan = _onto_rows(target - price * transport.costs, transport.masses)
+        plan = _onto_rows(target - price * transport.costs, transport.masses, steps=target.shape[1])
         excess, slope = _excess(transport, plan)
         if bool(((excess.abs() <= tol * budget) | ((excess <= 0) & (price <= 0))).all()):
             break
@@ -83,7 +83,7 @@ def nearest_plan_with_room(
             continue
         images = transport.arrived(plan)
         if index == 0:  # what moves with a pixel's price changes little from here on
-            active = (plan > 0).to(plan.dtype)
+            active = plan.sign()
             curvature = transport.arrived(active - active / active.sum(1, keepdim=True).clamp_min(1)).clamp_min(0.5)
         room = (room + (images - transport.room.view_as(images)) / curvature).clamp_min(0)
     return plan, Prices(price, room)
@@ -123,28 +123,24 @@ def legal(transport: LocalTransport, plan: Tensor, *, sweeps: int = 500, tol: fl
     return plan
 
 
-def _onto_rows(goal: Tensor, masses: Tensor) -> Tensor:
-    """Each row ``(N, K, R)`` onto the simplex of its mass ``(N, R)``."""
+def _onto_rows(goal: Tensor, masses: Tensor, steps: int = ROW_STEPS) -> Tensor:
+    """Each row ``(N, K, R)`` onto the simplex of its mass ``(N, R)``; exact after ``K`` steps."""
     masses = masses.unsqueeze(1)
     # Left of the root of a convex, falling function Newton's steps rise to it and, as it is piecewise linear, end there.
     shift = goal.amax(1, keepdim=True) - masses
-    for _ in range(ROW_STEPS):
-        above = goal > shift
-        total = torch.where(above, goal, 0.0).sum(1, keepdim=True)
-        after = torch.maximum(shift, (total - masses) / above.sum(1, keepdim=True).clamp_min(1))
-        moved = bool((after > shift).any())
-        shift = after
-        if not moved:
-            break
+    for _ in range(steps):
+        above = (goal - shift).clamp_min_(0)
+        excess = above.sum(1, keepdim=True) - masses
+        shift = shift + (excess / above.sign_().sum(1, keepdim=True).clamp_min_(1)).clamp_min_(0)
     return (goal - shift).clamp_min_(0)
 
 
 def _excess(transport: LocalTransport, plan: Tensor) -> tuple[Tensor, Tensor]:
     """By how much a plan exceeds the budget, and how fast that falls with the price of cost, both ``(N, 1, 1)``."""
-    active = (plan > 0).to(plan.dtype)
-    count = active.sum(1, keepdim=True).clamp_min(1)
+    active, costs = plan.sign(), transport.costs
+    count = active.sum(1).clamp_min_(1)
     # An entry falls by its own cost less the mean of those in its row, which stays as large as it is.
-    mean = (active * transport.costs).sum(1, keepdim=True) / count
-    slope = (active * (transport.costs - mean).square()).sum((1, 2))
+    first, second = (active.mul_(costs).sum(1) for _ in range(2))
+    slope = (second - first.square() / count).sum(1)
     excess = transport.cost(plan) - transport.budget
     return excess.view(-1, 1, 1), slope.clamp_min(torch.finfo(slope.dtype).eps).view(-1, 1, 1)
