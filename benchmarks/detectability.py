@@ -48,9 +48,13 @@ DETECTOR_NAMES = [name for name, kind in DETECTORS.items() if kind is not Critic
 STATISTICS = ("energy", "mmd", "sinkhorn")
 WEIGHTS = [0.1, 1.0, 10.0]
 """Of the detector's score in an adaptive attack."""
-RADII = {"digits": {"linf": 0.2, "wasserstein": 0.1}, "mnist": {"linf": 0.3, "wasserstein": 0.1}}
+RADII = {"digits": {"linf": 0.2, "wasserstein": 0.2}, "mnist": {"linf": 0.3, "wasserstein": 0.2}}
 """That the defended models are trained for."""
-MODELS = {"undefended": None, "linf": ("pgd", "linf", {"steps": 10}), "wasserstein": ("wasserstein", "wasserstein", {})}
+MODELS = {
+    "undefended": None,
+    "linf": ("pgd", "linf", {"steps": 10}),
+    "wasserstein": ("wasserstein", "wasserstein", {"methods": "projected", "steps": 4, "restarts": 1}),
+}
 PERMUTATIONS = 99
 
 
