@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -22,7 +21,6 @@ from typing import Any
 import torch
 from _common import hardware
 from defenses_data import Splits, load
-from defenses_models import NETWORKS
 from defenses_protocol import Protocol
 from defenses_store import read, short_hash, write_atomically
 from detectability_attacks import (
@@ -37,10 +35,11 @@ from detectability_attacks import (
 )
 from detectability_attacks import Seen as SeenModel
 from detectability_report import markdown, plot
-from torch import Tensor, nn
+from torch import Tensor
+from trained_models import MODELS, RADII, identity, trained
 
 from lightning_wdefense import ThreatModel
-from lightning_wdefense.attacks import ATTACKS, Attack, get_attack
+from lightning_wdefense.attacks import ATTACKS
 from lightning_wdefense.detection import DETECTORS, CriticScore, Detector, FeatureSqueezing, two_sample_test
 from lightning_wdefense.metrics import detectability
 
@@ -48,57 +47,16 @@ DETECTOR_NAMES = [name for name, kind in DETECTORS.items() if kind is not Critic
 STATISTICS = ("energy", "mmd", "sinkhorn")
 WEIGHTS = [0.1, 1.0, 10.0]
 """Of the detector's score in an adaptive attack."""
-RADII = {"digits": {"linf": 0.2, "wasserstein": 0.2}, "mnist": {"linf": 0.3, "wasserstein": 0.2}}
-"""That the defended models are trained for."""
-MODELS = {
-    "undefended": None,
-    "linf": ("pgd", "linf", {"steps": 10}),
-    "wasserstein": ("wasserstein", "wasserstein", {"methods": "projected", "steps": 4, "restarts": 1}),
-}
 PERMUTATIONS = 99
-
-
-def defence(model: str, options: argparse.Namespace) -> Attack | None:
-    if MODELS[model] is None:
-        return None
-    name, norm, settings = MODELS[model]
-    return get_attack(name, ThreatModel(norm=norm, eps=RADII[options.dataset][norm]), **settings)
-
-
-def train(model: str, seed: int, data: Splits, options: argparse.Namespace) -> nn.Sequential:
-    """A network, trained on attacked images if it is a defended one; the radius grows over the first half of the epochs."""
-    torch.manual_seed(seed)
-    network, attack = NETWORKS[options.dataset]().to(options.device), defence(model, options)
-    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
-    x, y = (part.to(options.device) for part in data.train)
-    for epoch in range(options.epochs):
-        for index in torch.randperm(len(x)).to(x.device).split(128):
-            images, labels = x[index], y[index]
-            if attack is not None:
-                ramp = min(1.0, 2 * (epoch + 1) / options.epochs)
-                images = attack.with_eps(attack.threat.eps * ramp)(network, images, labels)
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(network(images), labels).backward()
-            optimizer.step()
-    return network.eval()
 
 
 class Bench:
     """One trained model with its detectors, and what was measured of it."""
 
     def __init__(self, model: str, seed: int, data: Splits, options: argparse.Namespace) -> None:
-        settings = {name: getattr(options, name) for name in ("dataset", "train", "validation", "test", "epochs")}
-        self.identity = {"model": model, "seed": seed, "data": data.fingerprint, **settings}
+        self.identity = identity(model, seed, data, options)
         self.model, self.options, self.folder = model, options, options.work / short_hash(self.identity)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        weights = self.folder / "weights.pt"
-        if not weights.exists():
-            torch.save(
-                train(model, seed, data, options).state_dict(), unfinished := self.folder / f"{os.getpid()}.part"
-            )
-            unfinished.replace(weights)
-        self.network = NETWORKS[options.dataset]().to(options.device).eval()
-        self.network.load_state_dict(torch.load(weights, map_location=options.device))
+        self.network = trained(model, seed, data, options)
         for name in ("train", "validation", "test"):
             x, y = (part.to(options.device) for part in getattr(data, name))
             setattr(self, name, (x, y) if name == "train" else self._right(x, y))

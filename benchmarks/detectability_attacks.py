@@ -46,7 +46,9 @@ LESS_HIDING = {"weight": 1.0}
 SPECS = {
     "pgd-linf": Spec("pgd", "linf", 0.02, {"steps": 40, "loss": "margin"}),
     "pgd-l2": Spec("pgd", "l2", 0.2, {"steps": 40, "loss": "margin"}),
-    "wasserstein": Spec("wasserstein", "wasserstein", 0.02),
+    "wasserstein": Spec(
+        "wasserstein", "wasserstein", 0.02, {"steps": 20, "methods": "projected", "restarts": 1, "loss": "margin"}
+    ),
     "sinkhorn-linf": Spec("sinkhorn", "linf", 0.02, {"features": "penultimate"}, LESS_HIDING),
     "sinkhorn-l2": Spec("sinkhorn", "l2", 0.2, {"features": "penultimate"}, LESS_HIDING),
 }

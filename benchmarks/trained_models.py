@@ -1,0 +1,70 @@
+"""The classifiers that ``detectability.py`` and ``wasserstein_attacks.py`` attack, trained once and kept in ``--work``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+import torch
+from defenses_data import Splits
+from defenses_models import NETWORKS
+from defenses_store import short_hash
+from torch import nn
+
+from lightning_wdefense import ThreatModel
+from lightning_wdefense.attacks import Attack, get_attack
+
+RADII = {"digits": {"linf": 0.2, "wasserstein": 0.2}, "mnist": {"linf": 0.3, "wasserstein": 0.2}}
+"""That the defended models are trained for."""
+MODELS: dict[str, Any] = {
+    "undefended": None,
+    "linf": ("pgd", "linf", {"steps": 10}),
+    "wasserstein": ("wasserstein", "wasserstein", {"methods": "projected", "steps": 4, "restarts": 1}),
+}
+"""Attack, norm and options of adversarial training."""
+
+
+def defence(model: str, dataset: str) -> Attack | None:
+    if MODELS[model] is None:
+        return None
+    name, norm, settings = MODELS[model]
+    return get_attack(name, ThreatModel(norm=norm, eps=RADII[dataset][norm]), **settings)
+
+
+def identity(model: str, seed: int, data: Splits, options: argparse.Namespace) -> dict[str, Any]:
+    """All that decides the weights."""
+    settings = {name: getattr(options, name) for name in ("dataset", "train", "validation", "test", "epochs")}
+    return {"model": model, "seed": seed, "data": data.fingerprint, **settings}
+
+
+def trained(model: str, seed: int, data: Splits, options: argparse.Namespace) -> nn.Sequential:
+    """The network, from the folder of an earlier run where there is one."""
+    folder = options.work / short_hash(identity(model, seed, data, options))
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = folder / "weights.pt"
+    if not weights.exists():
+        state = train(model, seed, data, options).state_dict()
+        torch.save(state, unfinished := folder / f"{os.getpid()}.part")
+        unfinished.replace(weights)
+    network = NETWORKS[options.dataset]().to(options.device).eval()
+    network.load_state_dict(torch.load(weights, map_location=options.device))
+    return network
+
+
+def train(model: str, seed: int, data: Splits, options: argparse.Namespace) -> nn.Sequential:
+    """A network, trained on attacked images if it is a defended one; the radius grows over the first half of the epochs."""
+    torch.manual_seed(seed)
+    network, attack = NETWORKS[options.dataset]().to(options.device), defence(model, options.dataset)
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
+    x, y = (part.to(options.device) for part in data.train)
+    for epoch in range(options.epochs):
+        for index in torch.randperm(len(x)).to(x.device).split(128):
+            images, labels = x[index], y[index]
+            if attack is not None:
+                ramp = min(1.0, 2 * (epoch + 1) / options.epochs)
+                images = attack.with_eps(attack.threat.eps * ramp)(network, images, labels)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(network(images), labels).backward()
+            optimizer.step()
+    return network.eval()
