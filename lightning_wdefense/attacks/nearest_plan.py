@@ -67,24 +67,23 @@ def nearest_plan_with_room(
 ) -> tuple[Tensor, Prices]:
     """The same with regard to the room in the pixels, nearly: a few steps of the dual, from the prices of the last time.
 
-    Every iteration moves the price of cost by Newton's method and the price of each pixel by its own curvature, all at once.
-    :func:`legal` makes what is returned legal.
+    Every iteration moves the price of cost by Newton's method and the price of each pixel by its own curvature, all at once. The price of
+    cost falls by half at most: where it is so high that nothing moves, it does not show by how much. :func:`legal` makes what is returned
+    legal.
 
     Returns:
         The plan, and the prices.
     """
     target = target.masked_fill(~transport.inside, -torch.inf)
     price, room = prices
-    for index in range(iterations):
+    for _ in range(iterations):
         plan = _onto_rows(target - price * transport.costs - transport.seen_from(room), transport.masses)
         excess, slope = _excess(transport, plan)
-        price = (price + excess / slope).clamp_min(0)
+        price = torch.maximum(price + excess / slope, price / 2)
         if transport.room is None:
             continue
-        images = transport.arrived(plan)
-        if index == 0:  # what moves with a pixel's price changes little from here on
-            active = (plan > 0).to(plan.dtype)
-            curvature = transport.arrived(active - active / active.sum(1, keepdim=True).clamp_min(1)).clamp_min(0.5)
+        images, active = transport.arrived(plan), (plan > 0).to(plan.dtype)
+        curvature = transport.arrived(active - active / active.sum(1, keepdim=True).clamp_min(1)).clamp_min(0.5)
         room = (room + (images - transport.room.view_as(images)) / curvature).clamp_min(0)
     return plan, Prices(price, room)
 
