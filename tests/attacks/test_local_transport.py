@@ -114,7 +114,7 @@ def test_the_nearest_plan_is_the_quadratic_programs(size, p, share, kind):
     for program, each, target in zip(programs_of(transport, x, p), plan, goal, strict=True):
         program.assert_plan(each, box=False, tol=1e-6)
         nearest = program.nearest(target)
-        np.testing.assert_allclose(program.variables(each), nearest, atol=1e-6 * float(x.max()))
+        np.testing.assert_allclose(program.variables(each), nearest, atol=1e-5)  # as far as Clarabel goes
         assert squares(program, each, target) == pytest.approx(squares(program, nearest, target), rel=1e-6)
 
 
@@ -135,9 +135,7 @@ def test_the_nearest_plan_with_room_goes_to_the_quadratic_programs(kind, share, 
     transport = transport_of(x, share**p, 5, p)
     goal = goal_of(transport, noise(x))
     plan = legal(transport, nearest_plan_with_room(transport, goal, Prices.none(transport), iterations=500)[0])
-    for program, each, stay, target in zip(
-        programs_of(transport, x, p), plan, transport.stay(), goal, strict=True
-    ):
+    for program, each, stay, target in zip(programs_of(transport, x, p), plan, transport.stay(), goal, strict=True):
         program.assert_plan(each, box=True, tol=1e-6)
         best, home = squares(program, program.nearest(target), target), squares(program, stay, target)
         assert (squares(program, each, target) - best) / (home - best) < 1e-2
