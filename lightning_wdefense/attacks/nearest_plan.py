@@ -9,9 +9,6 @@ from torch import Tensor
 
 from lightning_wdefense.attacks.local_transport import LocalTransport
 
-ROW_STEPS = 6
-"""Newton steps for the multipliers of the rows where they need not be exact, which they most often are by then."""
-
 
 class Prices(NamedTuple):
     """Multipliers of the constraints, from which the next projection can start.
@@ -51,7 +48,7 @@ def nearest_plan(transport: LocalTransport, target: Tensor, *, iterations: int =
     price = torch.zeros_like(budget)
     low, high = price, torch.full_like(budget, torch.inf)
     for _ in range(iterations):
-        plan = _onto_rows(target - price * transport.costs, transport.masses, steps=target.shape[1])
+        plan = _onto_rows(target - price * transport.costs, transport.masses)
         excess, slope = _excess(transport, plan)
         if bool(((excess.abs() <= tol * budget) | ((excess <= 0) & (price <= 0))).all()):
             break
@@ -67,24 +64,23 @@ def nearest_plan_with_room(
 ) -> tuple[Tensor, Prices]:
     """The same with regard to the room in the pixels, nearly: a few steps of the dual, from the prices of the last time.
 
-    Every iteration moves the price of cost by Newton's method and the price of each pixel by its own curvature, all at once.
-    :func:`legal` makes what is returned legal.
+    Every iteration moves the price of cost by Newton's method and the price of each pixel by its own curvature, all at once. The price of
+    cost falls by half at most: where it is so high that nothing moves, it does not show by how much. :func:`legal` makes what is returned
+    legal.
 
     Returns:
         The plan, and the prices.
     """
     target = target.masked_fill(~transport.inside, -torch.inf)
     price, room = prices
-    for index in range(iterations):
+    for _ in range(iterations):
         plan = _onto_rows(target - price * transport.costs - transport.seen_from(room), transport.masses)
         excess, slope = _excess(transport, plan)
-        price = (price + excess / slope).clamp_min(0)
+        price = torch.maximum(price + excess / slope, price / 2)
         if transport.room is None:
             continue
-        images = transport.arrived(plan)
-        if index == 0:  # what moves with a pixel's price changes little from here on
-            active = plan.sign()
-            curvature = transport.arrived(active - active / active.sum(1, keepdim=True).clamp_min(1)).clamp_min(0.5)
+        images, active = transport.arrived(plan), plan.sign()
+        curvature = transport.arrived(active - active / active.sum(1, keepdim=True).clamp_min(1)).clamp_min(0.5)
         room = (room + (images - transport.room.view_as(images)) / curvature).clamp_min(0)
     return plan, Prices(price, room)
 
@@ -123,15 +119,17 @@ def legal(transport: LocalTransport, plan: Tensor, *, sweeps: int = 500, tol: fl
     return plan
 
 
-def _onto_rows(goal: Tensor, masses: Tensor, steps: int = ROW_STEPS) -> Tensor:
-    """Each row ``(N, K, R)`` onto the simplex of its mass ``(N, R)``; exact after ``K`` steps."""
+def _onto_rows(goal: Tensor, masses: Tensor) -> Tensor:
+    """Each row ``(N, K, R)`` onto the simplex of its mass ``(N, R)``."""
     masses = masses.unsqueeze(1)
-    # Left of the root of a convex, falling function Newton's steps rise to it and, as it is piecewise linear, end there.
+    # Left of the root of a convex, falling function Newton's steps rise to it and, as it has at most K pieces, end there.
     shift = goal.amax(1, keepdim=True) - masses
-    for _ in range(steps):
+    for _ in range(goal.shape[1]):
         above = (goal - shift).clamp_min_(0)
-        excess = above.sum(1, keepdim=True) - masses
-        shift = shift + (excess / above.sign_().sum(1, keepdim=True).clamp_min_(1)).clamp_min_(0)
+        excess = (above.sum(1, keepdim=True) - masses).clamp_min_(0)
+        before, shift = shift, shift + excess / above.sign_().sum(1, keepdim=True).clamp_min_(1)
+        if torch.equal(before, shift):
+            break
     return (goal - shift).clamp_min_(0)
 
 

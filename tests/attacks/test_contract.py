@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from support.attacks import ATTACK_CASES, OWN_CASES, AttackCase
 from support.modules import Nasty, Snapshot, batch, classifier
 
-from lightning_wdefense.attacks import PGD, ThreatModel
+from lightning_wdefense.attacks import PGD, ThreatModel, WassersteinAttack, wasserstein_feasibility
 
 every_attack = pytest.mark.parametrize("case", ATTACK_CASES.values(), ids=ATTACK_CASES)
 own_attacks = pytest.mark.parametrize("case", OWN_CASES.values(), ids=OWN_CASES)
@@ -28,6 +28,9 @@ norms = pytest.mark.parametrize("threat", [LINF, L2], ids=["linf", "l2"])
 def assert_legal(case: AttackCase, threat: ThreatModel, adversarial, inputs, tol: float = 1e-6):
     """Inside the bounds and, if bounded, inside the ball; ``tol`` is relative to the bounds' range."""
     assert torch.isfinite(adversarial).all()
+    if case.transports:
+        assert_transported(case(threat), adversarial, inputs)
+        return
     to_data = lambda x: threat.to_data(x.double())  # noqa: E731
     data, clean = to_data(adversarial), to_data(inputs)
     if threat.bounds is not None:
@@ -37,6 +40,21 @@ def assert_legal(case: AttackCase, threat: ThreatModel, adversarial, inputs, tol
         assert data.max() <= high + tol
     if case(threat).bounded:
         assert threat.ball.length(data - clean).max() <= threat.eps + tol
+
+
+def assert_transported(attack: WassersteinAttack, adversarial, inputs):
+    """The mass of each channel, the bounds, and what the exact plan costs, up to 1e-5 of each or what the dtype can tell apart."""
+    tol = max(1e-5, 2 * torch.finfo(inputs.dtype).eps)
+    threat, rounded = attack.threat, tol > 1e-5
+    data, clean = (threat.to_data(x.double()) for x in (adversarial, inputs))
+    if rounded:  # a plan explains no change of mass
+        data = data * (clean.sum((2, 3), keepdim=True) / data.sum((2, 3), keepdim=True))
+    options = {"neighbourhood": attack.neighbourhood, "p": attack.p}
+    found = wasserstein_feasibility(threat.to_model(clean), threat.to_model(data), threat, **options)
+    assert (found.cost**attack.p <= threat.eps**attack.p * (1 + 2 * tol) + (tol if rounded else 1e-6)).all(), found.cost
+    assert found.box.max() <= tol, found.box
+    found = wasserstein_feasibility(inputs, adversarial, threat, **options)
+    assert found.mass.max() <= tol, found.mass
 
 
 # --- the model is left as it was
@@ -74,7 +92,7 @@ def test_leaves_a_failing_module_as_it_was(case, call):
 
 @every_attack
 def test_leaves_a_method_or_partial_of_a_module_as_it_was(case):
-    inputs, labels = torch.rand(8, 36), torch.arange(8) % 5
+    inputs, labels = torch.rand(8, *case.shape(36)), torch.arange(8) % 5
     for wrap in (lambda model: model.forward, lambda model: partial(model.forward), lambda model: partial(model)):
         model = Nasty(36)
         snapshot = Snapshot(model)
@@ -85,8 +103,8 @@ def test_leaves_a_method_or_partial_of_a_module_as_it_was(case):
 @every_attack
 def test_does_not_disturb_a_graph_under_way(case):
     """A user's forward pass whose backward comes after the attack."""
-    model = classifier(6).train()
-    inputs, labels = batch(6)
+    model = classifier(*case.shape(6)).train()
+    inputs, labels = batch(*case.shape(6))
     model(inputs).sum().backward()
     expected = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
@@ -121,8 +139,8 @@ def test_same_result_without_gradients(case, threat):
 @every_attack
 def test_buffers_and_autocast_weights_made_in_inference_mode(case):
     """Validation leaves inference tensors behind, in buffers and in autocast's cache; graphs must not meet them."""
-    model = classifier(6)
-    inputs, labels = batch(6)
+    model = classifier(*case.shape(6))
+    inputs, labels = batch(*case.shape(6))
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         model[2].running_mean = model[2].running_mean + 0.1
         model(inputs)
@@ -160,6 +178,8 @@ def test_inside_autocast(case, threat, before):
 @pytest.mark.parametrize("half", ["autocast", "model"])
 def test_float16_gradients_do_not_underflow(case, half):
     """A confident model's gradients, near 1e-8, are nothing in float16."""
+    if case.transports:
+        pytest.skip("moves mass between pixels: test_wasserstein.py looks at whether it does")
     if not case.scaled:
         pytest.skip("gradients of 1e-8 do not move it: test_training_attacks.py looks at what they do")
     torch.manual_seed(0)
@@ -196,12 +216,15 @@ STATISTICS = {
 @pytest.mark.parametrize("bounds", [(0.0, 1.0), (-1.0, 1.0), (0.0, 255.0)], ids=str)
 @pytest.mark.parametrize("statistics", STATISTICS.values(), ids=STATISTICS)
 def test_never_leaves_bounds_or_ball(case, threat, bounds, statistics):
+    if case.transports and bounds[0] != 0:
+        pytest.skip("a pixel without mass is 0")
     low, span = bounds[0], bounds[1] - bounds[0]
     mean, std = (
         None if s is None else tuple(span * v + low * shift for v in np.atleast_1d(s))
         for s, shift in zip(statistics, (1, 0), strict=True)
     )
-    threat = ThreatModel(norm=threat.norm, eps=threat.eps * span, bounds=bounds, mean=mean, std=std)
+    eps = threat.eps if case.transports else threat.eps * span
+    threat = ThreatModel(norm=threat.norm, eps=eps, bounds=bounds, mean=mean, std=std)
     unit, labels = batch(3, 4, 4, n=4)
     unit[0, :, :2], unit[1, :, :2] = 0.0, 1.0  # corners of the box
     inputs = threat.to_model(unit * span + low)
@@ -239,6 +262,8 @@ def test_normalisation_changes_nothing(case, threat):
 @own_attacks
 @norms
 def test_unbounded_inputs(case, threat):
+    if case.transports:
+        pytest.skip("mass is not negative")
     threat = ThreatModel(norm=threat.norm, eps=threat.eps, bounds=None)
     model = classifier(6)
     inputs = 10 * torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
@@ -256,6 +281,8 @@ def test_unbounded_inputs(case, threat):
     seed=st.integers(0, 100),
 )
 def test_any_shape_and_radius(case, shape, eps, norm, bounds, seed):
+    if not case.takes(tuple(shape)) or (case.transports and bounds == (-3.0, 5.0)):
+        return
     threat = ThreatModel(norm=norm, eps=eps, bounds=bounds)
     inputs = torch.rand(3, *shape, generator=torch.Generator().manual_seed(seed))
     model = classifier(*(shape or [1]), seed=seed)
@@ -274,6 +301,8 @@ SHAPES = [(), (1,), (7,), (30,), (4, 3), (3, 8, 8), (3, 5, 9), (1, 9, 2), (1, 4,
 @norms
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_inputs_of_any_shape(case, threat, shape):
+    if not case.takes(shape):
+        pytest.skip("no image, or smaller than the neighbourhood")
     model = classifier(*shape or (1,))
     if not shape:
         model = torch.nn.Sequential(torch.nn.Unflatten(0, (-1, 1)), model)
@@ -318,8 +347,8 @@ def test_channels_last_and_expanded_inputs(case, threat):
 
 @every_attack
 def test_inputs_that_require_grad(case):
-    model = classifier(6)
-    inputs, labels = batch(6)
+    model = classifier(*case.shape(6))
+    inputs, labels = batch(*case.shape(6))
     inputs = inputs.requires_grad_()
     adversarial = case(LINF)(model, inputs, labels)
     assert not adversarial.requires_grad
@@ -380,8 +409,8 @@ def test_a_shared_generator_moves_on(case):
 @every_attack
 def test_is_plain_configuration(case):
     attack = case(LINF)
-    model = classifier(6)
-    inputs, labels = batch(6)
+    model = classifier(*case.shape(6))
+    inputs, labels = batch(*case.shape(6))
     expected = attack(model, inputs, labels)
     for twin in (pickle.loads(pickle.dumps(attack)), copy.deepcopy(attack), case(LINF)):
         assert twin == attack
@@ -389,7 +418,7 @@ def test_is_plain_configuration(case):
         assert torch.equal(twin(model, inputs, labels), expected)
     assert pickle.dumps(attack) == pickle.dumps(case(LINF)), "a call must leave nothing in the attack"
     assert type(attack).__name__ in repr(attack)
-    assert repr(LINF) in repr(attack)
+    assert repr(case.threat(LINF)) in repr(attack)
     assert "seed=0" in repr(attack)
     assert attack.name
     assert attack.seed == 0
@@ -400,7 +429,7 @@ def test_is_plain_configuration(case):
 def test_with_eps(case, threat):
     attack = case(threat).with_eps(0.05)
     assert type(attack) is type(case(threat))
-    assert attack.threat == threat.with_eps(0.05)
+    assert attack.threat == case.threat(threat).with_eps(0.05)
     assert attack.name == case(threat).name
     assert attack == case(threat.with_eps(0.05))
     model = classifier(1, 6, 6)
@@ -412,8 +441,8 @@ def test_with_eps(case, threat):
 @norms
 def test_no_radius_no_change(case, threat):
     threat = ThreatModel(norm=threat.norm, eps=0.0, mean=0.3, std=0.7)
-    model = classifier(6)
-    inputs = threat.to_model(batch(6)[0])
+    model = classifier(*case.shape(6))
+    inputs = threat.to_model(batch(*case.shape(6))[0])
     adversarial = case(threat)(model, inputs, torch.zeros(8, dtype=torch.long))
     torch.testing.assert_close(adversarial, inputs, atol=0 if case(threat).bounded else 1e-6, rtol=0)
     assert adversarial.data_ptr() != inputs.data_ptr()
@@ -421,8 +450,8 @@ def test_no_radius_no_change(case, threat):
 
 @every_attack
 def test_labels_are_left_alone(case):
-    model = classifier(6)
-    inputs, labels = batch(6)
+    model = classifier(*case.shape(6))
+    inputs, labels = batch(*case.shape(6))
     kept = labels.clone()
     case(LINF)(model, inputs, labels)
     assert torch.equal(labels, kept)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import isqrt
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from lightning_wdefense.attacks import (
     SoftBallPGD,
     ThreatModel,
     TorchAttack,
+    WassersteinAttack,
     get_attack,
 )
 
@@ -35,7 +37,7 @@ class AttackCase:
 
     ``noisy``: another seed gives another result. ``own``: ours, so it takes ``bounds=None``, any task and float16 gradients.
     ``differentiates``: needs gradients. ``labelled``: maximises a loss of the labels. ``scaled``: moves as far however small the
-    gradient.
+    gradient. ``transports``: moves the mass of images, under the Wasserstein norm whichever is asked for.
     """
 
     build: Callable[[ThreatModel], Attack]
@@ -44,9 +46,23 @@ class AttackCase:
     differentiates: bool = True
     labelled: bool = True
     scaled: bool = True
+    transports: bool = False
 
     def __call__(self, threat: ThreatModel) -> Attack:
-        return self.build(threat)
+        return self.build(self.threat(threat))
+
+    def threat(self, threat: ThreatModel) -> ThreatModel:
+        """What it is built for."""
+        return replace(threat, norm="wasserstein") if self.transports else threat
+
+    def shape(self, features: int) -> tuple[int, ...]:
+        """Of inputs with about so many values that need be nothing in particular."""
+        side = max(isqrt(features), 3)
+        return (1, side, side) if self.transports else (features,)
+
+    def takes(self, shape: tuple[int, ...]) -> bool:
+        """Whether inputs of this shape are for it."""
+        return not self.transports or (len(shape) == 3 and min(shape[1:]) >= 3)
 
 
 ATTACK_CASES = {
@@ -63,6 +79,11 @@ ATTACK_CASES = {
     "feature-scattering": AttackCase(FeatureScattering, labelled=False),
     "gibbs-noise": AttackCase(lambda threat: GibbsNoise(threat, temperature=0.01), differentiates=False),
     "sinkhorn": AttackCase(lambda threat: SinkhornAttack(threat, steps=3)),
+    "wasserstein": AttackCase(lambda threat: WassersteinAttack(threat, steps=3, neighbourhood=3), transports=True),
+    "wasserstein-early-exit": AttackCase(
+        lambda threat: WassersteinAttack(threat, steps=4, methods="frank-wolfe", neighbourhood=3, p=2, early_exit=True),
+        transports=True,
+    ),
     "torchattacks-pgd": AttackCase(
         lambda threat: TorchAttack("PGDL2" if threat.norm == "l2" else "PGD", threat, steps=3), own=False
     ),
