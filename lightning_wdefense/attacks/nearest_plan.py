@@ -12,6 +12,9 @@ from lightning_wdefense.attacks.local_transport import LocalTransport
 ROW_STEPS = 50
 """Most Newton steps for the multipliers of the rows; they end by themselves, most often after three or four."""
 
+ROOM_STEP = 0.7
+"""Of the prices of room, in Newton steps of each by itself: less than 1, as those of its neighbours move too."""
+
 
 class Prices(NamedTuple):
     """Multipliers of the constraints, from which the next projection can start.
@@ -84,7 +87,7 @@ def nearest_plan_with_room(
             continue
         images, active = transport.arrived(plan), (plan > 0).to(plan.dtype)
         curvature = transport.arrived(active - active / active.sum(1, keepdim=True).clamp_min(1)).clamp_min(0.5)
-        room = (room + (images - transport.room.view_as(images)) / curvature).clamp_min(0)
+        room = (room + ROOM_STEP * (images - transport.room.view_as(images)) / curvature).clamp_min(0)
     return plan, Prices(price, room)
 
 
