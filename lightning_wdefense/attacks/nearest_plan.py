@@ -79,10 +79,14 @@ def nearest_plan_with_room(
     """
     target = target.masked_fill(~transport.inside, -torch.inf)
     price, room = prices
+    low, high = torch.zeros_like(price), torch.full_like(price, torch.inf)
     for _ in range(iterations):
         plan = _onto_rows(target - price * transport.costs - transport.seen_from(room), transport.masses)
         excess, slope = _excess(transport, plan)
-        price = torch.maximum(price + excess / slope, price / 2)
+        newton = torch.maximum(price + excess / slope, price / 2)
+        # The prices of room move the root, so its bracket widens.
+        low, high = torch.where(excess > 0, price, 0.9 * low), torch.where(excess > 0, high / 0.9, price)
+        price = torch.where((newton >= low) & (newton <= high), newton, (low + high) / 2)
         if transport.room is None:
             continue
         images, active = transport.arrived(plan), (plan > 0).to(plan.dtype)
