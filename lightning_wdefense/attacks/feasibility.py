@@ -10,7 +10,7 @@ from scipy.optimize import linprog
 from scipy.sparse import coo_array, eye_array, hstack
 from torch import Tensor
 
-from lightning_wdefense.attacks.local_transport import Neighbourhood, check_images, square
+from lightning_wdefense.attacks.local_transport import Neighbourhood, check_images, square, without_rounding
 from lightning_wdefense.attacks.threat import ThreatModel
 from lightning_wdefense.attacks.wasserstein import check_ball
 
@@ -70,10 +70,11 @@ def wasserstein_feasibility(
         raise ValueError(
             f"Clean and adversarial images must have one shape, got {tuple(inputs.shape)} and {tuple(adversarial.shape)}."
         )
-    x, box = threat.read(inputs.detach().cpu().double())
-    y = threat.to_data(adversarial.detach().cpu().double())
+    x, y = (threat.to_data(images.detach().cpu().double()) for images in (inputs, adversarial))
+    box = threat.box(x, precision=inputs.dtype)
     # Rounding of the conversion to data units makes no mass.
-    x = torch.where(x.abs() < 1e-7 * x.abs().amax(), 0.0, x)
+    x = without_rounding(x, inputs.dtype)
+    x = torch.where(x < 1e-7 * x.amax(), x.clamp_max(0), x)
     check_images(x, neighbourhood)
     total = x.sum((1, 2, 3))
     mass = (y.sum((2, 3)) - x.sum((2, 3))).abs().amax(1) / total

@@ -138,6 +138,17 @@ def check_neighbourhood(size: int) -> None:
         raise ValueError(f"neighbourhood must be odd and at least 3, so that it has a centre, got {size}.")
 
 
+def without_rounding(data: Tensor, precision: torch.dtype) -> Tensor:
+    """Images in which what the conversion to data units took a little below 0 is 0.
+
+    Args:
+        data: images in data units.
+        precision: the dtype in which they came.
+    """
+    rounding = 8 * torch.finfo(precision).eps * max(1.0, float(data.abs().amax()))
+    return torch.where(data >= -rounding, data.clamp_min(0), data)
+
+
 def check_images(data: Tensor, size: int) -> None:
     """Refuse what has no mass to move.
 

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from lightning_wdefense.attacks.local_transport import LocalTransport
 
+ROOM_STEP = 0.7
+"""Of the prices of room, in Newton steps of each by itself: less than 1, as those of its neighbours move too."""
+
 
 class Prices(NamedTuple):
     """Multipliers of the constraints, from which the next projection can start.
@@ -73,15 +76,19 @@ def nearest_plan_with_room(
     """
     target = target.masked_fill(~transport.inside, -torch.inf)
     price, room = prices
+    low, high = torch.zeros_like(price), torch.full_like(price, torch.inf)
     for _ in range(iterations):
         plan = _onto_rows(target - price * transport.costs - transport.seen_from(room), transport.masses)
         excess, slope = _excess(transport, plan)
-        price = torch.maximum(price + excess / slope, price / 2)
+        newton = torch.maximum(price + excess / slope, price / 2)
+        # The prices of room move the root, so its bracket widens.
+        low, high = torch.where(excess > 0, price, 0.9 * low), torch.where(excess > 0, high / 0.9, price)
+        price = torch.where((newton >= low) & (newton <= high), newton, (low + high) / 2)
         if transport.room is None:
             continue
         images, active = transport.arrived(plan), plan.sign()
         curvature = transport.arrived(active - active / active.sum(1, keepdim=True).clamp_min(1)).clamp_min(0.5)
-        room = (room + (images - transport.room.view_as(images)) / curvature).clamp_min(0)
+        room = (room + ROOM_STEP * (images - transport.room.view_as(images)) / curvature).clamp_min(0)
     return plan, Prices(price, room)
 
 

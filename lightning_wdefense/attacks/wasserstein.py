@@ -12,7 +12,13 @@ from torch import Tensor
 from lightning_wdefense._names import unknown_name
 from lightning_wdefense.attacks.base import Attack, Problem
 from lightning_wdefense.attacks.best_plan import best_plan
-from lightning_wdefense.attacks.local_transport import LocalTransport, check_images, check_neighbourhood, square
+from lightning_wdefense.attacks.local_transport import (
+    LocalTransport,
+    check_images,
+    check_neighbourhood,
+    square,
+    without_rounding,
+)
 from lightning_wdefense.attacks.losses import AttackLoss, check_loss
 from lightning_wdefense.attacks.nearest_plan import legal
 from lightning_wdefense.attacks.norms import per_sample, random_normal, random_uniform
@@ -99,12 +105,13 @@ class WassersteinAttack(Attack):
 
     def perturb(self, problem: Problem) -> Tensor:
         """The adversarial inputs, in data units."""
-        check_images(problem.data, self.neighbourhood)
+        data = without_rounding(problem.data, problem.dtype)
+        check_images(data, self.neighbourhood)
         if self.loss == "kl":
             problem = problem.with_clean_outputs()
         # In units in which the largest legal pixel is 1.
-        scale = float(problem.data.amax() if self.threat.bounds is None else self.threat.bounds[1])
-        images = problem.data / scale
+        scale = float(data.amax() if self.threat.bounds is None else self.threat.bounds[1])
+        images = data / scale
         budget = self.threat.eps**self.p * images.sum((1, 2, 3))
         room = None if problem.box.high is None else problem.box.high / scale
         transport = LocalTransport.of(images, budget, room, square(self.neighbourhood, self.p))

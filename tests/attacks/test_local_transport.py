@@ -130,7 +130,7 @@ def test_a_plan_of_the_ball_is_nearest_to_itself(kind, p):
 @kinds
 @pytest.mark.parametrize(("share", "p"), [(0.05, 1), (0.4, 1), (0.05, 2)])
 def test_the_nearest_plan_with_room_goes_to_the_quadratic_programs(kind, share, p):
-    """With many steps; a thousandth of what there is to win."""
+    """With many steps: a hundredth of the way is left at most."""
     x = images(kind, n=4, shape=(1, 6, 5))
     transport = transport_of(x, share**p, 5, p)
     goal = goal_of(transport, noise(x))
@@ -163,7 +163,7 @@ def random_problems(n: int = 6):
             yield x, transport_of(x, share, 5), noise(x, seed=int(100 * share))
 
 
-@pytest.mark.parametrize(("method", "mean", "largest"), [("projected", 0.01, 0.08), ("frank-wolfe", 0.04, 0.2)])
+@pytest.mark.parametrize(("method", "mean", "largest"), [("projected", 0.005, 0.05), ("frank-wolfe", 0.04, 0.2)])
 def test_gap_to_the_optimum_with_the_box(method, mean, largest):
     """What 40 steps along one gradient leave of the best legal plan's gain, by HiGHS with a row for each pixel."""
     gaps = []
@@ -195,8 +195,8 @@ def test_gap_of_the_projection_with_the_box():
             for kept, plan in ((cold, gaps[0]), (warm, gaps[2])):
                 kept.append((squares(program, plan[index], goal[index]) - best) / (home - best))
     assert min(cold + warm) > -1e-5, "nearer than the nearest: not legal"
-    assert np.mean(cold) < 0.1
-    assert np.mean(warm) < 0.02
+    assert np.mean(cold) < 0.12
+    assert np.mean(warm) < 0.015
 
 
 # --- the repair

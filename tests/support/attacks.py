@@ -79,9 +79,15 @@ ATTACK_CASES = {
     "feature-scattering": AttackCase(FeatureScattering, labelled=False),
     "gibbs-noise": AttackCase(lambda threat: GibbsNoise(threat, temperature=0.01), differentiates=False),
     "sinkhorn": AttackCase(lambda threat: SinkhornAttack(threat, steps=3)),
-    "wasserstein": AttackCase(lambda threat: WassersteinAttack(threat, steps=3, neighbourhood=3), transports=True),
+    "wasserstein": AttackCase(
+        lambda threat: WassersteinAttack(threat, steps=3, neighbourhood=3, restarts=1), noisy=False, transports=True
+    ),
+    "wasserstein-kl": AttackCase(
+        lambda threat: WassersteinAttack(threat, steps=2, neighbourhood=3, loss="kl"), labelled=False, transports=True
+    ),
     "wasserstein-early-exit": AttackCase(
-        lambda threat: WassersteinAttack(threat, steps=4, methods="frank-wolfe", neighbourhood=3, p=2, early_exit=True),
+        lambda threat: WassersteinAttack(threat, 4, "frank-wolfe", neighbourhood=3, p=2, restarts=1, early_exit=True),
+        noisy=False,
         transports=True,
     ),
     "torchattacks-pgd": AttackCase(

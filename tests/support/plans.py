@@ -37,7 +37,7 @@ class Program:
 
     @classmethod
     def of(cls, image: Tensor, budget: float, room: float | None, size: int, p: int) -> Program:
-        _, height, width = image.shape
+        height, width = image.shape[1:]
         flat, reach = image.flatten().tolist(), size // 2
         rows, place, target, cost, row = [i for i, value in enumerate(flat) if value > 0], [], [], [], []
         for number, pixel in enumerate(rows):
