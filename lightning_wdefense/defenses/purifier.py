@@ -135,6 +135,10 @@ class WassersteinPurifier(LightningModule):
         """Adam on the generator."""
         return torch.optim.Adam(self.purified.purifier.parameters(), lr=self.lr)
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the generator's gradients, which the trainer asks for before it begins; the classifier's are none of its business."""
+        self.purified.purifier.zero_grad(set_to_none)
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Attack the batch, let the critic learn from it, and say how far the purified inputs are from the clean ones."""
         inputs, labels = self._batches.read(batch)
@@ -143,7 +147,7 @@ class WassersteinPurifier(LightningModule):
         adversarial = self.attack(attacked, inputs, labels, generator=noise)
         purified = self(adversarial)
         with _constant(self.purified.classifier, inputs.device):
-            outputs = self.purified.classifier(purified)
+            outputs = self.purified.classifier(purified.clone())  # it may work in place
         clean, restored = (self.threat.to_data(float32_or_better(each)) for each in (inputs, purified))
         parts = {
             "task_loss": mean_cross_entropy(outputs, labels),
