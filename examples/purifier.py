@@ -57,7 +57,7 @@ def digits(fast):
     images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16
     labels = torch.tensor(data.target)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    test, train = order[: 30 if fast else 200], order[500:]
+    test, train = order[: 25 if fast else 150], order[500:]
     loader = DataLoader(TensorDataset(images[train], labels[train]), batch_size=64, shuffle=True)
     return loader, images[test], labels[test]
 
@@ -89,13 +89,13 @@ def main():
     L.seed_everything(0, verbose=False)
     loader, images, labels = digits(fast)
     classifier = DigitClassifier()
-    L.Trainer(max_epochs=15, **QUIET).fit(classifier, loader)
+    L.Trainer(max_epochs=5 if fast else 15, **QUIET).fit(classifier, loader)
     models = {"no purifier": classifier.eval()}
-    for name, through in (("purifier, trained as usual", False), ("purifier, trained through", True)):
-        print(f"Training the {name}...")
-        models[name] = purifier_for(classifier, loader, 4 if fast else 20, through=through)
+    for name, through in (("trained as usual", False), ("trained through", True)):
+        print(f"A purifier {name}...")
+        models[name] = purifier_for(classifier, loader, 3 if fast else 15, through=through)
     pgd = PGD(THREAT, steps=20)
-    autoattack = AutoAttack(THREAT, steps=20, queries=200) if fast else AutoAttack(THREAT)
+    autoattack = AutoAttack(THREAT, steps=10, queries=50) if fast else AutoAttack(THREAT)
     seen = pgd(classifier, images, labels)  # all that a naive evaluation attacks with
     view = Table(title=f"scikit-learn digits, {THREAT.norm} eps = {THREAT.eps}: accuracy")
     for column in ("", "clean", "naive PGD", "PGD through", "AutoAttack through"):
