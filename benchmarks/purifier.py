@@ -61,6 +61,7 @@ DIFFERENCES = (
     ("trained through", REFERENCE),
 )  # fmt: skip
 LR, WIDTH = 3e-3, 256
+BUDGET = ("epochs", "train", "test", "pgd_steps", "attack_steps", "queries")
 
 
 def trained(protocol: Protocol, images: Images, seed: int, names: tuple[str, ...]) -> dict[str, nn.Module]:
@@ -117,7 +118,12 @@ def measured(protocol: Protocol, model: nn.Module, images: Images) -> dict[str, 
     }
 
 
-def markdown(protocol: Protocol, results: Mapping[str, Mapping[str, Mapping[str, float]]], machine: str) -> str:
+def markdown(
+    protocol: Protocol,
+    results: Mapping[str, Mapping[str, Mapping[str, float]]],
+    machine: str,
+    changes: Mapping[str, int],
+) -> str:
     """Figures of every model, differences of some, and how they were made."""
     names = [name for name in MODELS if results.get(name)]
     seeds = len(results[names[0]])
@@ -137,12 +143,15 @@ def markdown(protocol: Protocol, results: Mapping[str, Mapping[str, Mapping[str,
     for name in names:
         cells = [text(estimate(list(by_seed(name, figure).values()))) for figure in FIGURES]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += ["", "| difference | " + " | ".join(FIGURES.values()) + " |", "|---" * (len(FIGURES) + 1) + "|"]
+    rows = []
     for ours, theirs in DIFFERENCES:
         if ours in names and theirs in names:
             cells = [text(paired(by_seed(ours, figure), by_seed(theirs, figure)), sign=True) for figure in FIGURES]
-            lines.append(f"| {ours} − {theirs} | " + " | ".join(cells) + " |")
-    command = f"python benchmarks/purifier.py --seeds {seeds} --output benchmarks/results"
+            rows.append(f"| {ours} − {theirs} | " + " | ".join(cells) + " |")
+    if rows:
+        lines += ["", "| difference | " + " | ".join(FIGURES.values()) + " |", "|---" * (len(FIGURES) + 1) + "|", *rows]
+    budget = "".join(f" --{name.replace('_', '-')} {value}" for name, value in changes.items())
+    command = f"python benchmarks/purifier.py --seeds {seeds}{budget} --output benchmarks/results"
     lines += [
         "",
         f"Accuracy in per cent of {protocol.test} test images after the last of {protocol.epochs} epochs, and differences in points: means over "
@@ -162,15 +171,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    for name in ("epochs", "train", "test", "pgd_steps", "attack_steps", "queries"):
+    for name in BUDGET:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=None, help="another budget")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    changes = {
-        name: value
-        for name in ("epochs", "train", "test", "pgd_steps", "attack_steps", "queries")
-        if (value := getattr(options, name)) is not None
-    }
+    changes = {name: value for name in BUDGET if (value := getattr(options, name)) is not None}
     protocol = replace(PROTOCOLS["digits"], **changes)
     splits = load(protocol, None)
     options.output.mkdir(parents=True, exist_ok=True)
@@ -191,7 +196,7 @@ def main(arguments: list[str] | None = None) -> None:
             results.setdefault(name, {})[str(seed)] = found
             print(f"seed {seed}, {name}: {found} ({time.perf_counter() - start:.0f} s)", flush=True)
             write_atomically(path, identity | {"results": results})
-    text = markdown(protocol, results, machine)
+    text = markdown(protocol, results, machine, changes)
     path.with_suffix(".md").write_text(text)
     print(text)
 
