@@ -115,7 +115,8 @@ class WassersteinPurifier(LightningModule):
         if self.attack.threat != threat:
             raise ValueError(f"The attack was made for {self.attack.threat}, but threat={threat}: use the same one.")
         self.evaluation = evaluation_attacks([evaluation], threat)
-        self.purified = PurifiedClassifier(BoundedGenerator(generator or generator_for(classifier), threat), classifier)
+        generator = generator_for(classifier) if generator is None else generator
+        self.purified = PurifiedClassifier(BoundedGenerator(generator, threat), classifier)
         self._critic = LiveCritic(critic or CriticDiscrepancy())
         self._batches = Batches(inputs, labels)
 

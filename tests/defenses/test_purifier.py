@@ -169,7 +169,7 @@ def test_a_resumed_run_continues_exactly(tmp_path):
     assert expected[0]["critic"]["batches"] == 4
 
 
-def test_noise_depends_on_the_seed_and_the_batch():
+def test_the_seed_decides_the_noise():
     def weights(seed):
         purifier = purifier_of(seed=seed)
         fitted(purifier)
