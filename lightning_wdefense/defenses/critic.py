@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_wdefense.attacks.isolation import eager
 from lightning_wdefense.attacks.outputs import class_labels, logits_of
+from lightning_wdefense.attacks.torchattack import default_dtype
 from lightning_wdefense.defenses.branch import Branch
 from lightning_wdefense.transport import CriticTraining, WassersteinCritic
 from lightning_wdefense.transport.critic import Average, check_settings
@@ -79,18 +80,20 @@ class CriticDiscrepancy:
 
     def start(self, features: Tensor, classes: int | None = None) -> CriticTraining:
         """A new critic for features like these ``(N, ...)``, with one function for each of so many classes."""
-        shape = features.shape[1:]
-        network = shape if self.network is None else self.network(shape)
-        critic = WassersteinCritic(
-            network,
-            lipschitz=self.lipschitz,
-            penalty=self.penalty,
-            width=self.width,
-            depth=self.depth,
-            classes=classes,
-            seed=self.seed,
-        )
-        critic.to(features.device, torch.promote_types(features.dtype, torch.float32))
+        shape, dtype = features.shape[1:], torch.promote_types(features.dtype, torch.float32)
+        with default_dtype(
+            dtype
+        ):  # Lightning's "true" precisions change it to one in which no matrix can be made orthonormal
+            critic = WassersteinCritic(
+                shape if self.network is None else self.network(shape),
+                lipschitz=self.lipschitz,
+                penalty=self.penalty,
+                width=self.width,
+                depth=self.depth,
+                classes=classes,
+                seed=self.seed,
+            )
+        critic.to(features.device, dtype)
         return CriticTraining(critic, lr=self.lr, max_steps=self.max_steps)
 
 
