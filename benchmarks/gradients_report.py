@@ -1,0 +1,2 @@
+def markdown(*a): return ""
+def plot(*a): pass
