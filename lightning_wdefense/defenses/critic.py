@@ -127,10 +127,15 @@ class LiveCritic:
         Returns:
             With ``measure``, what the critic said of the batch before it learned from it; else nothing.
         """
+        before = self._training, self._loaded
         training, labels = self._training_on(clean, labels)
         x, y = clean.features.detach(), adversarial.features.detach()
         with eager():
-            said = training.update(x, y, labels, generator=generator, average=average)
+            try:
+                said = training.update(x, y, labels, generator=generator, average=average)
+            except BaseException:
+                self._training, self._loaded = before  # one that was made for a batch that does not do is no critic
+                raise
             if not measure:
                 return {}
             norm = said.gradient_norm

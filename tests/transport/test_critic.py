@@ -540,6 +540,19 @@ def test_bad_points_are_refused_before_anything_is_learned(network, points, matc
     assert equal(state_of(training), before)
 
 
+@pytest.mark.parametrize("way", PENALISED)
+def test_a_first_batch_on_which_a_module_of_the_users_fails_leaves_the_critic_as_it_was(way):
+    torch.manual_seed(0)
+    failed = CriticTraining(WassersteinCritic(Scores(1), lipschitz=way))
+    untouched = copy.deepcopy(failed)
+    with pytest.raises(ValueError, match=r"network fails on points of shape \(N, 2\)"):
+        failed.update(X[:, :2], Y[:, :2])
+    assert equal(state_of(failed), state_of(untouched))
+    for each in (failed, untouched):
+        each.update(*clouds())
+    assert equal(state_of(failed), state_of(untouched))
+
+
 def test_scores_must_be_one_a_point():
     with pytest.raises(ValueError, match=r"score for each of the 9 points, \(9,\) or \(9, 1\), got \(9, 2\)"):
         CriticTraining(WassersteinCritic(Scores(2))).update(X, Y)
