@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_wdefense.defenses.critic import CriticDiscrepancy
 from lightning_wdefense.transport import CriticTraining, WassersteinCritic
-from lightning_wdefense.transport.critic import Average
+from lightning_wdefense.transport.critic import Average, CriticObjective
 from lightning_wdefense.transport.critic_training import CriticUpdate
 
 
@@ -36,9 +35,7 @@ class PlainCritic(WassersteinCritic):
     """With that network, on points as they are, neither centred nor scaled."""
 
     def __init__(self, shape: Sequence[int], classes: int, penalty: float, depth: int, seed: int) -> None:
-        super().__init__(
-            shape, lipschitz="gradient-penalty", penalty=penalty, depth=depth, classes=classes, seed=seed
-        )
+        super().__init__(shape, lipschitz="gradient-penalty", penalty=penalty, depth=depth, classes=classes, seed=seed)
         width = self.network.first[-1].out_features
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -65,10 +62,12 @@ class PlainTraining(CriticTraining):
         average: Average | None = None,
     ) -> CriticUpdate:
         self.critic.adapt(x, y)
-        said = [self._step(x, y, labels, generator) for _ in range(self.max_steps)][0]
+        said = self._step(x, y, labels, generator)
+        for _ in range(self.max_steps - 1):
+            self._step(x, y, labels, generator)
         return CriticUpdate(said.gap.detach(), said.penalty.detach(), said.gradient_norm.detach(), self.max_steps)
 
-    def _step(self, x: Tensor, y: Tensor, labels: Tensor | None, generator: torch.Generator | None) -> Any:
+    def _step(self, x: Tensor, y: Tensor, labels: Tensor | None, generator: torch.Generator | None) -> CriticObjective:
         said = self._backward(x, y, labels, generator, None)
         self.optimizer.step()
         self.optimizer.zero_grad()

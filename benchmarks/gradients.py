@@ -29,7 +29,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -59,27 +59,27 @@ UPDATES, PROBES, BATCHES = 200, 3, 16
 Job = tuple[str, Callable[[], Measures]]
 
 
-def jobs(stages: dict[str, Pairs], images: torch.Tensor, seed: int, updates: int = UPDATES) -> Iterator[Job]:
+def jobs(stages: dict[str, Pairs], images: torch.Tensor, seed: int) -> Iterator[Job]:
     """The name of each measurement, ``kind|setting|batch size|loss``, and how to make it."""
     for (stage, pairs), name in itertools.product(stages.items(), (PAIRED, *TRANSPORT, BY_CLASS)):
-        truth = true_gradient(pairs, name, seed, updates)
+        truth = true_gradient(pairs, name, seed, UPDATES)
         for size in SIZES:
             key = f"known pairs|{stage}|{size}|{name}"
-            yield key, partial(known_pairs, pairs, truth, name, size, seed, updates, BATCHES)
+            yield key, partial(known_pairs, pairs, truth, name, size, seed, UPDATES, BATCHES)
     clouds = next(iter(stages.values()))
     for distance, size, name in itertools.product(DISTANCES, SIZES, (PAIRED, *TRANSPORT)):
         sources = {f"Gaussians {dim}-D": (gaussians(dim, seed), gaussians(dim, seed + 500)) for dim in DIMENSIONS}
         sources["features 64-D"] = feature_clouds(clouds, images, seed)
         for source, (learn, measure) in sources.items():
             key = f"fresh samples|{source}, shift {distance:g}|{size}|{name}"
-            yield key, partial(fresh_samples, learn, measure, name, distance, size, seed, updates, PROBES)
+            yield key, partial(fresh_samples, learn, measure, name, distance, size, seed, UPDATES, PROBES)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--seeds", type=int, default=5)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     torch.set_num_threads(1)
     options.output.mkdir(parents=True, exist_ok=True)
     stem = options.output / "gradients"

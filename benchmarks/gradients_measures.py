@@ -156,9 +156,7 @@ def fresh_samples(
     shift = torch.randn(dim, generator=torch.Generator().manual_seed(seed + 7))
     shift *= distance / shift.norm()
     labels = torch.zeros(size, dtype=torch.long)
-    loss = make_loss(
-        name, lambda: (learn.fixed(size), learn.moving(size) + shift, labels), updates=updates, seed=seed
-    )
+    loss = make_loss(name, lambda: (learn.fixed(size), learn.moving(size) + shift, labels), updates=updates, seed=seed)
     truth = torch.cat([torch.zeros(dim * dim), shift])
     agree, true, pull, parameters = [], [], [], []
     for _ in range(probes):

@@ -43,10 +43,12 @@ def mean(results: Results, *where: str) -> float:
     return sum(found.values()) / len(found)
 
 
-def count(results: Results, kind: str, losses: tuple[str, ...], measure: str) -> Count:
-    """Over all settings, and over the losses."""
+def count(results: Results, kind: str, losses: tuple[str, ...], measure: str, only: str = "") -> Count:
+    """Over all settings, or those whose name ends so, and over the losses."""
     verdicts = []
     for setting, size in settings(results, kind):
+        if not setting.endswith(only):
+            continue
         theirs = values(results, kind, setting, size, PAIRED, measure)
         for loss in losses:
             difference = paired(values(results, kind, setting, size, loss, measure), theirs)
@@ -121,6 +123,17 @@ def spread(results: Results, kind: str) -> list[str]:
     return lines
 
 
+def by_shift(results: Results) -> list[str]:
+    """Counts at each distance."""
+    shifts = dict.fromkeys(setting.split(", ")[1] for setting, _ in settings(results, "fresh samples"))
+    lines = ["| gradient in | question | " + " | ".join(shifts) + " |", "|---" * (2 + len(shifts)) + "|"]
+    for place in PLACES:
+        for key, question in QUESTIONS.items():
+            row = [str(count(results, "fresh samples", TRANSPORT, f"{place} {key}", f" {shift}")) for shift in shifts]
+            lines.append(f"| {place} | {question} | " + " | ".join(row) + " |")
+    return lines
+
+
 def pull(results: Results) -> list[str]:
     """The force on the whole cloud along the shift."""
     losses = (PAIRED, *TRANSPORT)
@@ -171,6 +184,10 @@ def markdown(results: Results, machine: str) -> str:
             "",
             *pull(results),
             "",
+            "Better / worse / not separated, at each shift:",
+            "",
+            *by_shift(results),
+            "",
             "## All cosines: known pairs",
             "",
             *table(results, "known pairs"),
@@ -195,22 +212,27 @@ def plot(results: Results, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, grid = plt.subplots(3, 4, figsize=(15, 10), layout="constrained")
     stages = list(dict.fromkeys(setting for setting, _ in settings(results, "known pairs")))
+    sources = list(dict.fromkeys(setting.split(",")[0] for setting, _ in settings(results, "fresh samples")))
+    columns = max(len(stages), len(sources))
+    figure, grid = plt.subplots(3, columns, figsize=(3.75 * columns, 10), squeeze=False, layout="constrained")
     losses = (PAIRED, *KINDS["known pairs"])
     for axes, stage in zip(grid[0], stages, strict=False):
         for index, key in enumerate(QUESTIONS):
             for place, loss in enumerate(losses):
                 value = mean(results, "known pairs", stage, "64", loss, f"parameters {key}")
-                axes.bar(index * (len(losses) + 1) + place, value, color=COLOURS[loss], label=loss if not index else None)
+                axes.bar(
+                    index * (len(losses) + 1) + place, value, color=COLOURS[loss], label=loss if not index else None
+                )
         axes.set_xticks([2.5, 2.5 + len(losses) + 1], ["between batches", "with all images'"])
         axes.set_ylim(0, 1)
         axes.set_title(f"known pairs: {stage}", fontsize=10)
     grid[0][0].set_ylabel("cosine of the parameters' gradient")
-    sources = list(dict.fromkeys(setting.split(",")[0] for setting, _ in settings(results, "fresh samples")))
     for row, place in zip(grid[1:], PLACES, strict=True):
-        for axes, source in zip(row, sources, strict=True):
-            shifts = [s for s, size in settings(results, "fresh samples") if size == "64" and s.startswith(source + ",")]
+        for axes, source in zip(row, sources, strict=False):
+            shifts = [
+                s for s, size in settings(results, "fresh samples") if size == "64" and s.startswith(source + ",")
+            ]
             for loss in (PAIRED, *TRANSPORT):
                 found = [mean(results, "fresh samples", shift, "64", loss, f"{place} true") for shift in shifts]
                 distances = [float(shift.split()[-1]) for shift in shifts]
