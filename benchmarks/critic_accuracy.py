@@ -6,6 +6,7 @@ varied at a time, with the others at their defaults. ``penalty`` of ours is the 
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
@@ -42,18 +43,24 @@ class CriticVariant(Variant):
 
 
 def cells() -> dict[str, CriticDiscrepancy | None]:
-    """``critic|setting`` and the critic; what is the default on several axes is there once."""
+    """``critic|setting`` and the critic, the centre first; what is the default on several axes is there once."""
     found: dict[str, CriticDiscrepancy | None] = {f"{NONE}|{DEFAULT}": None}
-    for name, base in ((OURS, CriticDiscrepancy()), (PLAIN, PlainDiscrepancy())):
-        found[f"{name}|{DEFAULT}"] = base
-        found |= {f"{name}|lr x {rate:.3g}": replace(base, lr=base.lr * rate) for rate in RATES if rate != 1}
-        found |= {f"{name}|{steps} steps": replace(base, max_steps=steps) for steps in STEPS if steps != base.max_steps}
-        penalised = replace(base, lipschitz="gradient-penalty")
-        found |= {
-            f"{name}|penalty {penalty:g}": replace(penalised, penalty=penalty)
-            for penalty in PENALTIES
-            if name == OURS or penalty != base.penalty
-        }
+    bases = {OURS: CriticDiscrepancy(), PLAIN: PlainDiscrepancy()}
+    found |= {f"{name}|{DEFAULT}": base for name, base in bases.items()}
+    changes = [(f"lr x {rate:.3g}", "rate", rate) for rate in sorted(RATES, key=lambda rate: abs(math.log(rate)))]
+    changes[3:3] = [(f"penalty {penalty:g}", "penalty", penalty) for penalty in PENALTIES]
+    changes[3:3] = [(f"{steps} steps", "max_steps", steps) for steps in STEPS]
+    for setting, axis, value in changes:
+        for name, base in bases.items():
+            if axis == "rate":
+                critic = replace(base, lr=base.lr * value)
+            elif axis == "penalty":
+                critic = replace(base, penalty=value, lipschitz="gradient-penalty")
+            else:
+                critic = replace(base, max_steps=int(value))
+            # Plain WGAN-GP has the penalty anyway.
+            if critic != base and (name, setting) != (PLAIN, f"penalty {base.penalty:g}"):
+                found[f"{name}|{setting}"] = critic
     return found
 
 
@@ -91,7 +98,7 @@ def measure(path: Path, seeds: int, dataset: str, data: Path | None, machine: st
         raise ValueError(f"{path} was measured under another protocol: move it away.")
     stored["hardware"] = machine
     wanted = {key: critic for key, critic in cells().items() if dataset == "digits" or key.endswith(DEFAULT)}
-    for seed in range(seeds):
+    for seed in range(seeds):  # seed by seed, so that an early look sees all settings
         for key, critic in wanted.items():
             runs = stored[dataset]["results"].setdefault(key, {})
             if str(seed) not in runs:
