@@ -49,7 +49,8 @@ from gradients_measures import (
     trained_stages,
     true_gradient,
 )
-from gradients_report import markdown, plot
+from gradients_plot import plot
+from gradients_report import markdown
 
 EPOCHS = (4, 12)
 SIZES = (16, 64)
