@@ -44,6 +44,11 @@ class PlainCritic(WassersteinCritic):
     def adapt(self, x: Tensor, y: Tensor, average: Average | None = None) -> None:
         self._check_batch(x, y)
 
+    def bounded_gap(
+        self, x: Tensor, y: Tensor, labels: Tensor | None = None, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        return self.gap(x, y, labels)  # as published
+
 
 class PlainTraining(CriticTraining):
     """Adam with betas (0, 0.9) at a constant rate, and the same number of steps on every batch. For one process."""

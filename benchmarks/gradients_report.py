@@ -114,7 +114,7 @@ def conclusion(results: Results) -> str:
             f"{listed('known pairs', 'parameters agree')}. Steadier in more settings than not: {steadier}. So a steadier gradient is no reason to prefer a Wasserstein distance to paired L2 there: what "
             "one gains, it gains by asking for something else. (The true gradient is each loss's own; whether it makes a model robust is for "
             "`defenses.py` to say.)",
-            "Where there are no pairs, L2 pairs at random. Its gradient then draws each sample towards a stranger, which contracts the cloud as much as it "
+            "Where there are no pairs, L2 pairs at random. Its gradient then draws each sample towards a stranger, which contracts the cloud while it "
             "moves it: in the parameters it agrees between batches about as well as others do, but on the wrong thing. Mean cosine with the true "
             f"direction at shift {shift}, batches of 64, in the points: {listed('fresh samples', 'points true', f'shift {shift}')}; in the parameters: "
             f"{listed('fresh samples', 'parameters true', f'shift {shift}')}. The critic is ahead, and has learned from many earlier batches, where "

@@ -28,7 +28,8 @@ class CriticDiscrepancy:
     points of robust accuracy at a weight at which this one gained 4.
 
     Before each step of the model the critic learns from the batch's detached features, as many steps as it is behind (see
-    :class:`~lightning_wdefense.transport.CriticTraining`); then the model minimises the critic's gap. A 1-Lipschitz critic moves every
+    :class:`~lightning_wdefense.transport.CriticTraining`); then the model minimises the critic's gap (under a penalty,
+    which lets it overshoot, divided by the length of its gradient where that is more than 1). A 1-Lipschitz critic moves every
     sample's features with the same force at most, near or far: paired L2 pulls hardest at the samples that are lost.
 
     This is configuration only. The critic itself is made for the features' shape and device at the first batch; it lives in the checkpoint of
@@ -107,10 +108,10 @@ class LiveCritic:
         self._loaded: dict[str, Any] | None = None
 
     def gap(self, clean: Branch, adversarial: Branch, labels: Any) -> Tensor:
-        """The critic's gap between two batches of features, differentiable in both."""
+        """The critic's gap between two batches of features, differentiable in both, without the overshoot of a weak penalty."""
         training, labels = self._training_on(clean, labels)
         with training.critic.frozen(), eager():
-            return training.critic.gap(clean.features, adversarial.features, labels)
+            return training.critic.bounded_gap(clean.features, adversarial.features, labels)
 
     def update(
         self,

@@ -160,6 +160,19 @@ class WassersteinCritic(nn.Module):
         gap = self.gap(x, y, labels)
         return gap / self.gradient_norm(x, y, labels, generator=generator).mean() if self.penalised else gap
 
+    def bounded_gap(
+        self, x: Tensor, y: Tensor, labels: Tensor | None = None, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """The gap for a model to minimise: divided by the length of a penalised critic's gradient where that is more than 1.
+
+        The length is a constant for the gradient. A weak penalty lets the gap overshoot many times, and the points would be pulled as much too hard.
+        """
+        gap = self.gap(x, y, labels)
+        # Not where it is less than 1: a critic that has not learned yet would be believed as much as one that has.
+        return (
+            gap / self.gradient_norm(x, y, labels, generator=generator).mean().clamp_min(1) if self.penalised else gap
+        )
+
     def gradient_norm(
         self,
         x: Tensor,

@@ -38,6 +38,8 @@ def test_plain_critic_overshoots_as_a_two_sided_penalty_does(penalty):
     gap = sum(float(update.gap) for update in said[-20:]) / 20
     assert gap == pytest.approx(1 + 1 / (2 * penalty), rel=0.07)
     assert {update.steps for update in said} == {5}
+    x, y, labels = *torch.randn(2, 8, 2), torch.zeros(8, dtype=torch.long)
+    assert training.critic.bounded_gap(x, y, labels) == training.critic.gap(x, y, labels)  # which the model is given
     assert training.critic.scale == 1  # points as they are
     assert not training.critic.centre.any()
 
