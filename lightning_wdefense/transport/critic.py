@@ -44,7 +44,8 @@ class WassersteinCritic(nn.Module):
     time, and nothing needs to be weighed. The other ways: ``"spectral-norm"`` divides every matrix by its largest singular value
     (Miyato et al., 2018), by a bound that exceeds it by 1% at most; ``"gradient-penalty"`` adds ``penalty * mean (|f'| - 1)^2`` between the
     clouds to the loss (WGAN-GP, Gulrajani et al., 2017); ``"one-sided-penalty"`` only where ``|f'| > 1`` (Petzka et al., 2018). A penalty lets the gap overshoot, by about
-    ``W_1^2 / (2 penalty)`` for scaled points; :meth:`distance` therefore divides it by the gradient's length.
+    ``W_1^2 / (2 penalty)`` for scaled points; :meth:`distance` therefore divides it by the gradient's length, and :meth:`bounded_gap`, which a
+    model can minimise, where that is more than 1.
 
     Points are centred and divided by the size of a typical coordinate, known from training; scores are in the units of the points. Everything
     is computed in the critic's own dtype, float32 unless you convert it to float64, with autocast off.
