@@ -53,7 +53,7 @@ def cells() -> dict[str, CriticDiscrepancy | None]:
     for setting, axis, value in changes:
         for name, base in bases.items():
             if axis == "rate":
-                critic = replace(base, lr=base.lr * value)
+                critic = replace(base, lr=float(f"{base.lr * value:.2g}"))
             elif axis == "penalty":
                 critic = replace(base, penalty=value, lipschitz="gradient-penalty")
             else:
@@ -84,6 +84,22 @@ def accuracy(critic: CriticDiscrepancy | None, protocol: Protocol, splits: Split
     }
 
 
+def adopt(results: dict[str, Any], identity: dict[str, Any], written: Path) -> None:
+    """Take over what ``defenses.py`` has measured of the same settings under the same protocol."""
+    table = read(written)
+    if table.get("protocol") != identity:
+        return
+    threat = ThreatModel(eps=identity["eps"])
+    recipes = {key: CriticVariant(key, key, {}, critic=critic).recipe(threat) for key, critic in cells().items()}
+    for run in table["runs"]:
+        if run["averaged"] or "apgd-t" not in run.get("test", {}):
+            continue
+        recipe = Variant(run["recipe"], run["recipe"], run["changes"]).recipe(threat)
+        for key in (key for key, each in recipes.items() if each == recipe):
+            test = {"clean": run["test"]["clean"]["accuracy"], "robust": run["test"]["apgd-t"]["accuracy"]}
+            results.setdefault(key, {}).setdefault(str(run["seed"]), test | {"from": written.name})
+
+
 def measure(path: Path, seeds: int, dataset: str, data: Path | None, machine: str) -> None:
     """Do what is not stored yet; each run is stored as it ends. Of another dataset than digits the centre alone.
 
@@ -97,6 +113,7 @@ def measure(path: Path, seeds: int, dataset: str, data: Path | None, machine: st
     if stored.setdefault(dataset, {"protocol": identity, "results": {}})["protocol"] != identity:
         raise ValueError(f"{path} was measured under another protocol: move it away.")
     stored["hardware"] = machine
+    adopt(stored[dataset]["results"], identity, path.parent / f"defenses_{dataset}.json")
     wanted = {key: critic for key, critic in cells().items() if dataset == "digits" or key.endswith(DEFAULT)}
     for seed in range(seeds):  # seed by seed, so that an early look sees all settings
         for key, critic in wanted.items():

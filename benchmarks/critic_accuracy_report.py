@@ -92,6 +92,11 @@ def markdown(stored: Mapping[str, Any]) -> str:
             f"{name} {text(estimate(list(robust(found, name).values())))}" for name in (NONE, OURS, PLAIN)
         )
         lines += ["", f"MNIST, at the defaults alone (eps {stored['mnist']['protocol']['eps']}): {values}."]
+    taken = sum("from" in run for each in runs.values() for run in each.values())
+    if taken:
+        lines.append(
+            f"{taken} of them, of the same settings under the same protocol, are those of `defenses_digits.json`."
+        )
     command = "python benchmarks/critic_sensitivity.py --accuracy-seeds 3"
     return "\n".join([*lines, "", f"`{command}` on {stored['hardware']}.", ""])
 

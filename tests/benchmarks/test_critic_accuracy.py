@@ -83,6 +83,30 @@ def test_runs_are_stored_one_by_one_and_go_on(tmp_path, monkeypatch, capsys):
         critic_accuracy.measure(path, 1, "digits", None, "here")
 
 
+def test_takes_over_what_the_benchmark_of_the_defences_has_measured(tmp_path):
+    from critic_accuracy import adopt
+
+    def run(recipe, changes, seed=0, averaged=False):
+        test = {"clean": {"accuracy": 0.9}, "apgd-t": {"accuracy": 0.5}}
+        return {"recipe": recipe, "changes": changes, "seed": seed, "averaged": averaged, "test": test}
+
+    runs = [run("pgd-at", {}, 1), run("critic", {}), run("critic", {"discrepancy.lr": 0.16}), run("trades", {})]
+    runs += [run("critic", {"weight": 0.3, "discrepancy.lr": 0.05}, 2), run("pgd-at", {}, 2, averaged=True)]
+    path = tmp_path / "defenses_digits.json"
+    path.write_text(json.dumps({"protocol": {"eps": 0.2}, "runs": runs}))
+    found = {"ours|default": {"0": {"robust": 0.4}}}
+    adopt(found, {"eps": 0.1}, path)
+    assert list(found) == ["ours|default"]
+    adopt(found, {"eps": 0.2}, path)
+    assert {key: list(each) for key, each in found.items()} == {
+        "ours|default": ["0"],
+        "no critic|default": ["1"],
+        "ours|lr x 3.16": ["0"],
+    }
+    assert found["ours|default"]["0"] == {"robust": 0.4}
+    assert found["ours|lr x 3.16"]["0"]["robust"] == 0.5
+
+
 def test_report_takes_spreads_within_seeds_and_names_what_diverged():
     from critic_accuracy_report import AXES, OURS, PLAIN, markdown, spread
 
