@@ -92,6 +92,11 @@ def markdown(stored: Mapping[str, Any]) -> str:
             f"{name} {text(estimate(list(robust(found, name).values())))}" for name in (NONE, OURS, PLAIN)
         )
         lines += ["", f"MNIST, at the defaults alone (eps {stored['mnist']['protocol']['eps']}): {values}."]
+    missing = sum(not runs_of(runs, name, setting) for name in (OURS, PLAIN) for setting in SETTINGS)
+    if missing:
+        lines.append(
+            f"**Not complete**: {missing} of {2 * len(SETTINGS)} cells have not been measured yet (–); the command goes on where it was."
+        )
     taken = sum("from" in run for each in runs.values() for run in each.values())
     if taken:
         lines.append(
