@@ -1,6 +1,8 @@
 """How far a critic's W_1 is from the truth, over learning rates, steps a batch and penalties: ours, and plain WGAN-GP.
 
     python benchmarks/critic_sensitivity.py --output benchmarks/results
+    python benchmarks/critic_sensitivity.py --accuracy-seeds 3                              # robust accuracy as well: critic_accuracy.py
+    python benchmarks/critic_sensitivity.py --accuracy-seeds 1 --dataset mnist --data DIR   # of the centre
 
 Two Gaussians of unit variance, one moved by a vector of length 1: ``W_1`` is 1 in any dimension. Every batch is fresh. Each critic sees the
 same number of batches, and its figure is what it says of the last quarter of them before it learns from each. The peer is the critic of Gulrajani et
@@ -13,7 +15,10 @@ import argparse
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import critic_accuracy
+import critic_accuracy_report
 import torch
 from _common import hardware
 from defenses_store import read, write_atomically
@@ -126,8 +131,8 @@ def _error(results: dict[str, dict[str, list[float]]], name: str, setting: str, 
     return sum(values) / len(values) - 1
 
 
-def plot(results: dict[str, dict[str, list[float]]], path: Path) -> None:
-    """Heat map of the errors."""
+def plot(results: dict[str, dict[str, list[float]]], accuracies: dict[str, Any], path: Path) -> None:
+    """Heat map of the errors, beside that of the accuracies where there are some."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -136,7 +141,11 @@ def plot(results: dict[str, dict[str, list[float]]], path: Path) -> None:
     columns = [(name, dim) for name in ("ours", "plain WGAN-GP") for dim in DIMENSIONS]
     settings = list(dict.fromkeys(key.split("|")[1] for key in results))
     table = [[100 * _error(results, name, setting, dim) for name, dim in columns] for setting in settings]
-    figure, axes = plt.subplots(figsize=(8, 6.5), layout="constrained")
+    if accuracies:
+        figure, (axes, beside) = plt.subplots(1, 2, figsize=(13, 6.5), width_ratios=(2, 1), layout="constrained")
+        critic_accuracy_report.draw(beside, accuracies["digits"]["results"])
+    else:
+        figure, axes = plt.subplots(figsize=(8, 6.5), layout="constrained")
     image = axes.imshow(table, cmap="RdBu", vmin=-50, vmax=50, aspect="auto")
     axes.set_xticks(range(len(columns)), ["\n".join([*name.split(), f"{dim}-D"]) for name, dim in columns])
     axes.set_yticks(range(len(settings)), settings)
@@ -153,6 +162,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--accuracy-seeds", type=int, default=0, help="runs of each setting of recipe critic")
+    parser.add_argument("--dataset", choices=("digits", "mnist"), default="digits", help="of the accuracy")
+    parser.add_argument("--data", type=Path, help="folder that holds mnist.npz; digits need none")
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.output.mkdir(parents=True, exist_ok=True)
@@ -160,18 +172,29 @@ def main() -> None:
     path = stem.with_suffix(".json")
     stored = read(path)
     machine = hardware("cpu")
-    results = stored["results"] if stored.get("hardware") == machine else {}
+    measured_on, results = (
+        stored.get("hardware", machine),
+        stored.get("results", {}),
+    )  # no times: another machine may go on
     for name, setting, run, settings in cells():
         cell = results.setdefault(f"{name}|{setting}", {})
         for dim in DIMENSIONS:
             values = cell.setdefault(str(dim), [])
+            if len(values) >= options.seeds:
+                continue
             start = time.perf_counter()
             for seed in range(len(values), options.seeds):
                 values.append(round(run(dim, seed, **settings), 4))
+            write_atomically(path, {"hardware": measured_on, "results": results})
             print(f"{name}, {setting}, {dim}-D: {values} ({time.perf_counter() - start:.0f} s)", flush=True)
-        write_atomically(path, {"hardware": machine, "results": results})
-    plot(results, stem.with_suffix(".png"))
-    text = markdown(results, options.seeds, machine)
+    beside = options.output / "critic_accuracy.json"
+    if options.accuracy_seeds:
+        critic_accuracy.measure(beside, options.accuracy_seeds, options.dataset, options.data, machine)
+    accuracies = read(beside)
+    plot(results, accuracies, stem.with_suffix(".png"))
+    text = markdown(results, options.seeds, measured_on)
+    if accuracies:
+        text += "\n" + critic_accuracy_report.markdown(accuracies)
     stem.with_suffix(".md").write_text(text)
     print(text)
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-import struct
 
 import torch
 
 from lightning_wdefense._compat import MisconfigurationException, Trainer
+from lightning_wdefense._seeding import seeded_generator
 
 
 def noise_generator(trainer: Trainer, seed: int, device: torch.device) -> torch.Generator:
@@ -17,14 +16,14 @@ def noise_generator(trainer: Trainer, seed: int, device: torch.device) -> torch.
     Lightning does not restore the global random state when a run is resumed, and ``global_step`` stands still while
     gradients accumulate.
     """
-    return _seeded(device, seed, trainer.current_epoch, trainer.fit_loop.batch_idx, trainer.global_rank)
+    return seeded_generator(device, seed, trainer.current_epoch, trainer.fit_loop.batch_idx, trainer.global_rank)
 
 
 def evaluation_generator(
     trainer: Trainer, seed: int, batch_idx: int, dataloader_idx: int, device: torch.device
 ) -> torch.Generator:
     """A generator for an attack on an evaluation batch: the same in every epoch, so that epochs can be compared."""
-    return _seeded(device, seed, dataloader_idx, batch_idx, trainer.global_rank)
+    return seeded_generator(device, seed, dataloader_idx, batch_idx, trainer.global_rank)
 
 
 def is_due(trainer: Trainer, last: int | None, every_n_epochs: int) -> bool:
@@ -35,11 +34,6 @@ def is_due(trainer: Trainer, last: int | None, every_n_epochs: int) -> bool:
     """
     in_fit = getattr(trainer.state.fn, "value", trainer.state.fn) == "fit"
     return not in_fit or last is None or not 0 < trainer.current_epoch - last < every_n_epochs
-
-
-def _seeded(device: torch.device, *place: int) -> torch.Generator:
-    digest = hashlib.blake2b(struct.pack(f"<{len(place)}q", *place), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def warmup_radius(trainer: Trainer, warmup_epochs: float, step: int | None = None) -> float:

@@ -1,13 +1,11 @@
-"""What a trainer and a module must be for our callbacks."""
+"""What a module must be for our callbacks."""
 
 from __future__ import annotations
 
 from torch import nn
 
-from lightning_wdefense._compat import LightningModule, MisconfigurationException, Trainer, is_a
+from lightning_wdefense._compat import LightningModule, MisconfigurationException
 from lightning_wdefense.attacks.recording import submodule
-
-SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
 
 
 def attacked_model(pl_module: LightningModule, path: str | None) -> nn.Module:
@@ -25,20 +23,6 @@ def attacked_model(pl_module: LightningModule, path: str | None) -> nn.Module:
             f"model=. Its submodules: {children}."
         )
     return pl_module
-
-
-def check_strategy(trainer: Trainer, callback: str) -> None:
-    """Refuse strategies that shard the parameters: an attack needs the whole model on every rank.
-
-    Raises:
-        MisconfigurationException: for FSDP, DeepSpeed and model parallelism.
-    """
-    for strategy in SHARDED:
-        if is_a(trainer.strategy, strategy):
-            raise MisconfigurationException(
-                f"{callback} cannot attack a model whose parameters are sharded ({type(trainer.strategy).__name__}): use "
-                "strategy='ddp', or one device."
-            )
 
 
 def check_automatic_optimization(pl_module: LightningModule) -> None:

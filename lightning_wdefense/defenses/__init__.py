@@ -13,6 +13,9 @@ from lightning_wdefense.defenses.discrepancies import (
     paired_l2,
     weighted_kl,
 )
+from lightning_wdefense.defenses.generators import ResidualGenerator
+from lightning_wdefense.defenses.purified import PurifiedClassifier
+from lightning_wdefense.defenses.purifier import WassersteinPurifier
 from lightning_wdefense.defenses.recipe import RECIPES, Recipe
 from lightning_wdefense.defenses.smoothing import Certificate, WassersteinSmoothing, certified_accuracy_curve
 
@@ -22,9 +25,12 @@ __all__ = [
     "Certificate",
     "ClassTransport",
     "CriticDiscrepancy",
+    "PurifiedClassifier",
     "Recipe",
+    "ResidualGenerator",
     "SlicedTransport",
     "Transport",
+    "WassersteinPurifier",
     "WassersteinSmoothing",
     "certified_accuracy_curve",
     "coral",

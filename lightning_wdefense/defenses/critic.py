@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_wdefense.attacks.isolation import eager
 from lightning_wdefense.attacks.outputs import class_labels, logits_of
+from lightning_wdefense.attacks.torchattack import default_dtype
 from lightning_wdefense.defenses.branch import Branch
 from lightning_wdefense.transport import CriticTraining, WassersteinCritic
 from lightning_wdefense.transport.critic import Average, check_settings
@@ -28,7 +29,8 @@ class CriticDiscrepancy:
     points of robust accuracy at a weight at which this one gained 4.
 
     Before each step of the model the critic learns from the batch's detached features, as many steps as it is behind (see
-    :class:`~lightning_wdefense.transport.CriticTraining`); then the model minimises the critic's gap. A 1-Lipschitz critic moves every
+    :class:`~lightning_wdefense.transport.CriticTraining`); then the model minimises the critic's gap (under a penalty,
+    which lets it overshoot, divided by the length of its gradient where that is more than 1). A 1-Lipschitz critic moves every
     sample's features with the same force at most, near or far: paired L2 pulls hardest at the samples that are lost.
 
     This is configuration only. The critic itself is made for the features' shape and device at the first batch; it lives in the checkpoint of
@@ -79,18 +81,20 @@ class CriticDiscrepancy:
 
     def start(self, features: Tensor, classes: int | None = None) -> CriticTraining:
         """A new critic for features like these ``(N, ...)``, with one function for each of so many classes."""
-        shape = features.shape[1:]
-        network = shape if self.network is None else self.network(shape)
-        critic = WassersteinCritic(
-            network,
-            lipschitz=self.lipschitz,
-            penalty=self.penalty,
-            width=self.width,
-            depth=self.depth,
-            classes=classes,
-            seed=self.seed,
-        )
-        critic.to(features.device, torch.promote_types(features.dtype, torch.float32))
+        shape, dtype = features.shape[1:], torch.promote_types(features.dtype, torch.float32)
+        with default_dtype(
+            dtype
+        ):  # Lightning's "true" precisions change it to one in which no matrix can be made orthonormal
+            critic = WassersteinCritic(
+                shape if self.network is None else self.network(shape),
+                lipschitz=self.lipschitz,
+                penalty=self.penalty,
+                width=self.width,
+                depth=self.depth,
+                classes=classes,
+                seed=self.seed,
+            )
+        critic.to(features.device, dtype)
         return CriticTraining(critic, lr=self.lr, max_steps=self.max_steps)
 
 
@@ -107,10 +111,10 @@ class LiveCritic:
         self._loaded: dict[str, Any] | None = None
 
     def gap(self, clean: Branch, adversarial: Branch, labels: Any) -> Tensor:
-        """The critic's gap between two batches of features, differentiable in both."""
+        """The critic's gap between two batches of features, differentiable in both, without the overshoot of a weak penalty."""
         training, labels = self._training_on(clean, labels)
         with training.critic.frozen(), eager():
-            return training.critic.gap(clean.features, adversarial.features, labels)
+            return training.critic.bounded_gap(clean.features, adversarial.features, labels)
 
     def update(
         self,
@@ -127,10 +131,15 @@ class LiveCritic:
         Returns:
             With ``measure``, what the critic said of the batch before it learned from it; else nothing.
         """
+        before = self._training, self._loaded
         training, labels = self._training_on(clean, labels)
         x, y = clean.features.detach(), adversarial.features.detach()
         with eager():
-            said = training.update(x, y, labels, generator=generator, average=average)
+            try:
+                said = training.update(x, y, labels, generator=generator, average=average)
+            except BaseException:
+                self._training, self._loaded = before  # one that was made for a batch that does not do is no critic
+                raise
             if not measure:
                 return {}
             norm = said.gradient_norm

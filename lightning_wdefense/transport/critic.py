@@ -44,7 +44,8 @@ class WassersteinCritic(nn.Module):
     time, and nothing needs to be weighed. The other ways: ``"spectral-norm"`` divides every matrix by its largest singular value
     (Miyato et al., 2018), by a bound that exceeds it by 1% at most; ``"gradient-penalty"`` adds ``penalty * mean (|f'| - 1)^2`` between the
     clouds to the loss (WGAN-GP, Gulrajani et al., 2017); ``"one-sided-penalty"`` only where ``|f'| > 1`` (Petzka et al., 2018). A penalty lets the gap overshoot, by about
-    ``W_1^2 / (2 penalty)`` for scaled points; :meth:`distance` therefore divides it by the gradient's length.
+    ``W_1^2 / (2 penalty)`` for scaled points; :meth:`distance` therefore divides it by the gradient's length, and :meth:`bounded_gap`, which a
+    model can minimise, where that is more than 1.
 
     Points are centred and divided by the size of a typical coordinate, known from training; scores are in the units of the points. Everything
     is computed in the critic's own dtype, float32 unless you convert it to float64, with autocast off.
@@ -159,6 +160,19 @@ class WassersteinCritic(nn.Module):
         """Estimate of ``W_1``: the gap, for a penalised critic divided by the length of its gradient between the clouds."""
         gap = self.gap(x, y, labels)
         return gap / self.gradient_norm(x, y, labels, generator=generator).mean() if self.penalised else gap
+
+    def bounded_gap(
+        self, x: Tensor, y: Tensor, labels: Tensor | None = None, *, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """The gap for a model to minimise: divided by the length of a penalised critic's gradient where that is more than 1.
+
+        The length is a constant for the gradient. A weak penalty lets the gap overshoot many times, and the points would be pulled as much too hard.
+        """
+        gap = self.gap(x, y, labels)
+        # Not where it is less than 1: a critic that has not learned yet would be believed as much as one that has.
+        return (
+            gap / self.gradient_norm(x, y, labels, generator=generator).mean().clamp_min(1) if self.penalised else gap
+        )
 
     def gradient_norm(
         self,

@@ -92,8 +92,7 @@ class CriticTraining:
         """
         # Backward passes and the optimiser's products would be cast as well.
         with torch.autocast(x.device.type, enabled=False), exact_products():
-            self.critic.adapt(x, y, average)
-            first = self._backward(x, y, labels, generator, average)
+            first = self._first_backward(x, y, labels, generator, average)
             self.agreement = MEMORY * self.agreement + (1 - MEMORY) * self.optimizer.agreement()
             steps = 1 + round((self.max_steps - 1) * max(self.agreement, 0.0))
             self.optimizer.step()
@@ -116,6 +115,24 @@ class CriticTraining:
         self.critic.load_state_dict(state["critic"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.agreement = state["agreement"]
+
+    def _first_backward(
+        self,
+        x: Tensor,
+        y: Tensor,
+        labels: Tensor | None,
+        generator: torch.Generator | None,
+        average: Average | None,
+    ) -> CriticObjective:
+        """On a batch that may turn out not to do, above all for a module of the user's: then the critic has not taken note of it."""
+        critic = self.critic
+        before = critic.centre, critic.scale, critic.batches
+        critic.adapt(x, y, average)
+        try:
+            return self._backward(x, y, labels, generator, average)
+        except BaseException:
+            critic.centre, critic.scale, critic.batches = before
+            raise
 
     def _backward(
         self,

@@ -12,6 +12,7 @@ from support.lightning_modules import DigitsClassifier, digits_loaders, quiet_tr
 
 from lightning_wdefense import Recipe, ThreatModel, WassersteinDefense
 from lightning_wdefense.attacks import PGD
+from lightning_wdefense.defenses import ResidualGenerator, WassersteinPurifier
 
 THREAT = ThreatModel(eps=0.2)
 
@@ -25,6 +26,19 @@ class Recording(PGD):
         adversarial = super().perturb(problem)
         self.made.append((adversarial - problem.data).detach())
         return adversarial
+
+
+def purifier():
+    """Twenty steps of a purifier before a classifier whose parameters all require gradients."""
+    seed_everything(0, verbose=False)
+    module = WassersteinPurifier(
+        DigitsClassifier(batch_norm=True), THREAT, PGD(THREAT, steps=2), generator=ResidualGenerator(64), lr=0.01
+    )
+    trainer = quiet_trainer(strategy="ddp", devices=2, max_steps=20, max_epochs=-1)
+    trainer.fit(module, digits_loaders(shuffle=False)[0])
+    checkpoint: dict = {}
+    module.on_save_checkpoint(checkpoint)
+    return {"weights": plain(module.state_dict()), "learned": plain(checkpoint)}
 
 
 def main(folder, *recipes):
@@ -47,6 +61,7 @@ def main(folder, *recipes):
         trainer.fit(module, digits_loaders(shuffle=False)[0])
         parameters = torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
         results[name] = {"weights": parameters, "learned": plain(defense.state_dict())}
+    results["purifier"] = purifier()
     results["perturbations"] = torch.stack(Recording.made)
     torch.save(results, f"{folder}/{trainer.global_rank}.pt")
 

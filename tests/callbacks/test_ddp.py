@@ -46,3 +46,9 @@ def test_noise_differs_by_rank(ranks):
     first, second = (rank["perturbations"] for rank in ranks)
     assert len(first) == 3
     assert not torch.equal(first, second)
+
+
+def test_ranks_hold_the_same_purifier_and_critic(ranks):
+    first, second = (rank["purifier"] for rank in ranks)
+    assert first == second
+    assert first["learned"]["wasserstein_purifier"]["critic"]["batches"] == 20

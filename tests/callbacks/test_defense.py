@@ -30,8 +30,13 @@ ACTIVE = [name for name in RECIPES if name != "standard"]
 CASES = [*ACTIVE, "trades+awp", "udr+awp"]
 
 
+PENALISED = "critic+gradient-penalty"
+
+
 def case(name, **changes):
-    """A recipe by its name, with weight perturbation where that says so."""
+    """A recipe by its name, with weight perturbation or the critic's gradient penalty where that says so."""
+    if name == PENALISED:
+        return Recipe.named("critic", THREAT, discrepancy=CriticDiscrepancy(lipschitz="gradient-penalty"), **changes)
     name, *more = name.split("+")
     return Recipe.named(name, THREAT, **({"awp": 0.01} if more else {}), **changes)
 
@@ -526,7 +531,7 @@ class TestPipelines:
         assert torch.cosine_similarity(exact - start, mixed - start, dim=0) > 0.8
 
     @pytest.mark.parametrize("how", ["module", "submodule", "in place"])
-    @pytest.mark.parametrize("recipe", ["pgd-at", "trades", "sat-features", "pgd-at+awp"])
+    @pytest.mark.parametrize("recipe", ["pgd-at", "trades", "sat-features", "pgd-at+awp", "critic", PENALISED])
     def test_compiled_modules(self, recipe, how):
         expected = train(WassersteinDefense(case(recipe, warmup_epochs=0)), log_every_n_steps=2)
         L.seed_everything(0, verbose=False)
@@ -736,6 +741,14 @@ def test_errors_at_construction(make, match):
 def test_feature_scattering_warns():
     with pytest.warns(UserWarning, match="fails under AutoAttack"):
         WassersteinDefense("feature-scattering", threat=THREAT)
+
+
+def test_a_critic_made_for_a_batch_that_fails_is_not_kept():
+    """The network is made for the features' width, which the next run's module may have otherwise."""
+    defense = with_critic(by_class=False, network=lambda shape: nn.Linear(7, 1))
+    with pytest.raises(ValueError, match="network fails"):
+        train(defense)
+    assert defense.state_dict()["critic"] is None
 
 
 @pytest.mark.parametrize("recipe", ["udr", "critic"])

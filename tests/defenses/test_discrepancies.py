@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from lightning_wdefense.defenses import DISCREPANCIES, ClassTransport, get_discrepancy
+from lightning_wdefense.defenses.branch import Branch
+from lightning_wdefense.defenses.critic import CriticDiscrepancy, LiveCritic
 from lightning_wdefense.transport import SlicedWasserstein
 
 N, D, CLASSES = 12, 3, 3
@@ -135,3 +137,15 @@ class TestClassTransport:
         value = ClassTransport()(x, x.detach(), torch.tensor([0, 0, 1, 1]))
         assert torch.isfinite(value)
         assert torch.isfinite(torch.autograd.grad(value, x)[0]).all()
+
+
+@pytest.mark.parametrize("penalty", [0.05, 5.0])
+def test_a_weak_penalty_of_the_critic_pulls_no_harder_than_a_strong_one(penalty):
+    """Two clouds at a distance of 2: a penalty of 0.05 lets the critic's own gap come to more than ten times that."""
+    live = LiveCritic(CriticDiscrepancy("gradient-penalty", penalty, lr=0.1, by_class=False))
+    y = torch.randn(128, 4, generator=torch.Generator().manual_seed(0))
+    x = y + torch.tensor([2.0, 0.0, 0.0, 0.0])
+    for _ in range(100):
+        said = live.update(Branch(None, x), Branch(None, y), None, measure=True)
+    assert live.gap(Branch(None, x), Branch(None, y), None).item() == pytest.approx(2, rel=0.15)
+    assert said["critic_gap"] > 2 * (1 + 1 / (4 * penalty))

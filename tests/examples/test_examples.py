@@ -17,6 +17,7 @@ CASES = {
     "quickstart.py": (["--fast"], [r"undefended.*%", r"defended.*%", r"Wrote .*robustness\.png"]),
     "mixin.py": ([], [r"test/robust_acc\b"]),
     "wandb_logging.py": ([], [r"Most robust epoch: .*\.ckpt"]),
+    "purifier.py": (["--fast"], [r"no purifier.*%", r"trained as usual.*%", r"trained through.*%"]),
     "tabular.py": ([], [r"undefended: clean \d", r"defended: clean \d"]),
 }
 

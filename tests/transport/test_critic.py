@@ -120,6 +120,26 @@ def test_penalty_overshoots_by_what_is_said_and_the_distance_does_not():
     assert critic.distance(x, y).item() == pytest.approx(2, rel=0.02)
 
 
+@pytest.mark.parametrize("penalty", [0.05, 0.5, 5.0])
+def test_bounded_gap_pulls_with_a_force_of_one_however_weak_the_penalty(penalty):
+    y = torch.randn(256, 4, generator=rng())
+    x = (y.roll(1, 0) + torch.tensor([2.0, 0.0, 0.0, 0.0])).requires_grad_()
+    critic = WassersteinCritic(4, lipschitz="gradient-penalty", penalty=penalty)
+    critic_distance(x.detach(), y, critic=critic, steps=200, lr=0.1)
+    assert critic.gap(x, y).item() > 2 * (1 + 1 / (4 * penalty))
+    assert critic.bounded_gap(x, y).item() == pytest.approx(2, rel=0.1)
+    (gradient,) = torch.autograd.grad(critic.bounded_gap(x, y), x)
+    assert (len(x) * gradient).norm(dim=1).mean().item() == pytest.approx(1, rel=0.1)
+
+
+@every_way
+def test_bounded_gap_is_the_gap_where_there_is_no_overshoot(way):
+    critic, points = trained(way, (3,)), clouds()
+    untrained = WassersteinCritic(3, lipschitz=way)
+    for each in (critic, untrained) if way not in PENALISED else (untrained,):
+        torch.testing.assert_close(each.bounded_gap(*points), each.gap(*points), rtol=0, atol=0)
+
+
 @every_way
 def test_scores_fall_towards_the_other_cloud(way):
     """Its gradient is what a model is trained with: for a translation the unit vector along it, at every point."""
@@ -538,6 +558,19 @@ def test_bad_points_are_refused_before_anything_is_learned(network, points, matc
     with pytest.raises(ValueError, match=match):
         critic_distance(*points, critic=critic)
     assert equal(state_of(training), before)
+
+
+@pytest.mark.parametrize("way", PENALISED)
+def test_a_first_batch_on_which_a_module_of_the_users_fails_leaves_the_critic_as_it_was(way):
+    torch.manual_seed(0)
+    failed = CriticTraining(WassersteinCritic(Scores(1), lipschitz=way))
+    untouched = copy.deepcopy(failed)
+    with pytest.raises(ValueError, match=r"network fails on points of shape \(N, 2\)"):
+        failed.update(X[:, :2], Y[:, :2])
+    assert equal(state_of(failed), state_of(untouched))
+    for each in (failed, untouched):
+        each.update(*clouds())
+    assert equal(state_of(failed), state_of(untouched))
 
 
 def test_scores_must_be_one_a_point():
