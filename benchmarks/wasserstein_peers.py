@@ -60,7 +60,7 @@ def dual_projection(model: nn.Module, labels: Tensor, transport: LocalTransport,
         plan = transport.stay()
         for _ in range(steps):
             direction = gradient(model, transport.arrived(plan), labels)
-            plan = nearest_plan(transport, plan + size * transport.seen_from(direction), iterations=30, tol=1e-4)
+            plan = nearest_plan(transport, plan + size * transport.seen_from(direction), iterations=12, tol=1e-3)
         plans.append(plan)
     return plans
 
