@@ -178,7 +178,7 @@ class Recipe:
 
 def _adversary(threat: ThreatModel, loss: Literal["ce", "kl"] = "ce") -> Attack:
     if threat.norm == "wasserstein":
-        return WassersteinAttack(threat, steps=10, methods="frank-wolfe", restarts=1, loss=loss)
+        return WassersteinAttack(threat, steps=10, methods=("frank-wolfe",), restarts=1, loss=loss)
     return PGD(threat, loss=loss, random_start="gaussian" if loss == "kl" else True)
 
 
