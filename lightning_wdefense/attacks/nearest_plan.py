@@ -76,7 +76,7 @@ def nearest_plan_with_room(
     """
     target = target.masked_fill(~transport.inside, -torch.inf)
     price, room = prices
-    low, high = torch.zeros_like(price), torch.full_like(price, torch.inf)
+    low, high = torch.zeros_like(price), _price_of_rest(transport, target - transport.seen_from(room))
     for _ in range(iterations):
         plan = _onto_rows(target - price * transport.costs - transport.seen_from(room), transport.masses)
         excess, slope = _excess(transport, plan)
@@ -90,6 +90,14 @@ def nearest_plan_with_room(
         curvature = transport.arrived(active - active / active.sum(1, keepdim=True).clamp_min(1)).clamp_min(0.5)
         room = (room + ROOM_STEP * (images - transport.room.view_as(images)) / curvature).clamp_min(0)
     return plan, Prices(price, room)
+
+
+def _price_of_rest(transport: LocalTransport, goal: Tensor) -> Tensor:
+    """The price of cost from which on the nearest plan to ``goal`` moves nothing, ``(N, 1, 1)``."""
+    centre = transport.near.centre
+    pull = goal - (goal[:, centre] - transport.masses).unsqueeze(1)
+    pull[:, centre] = 0
+    return (pull / transport.costs.clamp_min(1)).amax((1, 2)).clamp_min(0).view(-1, 1, 1)
 
 
 def legal(transport: LocalTransport, plan: Tensor, *, sweeps: int = 500, tol: float = 1e-7) -> Tensor:

@@ -15,7 +15,7 @@ from lightning_wdefense.attacks.nearest_plan import Prices, legal, nearest_plan_
 
 Method = Literal["projected", "frank-wolfe"]
 FIRST_STEP = 2.0
-"""Of projected ascent: what the largest entry of the gradient moves, in units of the largest legal pixel."""
+"""Of projected ascent: what the largest entry of the gradient moves, in units of the image's largest pixel."""
 LOOKS = 5
 """How often in a run steps may be halved."""
 RISING = 0.75
@@ -61,7 +61,7 @@ class ProjectedAscent:
     def __post_init__(self) -> None:
         budget = self.transport.budget
         self.prices = Prices.none(self.transport)
-        self.step = torch.full_like(budget, FIRST_STEP)
+        self.step = FIRST_STEP * self.transport.masses.amax(1)
         self.rises = torch.zeros_like(budget)
         self.best = torch.full_like(budget, -torch.inf)
         self.best_plan = self.legal

@@ -167,7 +167,8 @@ class Found:
     def keep(self, index: Tensor, images: Tensor, fooled: Tensor, loss: Tensor) -> None:
         """Look at more images of some samples."""
         loss = loss.to(self.loss.dtype)
-        better = (fooled & ~self.fooled[index]) | ((fooled == self.fooled[index]) & (loss > self.loss[index]))
+        # Of equals the later: where the loss of a confident model rounds to 0 they are not equal.
+        better = (fooled & ~self.fooled[index]) | ((fooled == self.fooled[index]) & (loss >= self.loss[index]))
         self.images[index] = torch.where(per_sample(better, images), images, self.images[index])
         self.loss[index] = torch.where(better, loss, self.loss[index])
         self.fooled[index] |= fooled

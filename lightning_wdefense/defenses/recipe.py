@@ -22,6 +22,7 @@ from lightning_wdefense.attacks import (
     LagrangianAttack,
     SoftBallPGD,
     ThreatModel,
+    WassersteinAttack,
 )
 from lightning_wdefense.attacks.outputs import class_labels, float32_or_better, logits_of
 from lightning_wdefense.defenses.critic import CriticDiscrepancy
@@ -159,7 +160,8 @@ class Recipe:
         ====================== =====================================================================================
 
         ``BCE`` is MART's boosted cross-entropy, ``CE - log(1 - max_{k != y} p_k)``. Paired L2 is ``mean |z_i - z'_i|^2 / 2``, the transport cost of the identity coupling, so that each ``alp`` is the
-        ablation of a ``sat``. The attack is PGD with 10 steps.
+        ablation of a ``sat``. The attack is PGD with 10 steps; under the Wasserstein norm, which ``fast-at``,
+        ``udr``, ``wrm``, ``sinkhorn-dro`` and ``feature-scattering`` do not take, 10 steps of Frank-Wolfe.
 
         Args:
             name: one of the above.
@@ -167,11 +169,17 @@ class Recipe:
             **changes: fields of the recipe to replace, such as ``weight=0.3`` or ``attack=PGD(threat, steps=7)``.
 
         Raises:
-            ValueError: if the name does not exist, with the nearest ones.
+            ValueError: if the name does not exist, with the nearest ones, or its attack does not take the threat's norm.
         """
         if name not in RECIPES:
             raise ValueError(unknown_name("recipe", name, RECIPES))
         return replace(RECIPES[name](threat), name=name, **changes)
+
+
+def _adversary(threat: ThreatModel, loss: Literal["ce", "kl"] = "ce") -> Attack:
+    if threat.norm == "wasserstein":
+        return WassersteinAttack(threat, steps=10, methods=("frank-wolfe",), restarts=1, loss=loss)
+    return PGD(threat, loss=loss, random_start="gaussian" if loss == "kl" else True)
 
 
 def _feature_scattering(threat: ThreatModel) -> Recipe:
@@ -185,21 +193,27 @@ def _feature_scattering(threat: ThreatModel) -> Recipe:
 
 RECIPES: dict[str, Callable[[ThreatModel], Recipe]] = {
     "standard": lambda threat: Recipe(None, "clean"),
-    "pgd-at": lambda threat: Recipe(PGD(threat)),
+    "pgd-at": lambda threat: Recipe(_adversary(threat)),
     "fast-at": lambda threat: Recipe(FGSM(threat, noise=2.0)),
-    "trades": lambda threat: Recipe(PGD(threat, loss="kl", random_start="gaussian"), "clean", "kl", 6.0),
-    "mart": lambda threat: Recipe(PGD(threat), discrepancy="weighted-kl", weight=5.0, margin_weight=1.0),
-    "alp": lambda threat: Recipe(PGD(threat), discrepancy="paired-l2", weight=1.0),
-    "alp-features": lambda threat: Recipe(PGD(threat), discrepancy="paired-l2", weight=0.1, features="penultimate"),
-    "sat": lambda threat: Recipe(PGD(threat), discrepancy="sinkhorn", weight=1.0),
-    "sat-label": lambda threat: Recipe(PGD(threat), discrepancy="sinkhorn-label", weight=1.0),
-    "sat-features": lambda threat: Recipe(PGD(threat), discrepancy="sinkhorn", weight=0.1, features="penultimate"),
-    "class-transport": lambda threat: Recipe(
-        PGD(threat), discrepancy="class-transport", weight=0.1, features="penultimate"
+    "trades": lambda threat: Recipe(_adversary(threat, "kl"), "clean", "kl", 6.0),
+    "mart": lambda threat: Recipe(_adversary(threat), discrepancy="weighted-kl", weight=5.0, margin_weight=1.0),
+    "alp": lambda threat: Recipe(_adversary(threat), discrepancy="paired-l2", weight=1.0),
+    "alp-features": lambda threat: Recipe(
+        _adversary(threat), discrepancy="paired-l2", weight=0.1, features="penultimate"
     ),
-    "critic": lambda threat: Recipe(PGD(threat), discrepancy=CriticDiscrepancy(), weight=0.1, features="penultimate"),
-    "mmd": lambda threat: Recipe(PGD(threat), discrepancy="mmd", weight=1.0),
-    "coral": lambda threat: Recipe(PGD(threat), discrepancy="coral", weight=1.0),
+    "sat": lambda threat: Recipe(_adversary(threat), discrepancy="sinkhorn", weight=1.0),
+    "sat-label": lambda threat: Recipe(_adversary(threat), discrepancy="sinkhorn-label", weight=1.0),
+    "sat-features": lambda threat: Recipe(
+        _adversary(threat), discrepancy="sinkhorn", weight=0.1, features="penultimate"
+    ),
+    "class-transport": lambda threat: Recipe(
+        _adversary(threat), discrepancy="class-transport", weight=0.1, features="penultimate"
+    ),
+    "critic": lambda threat: Recipe(
+        _adversary(threat), discrepancy=CriticDiscrepancy(), weight=0.1, features="penultimate"
+    ),
+    "mmd": lambda threat: Recipe(_adversary(threat), discrepancy="mmd", weight=1.0),
+    "coral": lambda threat: Recipe(_adversary(threat), discrepancy="coral", weight=1.0),
     "udr": lambda threat: Recipe(SoftBallPGD(threat)),
     "wrm": lambda threat: Recipe(LagrangianAttack(threat)),
     "sinkhorn-dro": lambda threat: Recipe(GibbsNoise(threat)),
