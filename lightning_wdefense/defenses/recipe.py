@@ -161,7 +161,7 @@ class Recipe:
 
         ``BCE`` is MART's boosted cross-entropy, ``CE - log(1 - max_{k != y} p_k)``. Paired L2 is ``mean |z_i - z'_i|^2 / 2``, the transport cost of the identity coupling, so that each ``alp`` is the
         ablation of a ``sat``. The attack is PGD with 10 steps; under the Wasserstein norm, which ``fast-at``,
-        ``udr``, ``wrm``, ``sinkhorn-dro`` and ``feature-scattering`` do not take, 10 steps of Frank-Wolfe.
+        ``udr``, ``wrm``, ``sinkhorn-dro`` and ``feature-scattering`` do not take, 5 steps of projected ascent by :class:`WassersteinAttack`.
 
         Args:
             name: one of the above.
@@ -178,7 +178,7 @@ class Recipe:
 
 def _adversary(threat: ThreatModel, loss: Literal["ce", "kl"] = "ce") -> Attack:
     if threat.norm == "wasserstein":
-        return WassersteinAttack(threat, steps=10, methods=("frank-wolfe",), restarts=1, loss=loss)
+        return WassersteinAttack(threat, steps=5, methods=("projected",), restarts=1, loss=loss)
     return PGD(threat, loss=loss, random_start="gaussian" if loss == "kl" else True)
 
 
