@@ -132,7 +132,8 @@ class WassersteinAttack(Attack):
     def _climb(
         self, problem: Problem, index: Tensor, ascent: Ascent, loss: AttackLoss, scale: float, found: Found
     ) -> None:
-        part = problem.select(index)
+        # All of them are taken as they are, so that labels that do not fit meet the checks.
+        part = problem if len(index) == len(problem.data) else problem.select(index)
         for step in range(self.steps + 1):
             images = ascent.transport.arrived(ascent.legal) * scale
             last = step == self.steps

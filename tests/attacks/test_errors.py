@@ -21,7 +21,9 @@ from lightning_wdefense.attacks import (
     SoftBallPGD,
     ThreatModel,
     TorchAttack,
+    WassersteinAttack,
     get_attack,
+    wasserstein_feasibility,
 )
 
 LINF, L2 = ThreatModel(eps=0.1), ThreatModel(norm="l2", eps=0.1)
@@ -94,6 +96,31 @@ CONFIGURATIONS = {
     "gibbs copies": (lambda: GibbsNoise(LINF, copies=0), "copies must be at least 1, got 0"),
     "gibbs loss": (lambda: GibbsNoise(LINF, loss="cee"), "no attack loss 'cee'"),
     "gibbs wasserstein": (lambda: GibbsNoise(WASSERSTEIN), "'wasserstein' has no ball"),
+    "wasserstein linf": (
+        lambda: WassersteinAttack(LINF),
+        "needs ThreatModel\\(norm=\"wasserstein\"\\), got norm='linf'",
+    ),
+    "wasserstein by name": (lambda: get_attack("wasserstein", L2), "needs ThreatModel.*got norm='l2'"),
+    "wasserstein bounds": (
+        lambda: WassersteinAttack(ThreatModel("wasserstein", 0.1, bounds=(-1, 1))),
+        r"bounds must begin with 0.*got \(-1.0, 1.0\).*mean= and std=",
+    ),
+    "wasserstein eps": (lambda: ThreatModel("wasserstein", -0.1), "eps must be finite and not negative.*-0.1"),
+    "wasserstein method": (
+        lambda: WassersteinAttack(WASSERSTEIN, methods="frank-wolf"),
+        "no method 'frank-wolf'. Did you mean 'frank-wolfe'",
+    ),
+    "wasserstein methods": (lambda: WassersteinAttack(WASSERSTEIN, methods=()), "methods= is empty: name.*projected"),
+    "wasserstein even": (lambda: WassersteinAttack(WASSERSTEIN, neighbourhood=4), "must be odd and at least 3.*got 4"),
+    "wasserstein one": (lambda: WassersteinAttack(WASSERSTEIN, neighbourhood=1), "must be odd and at least 3.*got 1"),
+    "wasserstein p": (lambda: WassersteinAttack(WASSERSTEIN, p=3), "p must be 1 or 2, got 3"),
+    "wasserstein steps": (lambda: WassersteinAttack(WASSERSTEIN, steps=0), "steps must be at least 1, got 0"),
+    "wasserstein restarts": (lambda: WassersteinAttack(WASSERSTEIN, restarts=0), "restarts must be at least 1, got 0"),
+    "wasserstein loss": (lambda: WassersteinAttack(WASSERSTEIN, loss="cee"), "no attack loss 'cee'"),
+    "wasserstein early exit": (
+        lambda: WassersteinAttack(WASSERSTEIN, loss="kl", early_exit=True),
+        "early_exit=True.*loss='kl'.*\"margin\"",
+    ),
     "autoattack steps": (lambda: AutoAttack(LINF, steps=0), "steps must be at least 1"),
     "autoattack queries": (lambda: AutoAttack(LINF, queries=0), "queries must be at least 1"),
 }
@@ -152,6 +179,57 @@ def test_inputs(case, threat, inputs, error, message):
 def test_not_finite_without_bounds(case, bad):
     with pytest.raises(ValueError, match="NaN or infinite"):
         case(UNBOUNDED)(classifier(3, 4, 4), torch.where(X.max() == X, bad, X), Y)
+
+
+FULL = torch.rand(4, 1, 6, 7)
+TRANSPORT = {
+    "a table": (ThreatModel("wasserstein", 0.1), FULL[:, 0, 0], r"one of images \(N, C, H, W\), got.*\(4, 7\)"),
+    "no channels": (ThreatModel("wasserstein", 0.1), FULL[:, 0], r"one of images \(N, C, H, W\), got.*\(4, 6, 7\)"),
+    "smaller than the square": (
+        ThreatModel("wasserstein", 0.1),
+        FULL[:, :, :4],
+        "are 4 x 7, smaller than the neighbourhood, 5 x 5: lower neighbourhood=",
+    ),
+    "negative": (
+        ThreatModel("wasserstein", 0.1, bounds=None),
+        FULL - 0.5,
+        "Pixels are mass, which cannot be negative, but.*go down to -0.*mean=.*std=",
+    ),
+    "no mass": (ThreatModel("wasserstein", 0.1), FULL * torch.tensor([1.0, 0, 1, 0])[:, None, None, None], r"\[1, 3\]"),
+    "no mass in the pipeline's units": (
+        ThreatModel("wasserstein", 0.1, mean=0.4, std=0.3),
+        (FULL * (torch.arange(4) > 0)[:, None, None, None] - 0.4) / 0.3,
+        r"without any mass have nothing to move: samples \[0\]",
+    ),
+}
+
+
+@pytest.mark.parametrize(("threat", "inputs", "message"), TRANSPORT.values(), ids=TRANSPORT)
+def test_images_for_transport(threat, inputs, message):
+    """The attack says so, and so does what measures it."""
+    kept = inputs.clone()
+    model = lambda x: x.flatten(1)[:, :3] - 0.1  # noqa: E731
+    with pytest.raises(ValueError, match=re.compile(message, re.DOTALL)):
+        WassersteinAttack(threat)(model, inputs, torch.zeros(4, dtype=torch.long))
+    with pytest.raises(ValueError, match=re.compile(message, re.DOTALL)):
+        wasserstein_feasibility(inputs, inputs, threat)
+    assert torch.equal(inputs, kept)
+
+
+FEASIBILITY = {
+    "shapes": ({"adversarial": FULL[:2]}, r"one shape, got \(4, 1, 6, 7\) and \(2, 1, 6, 7\)"),
+    "norm": ({"threat": LINF}, "got norm='linf'"),
+    "even": ({"neighbourhood": 6}, "odd and at least 3.*got 6"),
+    "too large": ({"neighbourhood": 7}, "6 x 7, smaller than the neighbourhood, 7 x 7"),
+    "p": ({"p": 0}, "p must be 1 or 2, got 0"),
+    "units": ({"inputs": 255 * FULL}, "lie outside.*mean and std are not set"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), FEASIBILITY.values(), ids=FEASIBILITY)
+def test_feasibility(changes, message):
+    with pytest.raises(ValueError, match=re.compile(message, re.DOTALL)):
+        wasserstein_feasibility(**{"inputs": FULL, "adversarial": FULL, "threat": WASSERSTEIN} | changes)
 
 
 LABELS = {

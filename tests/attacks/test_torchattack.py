@@ -7,6 +7,7 @@ import inspect
 import pytest
 import torch
 import torchattacks
+from support.attacks import ATTACK_CASES
 from support.modules import batch, classifier
 from torch import nn
 
@@ -159,8 +160,8 @@ def test_stray_inputs_keep_their_place():
 
 def test_the_registry_and_the_names_agree():
     for name in ATTACKS:
-        assert get_attack(name, LINF).name == name
-        assert get_attack(name, LINF).with_eps(0.01).name == name
+        attack = get_attack(name, ATTACK_CASES[name].threat(LINF))
+        assert attack.name == attack.with_eps(0.01).name == name
 
 
 def test_black_box_queries_build_no_graph():

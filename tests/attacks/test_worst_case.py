@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from support.attacks import ATTACK_CASES
 from torch import Tensor, nn
 
 from lightning_wdefense.attacks import FGSM, PGD, Attack, ThreatModel, get_attack, worst_case
@@ -195,12 +196,13 @@ def test_names_objects_and_mappings_become_attacks_by_name():
 
 @pytest.mark.parametrize("name", sorted(ATTACKS))
 def test_every_name_measures_or_says_why_not(name):
-    attack = get_attack(name, BOX)
+    threat = ATTACK_CASES[name].threat(BOX)
+    attack = get_attack(name, threat)
     if attack.bounded:
-        assert list(evaluation_attacks([name], BOX)) == [name]
+        assert list(evaluation_attacks([name], threat)) == [name]
     else:
         with pytest.raises(ValueError, match="leaves the threat model's ball"):
-            evaluation_attacks([name], BOX)
+            evaluation_attacks([name], threat)
 
 
 def test_bounds_are_judged_on_the_whole_batch():
