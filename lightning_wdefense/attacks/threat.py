@@ -99,8 +99,8 @@ class ThreatModel:
         """Sampling, steepest ascent and projection for this norm."""
         if self.norm not in BALLS:
             raise ValueError(
-                f"norm {self.norm!r} has no ball in pixel space: FGSM and PGD work with {' or '.join(BALLS)}, "
-                "WassersteinAttack with wasserstein."
+                f"norm {self.norm!r} has no ball in pixel space, which FGSM, PGD and AutoAttack need ({' or '.join(BALLS)}): use "
+                'WassersteinAttack, in attacks= or attack= by its name "wasserstein".'
             )
         return BALLS[self.norm]
 
