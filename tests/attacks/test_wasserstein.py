@@ -136,11 +136,11 @@ def test_reaches_the_optimum_of_a_linear_model(bounds, largest):
 
 def test_does_harm_at_small_radii_and_more_at_larger_ones(digits_cnn):
     plain, robust, x, y = digits_cnn
-    x, y = x[:150], y[:150]
+    x, y = x[:100], y[:100]
     for model in (plain, robust):
         left = [right(model, x, y).float().mean()]
         for eps in (0.02, 0.05, 0.2):
-            adversarial = WassersteinAttack(ball(eps), steps=15, restarts=1)(model, x, y)
+            adversarial = WassersteinAttack(ball(eps), steps=12, restarts=1)(model, x, y)
             left.append(right(model, adversarial, y).float().mean())
         assert left[0] > left[1] > left[2] + 0.2 > left[3] + 0.6, left
         assert left[3] < 0.05
@@ -164,7 +164,7 @@ def published(name: str, model: nn.Module, x: Tensor, y: Tensor, eps: float, ste
 def test_stronger_than_attacks_that_are_repaired_only_at_the_end(digits_cnn, eps):
     """Worst of both, sample by sample, and with as many steps."""
     _, model, x, y = digits_cnn
-    x, y = x[:100], y[:100]
+    x, y = x[:70], y[:70]
     theirs = right(model, x, y)
     for name in ("frank-wolfe", "projected"):
         theirs &= right(model, published(name, model, x, y, eps, 20), y)
@@ -214,8 +214,9 @@ def test_early_exit_breaks_the_same_samples(digits_cnn, loss):
     assert 0.2 < right(plain, quick, y).float().mean() < 0.9, "too easy or too hard to show anything"
     assert torch.equal(quick[:5], x[:5]), "those that are wrong already are not touched"
     assert sum(seen) < 0.8 * passes
-    found = wasserstein_feasibility(x[5:], quick[5:], THREAT).cost.mean()
-    assert found < wasserstein_feasibility(x[5:], thorough[5:], THREAT).cost.mean()
+    some = slice(5, 30)
+    found = wasserstein_feasibility(x[some], quick[some], THREAT).cost.mean()
+    assert found < wasserstein_feasibility(x[some], thorough[some], THREAT).cost.mean()
 
 
 # --- losses and labels
@@ -292,26 +293,26 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec", "ignore:.*validatio
 @pytest.mark.parametrize(
     "recipe",
     [
-        Recipe(WassersteinAttack(THREAT, steps=3, methods="frank-wolfe", restarts=1), warmup_epochs=2),
-        Recipe.named("trades", THREAT, warmup_epochs=2),
-        Recipe.named("class-transport", THREAT, warmup_epochs=2),
+        Recipe(WassersteinAttack(THREAT, steps=3, methods="frank-wolfe", restarts=1), warmup_epochs=1),
+        Recipe.named("trades", THREAT, warmup_epochs=1),
+        Recipe.named("class-transport", THREAT, warmup_epochs=1),
     ],
     ids=["own", "trades", "class-transport"],
 )
 def test_trains_and_is_measured_in_lightning(recipe):
     torch.manual_seed(0)
     module = DigitsClassifier(learning_rate=1e-2)
-    attack = WassersteinAttack(THREAT, steps=5, restarts=1)
+    attack = WassersteinAttack(THREAT, steps=4, restarts=1)
     callbacks = [WassersteinDefense(recipe), RobustnessMonitor(THREAT, attacks=[attack], epsilons=[0.02, 0.1])]
-    trainer = quiet_trainer(callbacks=callbacks, max_epochs=3, check_val_every_n_epoch=3)
-    trainer.fit(module, *digits_loaders(train_size=320))
+    trainer = quiet_trainer(callbacks=callbacks, max_epochs=2, check_val_every_n_epoch=2)
+    trainer.fit(module, *digits_loaders(train_size=512, val_size=64))
     values = {key: float(value) for key, value in trainer.callback_metrics.items()}
     assert 0 <= values["val/robust_acc"] <= values["val/auac"] < values["val/clean_acc"]
-    images, labels = (part[320:448] for part in digits())
+    images, labels = (part[512:576] for part in digits())
     module.eval()
     expected = (right(module, attack(module, images, labels), labels) & right(module, images, labels)).float().mean()
     assert values["val/robust_acc"] == pytest.approx(expected.item(), abs=0.01)
-    assert values["val/clean_acc"] > 0.4
+    assert values["val/clean_acc"] > 0.25
     assert values["defense/eps"] == pytest.approx(0.1)
 
 
@@ -329,9 +330,10 @@ def test_training_with_it_helps():
     for name in ("standard", "pgd-at"):
         torch.manual_seed(0)
         module = DigitsClassifier()
-        recipe = Recipe.named(name, ball(0.05), warmup_epochs=1)
-        quiet_trainer(callbacks=[WassersteinDefense(recipe)], max_epochs=4).fit(module, loader)
-        adversarial = WassersteinAttack(ball(0.05), steps=10, restarts=1)(module, images, labels)
+        attack = WassersteinAttack(ball(0.05), steps=3, methods="frank-wolfe", restarts=1)
+        recipe = Recipe.named(name, ball(0.05), warmup_epochs=1, **({"attack": attack} if name == "pgd-at" else {}))
+        quiet_trainer(callbacks=[WassersteinDefense(recipe)], max_epochs=3).fit(module, loader)
+        adversarial = WassersteinAttack(ball(0.05), steps=8, restarts=1)(module, images, labels)
         left[name] = right(module.eval(), adversarial, labels).float().mean()
     assert left["pgd-at"] > left["standard"] + 0.1, left
 
