@@ -25,6 +25,20 @@ def hardware(device: str) -> str:
     return name if device == "cuda" else f"{name}, {torch.get_num_threads()} of {os.cpu_count()} cores"
 
 
+def command(script: str, argv: Sequence[str]) -> str:
+    """The command for a report: without the folders, which are each machine's own."""
+    words, rest = [f"python benchmarks/{script}"], iter(argv)
+    for word in rest:
+        if word in ("--work", "--output"):
+            next(rest)
+        elif word == "--data":
+            next(rest)
+            words.append("--data folder")
+        else:
+            words.append(word)
+    return " ".join(words)
+
+
 def ratio_interval(ours: Sequence[float], theirs: Sequence[float], draws: int = 2000) -> list[float]:
     """95% bootstrap interval of the ratio of medians."""
     generator = torch.Generator().manual_seed(0)

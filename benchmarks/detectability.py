@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import hardware
+from _common import command, hardware
 from defenses_data import Splits, load
 from defenses_protocol import Protocol
 from defenses_store import read, short_hash, write_atomically
@@ -268,9 +268,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             alarms.setdefault(model, []).append(bench.false_alarms())
     result = {
         "environment": {
-            "command": f"python benchmarks/detectability.py {' '.join(sys.argv[1:] if argv is None else argv)}".replace(
-                str(options.data), "folder"
-            ),
+            "command": command("detectability.py", sys.argv[1:] if argv is None else argv),
             "hardware": hardware(options.device),
             "torch": torch.__version__,
             **{

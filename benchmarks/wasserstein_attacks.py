@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import hardware
+from _common import command, hardware
 from defenses_data import Splits, load
 from defenses_protocol import Protocol
 from defenses_store import read, short_hash, write_atomically
@@ -145,10 +145,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     options.output.mkdir(parents=True, exist_ok=True)
     protocol = Protocol(options.dataset, options.train, options.validation, options.test, 0.0, options.epochs, 128)
-    command = f"python benchmarks/wasserstein_attacks.py {' '.join(sys.argv[1:] if argv is None else argv)}"
     result = {
         "environment": {
-            "command": command.replace(str(options.data), "folder").replace(str(options.work), "work"),
+            "command": command("wasserstein_attacks.py", sys.argv[1:] if argv is None else argv),
             "hardware": hardware(options.device),
             "torch": torch.__version__,
             **{
