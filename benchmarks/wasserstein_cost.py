@@ -147,7 +147,11 @@ def main() -> None:
     dataset = "mnist" if options.data else "digits"
     x, y = load(Protocol(dataset, 0, 100, 128, 0.0, 1, 128), options.data).test
     noise = torch.rand(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    command = "python benchmarks/wasserstein_cost.py" + (" --data folder" if options.data else "")
+    command = (
+        "python benchmarks/wasserstein_cost.py"
+        + (" --data folder" if options.data else "")
+        + f" --repeats {options.repeats}"
+    )
     result = {
         "command": command,
         "hardware": hardware("cpu"),
