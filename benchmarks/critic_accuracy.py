@@ -25,6 +25,7 @@ from lightning_wdefense import Recipe, ThreatModel
 from lightning_wdefense.defenses.critic import CriticDiscrepancy
 
 RATES = (10**-1.5, 0.1, 10**-0.5, 1.0, 10**0.5, 10.0, 20.0)
+"""Learning rates in multiples of the default: nearly three decades (our rate is at most 1, 20 times its default). The central one is 10^-0.5 to 10^0.5."""
 STEPS, PENALTIES = (1, 2, 5, 10), (0.1, 1.0, 10.0, 100.0)
 OURS, PLAIN, NONE = "ours", "plain WGAN-GP", "no critic"
 DEFAULT = "default"

@@ -21,6 +21,7 @@ import critic_accuracy
 import critic_accuracy_report
 import torch
 from _common import hardware
+from critic_accuracy import PENALTIES, RATES, STEPS
 from defenses_store import read, write_atomically
 from torch import Tensor, nn
 
@@ -29,9 +30,6 @@ from lightning_wdefense.transport import CriticTraining, WassersteinCritic
 BATCHES, SIZE, WIDTH, DEPTH = 500, 256, 128, 2
 DIMENSIONS = (2, 16, 128)
 OURS_LR, PEER_LR = 0.05, 1e-4
-RATES = (10**-1.5, 0.1, 10**-0.5, 1.0, 10**0.5, 10.0, 20.0)
-"""Learning rates in multiples of the default: nearly three decades (ours is at most 1, 20 times its default). The central one is 10^-0.5 to 10^0.5."""
-STEPS, PENALTIES = (1, 2, 5, 10), (0.1, 1.0, 10.0, 100.0)
 Draw = Callable[[], tuple[Tensor, Tensor]]
 
 

@@ -15,7 +15,6 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,7 +35,7 @@ from detectability_attacks import (
 from detectability_attacks import Seen as SeenModel
 from detectability_report import markdown, plot
 from torch import Tensor
-from trained_models import MODELS, RADII, identity, trained
+from trained_models import MODELS, add_arguments, identity, trained
 
 from lightning_wdefense import ThreatModel
 from lightning_wdefense.attacks import ATTACKS
@@ -194,30 +193,16 @@ class Bench:
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dataset", choices=sorted(RADII), default="digits")
-    parser.add_argument("--data", type=Path, help="folder that holds mnist.npz")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    add_arguments(parser, dataset="digits")
     parser.add_argument("--attacks", nargs="+", choices=SPECS, default=list(SPECS))
     parser.add_argument("--success", nargs="+", type=float, default=[0.9], help="shares that the attacks shall break")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--train", type=int, default=20000, help="training images")
-    parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument(
-        "--validation", type=int, default=400, help="images on which radii are chosen and weights scaled"
-    )
     parser.add_argument("--matched", type=int, default=256, help="of them, right ones, on which radii are chosen")
-    parser.add_argument("--test", type=int, default=1000, help="test images")
     parser.add_argument("--attacked", type=int, default=300, help="of them, right ones, that are attacked")
     parser.add_argument("--learned", type=int, default=5000, help="training images that detectors learn from")
     parser.add_argument("--bisections", type=int, default=6)
     parser.add_argument("--batch", type=int, default=32, help="images in a batch that is tested as a whole")
     parser.add_argument("--batches", type=int, default=40)
     parser.add_argument("--reference", type=int, default=128, help="clean images that such a batch is compared with")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--work", type=Path, default=Path("benchmarks/work/detectability"))
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--quick", action="store_true", help="only see that it runs")
     options = parser.parse_args(argv)
     if options.dataset == "digits":
         options.train, options.validation, options.test = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,23 @@ MODELS: dict[str, Any] = {
     "wasserstein": ("wasserstein", "wasserstein", {"methods": "projected", "steps": 4, "restarts": 1}),
 }
 """Attack, norm and options of adversarial training."""
+
+
+def add_arguments(parser: argparse.ArgumentParser, dataset: str) -> None:
+    """What both benchmarks are told: which models on which images, and where to keep them."""
+    parser.add_argument("--dataset", choices=sorted(RADII), default=dataset)
+    parser.add_argument("--data", type=Path, help="folder that holds mnist.npz")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--seeds", type=int, default=3, help="models of each kind")
+    parser.add_argument("--train", type=int, default=20000, help="training images")
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--validation", type=int, default=400, help="images on which settings are chosen")
+    parser.add_argument("--test", type=int, default=1000, help="test images")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--work", type=Path, default=Path("benchmarks/work/detectability"))
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--quick", action="store_true", help="only see that it runs")
 
 
 def defence(model: str, dataset: str) -> Attack | None:

@@ -26,8 +26,9 @@ from _common import command, hardware
 from defenses_data import Splits, load
 from defenses_protocol import Protocol
 from defenses_store import read, short_hash, write_atomically
+from detectability_attacks import fooled
 from torch import Tensor, nn
-from trained_models import MODELS, identity, trained
+from trained_models import add_arguments, identity, trained
 from wasserstein_peers import PEERS, repaired, without_room
 from wasserstein_report import markdown, plot
 
@@ -74,8 +75,7 @@ def measure(
 
 def _broken(network: nn.Module, candidates: list[Tensor], y: Tensor) -> list[bool]:
     """The worst case of each image."""
-    with torch.no_grad():
-        return torch.stack([network(each).argmax(1) != y for each in candidates]).any(0).tolist()
+    return torch.stack([fooled(network, each, y) for each in candidates]).any(0).tolist()
 
 
 def stored(folder: Path, identity: dict[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -92,8 +92,7 @@ def cells(data: Splits, options: argparse.Namespace) -> list[dict[str, Any]]:
     for seed in range(options.seeds):
         for model in options.models:
             network = trained(model, seed, data, options).requires_grad_(False)
-            with torch.no_grad():
-                clean = (network(x).argmax(1) != y).tolist()
+            clean = fooled(network, x, y).tolist()
             for eps in options.epsilons:
                 for name in (OURS, *PEERS):
                     steps = options.steps if name == OURS else options.peer_steps
@@ -113,24 +112,12 @@ def cells(data: Splits, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dataset", choices=("digits", "mnist"), default="mnist")
-    parser.add_argument("--data", type=Path, help="folder that holds mnist.npz")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    add_arguments(parser, dataset="mnist")
     parser.add_argument("--epsilons", nargs="+", type=float, default=[0.05, 0.1, 0.2, 0.3, 0.5, 1.0])
-    parser.add_argument("--seeds", type=int, default=3, help="models of each kind")
     parser.add_argument("--images", type=int, default=100, help="test images that are attacked")
     parser.add_argument("--checked", type=int, default=20, help="of them, whose transport cost is found anew")
     parser.add_argument("--steps", type=int, default=40, help="of each run of ours, of which there are four")
     parser.add_argument("--peer-steps", type=int, default=50)
-    parser.add_argument("--train", type=int, default=20000)
-    parser.add_argument("--validation", type=int, default=400)
-    parser.add_argument("--test", type=int, default=1000)
-    parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--work", type=Path, default=Path("benchmarks/work/detectability"))
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--quick", action="store_true", help="only see that it runs")
     options = parser.parse_args(argv)
     if options.quick:
         options.dataset, options.train, options.validation, options.test, options.epochs = "digits", 800, 100, 100, 3

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_wdefense.attacks.local_transport import LocalTransport
 from lightning_wdefense.attacks.nearest_plan import Prices, legal, nearest_plan, nearest_plan_with_room
+from lightning_wdefense.attacks.plan_ascent import steepest
 
 ENTROPY = 1e-3
 """Of the smoothed linear oracle, for gradients whose largest entry is 1."""
@@ -29,7 +30,7 @@ def gradient(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
     point = images.detach().requires_grad_()
     loss = nn.functional.cross_entropy(model(point), labels, reduction="sum")
     (found,) = torch.autograd.grad(loss, point)
-    return found / found.abs().flatten(1).amax(1).clamp_min(1e-20).view(-1, 1, 1, 1)
+    return steepest(found)
 
 
 def frank_wolfe(model: nn.Module, labels: Tensor, transport: LocalTransport, steps: int) -> list[Tensor]:

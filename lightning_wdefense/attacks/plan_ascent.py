@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field, fields, replace
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from lightning_wdefense.attacks.local_transport import LocalTransport
 from lightning_wdefense.attacks.nearest_plan import Prices, legal, nearest_plan_with_room
 
 Method = Literal["projected", "frank-wolfe"]
+AscentT = TypeVar("AscentT", bound="Ascent")
 FIRST_STEP = 2.0
 """Of projected ascent: what the largest entry of the gradient moves, in units of the image's largest pixel."""
 LOOKS = 5
@@ -26,31 +28,44 @@ SWEEPS, TOLERANCE = 100, 1e-6
 """Of the repair in every step."""
 
 
-class Ascent(Protocol):
-    """A plan that moves with the loss; ``legal`` is the legal plan near to it."""
-
-    transport: LocalTransport
-    legal: Tensor
-
-    def move(self, gradient: Tensor, values: Tensor) -> None:
-        """One step; the gradient ``(N, C, H, W)`` and the loss ``(N,)`` are those of the legal plan's images."""
-
-    def select(self, index: Tensor) -> Ascent:
-        """The same for some of the images."""
-
-
 @dataclass
-class ProjectedAscent:
-    """Steps along the gradient and back to the nearest plan; a step size for each image, halved where the loss no longer rises.
+class Ascent(ABC):
+    """A plan that moves with the loss.
 
-    The rule is that of Auto-PGD (Croce and Hein, 2020): at every look, where the loss rose on less than three quarters of the steps, the step
-    is halved and the ascent goes on from the best plan so far.
+    Attributes:
+        transport: the constraints.
+        legal: the legal plan near to it, whose images the model is shown.
+        steps: that it will take.
+        taken: of them, so far.
     """
 
     transport: LocalTransport
     legal: Tensor
     steps: int
     taken: int = 0
+
+    @abstractmethod
+    def move(self, gradient: Tensor, values: Tensor) -> None:
+        """One step; the gradient ``(N, C, H, W)`` and the loss ``(N,)`` are those of the legal plan's images."""
+
+    def select(self: AscentT, index: Tensor) -> AscentT:
+        """The same for some of the images."""
+        part = replace(self, transport=self.transport.select(index), legal=self.legal[index])
+        for each in fields(self):
+            if not each.init:  # what the ascent itself keeps of every image
+                value = getattr(self, each.name)
+                setattr(part, each.name, value.select(index) if isinstance(value, Prices) else value[index])
+        return part
+
+
+@dataclass
+class ProjectedAscent(Ascent):
+    """Steps along the gradient and back to the nearest plan; a step size for each image, halved where the loss no longer rises.
+
+    The rule is that of Auto-PGD (Croce and Hein, 2020): at every look, where the loss rose on less than three quarters of the steps, the step
+    is halved and the ascent goes on from the best plan so far.
+    """
+
     prices: Prices = field(init=False)
     step: Tensor = field(init=False)
     rises: Tensor = field(init=False)
@@ -86,26 +101,14 @@ class ProjectedAscent:
         plan, self.prices = nearest_plan_with_room(self.transport, plan + climb, self.prices)
         self.legal = legal(self.transport, plan, sweeps=SWEEPS, tol=TOLERANCE)
 
-    def select(self, index: Tensor) -> ProjectedAscent:
-        """The same for some of the images."""
-        part = ProjectedAscent(self.transport.select(index), self.legal[index], self.steps, self.taken)
-        part.prices = self.prices.select(index)
-        for name in ("step", "rises", "best", "best_plan", "best_gradient"):
-            setattr(part, name, getattr(self, name)[index])
-        return part
-
 
 @dataclass
-class FrankWolfe:
+class FrankWolfe(Ascent):
     """Averages of the best plans for the gradients on the way, which are exact solutions of the linear problem in the ball without the box.
 
     Of the box they know through prices, which rise where pixels of the average overflow and fall where there is room.
     """
 
-    transport: LocalTransport
-    legal: Tensor
-    steps: int
-    taken: int = 0
     plan: Tensor = field(init=False)
     prices: Tensor = field(init=False)
 
@@ -124,14 +127,8 @@ class FrankWolfe:
             self.prices = (self.prices + PRESSURE / math.sqrt(self.taken) * over).clamp_min(0)
         self.legal = legal(self.transport, self.plan, sweeps=SWEEPS, tol=TOLERANCE)
 
-    def select(self, index: Tensor) -> FrankWolfe:
-        """The same for some of the images."""
-        part = replace(self, transport=self.transport.select(index), legal=self.legal[index])
-        part.plan, part.prices = self.plan[index], self.prices[index]
-        return part
 
-
-ASCENTS: dict[str, type[ProjectedAscent] | type[FrankWolfe]] = {
+ASCENTS: dict[str, type[Ascent]] = {
     "projected": ProjectedAscent,
     "frank-wolfe": FrankWolfe,
 }

@@ -82,9 +82,8 @@ class CriticDiscrepancy:
     def start(self, features: Tensor, classes: int | None = None) -> CriticTraining:
         """A new critic for features like these ``(N, ...)``, with one function for each of so many classes."""
         shape, dtype = features.shape[1:], torch.promote_types(features.dtype, torch.float32)
-        with default_dtype(
-            dtype
-        ):  # Lightning's "true" precisions change it to one in which no matrix can be made orthonormal
+        # Lightning's "true" precisions change the default to one in which no matrix can be made orthonormal.
+        with default_dtype(dtype):
             critic = WassersteinCritic(
                 shape if self.network is None else self.network(shape),
                 lipschitz=self.lipschitz,

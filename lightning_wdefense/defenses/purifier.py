@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_wdefense._batches import Batches, Key
 from lightning_wdefense._compat import LightningModule
+from lightning_wdefense._frozen import frozen
 from lightning_wdefense._seeding import seeded_generator
 from lightning_wdefense._strategy import check_strategy
 from lightning_wdefense.attacks import Attack, ThreatModel, get_attack, worst_case
@@ -195,15 +196,8 @@ class WassersteinPurifier(LightningModule):
 @contextlib.contextmanager
 def _constant(module: nn.Module, device: torch.device) -> Iterator[None]:
     """Inside, the module is run in eval mode, without a trace, and is differentiated with respect to its inputs alone."""
-    flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
-    with isolated(module, device):
-        try:
-            for parameter, _ in flags:
-                parameter.requires_grad_(False)
-            yield
-        finally:
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
+    with isolated(module, device), frozen(module):
+        yield
 
 
 def _check_weights(weights: dict[str, float]) -> None:

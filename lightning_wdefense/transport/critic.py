@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_wdefense._frozen import frozen
 from lightning_wdefense._names import unknown_name
 from lightning_wdefense.transport.lipschitz import PENALISED, CriticNetwork, Lipschitz, constrain
 from lightning_wdefense.transport.precision import exact_products
@@ -228,17 +229,9 @@ class WassersteinCritic(nn.Module):
         self.scale = torch.lerp(self.scale, size, share)
         self.batches = self.batches + 1
 
-    @contextlib.contextmanager
-    def frozen(self) -> Iterator[None]:
+    def frozen(self) -> contextlib.AbstractContextManager[None]:
         """Inside, scores are differentiated with respect to the points alone."""
-        flags = [(each, each.requires_grad) for each in self.parameters()]
-        try:
-            for each, _ in flags:
-                each.requires_grad_(False)
-            yield
-        finally:
-            for each, flag in flags:
-                each.requires_grad_(flag)
+        return frozen(self)
 
     def extra_repr(self) -> str:
         """How it is kept Lipschitz."""
