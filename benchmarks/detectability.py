@@ -25,7 +25,6 @@ from defenses_store import read, short_hash, write_atomically
 from detectability_attacks import (
     SPECS,
     attack_all,
-    bound,
     evading,
     fooled,
     matching_eps,
@@ -73,7 +72,7 @@ class Bench:
 
     def _fitted(self, name: str, seen: Any, labels: Tensor) -> Detector:
         if name == FeatureSqueezing.name:
-            return bound(FeatureSqueezing(ThreatModel(), bits=1), self.network)
+            return FeatureSqueezing(ThreatModel(), self.network, bits=1)
         detector = DETECTORS[name]()
         return detector.fit(seen.logits if detector.reads == "outputs" else seen.features, labels)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_wdefense import ThreatModel
 from lightning_wdefense.attacks import ATTACKS, Attack, get_attack
 from lightning_wdefense.attacks.losses import margin
-from lightning_wdefense.detection import Detector, FeatureSqueezing
+from lightning_wdefense.detection import Detector
 
 BATCH = 128
 """Samples that are attacked together: an attack on a distribution sees no more than that of it."""
@@ -138,7 +138,3 @@ def evading(
     unit = margin(seen.logits, clean[1]).std() / scores(detector, seen).std().clamp_min(1e-12)
     for weight in weights:
         yield spec.build(eps, **spec.adaptive, loss=Evading(detector, weight * float(unit)))
-
-
-def bound(detector: Detector, model: nn.Sequential) -> Detector:
-    return detector.with_model(model) if isinstance(detector, FeatureSqueezing) else detector

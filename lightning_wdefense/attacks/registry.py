@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from lightning_wdefense._names import unknown_name
+from lightning_wdefense._names import resolved, unknown_name
 from lightning_wdefense.attacks.autoattack import PARTS, AutoAttack, autoattack_part
 from lightning_wdefense.attacks.base import Attack
 from lightning_wdefense.attacks.feature_scattering import FeatureScattering
@@ -65,24 +65,12 @@ def evaluation_attacks(attacks: Attacks, threat: ThreatModel) -> dict[str, Attac
         TypeError: for what is neither a name nor an attack.
         ValueError: for anything else.
     """
-    if isinstance(attacks, (str, Attack)):
-        raise ValueError(f"attacks= takes a sequence or a mapping: write attacks=[{attacks!r}].")
-    pairs = list(attacks.items()) if isinstance(attacks, Mapping) else [(None, attack) for attack in attacks]
-    resolved: dict[str, Attack] = {}
-    for name, given in pairs:
-        attack = get_attack(given, threat) if isinstance(given, str) else given
-        if not isinstance(attack, Attack):
-            raise TypeError(f"attacks= takes names and Attack objects, got a {type(attack).__name__}: {attack!r}.")
-        key = name or (given if isinstance(given, str) else attack.name)
+    found = resolved("attacks", Attack, attacks, lambda name: get_attack(name, threat), example="pgd")  # type: ignore[type-abstract]
+    for key, attack in found.items():
         if not attack.bounded:
             raise ValueError(
                 f"{key!r} leaves the threat model's ball, so it serves training alone: measure with 'pgd' or 'autoattack'."
             )
         if attack.threat != threat:
             raise ValueError(f"{key!r} was made for {attack.threat}, but threat={threat}: use the same one.")
-        if key in resolved:
-            raise ValueError(f"Two attacks are called {key!r}: give attacks= as a mapping from names of your own.")
-        resolved[key] = attack
-    if not resolved:
-        raise ValueError("attacks= is empty: name at least one, such as 'pgd'.")
-    return resolved
+    return found

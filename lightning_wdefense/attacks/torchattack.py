@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_wdefense._dtype import default_dtype
 from lightning_wdefense._names import unknown_name
 from lightning_wdefense.attacks.base import Attack, Problem
 from lightning_wdefense.attacks.isolation import eager
@@ -210,17 +210,6 @@ class _InputGradientOnly(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         # FAB walks the graph once for each class, so it is kept (and was made eagerly).
         return ctx.problem.differentiate(*ctx.graph, gradient, keep_graph=True).contiguous(), None, None
-
-
-@contextlib.contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """New tensors are of this dtype inside."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def seed_globally(generator: torch.Generator) -> int:

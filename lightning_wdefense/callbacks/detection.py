@@ -13,6 +13,7 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_wdefense._batches import Key
 from lightning_wdefense._compat import Trainer, rank_zero_warn
+from lightning_wdefense._names import resolved
 from lightning_wdefense.attacks import Attack, ThreatModel, worst_case
 from lightning_wdefense.attacks.outputs import logits_of
 from lightning_wdefense.attacks.recording import PENULTIMATE
@@ -50,7 +51,7 @@ class Samples:
 class Stores:
     """What is kept of one dataloader: clean samples to learn from, and clean and attacked ones to judge by.
 
-    Scores of detectors that learn nothing from features are kept at once, in ``metrics``.
+    Of detectors that read inputs the scores are kept, in ``metrics``, and not the inputs.
     """
 
     def __init__(self, detectors: Iterable[str], device: torch.device) -> None:
@@ -156,8 +157,8 @@ class DetectionMonitor(EvaluationMonitor[Stores]):
         for (role, (_, labels)), (outputs, features) in zip(shown.items(), seen, strict=True):
             getattr(measures, role).add(logits_of(outputs).detach(), features, labels)
         for name, detector in self.detectors.items():
-            if isinstance(detector, FeatureSqueezing):
-                judge = detector if detector.model is not None else detector.with_model(model)
+            if detector.reads == "inputs":
+                judge = detector.of_model(model)
                 sides = [
                     judge.score(shown[role][0]) if role in shown else clean.new_empty(0)
                     for role in ("clean", "attacked")
@@ -171,7 +172,7 @@ class DetectionMonitor(EvaluationMonitor[Stores]):
         with torch.inference_mode(False), torch.no_grad():
             for name, detector in self.detectors.items():
                 metric, short = measures.metrics[name], f"auroc_{name}"
-                if not isinstance(detector, FeatureSqueezing):
+                if detector.reads != "inputs":
                     metric.update(*self._judge(name, detector, measures, metric.device))
                 self.aurocs[key(short)] = metric.compute()
                 values[short] = float(self.aurocs[key(short)].value)
@@ -211,28 +212,18 @@ def named_detectors(detectors: Detectors, threat: ThreatModel) -> dict[str, Dete
 
     Raises:
         TypeError: for what is neither a name nor a detector.
-        ValueError: for an unknown name, two of a name, or none at all.
+        ValueError: for an unknown name, two of a name, none at all, or a detector that would have to learn from inputs.
     """
-    if isinstance(detectors, (str, Detector)):
-        raise ValueError(f"detectors= takes a sequence or a mapping: write detectors=[{detectors!r}].")
-    pairs = list(detectors.items()) if isinstance(detectors, Mapping) else [(None, each) for each in detectors]
-    resolved: dict[str, Detector] = {}
-    for name, given in pairs:
-        if isinstance(given, str):
-            options = {"threat": threat} if DETECTORS.get(given) is FeatureSqueezing else {}
-            if DETECTORS.get(given) is CriticScore:
-                raise ValueError("The detector 'critic' needs a critic: give CriticScore(critic) in place of its name.")
-            detector = get_detector(given, **options)
-        else:
-            detector = given
-        if not isinstance(detector, Detector):
-            raise TypeError(
-                f"detectors= takes names and Detector objects, got a {type(detector).__name__}: {detector!r}."
+
+    def make(name: str) -> Detector:
+        if DETECTORS.get(name) is CriticScore:
+            raise ValueError("The detector 'critic' needs a critic: give CriticScore(critic) in place of its name.")
+        return get_detector(name, **({"threat": threat} if DETECTORS.get(name) is FeatureSqueezing else {}))
+
+    found = resolved("detectors", Detector, detectors, make, example="energy")  # type: ignore[type-abstract]
+    for name, detector in found.items():
+        if detector.reads == "inputs" and not detector.ready:
+            raise ValueError(
+                f"The detector {name!r} learns from inputs, which DetectionMonitor does not keep: fit it first."
             )
-        key = name or detector.name
-        if key in resolved:
-            raise ValueError(f"Two detectors are called {key!r}: give detectors= as a mapping from names of your own.")
-        resolved[key] = detector
-    if not resolved:
-        raise ValueError("detectors= is empty: name at least one, such as 'energy'.")
-    return resolved
+    return found

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_wdefense._dtype import default_dtype
 from lightning_wdefense.attacks.isolation import eager
 from lightning_wdefense.attacks.outputs import class_labels, logits_of
-from lightning_wdefense.attacks.torchattack import default_dtype
 from lightning_wdefense.defenses.branch import Branch
 from lightning_wdefense.transport import CriticTraining, WassersteinCritic
 from lightning_wdefense.transport.critic import Average, check_settings

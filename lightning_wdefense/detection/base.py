@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -70,6 +70,15 @@ class Detector(ABC):
         self._fitted, self._widths = fitted, [layer.shape[1] for layer in layers]
         return self
 
+    @property
+    def ready(self) -> bool:
+        """Whether it can score: it was fitted, or learns nothing."""
+        return self._fitted is not None or not self.learns
+
+    def of_model(self: DetectorT, model: Callable[[Tensor], Any]) -> DetectorT:
+        """The detector for the inputs of this model: itself, unless it runs a model and was given none."""
+        return self
+
     def score(self, features: Features) -> Tensor:
         """How adversarial each sample looks.
 
@@ -84,7 +93,7 @@ class Detector(ABC):
             TypeError: if features are not float tensors.
             ValueError: if they are not finite, or of another width or number of layers than fitted.
         """
-        if self.learns and self._fitted is None:
+        if not self.ready:
             raise RuntimeError(
                 f"{type(self).__name__} was asked before it was fitted: call fit(features, labels) on clean data."
             )

@@ -94,9 +94,9 @@ class FeatureSqueezing(Detector):
             raise ValueError(f"size must be odd and at least 3, got {size}.")
         self.threat, self.model, self.bits, self.size = threat, model, bits, size
 
-    def with_model(self, model: Callable[[Tensor], Any]) -> FeatureSqueezing:
-        """The same detector for another model."""
-        return FeatureSqueezing(self.threat, model, self.bits, self.size)
+    def of_model(self, model: Callable[[Tensor], Any]) -> FeatureSqueezing:
+        """Itself if it has a model, else the same with this one."""
+        return self if self.model is not None else FeatureSqueezing(self.threat, model, self.bits, self.size)
 
     def score(self, features: Any) -> Tensor:
         """How much the class probabilities of inputs ``(N, ...)``, in model units, depend on detail: ``(N,)`` from 0 to 2.

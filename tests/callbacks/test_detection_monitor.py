@@ -24,21 +24,37 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_wdefense import DetectionMonitor, ThreatModel
 from lightning_wdefense.attacks import PGD, get_attack
-from lightning_wdefense.detection import CriticScore, FeatureSqueezing, KNNDistance, Mahalanobis
+from lightning_wdefense.detection import CriticScore, Detector, FeatureSqueezing, KNNDistance, Mahalanobis
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 THREAT = ThreatModel(eps=0.1)
 SIGN_PGD = PGD(THREAT, steps=5, random_start=False)
-FOUR = {
+
+
+class Contrast(Detector):
+    """A user's own, fitted before training, which reads inputs: how far their contrast is from what it was in clean ones."""
+
+    name, reads = "contrast", "inputs"
+
+    def fit_layer(self, features: Tensor, labels: Tensor | None) -> Tensor:
+        return features.std(1).mean()
+
+    def score_layer(self, fitted: Tensor, features: Tensor) -> Tensor:
+        return (features.std(1) - fitted).abs()
+
+
+CLEAN = torch.cat([inputs for inputs, _ in digits_loaders()[1]])
+FIVE = {
     "energy": "energy",
     "knn": KNNDistance(k=3),
     "squeezing": FeatureSqueezing(THREAT, bits=2),
     "mahalanobis": "mahalanobis",
+    "contrast": Contrast().fit(CLEAN),
 }
 
 
-def watch(detectors=FOUR, attack=SIGN_PGD, **options) -> DetectionMonitor:
+def watch(detectors=FIVE, attack=SIGN_PGD, **options) -> DetectionMonitor:
     return DetectionMonitor(THREAT, attack, detectors, **options)
 
 
@@ -71,11 +87,12 @@ def by_hand(judged: Tensor | None = None) -> dict[str, float]:
             "knn": [torch.tensor(neighbours.kneighbors(features(x))[0][:, -1]) for x in (clean, adversarial)],
             "squeezing": [squeezing.score(x) for x in (clean, adversarial)],
             "mahalanobis": [mahalanobis.score(features(x)) for x in (clean, adversarial)],
+            "contrast": [(x.flatten(1).std(1) - CLEAN.flatten(1).std(1).mean()).abs() for x in (clean, adversarial)],
         }
     assert 10 < len(adversarial) < len(clean)
     target = [0] * len(clean) + [1] * len(adversarial)
     values = {name: roc_auc_score(target, torch.cat(sides).tolist()) for name, sides in scores.items()}
-    assert len(set(values.values())) == 4
+    assert len(set(values.values())) == 5
     return values
 
 
@@ -134,7 +151,7 @@ def test_several_dataloaders_and_names():
     values = evaluate(watch(name="strong"), loaders=loaders)
     for index, loader in enumerate(loaders):
         alone = evaluate(watch(), loaders=loader)
-        for name in FOUR:
+        for name in FIVE:
             got = values[f"val/strong/auroc_{name}/dataloader_idx_{index}"]
             assert got == pytest.approx(alone[f"val/auroc_{name}"], nan_ok=True)
 
@@ -187,7 +204,7 @@ def test_validation_changes_nothing_in_training():
 def test_nothing_broken_is_nan():
     values = evaluate(watch(), loaders=digits_loaders(val_size=1)[1])
     assert all(math.isnan(value) for value in values.values())
-    weak = DetectionMonitor(THREAT.with_eps(1e-6), "fgsm", FOUR)
+    weak = DetectionMonitor(THREAT.with_eps(1e-6), "fgsm", FIVE)
     assert all(math.isnan(value) for value in evaluate(weak).values())
 
 
@@ -225,6 +242,7 @@ CONSTRUCTION = {
     "empty": (lambda: watch([]), ValueError, "detectors= is empty"),
     "two": (lambda: watch(["knn", KNNDistance(k=2)]), ValueError, "Two detectors are called 'knn'.*mapping"),
     "class": (lambda: watch([KNNDistance]), TypeError, "names and Detector objects"),
+    "learns from inputs": (lambda: watch([Contrast()]), ValueError, "'contrast' learns from inputs.*fit it first"),
     "critic": (lambda: watch(["critic"]), ValueError, r"give CriticScore\(critic\)"),
     "unbounded attack": (lambda: watch(attack="n-fgsm"), ValueError, "leaves the threat model's ball"),
     "other threat": (lambda: watch(attack=PGD(THREAT.with_eps(0.2))), ValueError, "was made for"),
