@@ -1,4 +1,4 @@
-"""Where ``defenses.py`` keeps its runs: a folder each, shared by all processes that work on them."""
+"""What benchmarks keep on disk; and where ``defenses.py`` keeps its runs: a folder each, shared by all processes that work on them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,14 @@ def write_atomically(path: Path, content: Any) -> None:
 
 def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
+
+
+def kept(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What ``compute`` returned, now or in an earlier run."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, compute())
+    return read(path)
 
 
 def short_hash(content: Any) -> str:

@@ -21,7 +21,7 @@ import torch
 from _common import command, hardware
 from defenses_data import Splits, load
 from defenses_protocol import Protocol
-from defenses_store import read, short_hash, write_atomically
+from defenses_store import kept, short_hash
 from detectability_attacks import (
     SPECS,
     attack_all,
@@ -77,13 +77,14 @@ class Bench:
         return detector.fit(seen.logits if detector.reads == "outputs" else seen.features, labels)
 
     def part(self, name: str, compute: Callable[[], dict[str, Any]], **identity: Any) -> dict[str, Any]:
-        """What ``compute`` returned, now or in an earlier run."""
-        path = self.folder / f"{name}-{short_hash(identity)}.json"
-        if not path.exists():
+        """What ``compute`` returned, now or in an earlier run; says what it begins."""
+
+        def compute_aloud() -> dict[str, Any]:
             where = [str(identity[key]) for key in ("attack", "success", "detector") if key in identity]
             print(f"{self.model}, seed {self.identity['seed']}: {name} {' '.join(where)}", flush=True)
-            write_atomically(path, compute())
-        return read(path)
+            return compute()
+
+        return kept(self.folder / f"{name}-{short_hash(identity)}.json", compute_aloud)
 
     def cell(self, attack: str, success: float) -> dict[str, Any] | None:
         """All that is measured of one attack at one success; ``None`` if it cannot reach it."""

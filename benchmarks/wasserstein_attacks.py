@@ -16,16 +16,15 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from _common import command, hardware
 from defenses_data import Splits, load
 from defenses_protocol import Protocol
-from defenses_store import read, short_hash, write_atomically
+from defenses_store import kept, short_hash
 from detectability_attacks import fooled
 from torch import Tensor, nn
 from trained_models import add_arguments, identity, trained
@@ -78,14 +77,6 @@ def _broken(network: nn.Module, candidates: list[Tensor], y: Tensor) -> list[boo
     return torch.stack([fooled(network, each, y) for each in candidates]).any(0).tolist()
 
 
-def stored(folder: Path, identity: dict[str, Any], compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    path = folder / f"{short_hash(identity)}.json"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, identity | compute())
-    return read(path)
-
-
 def cells(data: Splits, options: argparse.Namespace) -> list[dict[str, Any]]:
     found = []
     x, y = (part[: options.images] for part in data.test)
@@ -99,10 +90,9 @@ def cells(data: Splits, options: argparse.Namespace) -> list[dict[str, Any]]:
                     place = identity(model, seed, data, options) | {
                         "attack": name, "eps": eps, "steps": steps, "images": options.images, "checked": options.checked,
                     }  # fmt: skip
-                    compute = partial(measure, name, network, x, y, eps, options)
-                    cell = stored(options.work / "wasserstein", place, compute)
-                    cell["clean"] = clean
-                    found.append(cell)
+                    path = options.work / "wasserstein" / f"{short_hash(place)}.json"
+                    cell = kept(path, partial(measure, name, network, x, y, eps, options))
+                    found.append(cell := place | cell | {"clean": clean})
                     print(
                         f"{model}, seed {seed}, eps {eps:g}, {name}: {1 - sum(cell['broken']) / len(y):.1%} left, "
                         f"{cell['seconds']:.0f} s, legal: {cell['feasible']}", flush=True,
