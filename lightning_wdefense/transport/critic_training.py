@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -92,12 +94,14 @@ class CriticTraining:
         """
         # Backward passes and the optimiser's products would be cast as well.
         with torch.autocast(x.device.type, enabled=False), exact_products():
-            first = self._first_backward(x, y, labels, generator, average)
+            backward = partial(self._backward, x, y, labels, generator, average)
+            with self._seen(x, y, average):
+                first = backward()
             self.agreement = MEMORY * self.agreement + (1 - MEMORY) * self.optimizer.agreement()
             steps = 1 + round((self.max_steps - 1) * max(self.agreement, 0.0))
             self.optimizer.step()
             for _ in range(steps - 1):
-                self._backward(x, y, labels, generator, average)
+                backward()
                 self.optimizer.step()
             self.optimizer.zero_grad()
         return CriticUpdate(first.gap.detach(), first.penalty.detach(), first.gradient_norm.detach(), steps)
@@ -116,20 +120,14 @@ class CriticTraining:
         self.optimizer.load_state_dict(state["optimizer"])
         self.agreement = state["agreement"]
 
-    def _first_backward(
-        self,
-        x: Tensor,
-        y: Tensor,
-        labels: Tensor | None,
-        generator: torch.Generator | None,
-        average: Average | None,
-    ) -> CriticObjective:
-        """On a batch that may turn out not to do, above all for a module of the user's: then the critic has not taken note of it."""
+    @contextlib.contextmanager
+    def _seen(self, x: Tensor, y: Tensor, average: Average | None) -> Iterator[None]:
+        """The critic takes note of a batch, unless it turns out not to do inside, as one may for a module of the user's."""
         critic = self.critic
         before = critic.centre, critic.scale, critic.batches
         critic.adapt(x, y, average)
         try:
-            return self._backward(x, y, labels, generator, average)
+            yield
         except BaseException:
             critic.centre, critic.scale, critic.batches = before
             raise
