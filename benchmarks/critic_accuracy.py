@@ -29,6 +29,8 @@ RATES = (10**-1.5, 0.1, 10**-0.5, 1.0, 10**0.5, 10.0, 20.0)
 STEPS, PENALTIES = (1, 2, 5, 10), (0.1, 1.0, 10.0, 100.0)
 OURS, PLAIN, NONE = "ours", "plain WGAN-GP", "no critic"
 DEFAULT = "default"
+CENTRE = (DEFAULT, *(f"lr x {rate:.3g}" for rate in RATES[2:5]))
+"""Settings that are measured on every dataset: the defaults, and the central decade of learning rates."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def adopt(results: dict[str, Any], identity: dict[str, Any], written: Path) -> N
 
 
 def measure(path: Path, seeds: int, dataset: str, data: Path | None, machine: str) -> None:
-    """Do what is not stored yet; each run is stored as it ends. Of another dataset than digits the centre alone.
+    """Do what is not stored yet; each run is stored as it ends. Of another dataset than digits the ``CENTRE`` alone.
 
     Raises:
         ValueError: if what is stored was measured under another protocol.
@@ -115,7 +117,7 @@ def measure(path: Path, seeds: int, dataset: str, data: Path | None, machine: st
         raise ValueError(f"{path} was measured under another protocol: move it away.")
     stored["hardware"] = machine
     adopt(stored[dataset]["results"], identity, path.parent / f"defenses_{dataset}.json")
-    wanted = {key: critic for key, critic in cells().items() if dataset == "digits" or key.endswith(DEFAULT)}
+    wanted = {key: critic for key, critic in cells().items() if dataset == "digits" or key.split("|")[1] in CENTRE}
     for seed in range(seeds):  # seed by seed, so that an early look sees all settings
         for key, critic in wanted.items():
             runs = stored[dataset]["results"].setdefault(key, {})

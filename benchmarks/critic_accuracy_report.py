@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -37,33 +38,44 @@ def spread(runs: Runs, name: str, settings: Sequence[str]) -> Estimate | None:
     return estimate([max(v[seed] for v in each) - min(v[seed] for v in each) for seed in sorted(seeds)])
 
 
+def mean_over(runs: Runs, name: str, settings: Sequence[str]) -> dict[int, float]:
+    """By seed, of those that all settings have."""
+    each = [robust(runs, name, setting) for setting in settings]
+    return {seed: statistics.mean(v[seed] for v in each) for seed in set.intersection(*(set(v) for v in each))}
+
+
 def text(value: Estimate | None, *, sign: bool = False) -> str:
     """In per cent or points, with the number of seeds."""
     return "–" if value is None else f"{value.text(sign=sign)} ({value.count})"
 
 
-def table(runs: Runs) -> list[str]:
+def table(runs: Runs, settings: Sequence[str]) -> list[str]:
     """A row for each setting."""
     none = robust(runs, NONE)
     lines = [
-        f"| setting | {OURS} | − {NONE} | {PLAIN} | − {NONE} |",
-        "|---|---|---|---|---|",
-        f"| {NONE} (`pgd-at`) | {text(estimate(list(none.values())))} | | | |",
+        f"| setting | {OURS} | − {NONE} | {PLAIN} | − {NONE} | {OURS} − {PLAIN} |",
+        "|---|---|---|---|---|---|",
+        f"| {NONE} (`pgd-at`) | {text(estimate(list(none.values())))} | | | | |",
     ]
-    for setting in SETTINGS:
+    rows = {setting: [robust(runs, name, setting) for name in (OURS, PLAIN)] for setting in settings}
+    rows["mean of all settings"] = [mean_over(runs, name, settings) for name in (OURS, PLAIN)]
+    for setting, (ours, plain) in rows.items():
         row = []
-        for name in (OURS, PLAIN):
-            found = robust(runs, name, setting)
+        for found in (ours, plain):
             row += [text(estimate(list(found.values()))), text(paired(found, none), sign=True)]
-        lines.append(f"| {setting} | " + " | ".join(row) + " |")
+        lines.append(f"| {setting} | " + " | ".join([*row, text(paired(ours, plain), sign=True)]) + " |")
     return lines
+
+
+def diverged(runs: Runs) -> str:
+    """Which runs did, in a sentence."""
+    found = [f"{key}, seed {seed}" for key, each in runs.items() for seed, run in each.items() if "diverged" in run]
+    return f"Diverged of {sum(len(each) for each in runs.values())} runs: {'; '.join(found) or 'none'}."
 
 
 def markdown(stored: Mapping[str, Any]) -> str:
     """The section of the report."""
     runs, protocol = stored["digits"]["results"], stored["digits"]["protocol"]
-    diverged = [f"{key}, seed {seed}" for key, each in runs.items() for seed, run in each.items() if "diverged" in run]
-    total = sum(len(each) for each in runs.values())
     lines = [
         "## Robust accuracy of recipe `critic` on digits, per cent",
         "",
@@ -73,7 +85,7 @@ def markdown(stored: Mapping[str, Any]) -> str:
         "penalty, Adam (0, 0.9) at a constant rate and the same number of steps on every batch. For ours `penalty` means the gradient penalty in "
         "place of orthonormal layers.",
         "",
-        *table(runs),
+        *table(runs, SETTINGS),
         "",
         "Largest less smallest over an axis, in points (within a seed, then the mean over seeds; noise alone makes it positive):",
         "",
@@ -84,14 +96,19 @@ def markdown(stored: Mapping[str, Any]) -> str:
             for axis, settings in AXES.items()
         ),
         "",
-        f"Diverged of {total} runs: {'; '.join(diverged) or 'none'}.",
+        diverged(runs),
     ]
     if "mnist" in stored:
         found = stored["mnist"]["results"]
-        values = ", ".join(
-            f"{name} {text(estimate(list(robust(found, name).values())))}" for name in (NONE, OURS, PLAIN)
-        )
-        lines += ["", f"MNIST, at the defaults alone (eps {stored['mnist']['protocol']['eps']}): {values}."]
+        protocol = stored["mnist"]["protocol"]
+        lines += [
+            "",
+            f"The same on MNIST (eps {protocol['eps']}, {protocol['epochs']} epochs, {protocol['test']} test images), over the central decade alone:",
+            "",
+            *table(found, AXES["learning rate, central decade"]),
+            "",
+            diverged(found),
+        ]
     missing = sum(not runs_of(runs, name, setting) for name in (OURS, PLAIN) for setting in SETTINGS)
     if missing:
         lines.append(
