@@ -6,6 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from defenses_statistics import paired
+
+MOVED = "wasserstein"
+"""The attack that the others are compared with."""
 Cell = dict[str, Any]
 ABOUT = (
     "AUROC between clean test images that the model classifies correctly and those of them that the attack broke; 0.5 is chance, and below it the attacked images "
@@ -38,6 +42,31 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def differences(matched: dict[tuple[str, str, float], list[Cell]], detectors: list[str]) -> str:
+    """By how much the Wasserstein attack's AUROC differs from that of each other attack."""
+    rows = []
+    for kind in ("plain", "adaptive"):
+        for (model, attack, success), others in matched.items():
+            moved = matched.get((model, MOVED, success), [])
+            if attack == MOVED or not moved:
+                continue
+            row = []
+            for name in detectors:
+                ours, theirs = (
+                    {cell["seed"]: cell[kind][name][0] for cell in side if cell[kind].get(name)}
+                    for side in (moved, others)
+                )
+                found = paired(ours, theirs)
+                row.append("-" if found is None else found.text(sign=True))
+            count = len({cell["seed"] for cell in moved} & {cell["seed"] for cell in others})
+            shown = "non-adaptive" if kind == "plain" else kind
+            rows.append([model, attack, f"{success:.0%}", shown, str(count), *row])
+    return (
+        "AUROC in points, paired by model, ± half a 95% t-interval over models; below 0 the Wasserstein attack is the harder one to detect.\n\n"
+        + table(["model", "less", "aim", "kind", "models", *detectors], rows)
+    )
+
+
 def markdown(result: dict[str, Any]) -> str:
     about, cells, detectors = result["environment"], result["cells"], result["detectors"]
     text = f"# How detectable attacks are, at equal success\n\n`{about['command']}`, on {about['hardware']}, torch {about['torch']}. {ABOUT}"
@@ -54,6 +83,8 @@ def markdown(result: dict[str, Any]) -> str:
                 )
         title = "Non-adaptive" if kind == "plain" else "Adaptive"
         text += f"\n\n## {title}\n\n" + table(["model", "attack", "aim", "success", "eps", *detectors], rows)
+    if any(cell["attack"] == MOVED for cell in cells):
+        text += f"\n\n## `{MOVED}` less another attack\n\n" + differences(matched, detectors)
     statistics = result["statistics"]
     rows = [
         [

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from defenses_statistics import Estimate, estimate
 
 Cell = dict[str, Any]
 
@@ -15,15 +16,43 @@ def accuracy(cells: list[Cell], key: str = "broken") -> np.ndarray:
     return np.array([1 - np.mean(np.logical_or(cell[key], cell["clean"])) for cell in cells])
 
 
-def lead(ours: list[Cell], theirs: list[Cell], draws: int = 4000) -> tuple[float, float, float]:
-    """How much less accuracy ours leaves, and the 95% bootstrap interval over images, paired (all seeds of an image together)."""
+class Lead(NamedTuple):
+    """How much less accuracy ours leaves, paired by image and model.
+
+    Attributes:
+        mean: over both.
+        low: end of the 95% bootstrap interval over images, all models of an image together.
+        high: the other end.
+        models: the mean with its 95% t-interval over models.
+    """
+
+    mean: float
+    low: float
+    high: float
+    models: Estimate
+
+    @property
+    def sign(self) -> int:
+        """1 or -1 where no interval holds 0."""
+        half = self.models.half or 0.0
+        return (min(self.low, self.mean - half) > 0) - (max(self.high, self.mean + half) < 0)
+
+    def text(self) -> str:
+        """In points."""
+        half = "" if self.models.half is None else f" ± {100 * self.models.half:.1f}"
+        return f"{100 * self.mean:+.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]{half}"
+
+
+def lead(ours: list[Cell], theirs: list[Cell], draws: int = 4000) -> Lead:
     left = [
         np.array([~np.logical_or(cell["broken"], cell["clean"]) for cell in side], dtype=float)
         for side in (ours, theirs)
     ]
-    difference = (left[1] - left[0]).mean(0)
-    drawn = np.random.default_rng(0).choice(difference, (draws, len(difference))).mean(1)
-    return float(difference.mean()), *map(float, np.quantile(drawn, (0.025, 0.975)))
+    difference = left[1] - left[0]
+    drawn = np.random.default_rng(0).choice(difference.mean(0), (draws, difference.shape[1])).mean(1)
+    models = estimate(difference.mean(1).tolist())
+    assert models is not None
+    return Lead(models.mean, *map(float, np.quantile(drawn, (0.025, 0.975))), models)
 
 
 def _groups(cells: list[Cell]) -> dict[tuple[str, float, str], list[Cell]]:
@@ -42,8 +71,8 @@ def markdown(result: dict[str, Any], ours: str) -> str:
         f"`{about['command']}`, on {about['hardware']}, torch {about['torch']}. {about['images']} test images of {about['dataset']}, models of "
         f"{about['seeds']} seed(s), local plans of 5 x 5 pixels; eps in pixels. Ours: the four runs of its defaults with {about['steps']} steps, "
         f"early exit. Those published: {about['peer_steps']} steps, projection with two step sizes. Theirs are repaired by our repair, in two "
-        "ways; each image counts by its worst. *Lead*: points by which ours leaves less accuracy, with the 95% bootstrap interval over images. In brackets their "
-        "accuracy without any repair and clamped, whose images are not legal.",
+        "ways; each image counts by its worst. *Lead*: points by which ours leaves less accuracy, with the 95% bootstrap interval over images, and "
+        "± half the 95% t-interval over models. In brackets their accuracy without any repair and clamped, whose images are not legal.",
         "",
         "| model | eps | ours | " + " | ".join(f"{name} | lead" for name in peers) + " |",
         "|---" * (3 + 2 * len(peers)) + "|",
@@ -53,11 +82,10 @@ def markdown(result: dict[str, Any], ours: str) -> str:
         row = [model, f"{eps:g}", f"{100 * accuracy(own).mean():.1f}"]
         for name in peers:
             theirs = groups[model, eps, name]
-            mean, low, high = (100 * value for value in lead(own, theirs))
             raw, clamped = (100 * accuracy(theirs, key).mean() for key in ("raw", "clamped"))
             row += [
                 f"{100 * accuracy(theirs).mean():.1f} ({raw:.1f}, {clamped:.1f})",
-                f"{mean:+.1f} [{low:.1f}, {high:.1f}]",
+                lead(own, theirs).text(),
             ]
         lines.append(f"| {' | '.join(row)} |")
     lines += ["", _verdict(groups, ours, peers), "", _legality(result, ours), ""]
@@ -69,10 +97,9 @@ def _verdict(groups: dict[tuple[str, float, str], list[Cell]], ours: str, peers:
     below = above = tied = 0
     for model, eps in places:
         for name in peers:
-            _, low, high = lead(groups[model, eps, ours], groups[model, eps, name])
-            below, above = below + (low > 0), above + (high < 0)
-            tied += low <= 0 <= high
-    return f"Of {below + above + tied} comparisons ours is below in {below}, above in {above}, and not told apart in {tied} (intervals)."
+            sign = lead(groups[model, eps, ours], groups[model, eps, name]).sign
+            below, above, tied = below + (sign > 0), above + (sign < 0), tied + (sign == 0)
+    return f"Of {below + above + tied} comparisons ours is below in {below}, above in {above}, and not told apart in {tied} (either interval holds 0)."
 
 
 def _legality(result: dict[str, Any], ours: str) -> str:

@@ -87,3 +87,17 @@ def test_evading_keeps_attacking_until_it_has_won():
     expected = torch.tensor([[-1.0, 1.0], [-1.0, 1.0]])
     expected[1] += 3 * logits[1].detach().softmax(0)
     torch.testing.assert_close(gradient, expected)
+
+
+def test_differences_are_paired_by_model():
+    from detectability_report import differences, groups
+
+    def cell(attack: str, seed: int, auroc: float) -> dict:
+        values = {"knn": [auroc, 0.0, 1.0], "lid": None}
+        return {"model": "linf", "attack": attack, "success": 0.9, "seed": seed, "plain": values, "adaptive": values}
+
+    cells = [cell("wasserstein", 0, 0.6), cell("wasserstein", 1, 0.7), cell("pgd-l2", 0, 0.65), cell("pgd-l2", 1, 0.77)]
+    text = differences(groups(cells), ["knn", "lid"])
+    # Differences of -5 and -7: their mean, and t with one degree of freedom times the standard error of 1.
+    assert "| linf | pgd-l2 | 90% | non-adaptive | 2 | -6.0 ± 12.7 | - |" in text
+    assert "| linf | wasserstein |" not in text

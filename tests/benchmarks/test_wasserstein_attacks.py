@@ -16,10 +16,28 @@ def test_the_lead_is_paired_by_image():
 
     ours, theirs = [cell("ours", [True] * 6 + [False] * 4)], [cell("theirs", [True] * 2 + [False] * 8)]
     assert accuracy(ours)[0] == pytest.approx(0.4)
-    mean, low, high = lead(ours, theirs)
-    assert mean == pytest.approx(0.4)
-    assert 0 < low < 0.4 < high
-    assert lead(theirs, ours)[0] == pytest.approx(-0.4)
+    found = lead(ours, theirs)
+    assert found.mean == pytest.approx(0.4)
+    assert 0 < found.low < 0.4 < found.high
+    assert found.sign == 1
+    assert found.text().startswith("+40.0 [")
+    assert "±" not in found.text()  # over one model there is no interval
+    assert lead(theirs, ours).mean == pytest.approx(-0.4)
+    assert lead(theirs, ours).sign == -1
+
+
+def test_models_that_disagree_are_no_lead():
+    from wasserstein_report import lead
+
+    ours = [cell("ours", [True] * 60 + [False] * 40), cell("ours", [False] * 100)]
+    theirs = [cell("theirs", [False] * 100), cell("theirs", [True] * 10 + [False] * 90)]
+    found = lead(ours, theirs)
+    assert found.mean == pytest.approx(0.25)
+    assert found.low > 0
+    assert found.models.half == pytest.approx(
+        12.706 * 0.35, rel=1e-3
+    )  # t with one degree of freedom times the standard error
+    assert found.sign == 0
 
 
 def test_images_that_were_wrong_before_are_nobodys_success():
@@ -28,7 +46,7 @@ def test_images_that_were_wrong_before_are_nobodys_success():
     wrong = [True, True, False, False]
     ours, theirs = [cell("ours", [True, True, True, False], wrong)], [cell("theirs", [False] * 4, wrong)]
     assert accuracy(ours)[0] == pytest.approx(0.25)
-    assert lead(ours, theirs)[0] == pytest.approx(0.25)
+    assert lead(ours, theirs).mean == pytest.approx(0.25)
 
 
 def test_runs_and_goes_on_where_it_was(tmp_path, capsys):
