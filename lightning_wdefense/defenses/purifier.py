@@ -49,8 +49,8 @@ class WassersteinPurifier(LightningModule):
 
     Fit it like any LightningModule; ``purifier.purified`` is then the defended model. It can be watched in training by other callbacks,
     ``RobustnessMonitor(threat, ["autoattack"], model="purified", name="auto")``. Override ``configure_optimizers`` for another optimiser of
-    ``self.purified.purifier``'s parameters. The classifier is run in eval mode and is never changed. The critic has an optimiser of its own,
-    lives in the checkpoint and is the same on all ranks.
+    ``self.purified.purifier``'s parameters. The classifier is run in eval mode and is never changed (Lightning may warn at the start that it
+    is in eval mode: so it should be). The critic has an optimiser of its own, lives in the checkpoint and is the same on all ranks.
 
     Args:
         classifier: returns logits of inputs in model units; it should be trained already.
