@@ -6,33 +6,18 @@ temperatures ``(B, 1)``. A problem of a batch that has converged waits for the o
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_wdefense.transport import triton
+from lightning_wdefense.transport.annealing import COOLING, PATIENCE, REHEATINGS, WARM, levels_above
 from lightning_wdefense.transport.costs import GroundCost
 from lightning_wdefense.transport.iteration import ENTRY, Iteration
 from lightning_wdefense.transport.kernel import GibbsKernel
 from lightning_wdefense.transport.tiled import gibbs_kernel
 from lightning_wdefense.transport.workspace import Workspace
-
-COOLING = 8.0
-"""Ratio between a temperature of the annealing and the next one."""
-
-WARMEST = 0.06
-"""Share of the mean cost up to which, times ``COOLING``, a temperature is easy enough to start at."""
-
-PATIENCE = 50
-"""Iterations after which a first temperature at which the error is above ``ENTRY`` was too low to start at."""
-
-REHEATINGS = 5
-"""Higher temperatures that are tried then."""
-
-WARM = 1.0
-"""Marginal error of given potentials above which the annealing, from nothing, is the better start."""
 
 
 class Solution(NamedTuple):
@@ -78,7 +63,7 @@ def solve(
         start: potential on ``y`` to start from.
     """
     iteration = Iteration(gibbs_kernel(cost, a, b, rho, work), b)
-    levels = _levels(mean, eps)
+    levels = levels_above(mean, eps)
     if triton.available(a.device) and not cost.too_large(a.device):
         found = triton.potential(cost.rows().contiguous(), a, b, eps, rho, mean, tol, max_iter, start)
         start = start if found is None else found
@@ -117,10 +102,3 @@ def solve(
     if kernel.kept is not None:
         g = torch.where(b > 0, g, kernel.column_potential(f))
     return Solution(f, g, n_iter, error, kernel)
-
-
-def _levels(mean: float | Tensor, eps: float | Tensor) -> int | Tensor:
-    """How many temperatures come before the final one."""
-    if isinstance(mean, Tensor):
-        return (WARMEST * mean / eps).clamp(min=1).log().div(math.log(COOLING)).floor()
-    return math.floor(math.log(max(1.0, WARMEST * mean / eps)) / math.log(COOLING))

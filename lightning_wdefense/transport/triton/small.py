@@ -18,19 +18,19 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lightning_wdefense.transport import anderson, iteration, kernel, solver
+from lightning_wdefense.transport import anderson, annealing, iteration, kernel
 from lightning_wdefense.transport.triton.persistent import COLUMNS, SLAB, Slabs, add_up, meeting_place
 
 # In Triton's interpreter a constant on the left of a tensor may make a constant of the product: tensors come first below.
-WARMEST = tl.constexpr(solver.WARMEST)
-LOG_COOLING = tl.constexpr(math.log(solver.COOLING))
+WARMEST = tl.constexpr(annealing.WARMEST)
+LOG_COOLING = tl.constexpr(math.log(annealing.COOLING))
 ENTRY = tl.constexpr(iteration.ENTRY)
-WARM = tl.constexpr(solver.WARM)
+WARM = tl.constexpr(annealing.WARM)
 ABSORBED = tl.constexpr(iteration.ABSORBED)
 FARTHEST = tl.constexpr(iteration.FARTHEST)
 LONGEST = tl.constexpr(iteration.LONGEST)
-PATIENCE = tl.constexpr(solver.PATIENCE)
-REHEATINGS = tl.constexpr(solver.REHEATINGS)
+PATIENCE = tl.constexpr(annealing.PATIENCE)
+REHEATINGS = tl.constexpr(annealing.REHEATINGS)
 TINY = tl.constexpr(iteration.TINY)
 FLOOR = tl.constexpr(kernel.FLOOR)
 RIDGE = tl.constexpr(anderson.RIDGE)
