@@ -34,7 +34,7 @@ from detectability_attacks import (
 from detectability_attacks import Seen as SeenModel
 from detectability_report import markdown, plot
 from torch import Tensor
-from trained_models import MODELS, add_arguments, identity, trained
+from trained_models import MODELS, add_arguments, identity, seeds, trained
 
 from lightning_wdefense import ThreatModel
 from lightning_wdefense.attacks import ATTACKS
@@ -211,7 +211,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
             min(options.test, 450),
         )
     if options.quick:
-        options.seeds, options.epochs, options.success, options.batches, options.bisections = 1, 4, [0.5], 3, 3
+        options.seeds, options.epochs, options.success, options.batches, options.bisections = [1], 4, [0.5], 3, 3
         options.test, options.matched, options.learned = 150, 96, 400
     return options
 
@@ -239,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for model in options.models:
         if MODELS[model] and MODELS[model][0] not in ATTACKS:
             continue
-        for seed in range(options.seeds):
+        for seed in seeds(model, options):
             bench = Bench(model, seed, data, options)
             for attack in options.attacks:
                 for success in options.success if SPECS[attack].registered else ():

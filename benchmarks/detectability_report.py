@@ -69,7 +69,7 @@ def differences(matched: dict[tuple[str, str, float], list[Cell]], detectors: li
 
 def markdown(result: dict[str, Any]) -> str:
     about, cells, detectors = result["environment"], result["cells"], result["detectors"]
-    text = f"# How detectable attacks are, at equal success\n\n`{about['command']}`, on {about['hardware']}, torch {about['torch']}. {ABOUT}"
+    text = f"# How detectable attacks are, at equal success\n\n`{about['command']}`, on {about['hardware']}, torch {about['torch']}. Models of each kind: {' / '.join(map(str, about['seeds']))}. {ABOUT}"
     text += "".join(f"\n- Left out: {note}" for note in result["skipped"])
     matched = groups(cells)
     for kind in ("plain", "adaptive"):

@@ -31,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser, dataset: str) -> None:
     parser.add_argument("--dataset", choices=sorted(RADII), default=dataset)
     parser.add_argument("--data", type=Path, help="folder that holds mnist.npz")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--seeds", type=int, default=3, help="models of each kind")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[3], help="models of each kind, or of each of --models in turn"
+    )
     parser.add_argument("--train", type=int, default=20000, help="training images")
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--validation", type=int, default=400, help="images on which settings are chosen")
@@ -41,6 +43,17 @@ def add_arguments(parser: argparse.ArgumentParser, dataset: str) -> None:
     parser.add_argument("--work", type=Path, default=Path("benchmarks/work/detectability"))
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--quick", action="store_true", help="only see that it runs")
+
+
+def seeds(model: str, options: argparse.Namespace) -> range:
+    """Of the models of a kind.
+
+    Raises:
+        ValueError: if ``--seeds`` has neither one number nor one for each kind.
+    """
+    if len(options.seeds) not in (1, len(options.models)):
+        raise ValueError(f"--seeds takes one number, or one for each of {options.models}, got {options.seeds}.")
+    return range(options.seeds[0] if len(options.seeds) == 1 else options.seeds[options.models.index(model)])
 
 
 def defence(model: str, dataset: str) -> Attack | None:

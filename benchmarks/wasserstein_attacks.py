@@ -27,7 +27,7 @@ from defenses_protocol import Protocol
 from defenses_store import kept, short_hash
 from detectability_attacks import fooled
 from torch import Tensor, nn
-from trained_models import add_arguments, identity, trained
+from trained_models import add_arguments, identity, seeds, trained
 from wasserstein_peers import PEERS, repaired, without_room
 from wasserstein_report import markdown, plot
 
@@ -80,8 +80,8 @@ def _broken(network: nn.Module, candidates: list[Tensor], y: Tensor) -> list[boo
 def cells(data: Splits, options: argparse.Namespace) -> list[dict[str, Any]]:
     found = []
     x, y = (part[: options.images] for part in data.test)
-    for seed in range(options.seeds):
-        for model in options.models:
+    for model in options.models:
+        for seed in seeds(model, options):
             network = trained(model, seed, data, options).requires_grad_(False)
             clean = fooled(network, x, y).tolist()
             for eps in options.epsilons:
@@ -111,7 +111,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.quick:
         options.dataset, options.train, options.validation, options.test, options.epochs = "digits", 800, 100, 100, 3
-        options.seeds, options.images, options.checked, options.steps, options.peer_steps = 1, 30, 5, 5, 5
+        options.seeds, options.images, options.checked, options.steps, options.peer_steps = [1], 30, 5, 5, 5
         options.epsilons = [0.1, 0.5]
     return options
 

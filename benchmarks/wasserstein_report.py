@@ -68,8 +68,8 @@ def markdown(result: dict[str, Any], ours: str) -> str:
     lines = [
         "# Accuracy under Wasserstein attacks, all constraints met",
         "",
-        f"`{about['command']}`, on {about['hardware']}, torch {about['torch']}. {about['images']} test images of {about['dataset']}, models of "
-        f"{about['seeds']} seed(s), local plans of 5 x 5 pixels; eps in pixels. Ours: the four runs of its defaults with {about['steps']} steps, "
+        f"`{about['command']}`, on {about['hardware']}, torch {about['torch']}. {about['images']} test images of {about['dataset']}, "
+        f"models of {' / '.join(map(str, about['seeds']))} seed(s), local plans of 5 x 5 pixels; eps in pixels. Ours: the four runs of its defaults with {about['steps']} steps, "
         f"early exit. Those published: {about['peer_steps']} steps, projection with two step sizes. Theirs are repaired by our repair, in two "
         "ways; each image counts by its worst. *Lead*: points by which ours leaves less accuracy, with the 95% bootstrap interval over images, and "
         "± half the 95% t-interval over models. In brackets their accuracy without any repair and clamped, whose images are not legal.",
