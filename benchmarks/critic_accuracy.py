@@ -29,8 +29,9 @@ RATES = (10**-1.5, 0.1, 10**-0.5, 1.0, 10**0.5, 10.0, 20.0)
 STEPS, PENALTIES = (1, 2, 5, 10), (0.1, 1.0, 10.0, 100.0)
 OURS, PLAIN, NONE = "ours", "plain WGAN-GP", "no critic"
 DEFAULT = "default"
-CENTRE = (DEFAULT, *(f"lr x {rate:.3g}" for rate in RATES[2:5]))
-"""Settings that are measured on every dataset: the defaults, and the central decade of learning rates."""
+DECADES = [f"lr x {rate:.3g}" for rate in RATES]
+CENTRAL_DECADE = DECADES[2:5]
+"""With the defaults, what is measured on every dataset."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def adopt(results: dict[str, Any], identity: dict[str, Any], written: Path) -> N
 
 
 def measure(path: Path, seeds: int, dataset: str, data: Path | None, machine: str) -> None:
-    """Do what is not stored yet; each run is stored as it ends. Of another dataset than digits the ``CENTRE`` alone.
+    """Do what is not stored yet; each run is stored as it ends. Of another dataset than digits the central decade alone.
 
     Raises:
         ValueError: if what is stored was measured under another protocol.
@@ -118,7 +119,11 @@ def measure(path: Path, seeds: int, dataset: str, data: Path | None, machine: st
         raise ValueError(f"{path} was measured under another protocol: move it away.")
     stored["hardware"] = machine
     adopt(stored[dataset]["results"], identity, path.parent / f"defenses_{dataset}.json")
-    wanted = {key: critic for key, critic in cells().items() if dataset == "digits" or key.split("|")[1] in CENTRE}
+    wanted = {
+        key: critic
+        for key, critic in cells().items()
+        if dataset == "digits" or key.split("|")[1] in (DEFAULT, *CENTRAL_DECADE)
+    }
     for seed in range(seeds):  # seed by seed, so that an early look sees all settings
         for key, critic in wanted.items():
             runs = stored[dataset]["results"].setdefault(key, {})

@@ -6,13 +6,13 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from critic_accuracy import DEFAULT, NONE, OURS, PENALTIES, PLAIN, RATES, STEPS
+from critic_accuracy import CENTRAL_DECADE, DECADES, DEFAULT, NONE, OURS, PENALTIES, PLAIN, STEPS
 from defenses_statistics import Estimate, estimate, paired
 
 Runs = Mapping[str, Mapping[str, Mapping[str, Any]]]
 AXES = {
-    "learning rate": [f"lr x {rate:.3g}" for rate in RATES],
-    "learning rate, central decade": [f"lr x {rate:.3g}" for rate in RATES[2:5]],
+    "learning rate": DECADES,
+    "learning rate, central decade": CENTRAL_DECADE,
     "steps": [f"{steps} steps" for steps in STEPS],
     "penalty": [f"penalty {penalty:g}" for penalty in PENALTIES],
     "penalty, central": [f"penalty {penalty:g}" for penalty in PENALTIES[1:3]],
@@ -31,17 +31,15 @@ def robust(runs: Runs, name: str, setting: str = DEFAULT) -> dict[int, float]:
     return {int(seed): run["robust"] for seed, run in runs_of(runs, name, setting).items() if "robust" in run}
 
 
+def by_seed(runs: Runs, name: str, settings: Sequence[str]) -> dict[int, list[float]]:
+    """Robust accuracies of all settings, of the seeds that all have."""
+    each = [robust(runs, name, setting) for setting in settings]
+    return {seed: [values[seed] for values in each] for seed in sorted(set.intersection(*map(set, each)))}
+
+
 def spread(runs: Runs, name: str, settings: Sequence[str]) -> Estimate | None:
     """Over the seeds that all settings have, largest less smallest robust accuracy."""
-    each = [robust(runs, name, setting) for setting in settings]
-    seeds = set.intersection(*(set(values) for values in each))
-    return estimate([max(v[seed] for v in each) - min(v[seed] for v in each) for seed in sorted(seeds)])
-
-
-def mean_over(runs: Runs, name: str, settings: Sequence[str]) -> dict[int, float]:
-    """By seed, of those that all settings have."""
-    each = [robust(runs, name, setting) for setting in settings]
-    return {seed: statistics.mean(v[seed] for v in each) for seed in set.intersection(*(set(v) for v in each))}
+    return estimate([max(values) - min(values) for values in by_seed(runs, name, settings).values()])
 
 
 def text(value: Estimate | None, *, sign: bool = False) -> str:
@@ -58,7 +56,10 @@ def table(runs: Runs, settings: Sequence[str]) -> list[str]:
         f"| {NONE} (`pgd-at`) | {text(estimate(list(none.values())))} | | | | |",
     ]
     rows = {setting: [robust(runs, name, setting) for name in (OURS, PLAIN)] for setting in settings}
-    rows["mean of all settings"] = [mean_over(runs, name, settings) for name in (OURS, PLAIN)]
+    rows["mean of all settings"] = [
+        {seed: statistics.mean(values) for seed, values in by_seed(runs, name, settings).items()}
+        for name in (OURS, PLAIN)
+    ]
     for setting, (ours, plain) in rows.items():
         row = []
         for found in (ours, plain):
@@ -111,13 +112,12 @@ def markdown(stored: Mapping[str, Any]) -> str:
     command = "python benchmarks/critic_sensitivity.py --accuracy-seeds 3"
     lines += ["", f"`{command}` on {stored['hardware']}."]
     if "mnist" in stored:
-        found = stored["mnist"]["results"]
-        protocol = stored["mnist"]["protocol"]
+        found, protocol = stored["mnist"]["results"], stored["mnist"]["protocol"]
         lines += [
             "",
-            f"The same on MNIST (eps {protocol['eps']}, {protocol['epochs']} epochs, {protocol['test']} test images), over the central decade alone:",
+            f"The same on MNIST (eps {protocol['eps']}, {protocol['epochs']} epochs, {protocol['test']} test images, attacks in training in float32), over the central decade alone:",
             "",
-            *table(found, AXES["learning rate, central decade"]),
+            *table(found, CENTRAL_DECADE),
             "",
             diverged(found),
             "",

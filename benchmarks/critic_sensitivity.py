@@ -2,7 +2,7 @@
 
     python benchmarks/critic_sensitivity.py --output benchmarks/results
     python benchmarks/critic_sensitivity.py --accuracy-seeds 3                              # robust accuracy as well: critic_accuracy.py
-    python benchmarks/critic_sensitivity.py --accuracy-seeds 1 --dataset mnist --data DIR   # of the central decade of learning rates
+    python benchmarks/critic_sensitivity.py --accuracy-seeds 3 --dataset mnist --data DIR   # of the central decade of learning rates
 
 Two Gaussians of unit variance, one moved by a vector of length 1: ``W_1`` is 1 in any dimension. Every batch is fresh. Each critic sees the
 same number of batches, and its figure is what it says of the last quarter of them before it learns from each. The peer is the critic of Gulrajani et

@@ -77,7 +77,7 @@ class DetectionMonitor(EvaluationMonitor[Stores]):
         attack: a name or an attack; it must stay in the ball.
         detectors: names, detectors, or a mapping from names of your own to them. Besides the default ones there are ``"mahalanobis"``
             (needs scikit-learn, ``pip install "lightning-wdefense[detection]"``) and, for inputs within bounds,
-            ``"feature-squeezing"``.
+            ``"feature-squeezing"``. One of your own that reads inputs must be fitted already, for inputs are not kept.
         features: what detectors that read features are given: ``"penultimate"`` (the input of the last linear layer that runs),
             ``"outputs"``, or a dotted path to a submodule of the model.
         every_n_epochs: measure only every so many training epochs (the first validation always); in between the last values are
@@ -94,7 +94,8 @@ class DetectionMonitor(EvaluationMonitor[Stores]):
         aurocs: the last values with their bootstrap intervals, by the keys they were logged under.
 
     Raises:
-        ValueError: for an unknown detector or attack, two detectors of a name, or an attack that leaves the ball.
+        ValueError: for an unknown detector or attack, two detectors of a name, one that would have to learn from inputs, or an attack that
+            leaves the ball.
         TypeError: for what is neither a name nor a detector.
 
     Example:

@@ -34,9 +34,8 @@ def test_models_that_disagree_are_no_lead():
     found = lead(ours, theirs)
     assert found.mean == pytest.approx(0.25)
     assert found.low > 0
-    assert found.models.half == pytest.approx(
-        12.706 * 0.35, rel=1e-3
-    )  # t with one degree of freedom times the standard error
+    # t with one degree of freedom times the standard error.
+    assert found.models.half == pytest.approx(12.706 * 0.35, rel=1e-3)
     assert found.sign == 0
 
 
