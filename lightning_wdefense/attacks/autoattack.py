@@ -75,6 +75,7 @@ class AutoAttack(Attack):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _torchattacks()
         _require_bounds("AutoAttack", self.threat)
         _ = self.threat.ball

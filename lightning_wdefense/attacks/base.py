@@ -14,9 +14,11 @@ from torch import Tensor
 
 from lightning_wdefense.attacks.execution import Execution
 from lightning_wdefense.attacks.isolation import isolated
+from lightning_wdefense.attacks.labels import class_labels, counted, hard_labels
 from lightning_wdefense.attacks.losses import AttackLoss, cross_entropy, kl_divergence, margin
-from lightning_wdefense.attacks.outputs import check_logits, class_labels, hard_labels, logits_of, predictions
-from lightning_wdefense.attacks.threat import Box, ThreatModel
+from lightning_wdefense.attacks.outputs import check_logits, logits_of, predictions
+from lightning_wdefense.attacks.parts import OnParts
+from lightning_wdefense.attacks.threat import Box, ThreatModel, check_threat
 
 Model = Callable[[Tensor], Any]
 AttackT = TypeVar("AttackT", bound="Attack")
@@ -45,6 +47,9 @@ class Attack(ABC):
     threat: ThreatModel
     seed: int
     name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        check_threat(self.threat, type(self).__name__)
 
     @property
     def bounded(self) -> bool:
@@ -90,27 +95,47 @@ class Attack(ABC):
 
         Raises:
             TypeError: if the inputs are not floating point, the outputs are not logits, or what is to be compiled is no module.
-            ValueError: if inputs or labels do not fit the threat model or the outputs, or the device has no autocast.
+            ValueError: if inputs or labels do not fit the threat model or the outputs, ``samples`` does not fit the inputs, or the
+                device has no autocast.
         """
         if not isinstance(inputs, Tensor):
             raise TypeError(f"The inputs must be a tensor, got {type(inputs).__name__}. Name theirs with inputs=.")
-        if inputs.ndim == 0 or len(inputs) == 0:
-            raise ValueError(f"The inputs must be a batch with at least one sample, got shape {tuple(inputs.shape)}.")
+        if inputs.ndim == 0 or inputs.numel() == 0:
+            raise ValueError(
+                f"The inputs must be a batch with at least one sample, and no dimension empty, got shape {tuple(inputs.shape)}."
+            )
+        samples = None if samples is None else _indices(samples, len(inputs)).to(inputs.device)
         execution = execution or Execution()
         with isolated(model, inputs.device), execution.prepared(model, inputs.device) as run:
             clean = inputs.detach().clone()
             labels = apply_to_collection(labels, Tensor, lambda label: label.detach().clone())
             # Half precision cannot hold small steps: the attack iterates in float32, the model sees its own dtype.
             data, box = self.threat.read(execution.lay_out(clean))
-            if self.threat.eps == 0 and self.bounded:
+            if (self.threat.eps == 0 and self.bounded) or (samples is not None and len(samples) == 0):
                 return clean
             generator = generator or torch.Generator(inputs.device).manual_seed(self.seed)
-            problem = Problem(model, run, data, labels, box, self.threat, generator, inputs.dtype)
+            problem = Problem(model, OnParts(run, clean), data, labels, box, self.threat, generator, inputs.dtype)
             if samples is not None:
                 problem = problem.select(samples)
             adversarial = self.threat.to_model(problem.box.clamp(self.perturb(problem))).to(inputs.dtype).detach()
             clean[slice(None) if samples is None else samples] = adversarial
             return clean
+
+
+def _indices(samples: Tensor, size: int) -> Tensor:
+    """Which of so many samples are chosen by a boolean mask ``(N,)`` or by indices."""
+    samples = torch.as_tensor(samples)
+    if samples.dtype == torch.bool:
+        if samples.shape == (size,):
+            return samples.nonzero().squeeze(1)
+    elif samples.ndim == 1 and not samples.is_floating_point():
+        samples = samples.long()
+        if not bool(((samples < -size) | (samples >= size)).any()):
+            return samples
+    raise ValueError(
+        f"samples= must be a boolean mask of shape ({size},) or indices in 0..{size - 1}, for {size} inputs; got {samples.dtype} of "
+        f"shape {tuple(samples.shape)}{f', from {samples.min()} to {samples.max()}' * (samples.numel() > 0)}."
+    )
 
 
 @dataclass(frozen=True)
@@ -119,7 +144,7 @@ class Problem:
 
     Attributes:
         model: the user's; use :meth:`forward`.
-        run: the same as the :class:`Execution` has it: takes inputs in model units.
+        run: the same as the :class:`Execution` has it, on parts of the batch: takes inputs in model units.
         data: clean inputs, data units, float32 or better.
         labels: as given.
         box: element-wise limits.
@@ -178,18 +203,38 @@ class Problem:
         """The same problem with the clean outputs known, at the cost of a forward pass."""
         return replace(self, clean_outputs=logits_of(self.outputs(self.data)))
 
+    def examined(self, loss: AttackLoss) -> Any:
+        """The model's outputs on the clean inputs, after :meth:`check`, for attacks that do not differentiate them by themselves."""
+        outputs = self.forward(self.data.detach().requires_grad_())
+        self.check(outputs, loss)
+        return outputs
+
+    def check(self, outputs: Any, loss: AttackLoss) -> None:
+        """Refuse outputs and labels whose values do not fit the loss. It waits for the device: once an attack is enough.
+
+        Args:
+            outputs: the model's, with a graph if there is one.
+            loss: what is maximised; nothing is known of a callable.
+
+        Raises:
+            TypeError: if the outputs are not logits.
+            ValueError: if they are probabilities, or the labels are not their classes.
+        """
+        if not callable(loss):
+            check_logits(outputs)
+            if loss != "kl":
+                class_labels(self.labels, outputs, check_values=True)
+
     def loss(self, outputs: Any, loss: AttackLoss, *, check: bool = False) -> Tensor:
         """Per-sample loss ``(N,)`` of these outputs, to be maximised.
 
         Args:
             outputs: the model's.
             loss: what to maximise.
-            check: also check the values of outputs and labels, which waits for the device: once an attack is enough.
+            check: also :meth:`check` the values of outputs and labels.
         """
-        if check and not callable(loss):
-            check_logits(logits_of(outputs))
-            if loss != "kl":
-                class_labels(self.labels, outputs, check_values=True)
+        if check:
+            self.check(outputs, loss)
         if loss == "kl":
             return kl_divergence(outputs, self.clean_outputs)
         if loss in ("ce", "margin"):
@@ -256,5 +301,6 @@ class Problem:
 
     def fooled(self, outputs: Any) -> Tensor:
         """Which samples these outputs misclassify, ``(N,)`` boolean."""
-        wrong = predictions(outputs) != hard_labels(class_labels(self.labels, outputs))
+        labels = hard_labels(class_labels(self.labels, outputs))
+        wrong = (predictions(outputs) != labels) & counted(labels)
         return wrong.flatten(1).any(1) if wrong.ndim > 1 else wrong

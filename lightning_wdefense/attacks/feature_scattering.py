@@ -63,6 +63,7 @@ class FeatureScattering(Attack):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _ = self.threat.ball
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}.")
@@ -75,15 +76,17 @@ class FeatureScattering(Attack):
         ball, eps = self.threat.ball, self.threat.eps
         step = self.step_size or (eps if self.steps == 1 else 2.5 * eps / self.steps)
         problem = problem.with_clean_outputs()
-        check_logits(problem.clean_outputs)
         data = problem.box.clamp(problem.data + ball.uniform(problem.data, eps, problem.generator))
-        for _ in range(self.steps):
-            data = problem.project(data + step * ball.steepest(self._gradient(problem, data)))
+        for index in range(self.steps):
+            data = problem.project(data + step * ball.steepest(self._gradient(problem, data, check=index == 0)))
         return data
 
-    def _gradient(self, problem: Problem, data: Tensor) -> Tensor:
+    def _gradient(self, problem: Problem, data: Tensor, *, check: bool) -> Tensor:
         point = data.detach().requires_grad_()
+        outputs = problem.forward(point)
+        if check:
+            check_logits(outputs)
         divergence = self.divergence or sinkhorn_divergence
-        value = divergence(logit_rows(problem.clean_outputs), logit_rows(problem.forward(point)))
+        value = divergence(logit_rows(problem.clean_outputs), logit_rows(outputs))
         # The divergence is a mean over the batch: gradients of the sum are of one size whatever the batch's.
         return problem.differentiate(value, point, value.new_tensor(float(len(data))))

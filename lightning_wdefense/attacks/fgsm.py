@@ -48,6 +48,7 @@ class FGSM(Attack):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_loss(self.loss)
         _ = self.threat.ball
         if self.noise < 0:

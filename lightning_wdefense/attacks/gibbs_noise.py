@@ -60,6 +60,7 @@ class GibbsNoise(Attack):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_loss(self.loss)
         _ = self.threat.ball
         if self.spread is not None and not 0 <= self.spread < math.inf:
@@ -89,7 +90,8 @@ class GibbsNoise(Attack):
         picked, best = problem.data, torch.tensor(-torch.inf, device=problem.data.device)
         for index in range(self.copies):
             copy = problem.box.clamp(problem.data + spread * random_normal(problem.data, problem.generator))
-            loss = float32_or_better(problem.loss(problem.outputs(copy), self.loss, check=index == 0).detach())
+            outputs = problem.outputs(copy) if index else problem.forward(copy.clone().requires_grad_())
+            loss = float32_or_better(problem.loss(outputs, self.loss, check=index == 0).detach())
             # The largest of loss / temperature + Gumbel noise is a draw from the softmax, and needs one copy at a time.
             gumbel = -(-random_uniform(loss, problem.generator).log()).log()
             score = loss / self.temperature + gumbel

@@ -60,6 +60,7 @@ class LagrangianAttack(Attack):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_loss(self.loss)
         _ = self.threat.ball
         if self.steps < 1:

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_wdefense._names import unknown_name
-from lightning_wdefense.attacks.outputs import float32_or_better, hard_labels, logits_of
+from lightning_wdefense.attacks.labels import counted, hard_labels
+from lightning_wdefense.attacks.outputs import float32_or_better, logits_of
 
 LossName = Literal["ce", "kl", "margin"]
 AttackLoss = LossName | Callable[[Any, Any], Tensor]
@@ -18,26 +19,36 @@ AttackLoss = LossName | Callable[[Any, Any], Tensor]
 
 
 def cross_entropy(outputs: Any, labels: Tensor) -> Tensor:
-    """Cross-entropy with hard or soft labels: ``(N,)``, summed over any further dimensions (pixels)."""
+    """Cross-entropy with hard or soft labels: ``(N,)``, summed over any further dimensions (pixels that are of a class)."""
     logits = float32_or_better(logits_of(outputs))
     loss = F.cross_entropy(logits, labels.to(logits.dtype) if labels.is_floating_point() else labels, reduction="none")
-    return loss.flatten(1).sum(1) if loss.ndim > 1 else loss
+    return _by_sample(loss)
 
 
 def margin(outputs: Any, labels: Tensor) -> Tensor:
     """Largest wrong logit minus the right one (Carlini and Wagner, 2017): positive exactly where misclassified."""
     logits = float32_or_better(logits_of(outputs))
-    right = hard_labels(labels).unsqueeze(1)
+    classes = hard_labels(labels)
+    right = classes.clamp_min(0).unsqueeze(1)
     others = logits.scatter(1, right, -torch.inf).amax(1)
-    difference = others - logits.gather(1, right).squeeze(1)
-    return difference.flatten(1).sum(1) if difference.ndim > 1 else difference
+    difference = (others - logits.gather(1, right).squeeze(1)).where(counted(classes), 0)
+    return _by_sample(difference)
 
 
 def kl_divergence(outputs: Any, clean_outputs: Any) -> Tensor:
     """``KL(softmax(clean) || softmax(adversarial))`` of each sample, as TRADES has it (Zhang et al., 2019)."""
+    return _by_sample(elementwise_kl(outputs, clean_outputs))
+
+
+def elementwise_kl(outputs: Any, clean_outputs: Any) -> Tensor:
+    """:func:`kl_divergence` before the sum over pixels: ``(N, ...)``, without the classes' dimension."""
     adversarial = F.log_softmax(float32_or_better(logits_of(outputs)), 1)
     clean = F.log_softmax(float32_or_better(logits_of(clean_outputs)), 1)
-    return F.kl_div(adversarial, clean, reduction="none", log_target=True).flatten(1).sum(1)
+    return F.kl_div(adversarial, clean, reduction="none", log_target=True).sum(1)
+
+
+def _by_sample(losses: Tensor) -> Tensor:
+    return losses.flatten(1).sum(1) if losses.ndim > 1 else losses
 
 
 def check_loss(loss: AttackLoss) -> None:

@@ -1,16 +1,23 @@
-"""What a classifier returned, as logits and labels that the losses and metrics can rely on."""
+"""What a classifier returned, as logits that the losses and metrics can rely on."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-_HINT = (
-    "Return logits from forward, name the submodule that does with model=, or, for another task, give the attack a "
-    "loss=callable(outputs, labels) that returns one loss a sample."
+from lightning_wdefense.attacks.activation import activation
+
+ROWS = 8
+"""So many different rows that look like probabilities are evidence; a few logits may look so by chance."""
+
+_LOGITS_HINT = (
+    "Return logits from forward (attacks run it in eval mode), or name the submodule that does with model=. Where nothing but the "
+    'attack reads outputs, as in recipe "pgd-at", its loss=callable(outputs, labels) that returns one loss a sample is given them '
+    "as they are."
 )
 
 
@@ -25,7 +32,7 @@ def tensor_of(outputs: Any) -> Tensor:
     elif not isinstance(outputs, Tensor) and hasattr(outputs, "logits"):
         outputs = outputs.logits
     if not isinstance(outputs, Tensor):
-        raise TypeError(f"The model's outputs are not logits but a {type(outputs).__name__}. {_HINT}")
+        raise TypeError(f"The model's outputs are not logits but a {type(outputs).__name__}. {_LOGITS_HINT}")
     return outputs
 
 
@@ -42,7 +49,7 @@ def logits_of(outputs: Any) -> Tensor:
     if not outputs.is_floating_point() or outputs.ndim == 0:
         raise TypeError(
             f"The model's outputs are not logits: {outputs.dtype}, shape {tuple(outputs.shape)}, where a floating-point "
-            f"tensor of shape (N, classes) is needed. {_HINT}"
+            f"tensor of shape (N, classes) is needed. {_LOGITS_HINT}"
         )
     if outputs.ndim == 1:
         outputs = outputs.unsqueeze(1)
@@ -61,71 +68,66 @@ def float32_or_better(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
+def has_one_output(outputs: Any) -> bool:
+    """Whether a model has a single output a sample (or pixel): of a binary classifier, its logit."""
+    values = tensor_of(outputs)
+    return values.ndim == 1 or values.shape[1] == 1
+
+
 def predictions(outputs: Any) -> Tensor:
-    """Predicted classes of a model's outputs."""
-    return logits_of(outputs).argmax(1)
+    """Predicted classes of a model's outputs; -1, which is no class, where they are NaN or infinitely large."""
+    largest, classes = logits_of(outputs).max(1)  # NaN counts as the largest
+    return torch.where(largest < torch.inf, classes, -1)
 
 
-def hard_labels(labels: Tensor) -> Tensor:
-    """Class indices of hard or soft labels."""
-    return labels.argmax(1) if labels.is_floating_point() else labels
+def check_logits(outputs: Any) -> None:
+    """Refuse probabilities: cross-entropy of a softmax's output has vanishing gradients, and a sigmoid's output is never negative.
 
-
-def check_logits(logits: Tensor) -> None:
-    """Refuse probabilities: cross-entropy of a softmax's output has vanishing gradients, so attacks would look weak.
-
-    Raises:
-        ValueError: if every row is non-negative and sums to one.
-    """
-    rows = logits.detach().float()
-    if bool(((rows >= 0).all()) & ((rows.sum(1) - 1).abs() < 1e-3).all()):
-        raise ValueError(
-            "The model's outputs look like probabilities (every row is non-negative and sums to 1), not logits: attacks on "
-            f"them fail for want of gradient and would overstate robustness. {_HINT}"
-        )
-
-
-def class_labels(labels: Any, outputs: Any, *, check_values: bool = False) -> Tensor:
-    """Labels that fit the outputs: class indices ``(N, ...)``, or soft labels of the logits' own shape.
-
-    Labels of a single-logit model may be 0/1 (or probabilities) of any dtype, ``(N, ...)`` or ``(N, 1, ...)``.
-
-    Args:
-        labels: as the pipeline gives them.
-        outputs: the model's outputs for them.
-        check_values: check the range too, which waits for the device: once a batch is enough.
+    The operation that made the outputs decides, where their graph shows it; else :data:`ROWS` different rows. A single output that
+    only looks like a probability is a warning.
 
     Raises:
-        TypeError: if the labels are not a tensor.
-        ValueError: if their shape or range does not fit.
+        ValueError: for probabilities.
     """
-    logits = logits_of(outputs)
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"The labels must be a tensor, got {type(labels).__name__}. Name theirs with labels=.")
-    n, classes = logits.shape[0], logits.shape[1]
-    if logits is not outputs and classes == 2 and labels.numel() * 2 == logits.numel():
-        labels = labels.reshape(n, *logits.shape[2:])
-        if labels.is_floating_point():
-            labels = torch.stack([1 - labels, labels], dim=1)
-    if labels.is_floating_point():
-        if labels.shape != logits.shape:
-            raise ValueError(
-                f"Soft labels must have the shape of the logits, {tuple(logits.shape)}, got {tuple(labels.shape)}; class "
-                "indices must be integers (labels.long()). For regression give the attack a loss=callable."
+    values = tensor_of(outputs)
+    made_by, rows = activation(values), _rows(values.detach().float())
+    if not bool(((rows >= 0) & (rows <= 1)).all()):
+        return
+    if has_one_output(outputs):
+        if made_by:
+            _refuse(f"its single output ends in a {made_by}")
+        if made_by is None and len(rows) >= ROWS:
+            warnings.warn(
+                f"The model's single output lies in [0, 1] for all {len(rows)} samples. It is read as a logit, which says class 1 "
+                "where it is positive: if it is a probability, return the logit from forward.",
+                stacklevel=2,
             )
-        if check_values and bool(((labels < 0).any()) | ((labels.float().sum(1) - 1).abs() > 1e-2).any()):
-            raise ValueError("Soft labels must be non-negative and sum to 1 over the classes (dimension 1).")
-        return labels
-    expected = (n, *logits.shape[2:])
-    if labels.shape != expected:
-        raise ValueError(
-            f"The labels have shape {tuple(labels.shape)}; for outputs of shape {tuple(logits.shape)} they must be class "
-            f"indices of shape {expected}, or soft labels of shape {tuple(logits.shape)}."
+        return
+    rounding = max(1e-3, 4 * torch.finfo(values.dtype).eps)
+    if not bool(((rows.sum(1) - 1).abs() < rounding).all()):
+        return
+    if made_by == "softmax" or len(rows[:1024].unique(dim=0)) >= ROWS:
+        _refuse("every row is non-negative and sums to 1")
+
+
+def _rows(values: Tensor) -> Tensor:
+    """Outputs ``(N, K, ...)`` or ``(N,)`` with one row for each sample, or pixel."""
+    return (values.unsqueeze(1) if values.ndim == 1 else values).movedim(1, -1).flatten(0, -2)
+
+
+def _refuse(evidence: str) -> NoReturn:
+    raise ValueError(
+        f"The model's outputs look like probabilities ({evidence}), not logits: attacks on them fail for want of gradient, and would "
+        f"overstate robustness. {_LOGITS_HINT}"
+    )
+
+
+def warn_of_no_prediction(predicted: Tensor) -> None:
+    """Say so if there are samples for which the model predicted nothing."""
+    lost = predicted < 0
+    if bool(lost.any()):
+        warnings.warn(
+            f"The model's outputs are NaN or infinite for {int(lost.sum())} of {lost.numel()} predictions, which count as wrong: has "
+            "training diverged, or did a precision overflow?",
+            stacklevel=2,
         )
-    labels = labels.long()
-    if check_values and bool(((labels < 0) | (labels >= classes)).any()):
-        raise ValueError(
-            f"The labels run from {int(labels.min())} to {int(labels.max())}, but the model has {classes} classes: labels "
-            f"must lie in 0..{classes - 1}."
-        )
-    return labels

@@ -66,6 +66,7 @@ class PGD(Attack):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_loss(self.loss)
         _ = self.threat.ball
         for name in ("steps", "restarts"):

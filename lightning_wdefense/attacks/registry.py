@@ -16,7 +16,7 @@ from lightning_wdefense.attacks.lagrangian import LagrangianAttack
 from lightning_wdefense.attacks.pgd import PGD
 from lightning_wdefense.attacks.sinkhorn import SinkhornAttack
 from lightning_wdefense.attacks.soft_ball import SoftBallPGD
-from lightning_wdefense.attacks.threat import ThreatModel
+from lightning_wdefense.attacks.threat import ThreatModel, check_threat
 from lightning_wdefense.attacks.wasserstein import WassersteinAttack
 
 Attacks = Sequence[str | Attack] | Mapping[str, str | Attack]
@@ -47,6 +47,7 @@ def get_attack(name: str, threat: ThreatModel, **options: Any) -> Attack:
         **options: for the attack's constructor.
 
     Raises:
+        TypeError: if ``threat`` is no threat model.
         ValueError: if the name does not exist, with the nearest ones.
 
     Example:
@@ -55,6 +56,7 @@ def get_attack(name: str, threat: ThreatModel, **options: Any) -> Attack:
     """
     if name not in ATTACKS:
         raise ValueError(unknown_name("attack", name, ATTACKS))
+    check_threat(threat, f"Attack {name!r}")
     return ATTACKS[name](threat, **options)
 
 
@@ -62,9 +64,10 @@ def evaluation_attacks(attacks: Attacks, threat: ThreatModel) -> dict[str, Attac
     """Attacks by name, fit for measuring: bounded, for this threat model, each name once.
 
     Raises:
-        TypeError: for what is neither a name nor an attack.
+        TypeError: for what is neither a name nor an attack, or no threat model.
         ValueError: for anything else.
     """
+    check_threat(threat, "A monitor")
     found = resolved("attacks", Attack, attacks, lambda name: get_attack(name, threat), example="pgd")  # type: ignore[type-abstract]
     for key, attack in found.items():
         if not attack.bounded:

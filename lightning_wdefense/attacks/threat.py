@@ -89,10 +89,19 @@ class ThreatModel:
             if len(self.bounds) != 2 or not -math.inf < self.bounds[0] < self.bounds[1] < math.inf:
                 raise ValueError(f"bounds must be (low, high) with low < high, or None, got {self.bounds!r}.")
             object.__setattr__(self, "bounds", tuple(map(float, self.bounds)))
+            self._warn_of_units(*self.bounds)
         for name in ("mean", "std"):
             object.__setattr__(self, name, _as_tuple(getattr(self, name)))
         if self.std is not None and not all(value > 0 for value in self.std):  # type: ignore[union-attr]
             raise ValueError(f"std must be positive, got {self.std!r}.")
+
+    def _warn_of_units(self, low: float, high: float) -> None:
+        if self.norm == "linf" and self.eps > high - low:
+            warnings.warn(
+                f"eps={self.eps:g} is larger than the whole range of the bounds, {(low, high)}: every input is allowed. Both are in data "
+                f"units; where pixels run from 0 to 255, 8 of them are eps=8 / 255, or bounds=(0, 255).",
+                stacklevel=4,
+            )
 
     @property
     def ball(self) -> Ball:
@@ -200,6 +209,20 @@ class ThreatModel:
                 f"{tuple(inputs.shape)}, does not: give one value, or one for each channel."
             )
         return _broadcastable(values, inputs.device, inputs.dtype, inputs.ndim)
+
+
+def check_threat(threat: object, user: str) -> None:
+    """Refuse what is no threat model, such as a radius.
+
+    Raises:
+        TypeError: saying what to write.
+    """
+    if not isinstance(threat, ThreatModel):
+        radius = isinstance(threat, (int, float)) and not isinstance(threat, bool)
+        written = f"ThreatModel(eps={threat})" if radius else "ThreatModel(eps=8 / 255)"
+        raise TypeError(
+            f"{user} needs a threat model, such as {written}, as its threat; got a {type(threat).__name__}: {threat!r}."
+        )
 
 
 def _as_tuple(values: float | Sequence[float] | Tensor | None) -> tuple[float, ...] | None:

@@ -19,8 +19,9 @@ from lightning_wdefense._dtype import default_dtype
 from lightning_wdefense._names import unknown_name
 from lightning_wdefense.attacks.base import Attack, Problem
 from lightning_wdefense.attacks.isolation import eager
-from lightning_wdefense.attacks.outputs import check_logits, class_labels, hard_labels, logits_of
-from lightning_wdefense.attacks.threat import ThreatModel
+from lightning_wdefense.attacks.labels import class_labels, hard_labels
+from lightning_wdefense.attacks.outputs import logits_of
+from lightning_wdefense.attacks.threat import ThreatModel, check_threat
 
 MIN_CLASSES = {"APGDT": 4, "AutoAttack": 4}
 """The targeted DLR loss looks at the four largest logits."""
@@ -51,6 +52,7 @@ class TorchAttack(Attack):
     """
 
     def __init__(self, attack: str, threat: ThreatModel, *, seed: int = 0, **options: Any) -> None:
+        check_threat(threat, type(self).__name__)
         known = _attack_classes()
         if attack not in known:
             raise ValueError(unknown_name("torchattacks attack", attack, known))
@@ -138,13 +140,12 @@ class UnitImages:
             self._grid = (channels, side)
         # float32 and contiguous: FAB and Square fail on other dtypes and strides.
         self.images = self._to_grid(((problem.data - low) / self._range).clamp(0, 1).float().contiguous())
-        outputs = problem.outputs(problem.data)
+        outputs = problem.examined("ce")
         logits = logits_of(outputs)
         if logits.ndim != 2:
             raise ValueError(f"torchattacks needs one label a sample; this model's outputs are {tuple(logits.shape)}.")
-        check_logits(logits)
         self.classes = logits.shape[1]
-        self.labels = hard_labels(class_labels(problem.labels, outputs, check_values=True))
+        self.labels = hard_labels(class_labels(problem.labels, outputs))
         self.model = _LogitsModule(self._logits, problem)
 
     def to_data(self, images: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from lightning_wdefense.attacks.losses import AttackLoss, check_loss
 from lightning_wdefense.attacks.nearest_plan import legal
 from lightning_wdefense.attacks.norms import per_sample, random_normal, random_uniform
 from lightning_wdefense.attacks.plan_ascent import ASCENTS, Ascent, Method
-from lightning_wdefense.attacks.threat import ThreatModel
+from lightning_wdefense.attacks.threat import ThreatModel, check_threat
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ class WassersteinAttack(Attack):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         object.__setattr__(self, "methods", (self.methods,) if isinstance(self.methods, str) else tuple(self.methods))
         if self.loss is not None:
             check_loss(self.loss)
@@ -188,6 +189,7 @@ def check_ball(threat: ThreatModel, size: int, p: int) -> None:
     Raises:
         ValueError: saying what it must be.
     """
+    check_threat(threat, "A Wasserstein ball")
     if threat.norm != "wasserstein":
         raise ValueError(f'A Wasserstein attack needs ThreatModel(norm="wasserstein"), got norm={threat.norm!r}.')
     if threat.bounds is not None and threat.bounds[0] != 0:

@@ -10,15 +10,17 @@ from torch import Tensor
 
 from lightning_wdefense.attacks.base import Attack, Model
 from lightning_wdefense.attacks.isolation import isolated
-from lightning_wdefense.attacks.outputs import check_logits, class_labels, hard_labels, logits_of, predictions
+from lightning_wdefense.attacks.labels import class_labels, counted, hard_labels, ignoring
+from lightning_wdefense.attacks.outputs import check_logits, predictions, warn_of_no_prediction
+from lightning_wdefense.attacks.parts import OnParts
 
 
 class WorstCase(NamedTuple):
     """The outcome of :func:`worst_case`.
 
     Attributes:
-        labels: true classes.
-        clean: predicted classes on the clean inputs.
+        labels: true classes; -100 where they are ignored.
+        clean: predicted classes on the clean inputs; -1 where the outputs are NaN or infinite.
         adversarial: predicted classes after each attack, by its name, in order. In order mode a sample that an
             earlier attack broke keeps its wrong prediction.
         inputs: for each sample the input that broke it, else the last one tried, else (never attacked) the clean one.
@@ -33,7 +35,7 @@ class WorstCase(NamedTuple):
 
     @property
     def robust(self) -> Tensor:
-        """Which samples are right on the clean input and after every attack."""
+        """Which samples (or elements, of which those that are ignored are never) are right on the clean input and after every attack."""
         left = self.clean == self.labels
         for predicted in self.adversarial.values():
             left = left & (predicted == self.labels)
@@ -56,6 +58,7 @@ def worst_case(
     *,
     independent: bool = False,
     samples: Tensor | None = None,
+    ignore_index: int | None = None,
     generator: Callable[[], torch.Generator] | None = None,
     on_attack: Callable[[str, Tensor], None] | None = None,
 ) -> WorstCase:
@@ -68,6 +71,7 @@ def worst_case(
         labels: class indices or soft labels. With one label an element (segmentation) every attack runs on all samples.
         independent: run each attack on all samples that the model gets right, not only on what is left.
         samples: which samples may be attacked, a boolean mask ``(N,)``; ``None`` for all.
+        ignore_index: label of elements (pixels) that count for nothing; beside it, -100 always is. The attacks are given -100 for it.
         generator: makes the source of noise for each attack; ``None`` for each attack's own seed.
         on_attack: called after each attack with its name and the samples that are left, ``(N,)``.
 
@@ -78,16 +82,19 @@ def worst_case(
     with isolated(model, inputs.device):
         inputs = inputs.detach().clone()
         _check_inputs(inputs, attacks)
-        labels = labels.detach().clone() if isinstance(labels, Tensor) else labels
-        outputs = model(inputs.clone())  # the model may work in place
-        check_logits(logits_of(outputs))
+        labels = ignoring(labels, ignore_index)
+        outputs = model(
+            inputs.clone().requires_grad_().clone()
+        )  # whose graph says what made them; the model may work in place
+        check_logits(outputs)
         target = hard_labels(class_labels(labels, outputs, check_values=True))
-        clean = predictions(outputs)
+        warn_of_no_prediction(clean := predictions(outputs))
         del outputs  # and with them the graph of the whole batch, which the attacks do not need
         whole = clean.ndim > 1
         open_ = torch.ones(len(inputs), dtype=torch.bool, device=inputs.device) if whole else clean == target
         if samples is not None:
             open_ = open_ & samples
+        run = OnParts(model, inputs)
         worst, latest, attacked = inputs.clone(), clean, open_.clone()
         broken = torch.zeros_like(open_)
         adversarial: dict[str, Tensor] = {}
@@ -97,10 +104,11 @@ def worst_case(
             if len(chosen):
                 noise = generator() if generator is not None else None
                 found = attack(model, inputs, labels, generator=noise, samples=chosen)[chosen]
-                predicted[chosen] = predictions(model(found.clone()))
+                warn_of_no_prediction(after := predictions(run(found.clone())))
+                predicted[chosen] = after
                 fresh = ~broken[chosen]
                 worst[chosen[fresh]] = found[fresh]
-            wrong = predicted != target
+            wrong = (predicted != target) & counted(target)
             broken = broken | (wrong.flatten(1).any(1) if whole else wrong & open_)
             adversarial[name], latest = predicted, predicted
             if on_attack is not None:

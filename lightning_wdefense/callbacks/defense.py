@@ -11,6 +11,7 @@ from lightning_wdefense._batches import Batches, Key
 from lightning_wdefense._compat import Callback, LightningModule, Trainer, rank_zero_warn
 from lightning_wdefense._strategy import check_strategy
 from lightning_wdefense.attacks import ThreatModel
+from lightning_wdefense.attacks.threat import check_threat
 from lightning_wdefense.callbacks.interception import intercept_training_step
 from lightning_wdefense.callbacks.schedule import is_logging_step, noise_generator, warmup_radius
 from lightning_wdefense.callbacks.support import attacked_model, check_automatic_optimization
@@ -185,8 +186,18 @@ def resolve_recipe(recipe: str | Recipe, threat: ThreatModel | None, changes: di
     """The recipe that a name or a recipe, a threat and single changes mean.
 
     Raises:
+        TypeError: for what is no recipe or no threat model.
         ValueError: if a name comes without a threat, or a recipe with another one.
     """
+    if not isinstance(recipe, (str, Recipe)):
+        written = (
+            f"WassersteinDefense(threat={recipe!r})"
+            if isinstance(recipe, ThreatModel)
+            else 'WassersteinDefense("pgd-at", threat=...)'
+        )
+        raise TypeError(f"recipe must be a recipe's name or a Recipe, got a {type(recipe).__name__}: write {written}.")
+    if threat is not None:
+        check_threat(threat, "WassersteinDefense")
     if isinstance(recipe, str):
         if threat is None:
             raise ValueError(

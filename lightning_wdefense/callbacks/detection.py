@@ -152,18 +152,19 @@ class DetectionMonitor(EvaluationMonitor[Stores]):
         (predicted,) = result.adversarial.values()
         right, broken = result.attacked, result.attacked & (predicted != result.labels)
         clean = inputs.detach().clone()
-        chosen = {"learn": (clean, ~judged), "clean": (clean, right), "attacked": (result.inputs, broken)}
-        shown = {role: (batch[mask], result.labels[mask]) for role, (batch, mask) in chosen.items() if mask.any()}
-        seen = self.observe(model, *(batch for batch, _ in shown.values()))
-        for (role, (_, labels)), (outputs, features) in zip(shown.items(), seen, strict=True):
-            getattr(measures, role).add(logits_of(outputs).detach(), features, labels)
+        # Whole batches, since not every model takes a part of one.
+        before, after = self.observe(model, clean, result.inputs)
+        for samples, (outputs, features), mask in (
+            (measures.learn, before, ~judged),
+            (measures.clean, before, right),
+            (measures.attacked, after, broken),
+        ):
+            samples.add(logits_of(outputs).detach()[mask], features[mask], result.labels[mask])
         for name, detector in self.detectors.items():
             if detector.reads == "inputs":
                 judge = detector.of_model(model)
-                sides = [
-                    judge.score(shown[role][0]) if role in shown else clean.new_empty(0)
-                    for role in ("clean", "attacked")
-                ]
+                parts = (clean[right], result.inputs[broken])
+                sides = [judge.score(part) if len(part) else clean.new_empty(0) for part in parts]
                 measures.metrics[name].update(*(scores[scores.isfinite()] for scores in sides))
 
     def compute(self, measures: Stores, trainer: Trainer, key: Callable[[str], str]) -> dict[str, float]:

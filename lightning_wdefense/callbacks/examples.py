@@ -15,7 +15,8 @@ from lightning_wdefense._compat import Callback, LightningModule, Trainer, rank_
 from lightning_wdefense._strategy import check_strategy
 from lightning_wdefense.attacks import Attack, ThreatModel
 from lightning_wdefense.attacks.isolation import isolated
-from lightning_wdefense.attacks.outputs import class_labels, hard_labels, logits_of
+from lightning_wdefense.attacks.labels import class_labels, hard_labels
+from lightning_wdefense.attacks.outputs import logits_of, predictions
 from lightning_wdefense.attacks.registry import evaluation_attacks
 from lightning_wdefense.callbacks.pictures import Picture, log_pictures, shows_pictures
 from lightning_wdefense.callbacks.schedule import evaluation_generator, is_due
@@ -128,12 +129,14 @@ class AdversarialExampleLogger(Callback):
         model = attacked_model(pl_module, self.model)
         with torch.inference_mode(False), trainer.precision_plugin.forward_context():
             generator = evaluation_generator(trainer, self.seed, batch_idx, dataloader_idx, inputs.device)
-            attacked = self.attack(model, inputs, labels, generator=generator, samples=shown)[shown]
-            clean = inputs.detach().clone()[shown]
+            attacked = self.attack(model, inputs, labels, generator=generator, samples=shown)
+            clean = inputs.detach().clone()
             with isolated(model, inputs.device):
-                outputs, attacked_outputs = model(clean.clone()), model(attacked.clone())  # it may work in place
-                target = hard_labels(class_labels(labels.detach().clone()[shown], outputs))
-                before, after = _verdicts(outputs), _verdicts(attacked_outputs)
+                # Whole batches, since not every model takes a part of one; and copies, since it may work in place.
+                outputs, attacked_outputs = model(clean.clone()), model(attacked.clone())
+                target = hard_labels(class_labels(labels.detach().clone(), outputs))[shown]
+                before, after = (_verdicts(each)[: len(shown)] for each in (outputs, attacked_outputs))
+            clean, attacked = clean[shown], attacked[shown]
         captions = [
             f"label {self._class(label)}; clean: {self._class(was)} ({sure:.0%}); attacked: {self._class(now)} ({sure_now:.0%})"
             for label, (was, sure), (now, sure_now) in zip(target.tolist(), before, after, strict=True)
@@ -142,6 +145,8 @@ class AdversarialExampleLogger(Callback):
         log_pictures(trainer, f"{stage}/adversarial_examples", pictures, captions)
 
     def _class(self, index: int) -> str:
+        if index < 0:
+            return "no class"  # the model's outputs are not finite
         return str(index) if self.class_names is None else str(self.class_names[index])
 
 
@@ -166,5 +171,5 @@ def triptychs(clean: Tensor, attacked: Tensor, threat: ThreatModel) -> list[Pict
 
 
 def _verdicts(outputs: Any) -> list[tuple[int, float]]:
-    confidence, predicted = logits_of(outputs).detach().float().softmax(1).max(1)
-    return list(zip(predicted.tolist(), confidence.tolist(), strict=True))
+    confidence = logits_of(outputs).detach().float().softmax(1).amax(1)
+    return list(zip(predictions(outputs).tolist(), confidence.tolist(), strict=True))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lightning_wdefense.attacks.labels import IGNORED
 from lightning_wdefense.metrics import (
     AccuracyCurve,
     AttackSuccessRate,
@@ -29,9 +30,9 @@ class Measures:
     def of(cls, attacks: Sequence[str], epsilons: Sequence[float] | None, *, shift: bool) -> Measures:
         """Fresh metrics for these attacks and radii."""
         return cls(
-            RobustAccuracy(attacks),
-            AttackSuccessRate(),
-            None if epsilons is None else RobustAccuracyCurve(epsilons),
+            RobustAccuracy(attacks, ignore_index=IGNORED),
+            AttackSuccessRate(ignore_index=IGNORED),
+            None if epsilons is None else RobustAccuracyCurve(epsilons, ignore_index=IGNORED),
             TransportShift() if shift else None,
         )
 

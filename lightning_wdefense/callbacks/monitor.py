@@ -44,6 +44,7 @@ class RobustnessMonitor(EvaluationMonitor[Measures]):
         epsilons: radii (data units) for the accuracy curve; each costs a run of all attacks on what is left.
         independent: run each attack on every sample that is right on clean inputs, so that ``robust_acc_{attack}``
             is that attack's own.
+        ignore_index: label of pixels that count for nothing, such as 255; beside it, -100 always is.
         features: where the transport shift is measured: ``"penultimate"``, ``"outputs"``, a dotted path, or ``None``
             to leave it out.
         model: dotted path to the submodule that takes the inputs and returns logits, if not the module itself.
@@ -76,6 +77,7 @@ class RobustnessMonitor(EvaluationMonitor[Measures]):
         max_batches: int | None = None,
         epsilons: Sequence[float] | None = None,
         independent: bool = False,
+        ignore_index: int | None = None,
         features: str | None = PENULTIMATE,
         model: str | None = None,
         inputs: Key = None,
@@ -96,6 +98,7 @@ class RobustnessMonitor(EvaluationMonitor[Measures]):
             name=name,
         )
         self.threat, self.attacks, self.independent = threat, evaluation_attacks(attacks, threat), independent
+        self.ignore_index = ignore_index
         self.epsilons = None if epsilons is None else (0.0, *sorted({float(eps) for eps in epsilons} - {0.0}))
         self.attacks_a_batch = len(self.attacks) * (1 + len(set(self.epsilons or ()) - {0.0, threat.eps}))
         self.curves: dict[str, AccuracyCurve] = {}
@@ -111,7 +114,8 @@ class RobustnessMonitor(EvaluationMonitor[Measures]):
         """Attack the batch."""
 
         def run(attacks: Mapping[str, Attack], **options: Any) -> WorstCase:
-            return worst_case(model, attacks, inputs, labels, generator=noise, on_attack=self.show, **options)
+            options |= {"ignore_index": self.ignore_index, "generator": noise, "on_attack": self.show}
+            return worst_case(model, attacks, inputs, labels, **options)
 
         result = run(self.attacks, independent=self.independent)
         measures.accuracy.update(result.clean, result.adversarial, result.labels)
@@ -119,8 +123,9 @@ class RobustnessMonitor(EvaluationMonitor[Measures]):
         if measures.curve is not None:
             measures.curve.update(self._curve(run, result), result.labels)
         if measures.shift is not None and result.attacked.any():
-            attacked = result.attacked
-            (_, clean), (_, moved) = self.observe(model, inputs.detach().clone()[attacked], result.inputs[attacked])
+            # The whole batch, since not every model takes a part of one.
+            (_, clean), (_, moved) = self.observe(model, inputs, result.inputs)
+            clean, moved = clean[result.attacked], moved[result.attacked]
             # A model that diverged has no features to measure; that is no reason to end its run.
             finite = clean.isfinite().all(1) & moved.isfinite().all(1)
             if finite.any():

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lightning_wdefense._dtype import default_dtype
 from lightning_wdefense.attacks.isolation import eager
-from lightning_wdefense.attacks.outputs import class_labels, logits_of
+from lightning_wdefense.attacks.labels import class_labels
+from lightning_wdefense.attacks.outputs import logits_of
 from lightning_wdefense.defenses.branch import Branch
 from lightning_wdefense.transport import CriticTraining, WassersteinCritic
 from lightning_wdefense.transport.critic import Average, check_settings
@@ -173,7 +174,7 @@ class LiveCritic:
 
     def _classes(self, clean: Branch, labels: Any) -> Tensor:
         with contextlib.suppress(TypeError, ValueError):
-            classes = class_labels(labels, clean.outputs)
+            classes = class_labels(labels, clean.outputs, check_values=True)
             if classes.ndim == 1 + classes.is_floating_point():
                 return classes
         found = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__

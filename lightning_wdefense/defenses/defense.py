@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lightning_wdefense.attacks import LearnedAttack
 from lightning_wdefense.attacks.isolation import eager, isolated, own_pass
-from lightning_wdefense.attacks.outputs import class_labels, hard_labels, predictions, tensor_of
+from lightning_wdefense.attacks.labels import class_labels, counted, hard_labels
+from lightning_wdefense.attacks.outputs import predictions, tensor_of
 from lightning_wdefense.attacks.recording import ForwardRecorder, Recording
 from lightning_wdefense.defenses.branch import Branch
 from lightning_wdefense.defenses.critic import CriticDiscrepancy, LiveCritic
@@ -95,7 +96,12 @@ class Defense:
         """
         if self.critic is None or clean is None or adversarial is None:
             return {}
-        return self.critic.update(clean, adversarial, labels, generator=generator, average=average, measure=measure)
+        try:
+            return self.critic.update(clean, adversarial, labels, generator=generator, average=average, measure=measure)
+        except ValueError:
+            if clean.finite and adversarial.finite:
+                raise
+            return {}  # what has diverged, and what to do, is said by combine
 
     def learned(self) -> dict[str, float]:
         """What the recipe has learned, for the logs."""
@@ -158,10 +164,15 @@ class Defense:
         return combine(self.recipe, task_loss, clean, adversarial, labels, self._measure)
 
     def _measure(self, clean: Branch, adversarial: Branch, labels: Any) -> Tensor:
-        if self.critic is not None:
-            return self.critic.gap(clean, adversarial, labels)
-        assert callable(self._discrepancy)
-        return self._discrepancy(clean.features, adversarial.features, labels)
+        try:
+            if self.critic is not None:
+                return self.critic.gap(clean, adversarial, labels)
+            assert callable(self._discrepancy)
+            return self._discrepancy(clean.features, adversarial.features, labels)
+        except ValueError:
+            if clean.finite and adversarial.finite:
+                raise
+            return clean.features.new_tensor(torch.nan)  # combine says which part is not finite, and what to do
 
     def restore_weights(self) -> None:
         """Take perturbed weights back now: the backward pass failed, or never came."""
@@ -182,15 +193,19 @@ class Defense:
     def measure(self, inputs: Tensor, adversarial: Tensor, labels: Any) -> dict[str, Tensor]:
         """What the attack did, in eval mode and without a trace: accuracies, success, and the transport cost of the features.
 
-        Costs two forward passes. Accuracies are left out where the labels are not classes of the outputs.
+        Costs two forward passes. Accuracies are left out where the labels are not classes of the outputs, and the transport where there
+        are no features, or none that are finite.
         """
         with isolated(self.model, inputs.device), eager():
             clean, attacked = self.forward(inputs), self.forward(adversarial)
-        measured = {"transport_cost": Transport()(clean.features.detach(), attacked.features.detach())}
+        measured = {}
+        if clean.features.numel() and clean.finite and attacked.finite:
+            measured["transport_cost"] = Transport()(clean.features.detach(), attacked.features.detach())
         with contextlib.suppress(TypeError, ValueError):
-            target = hard_labels(class_labels(labels, clean.outputs))
-            right = predictions(clean.outputs) == target
-            still = predictions(attacked.outputs) == target
+            target = hard_labels(class_labels(labels, clean.outputs, check_values=True))
+            counts = counted(target)
+            right = (predictions(clean.outputs) == target)[counts]
+            still = (predictions(attacked.outputs) == target)[counts]
             measured["clean_acc"] = right.float().mean()
             measured["adversarial_acc"] = still.float().mean()
             measured["attack_success"] = (right & ~still).sum() / right.sum().clamp_min(1)
@@ -208,7 +223,7 @@ class Watch:
 
         Raises:
             RuntimeError: if the model did not run exactly once on the whole batch.
-            TypeError: if its outputs hold no tensor.
+            TypeError: if its outputs hold no tensor, which the recipe compares.
         """
         outputs, model = self._recording.outputs, self._defense.model
         children = [name for name, child in model.named_children() if any(True for _ in child.parameters())]
@@ -221,7 +236,12 @@ class Watch:
                 f"The outputs of {type(model).__name__} could not be captured: its forward ran {len(outputs)} times during "
                 f"the step, where once was expected. {hint}"
             )
-        found = tensor_of(outputs[0])
+        try:
+            found = tensor_of(outputs[0])
+        except TypeError:
+            if self._defense.recipe.compares:
+                raise
+            return Branch(outputs[0], torch.empty(self._size, 0))
         if found.ndim == 0 or len(found) != self._size:
             raise RuntimeError(
                 f"The outputs of {type(model).__name__} could not be captured: their shape is {tuple(found.shape)}, but the "

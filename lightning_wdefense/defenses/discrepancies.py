@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_wdefense._names import unknown_name
-from lightning_wdefense.attacks.losses import kl_divergence
-from lightning_wdefense.attacks.outputs import class_labels, float32_or_better, hard_labels, logits_of
+from lightning_wdefense.attacks.labels import class_labels, counted, hard_labels
+from lightning_wdefense.attacks.losses import elementwise_kl, kl_divergence
+from lightning_wdefense.attacks.outputs import float32_or_better, logits_of
 from lightning_wdefense.defenses.critic import CriticDiscrepancy
 from lightning_wdefense.detection.two_sample import multiscale_kernel
 from lightning_wdefense.transport import SinkhornDivergence, SlicedWasserstein, sinkhorn
@@ -26,10 +27,13 @@ def kl(clean: Tensor, adversarial: Tensor, labels: Any = None) -> Tensor:
 
 
 def weighted_kl(clean: Tensor, adversarial: Tensor, labels: Any) -> Tensor:
-    """``KL(softmax(clean) || softmax(adversarial))``, weighted with the clean input's ``1 - p_y``, the batch mean (MART)."""
-    classes = hard_labels(class_labels(labels, clean)).unsqueeze(1)
-    right = F.softmax(float32_or_better(logits_of(clean)), 1).gather(1, classes).squeeze(1)
-    return (kl_divergence(adversarial, clean) * (1 - right)).mean()
+    """``KL(softmax(clean) || softmax(adversarial))``, weighted with the clean input's ``1 - p_y``, the batch mean (MART).
+
+    Of masks each pixel has its own weight, and a sample the sum over its pixels.
+    """
+    classes = hard_labels(class_labels(labels, clean, check_values=True))
+    right = F.softmax(float32_or_better(logits_of(clean)), 1).gather(1, classes.clamp_min(0).unsqueeze(1)).squeeze(1)
+    return (elementwise_kl(adversarial, clean) * (1 - right)).where(counted(classes), 0).sum() / len(classes)
 
 
 def mmd(clean: Tensor, adversarial: Tensor, labels: Any = None) -> Tensor:
@@ -129,13 +133,15 @@ class ClassTransport:
 
 
 def _classes(labels: Any, samples: int) -> Tensor:
-    """Labels as the cost takes them; one floating number a sample is the probability of class 1.
+    """Labels as the cost takes them; one floating number a sample is class 0 or 1.
 
     Raises:
         ValueError: if they do not give each sample a class, or probabilities of the classes.
     """
     if isinstance(labels, Tensor) and labels.is_floating_point() and labels.numel() == samples:
-        labels = torch.stack([1 - labels.reshape(-1), labels.reshape(-1)], dim=1)
+        labels = labels.reshape(-1)
+        if bool(((labels == 0) | (labels == 1)).all()):
+            labels = labels.long()
     classes = isinstance(labels, Tensor) and len(labels) == samples and labels.ndim == 1 + labels.is_floating_point()
     if not classes or (labels.is_floating_point() and bool((labels < 0).any())):
         found = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__

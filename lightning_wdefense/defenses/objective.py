@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_wdefense.attacks.outputs import class_labels, float32_or_better, hard_labels, logits_of
+from lightning_wdefense.attacks.labels import class_labels, counted, hard_labels
+from lightning_wdefense.attacks.outputs import float32_or_better, logits_of
 from lightning_wdefense.defenses.branch import Branch
 from lightning_wdefense.defenses.recipe import Recipe
 
@@ -17,10 +18,10 @@ from lightning_wdefense.defenses.recipe import Recipe
 def runner_up(outputs: Any, labels: Any) -> Tensor:
     """``-log(1 - max_{k != y} p_k)``, the batch mean: with cross-entropy it makes MART's boosted one (Wang et al., 2020)."""
     logits = float32_or_better(logits_of(outputs))
-    classes = hard_labels(class_labels(labels, outputs)).unsqueeze(1)
-    others = F.log_softmax(logits, 1).scatter(1, classes, -torch.inf).amax(1)
+    classes = hard_labels(class_labels(labels, outputs, check_values=True))
+    others = F.log_softmax(logits, 1).scatter(1, classes.clamp_min(0).unsqueeze(1), -torch.inf).amax(1)
     # log(1 - p) from log p without loss of digits near p = 0 and p = 1.
-    return -torch.log(-torch.expm1(others.clamp_max(-torch.finfo(logits.dtype).eps))).mean()
+    return -torch.log(-torch.expm1(others.clamp_max(-torch.finfo(logits.dtype).eps)))[counted(classes)].mean()
 
 
 def combine(

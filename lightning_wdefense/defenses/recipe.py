@@ -24,7 +24,9 @@ from lightning_wdefense.attacks import (
     ThreatModel,
     WassersteinAttack,
 )
-from lightning_wdefense.attacks.outputs import class_labels, float32_or_better, logits_of
+from lightning_wdefense.attacks.labels import class_labels
+from lightning_wdefense.attacks.outputs import float32_or_better, logits_of
+from lightning_wdefense.attacks.threat import check_threat
 from lightning_wdefense.defenses.critic import CriticDiscrepancy
 from lightning_wdefense.defenses.discrepancies import Discrepancy, get_discrepancy
 
@@ -33,7 +35,7 @@ Branch = Literal["clean", "adversarial"]
 
 def mean_cross_entropy(outputs: Any, labels: Tensor) -> Tensor:
     """Cross-entropy with hard or soft labels, the mean over the batch (and over pixels)."""
-    logits, labels = float32_or_better(logits_of(outputs)), class_labels(labels, outputs)
+    logits, labels = float32_or_better(logits_of(outputs)), class_labels(labels, outputs, check_values=True)
     return F.cross_entropy(logits, labels.to(logits.dtype) if labels.is_floating_point() else labels)
 
 
@@ -122,6 +124,11 @@ class Recipe:
         both = self.weight > 0 or self.other_weight > 0
         return both or self.sees == branch or (branch == "adversarial" and self.margin_weight > 0)
 
+    @property
+    def compares(self) -> bool:
+        """Whether a term of the loss reads what the model returned, and not only the user's own step."""
+        return self.weight > 0 or self.other_weight > 0 or self.margin_weight > 0
+
     def attack_at(self, radius: float) -> Attack:
         """The attack with its eps multiplied by ``radius`` (the warm-up), and its steps as well where they ramp."""
         attack = self.attack
@@ -169,8 +176,10 @@ class Recipe:
             **changes: fields of the recipe to replace, such as ``weight=0.3`` or ``attack=PGD(threat, steps=7)``.
 
         Raises:
+            TypeError: if ``threat`` is no threat model.
             ValueError: if the name does not exist, with the nearest ones, or its attack does not take the threat's norm.
         """
+        check_threat(threat, f"Recipe {name!r}")
         if name not in RECIPES:
             raise ValueError(unknown_name("recipe", name, RECIPES))
         return replace(RECIPES[name](threat), name=name, **changes)

@@ -4,8 +4,11 @@ import torch
 from torch import Tensor
 from torchmetrics.utilities import rank_zero_warn
 
+IGNORED = 255
+"""The value that marks pixels of no class in most data sets of masks."""
 
-def is_correct(preds: Tensor, target: Tensor, name: str = "preds") -> Tensor:
+
+def is_correct(preds: Tensor, target: Tensor, name: str = "preds", ignore_index: int | None = None) -> Tensor:
     """Tell, element by element, whether a prediction is right.
 
     Args:
@@ -14,9 +17,10 @@ def is_correct(preds: Tensor, target: Tensor, name: str = "preds") -> Tensor:
         target: class indices ``(N, ...)``, soft labels ``(N, C, ...)`` (the largest counts), or binary labels as
             floats in [0, 1], ``(N, ...)`` or ``(N, 1, ...)`` (above one half is class 1).
         name: what to call ``preds`` in an error.
+        ignore_index: the label of elements that are left out; with ``None`` every element counts.
 
     Returns:
-        A boolean tensor ``(N, ...)``.
+        A boolean tensor ``(N, ...)``; with ``ignore_index`` one of the elements that are not left out, in a row.
 
     Raises:
         TypeError: If ``preds`` or ``target`` is not a tensor.
@@ -28,13 +32,26 @@ def is_correct(preds: Tensor, target: Tensor, name: str = "preds") -> Tensor:
         tensor([ True, False])
     """
     classes, num_classes = _predicted_classes(preds, name)
-    labels = _target_classes(target, classes.ndim, num_classes)
+    labels = _target_classes(target, classes.ndim, num_classes, ignore_index)
     if classes.shape != labels.shape:
         raise ValueError(
             f"`{name}` of shape {tuple(preds.shape)} gives predictions of shape {tuple(classes.shape)}, but `target` of"
             f" shape {tuple(target.shape)} gives labels of shape {tuple(labels.shape)}. Pass one prediction for each"
             " label: logits as (N, C, ...) or class indices as (N, ...), with integer labels (N, ...) or float soft"
             " labels (N, C, ...)."
+        )
+    if ignore_index is not None:
+        kept = labels != ignore_index
+        return (classes == labels)[kept]
+    if (
+        labels.ndim > 1
+        and num_classes is None
+        and bool((labels == IGNORED).any())
+        and not bool((classes == IGNORED).any())
+    ):
+        raise ValueError(
+            f"`target` holds the label {IGNORED}, which is never predicted and usually marks pixels that belong to no class: pass"
+            f" ignore_index={IGNORED} to leave them out. If it is a class, pass logits as `{name}`, which say so."
         )
     return classes == labels
 
@@ -55,7 +72,7 @@ def _predicted_classes(preds: Tensor, name: str) -> tuple[Tensor, int | None]:
     return (preds if preds.ndim == 1 else preds.squeeze(1)).gt(0).long(), 2
 
 
-def _target_classes(target: Tensor, ndim: int, num_classes: int | None) -> Tensor:
+def _target_classes(target: Tensor, ndim: int, num_classes: int | None, ignore_index: int | None) -> Tensor:
     """Return integer labels with ``ndim`` dimensions where the shape of ``target`` allows it."""
     _check_tensor(target, "target")
     has_class_dim = target.ndim == ndim + 1
@@ -68,27 +85,31 @@ def _target_classes(target: Tensor, ndim: int, num_classes: int | None) -> Tenso
                     f" {num_classes}. Pass both over the same classes, in dimension 1."
                 )
             return target.argmax(1)
-        target = _binary_labels(target, num_classes)
+        target = _binary_labels(target, num_classes, ignore_index)
     labels = (target.squeeze(1) if has_class_dim and target.size(1) == 1 else target).long()
-    if labels.numel():
-        low, high = (int(bound) for bound in labels.aminmax())
+    counted = labels if ignore_index is None else labels[labels != ignore_index]
+    if counted.numel():
+        low, high = (int(bound) for bound in counted.aminmax())
         if low < 0 or (num_classes is not None and high >= num_classes):
             classes = "non-negative" if num_classes is None else f"in 0..{num_classes - 1}, the classes of the logits"
             raise ValueError(
-                f"`target` holds labels from {low} to {high}; they should be {classes}. Leave out what is to be"
-                " ignored (a label such as -100 or 255) before the update."
+                f"`target` holds labels from {low} to {high}; they should be {classes}. Elements that are to be left out"
+                " have a label of their own, such as -100 or 255: pass it as ignore_index=."
             )
     return labels
 
 
-def _binary_labels(target: Tensor, num_classes: int | None) -> Tensor:
-    if num_classes not in (None, 2) or (target.numel() and (target.min() < 0 or target.max() > 1)):
+def _binary_labels(target: Tensor, num_classes: int | None, ignore_index: int | None) -> Tensor:
+    ignored = torch.zeros_like(target, dtype=torch.bool) if ignore_index is None else target == ignore_index
+    counted = target[~ignored]
+    if num_classes not in (None, 2) or (counted.numel() and (counted.min() < 0 or counted.max() > 1)):
         raise ValueError(
             f"`target` is a float tensor of shape {tuple(target.shape)}, which is read as binary labels in [0, 1], but"
             " its values or the number of classes say otherwise. Pass class indices as integers (`target.long()`) or"
             " soft labels as (N, C, ...)."
         )
-    return target > 0.5
+    classes = (target > 0.5).long()
+    return classes if ignore_index is None else classes.masked_fill(ignored, ignore_index)
 
 
 def _check_tensor(value: Tensor, name: str) -> None:

@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 _STATE = "correct_"
 
 
-def robust_accuracy(clean_preds: Tensor, adversarial_preds: Mapping[str, Tensor], target: Tensor) -> dict[str, Tensor]:
+def robust_accuracy(
+    clean_preds: Tensor,
+    adversarial_preds: Mapping[str, Tensor],
+    target: Tensor,
+    ignore_index: int | None = None,
+) -> dict[str, Tensor]:
     """Compute the accuracy on clean inputs, under each attack, and in the worst case over all of them.
 
     A sample is robust if it is right on the clean input *and* under every attack: the worst case is taken sample by
@@ -32,6 +37,7 @@ def robust_accuracy(clean_preds: Tensor, adversarial_preds: Mapping[str, Tensor]
         adversarial_preds: the outputs on each attack's inputs by the attack's name, each as ``clean_preds``. With no
             attack, ``robust`` is ``clean``.
         target: integer labels ``(N, ...)``, soft labels ``(N, C, ...)``, or binary labels as floats.
+        ignore_index: label of elements that are left out, such as 255 or -100 in masks; ``None`` for none.
 
     Returns:
         Shares in [0, 1]: ``"clean"``, ``"robust"``, and one entry for each attack. NaN if there is no sample.
@@ -54,7 +60,8 @@ def robust_accuracy(clean_preds: Tensor, adversarial_preds: Mapping[str, Tensor]
         {'clean': tensor(0.7500), 'robust': tensor(0.2500), 'fgsm': tensor(0.5000), 'pgd': tensor(0.5000)}
     """
     _check_mapping(adversarial_preds)
-    counts, total = _count_correct(clean_preds, adversarial_preds, _check_names(adversarial_preds), target)
+    names = _check_names(adversarial_preds)
+    counts, total = _count_correct(clean_preds, adversarial_preds, names, target, ignore_index)
     return {name: count / total for name, count in counts.items()}
 
 
@@ -72,6 +79,7 @@ class RobustAccuracy(Metric):
     Args:
         attacks: names of the attacks that every update will bring, in the order wanted in the result. With ``None``
             the first update sets them (in alphabetical order); after that they stay, also through ``reset``.
+        ignore_index: label of elements that are left out, such as 255 or -100 in masks; ``None`` for none.
         kwargs: keyword arguments of :class:`torchmetrics.Metric`.
 
     Raises:
@@ -102,8 +110,9 @@ class RobustAccuracy(Metric):
 
     total: Tensor
 
-    def __init__(self, attacks: Sequence[str] | None = None, **kwargs: Any) -> None:
+    def __init__(self, attacks: Sequence[str] | None = None, ignore_index: int | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.ignore_index = ignore_index
         self.attacks: tuple[str, ...] | None = None
         self._discovers = attacks is None
         for state in ("total", f"{_STATE}clean", f"{_STATE}robust"):
@@ -116,7 +125,7 @@ class RobustAccuracy(Metric):
         _check_mapping(adversarial_preds)
         names = tuple(sorted(_check_names(adversarial_preds))) if self.attacks is None else self.attacks
         self._check_same_attacks(names, adversarial_preds)
-        counts, total = _count_correct(clean_preds, adversarial_preds, names, target)
+        counts, total = _count_correct(clean_preds, adversarial_preds, names, target, self.ignore_index)
         if self.attacks is None:
             self._add_attacks(names)
         self.total = self.total + total
@@ -186,11 +195,18 @@ class RobustAccuracy(Metric):
 
 
 def _count_correct(
-    clean_preds: Tensor, adversarial_preds: Mapping[str, Tensor], names: Iterable[str], target: Tensor
+    clean_preds: Tensor,
+    adversarial_preds: Mapping[str, Tensor],
+    names: Iterable[str],
+    target: Tensor,
+    ignore_index: int | None,
 ) -> tuple[dict[str, Tensor], int]:
     """Count the elements that are right, by name, and all elements."""
-    clean = is_correct(clean_preds, target, "clean_preds")
-    left = {name: clean & is_correct(adversarial_preds[name], target, f"adversarial_preds[{name!r}]") for name in names}
+    clean = is_correct(clean_preds, target, "clean_preds", ignore_index)
+    left = {
+        name: clean & is_correct(adversarial_preds[name], target, f"adversarial_preds[{name!r}]", ignore_index)
+        for name in names
+    }
     robust = torch.stack([clean, *left.values()]).all(0)
     right = {"clean": clean, "robust": robust, **left}
     return {name: element.sum() for name, element in right.items()}, clean.numel()

@@ -81,7 +81,10 @@ def area_under_accuracy_curve(epsilons: Sequence[float] | Tensor, accuracies: Se
 
 
 def robust_accuracy_curve(
-    preds: Sequence[Tensor] | Tensor, target: Tensor, epsilons: Sequence[float] | Tensor
+    preds: Sequence[Tensor] | Tensor,
+    target: Tensor,
+    epsilons: Sequence[float] | Tensor,
+    ignore_index: int | None = None,
 ) -> AccuracyCurve:
     """Compute the accuracy that is left at each eps, and the area under that curve.
 
@@ -94,6 +97,7 @@ def robust_accuracy_curve(
             indices ``(N, ...)``, or the logits (not probabilities) of a binary classifier, ``(N,)`` or ``(N, 1, ...)``.
         target: integer labels ``(N, ...)``, soft labels ``(N, C, ...)``, or binary labels as floats.
         epsilons: budgets ``(E,)``, strictly increasing from 0, where 0 stands for the clean inputs.
+        ignore_index: label of elements that are left out, such as 255 or -100 in masks; ``None`` for none.
 
     Returns:
         The curve, with accuracies as shares in [0, 1] (NaN if there is no sample).
@@ -115,7 +119,7 @@ def robust_accuracy_curve(
         tensor([1.0000, 0.7500, 0.5000])
     """
     budgets = _check_epsilons(epsilons)
-    correct, total = _count_correct(preds, target, budgets)
+    correct, total = _count_correct(preds, target, budgets, ignore_index)
     return _to_curve(budgets, correct / total)
 
 
@@ -132,6 +136,7 @@ class RobustAccuracyCurve(Metric):
 
     Args:
         epsilons: budgets ``(E,)``, strictly increasing from 0, where 0 stands for the clean inputs.
+        ignore_index: label of elements that are left out, such as 255 or -100 in masks; ``None`` for none.
         kwargs: keyword arguments of :class:`torchmetrics.Metric`.
 
     Raises:
@@ -159,15 +164,16 @@ class RobustAccuracyCurve(Metric):
     correct: Tensor
     total: Tensor
 
-    def __init__(self, epsilons: Sequence[float] | Tensor, **kwargs: Any) -> None:
+    def __init__(self, epsilons: Sequence[float] | Tensor, ignore_index: int | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.ignore_index = ignore_index
         self.epsilons = _check_epsilons(epsilons)
         self.add_state("correct", torch.zeros(len(self.epsilons), dtype=torch.long), dist_reduce_fx="sum")
         self.add_state("total", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, preds: Sequence[Tensor] | Tensor, target: Tensor) -> None:
         """Add a batch of predictions, one tensor for each eps; see the class for shapes."""
-        correct, total = _count_correct(preds, target, self.epsilons)
+        correct, total = _count_correct(preds, target, self.epsilons, self.ignore_index)
         self.correct = self.correct + correct
         self.total = self.total + total
 
@@ -191,14 +197,16 @@ class RobustAccuracyCurve(Metric):
         return (self.compute() if val is None else val).plot(ax, label)
 
 
-def _count_correct(preds: Sequence[Tensor] | Tensor, target: Tensor, epsilons: Sequence[float]) -> tuple[Tensor, int]:
+def _count_correct(
+    preds: Sequence[Tensor] | Tensor, target: Tensor, epsilons: Sequence[float], ignore_index: int | None
+) -> tuple[Tensor, int]:
     """Count the elements that are right up to each eps, and all elements."""
     if len(preds) != len(epsilons):
         raise ValueError(
             f"`preds` holds predictions for {len(preds)} budgets, but there are {len(epsilons)} epsilons, {epsilons}."
             " Pass one tensor for each, in the same order, the first on clean inputs."
         )
-    right = [is_correct(pred, target, f"preds[{i}]") for i, pred in enumerate(preds)]
+    right = [is_correct(pred, target, f"preds[{i}]", ignore_index) for i, pred in enumerate(preds)]
     left = torch.stack(list(accumulate(right, torch.logical_and)))
     return left.flatten(1).sum(1), right[0].numel()
 

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def attack_success_rate(clean_preds: Tensor, adversarial_preds: Tensor, target: Tensor) -> Tensor:
+def attack_success_rate(
+    clean_preds: Tensor, adversarial_preds: Tensor, target: Tensor, ignore_index: int | None = None
+) -> Tensor:
     """Compute the share of the samples right on clean inputs that an attack made wrong.
 
     Samples that were wrong already are left out, so a poor model does not flatter the attack.
@@ -25,6 +27,7 @@ def attack_success_rate(clean_preds: Tensor, adversarial_preds: Tensor, target: 
             each element counts.
         adversarial_preds: outputs on the attacked inputs, as ``clean_preds``.
         target: integer labels ``(N, ...)``, soft labels ``(N, C, ...)``, or binary labels as floats.
+        ignore_index: label of elements that are left out, such as 255 or -100 in masks; ``None`` for none.
 
     Returns:
         A scalar in [0, 1]; NaN if no sample was right on its clean input.
@@ -43,7 +46,7 @@ def attack_success_rate(clean_preds: Tensor, adversarial_preds: Tensor, target: 
         >>> attack_success_rate(clean, adversarial, target)
         tensor(0.5000)
     """
-    fooled, right = _count_fooled(clean_preds, adversarial_preds, target)
+    fooled, right = _count_fooled(clean_preds, adversarial_preds, target, ignore_index)
     return fooled / right
 
 
@@ -56,6 +59,7 @@ class AttackSuccessRate(Metric):
     is the defender's.
 
     Args:
+        ignore_index: label of elements that are left out, such as 255 or -100 in masks; ``None`` for none.
         kwargs: keyword arguments of :class:`torchmetrics.Metric`.
 
     Raises:
@@ -83,14 +87,15 @@ class AttackSuccessRate(Metric):
     fooled: Tensor
     right: Tensor
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, ignore_index: int | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.ignore_index = ignore_index
         self.add_state("fooled", torch.tensor(0), dist_reduce_fx="sum")
         self.add_state("right", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, clean_preds: Tensor, adversarial_preds: Tensor, target: Tensor) -> None:
         """Add a batch of predictions; see the class for shapes."""
-        fooled, right = _count_fooled(clean_preds, adversarial_preds, target)
+        fooled, right = _count_fooled(clean_preds, adversarial_preds, target, self.ignore_index)
         self.fooled = self.fooled + fooled
         self.right = self.right + right
 
@@ -103,7 +108,9 @@ class AttackSuccessRate(Metric):
         return plot_values(self, val, ax)
 
 
-def _count_fooled(clean_preds: Tensor, adversarial_preds: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    right = is_correct(clean_preds, target, "clean_preds")
-    fooled = right & ~is_correct(adversarial_preds, target, "adversarial_preds")
+def _count_fooled(
+    clean_preds: Tensor, adversarial_preds: Tensor, target: Tensor, ignore_index: int | None
+) -> tuple[Tensor, Tensor]:
+    right = is_correct(clean_preds, target, "clean_preds", ignore_index)
+    fooled = right & ~is_correct(adversarial_preds, target, "adversarial_preds", ignore_index)
     return fooled.sum(), right.sum()

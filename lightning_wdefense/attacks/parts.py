@@ -1,0 +1,74 @@
+"""Run a model on a part of a batch, also one that only takes whole batches."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+from lightning_wdefense.attacks.outputs import tensor_of
+
+
+class OnParts:
+    """A model on parts of a batch: what is left of it, or was chosen.
+
+    A model that has a fixed batch size, or squeezes, fails on sizes that its loader never gave it. Where it does, or its outputs do not
+    come one a sample, parts are filled up with clean samples, for which a whole batch is run; a warning says so.
+
+    Args:
+        run: takes inputs in model units.
+        batch: the clean inputs ``(N, ...)``, in model units.
+    """
+
+    def __init__(self, run: Callable[[Tensor], Any], batch: Tensor) -> None:
+        self._run, self._batch, self._whole = run, batch, False
+
+    def __call__(self, inputs: Tensor) -> Any:
+        """The outputs for a part, or for all of the batch."""
+        missing = len(self._batch) - len(inputs)
+        if missing <= 0:
+            return self._run(inputs)
+        if self._whole:
+            return self._filled(inputs)
+        try:
+            outputs = self._run(inputs.clone())  # the model may work in place
+            reason = _misfit(outputs, len(inputs))
+        except Exception as error:
+            outputs, reason = self._recovered(inputs, error), f"{type(error).__name__}: {error}"
+        else:
+            if reason is None:
+                return outputs
+            outputs = self._filled(inputs)
+        self._whole = True
+        warnings.warn(
+            f"The model does not take a part of a batch, {len(inputs)} of {len(self._batch)} samples ({reason}), so it is run on whole "
+            "ones, which takes longer.",
+            stacklevel=2,
+        )
+        return outputs
+
+    def _recovered(self, inputs: Tensor, error: Exception) -> Any:
+        try:
+            return self._filled(inputs)
+        except Exception:
+            raise error from None  # it is not the part's size
+
+    def _filled(self, inputs: Tensor) -> Any:
+        size, whole = len(inputs), len(self._batch)
+        outputs = self._run(torch.cat([inputs, self._batch[size:].to(inputs)]))
+        return apply_to_collection(
+            outputs, Tensor, lambda each: each[:size] if each.ndim and len(each) == whole else each
+        )
+
+
+def _misfit(outputs: Any, size: int) -> str | None:
+    """What is wrong with the outputs for so many samples, if they hold a tensor."""
+    try:
+        found = tensor_of(outputs)
+    except TypeError:
+        return None
+    return None if found.ndim and len(found) == size else f"outputs of shape {tuple(found.shape)}"
