@@ -100,9 +100,11 @@ class Attack(ABC):
         """
         if not isinstance(inputs, Tensor):
             raise TypeError(f"The inputs must be a tensor, got {type(inputs).__name__}. Name theirs with inputs=.")
-        if inputs.ndim == 0 or inputs.numel() == 0:
+        if inputs.ndim == 0 or len(inputs) == 0:
+            raise ValueError(f"The inputs must be a batch with at least one sample, got shape {tuple(inputs.shape)}.")
+        if inputs.numel() == 0:
             raise ValueError(
-                f"The inputs must be a batch with at least one sample, and no dimension empty, got shape {tuple(inputs.shape)}."
+                f"The inputs have an empty dimension, so there is nothing to attack: shape {tuple(inputs.shape)}."
             )
         samples = None if samples is None else _indices(samples, len(inputs)).to(inputs.device)
         execution = execution or Execution()

@@ -14,7 +14,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lightning_wdefense.attacks.base import Attack, Problem
-from lightning_wdefense.attacks.losses import check_divergence
+from lightning_wdefense.attacks.losses import check_divergence, divergence_of
 from lightning_wdefense.attacks.outputs import check_logits, logit_rows
 from lightning_wdefense.attacks.threat import ThreatModel
 from lightning_wdefense.transport import sinkhorn_divergence
@@ -87,6 +87,6 @@ class FeatureScattering(Attack):
         if check:
             check_logits(outputs)
         divergence = self.divergence or sinkhorn_divergence
-        value = divergence(logit_rows(problem.clean_outputs), logit_rows(outputs))
+        value = divergence_of(divergence, logit_rows(problem.clean_outputs), logit_rows(outputs))
         # The divergence is a mean over the batch: gradients of the sum are of one size whatever the batch's.
         return problem.differentiate(value, point, value.new_tensor(float(len(data))))

@@ -51,6 +51,16 @@ def _by_sample(losses: Tensor) -> Tensor:
     return losses.flatten(1).sum(1) if losses.ndim > 1 else losses
 
 
+def divergence_of(divergence: Callable[[Tensor, Tensor], Tensor], clean: Tensor, adversarial: Tensor) -> Tensor:
+    """A divergence between two clouds; NaN, and not its error, where a model that diverged has nothing to compare."""
+    try:
+        return divergence(clean, adversarial)
+    except ValueError:
+        if bool(clean.isfinite().all() & adversarial.isfinite().all()):
+            raise
+        return adversarial.sum() * torch.nan
+
+
 def check_loss(loss: AttackLoss) -> None:
     """Refuse a loss that is neither callable nor a known name.
 

@@ -89,6 +89,7 @@ def check_logits(outputs: Any) -> None:
     Raises:
         ValueError: for probabilities.
     """
+    logits_of(outputs)  # or it says what is wrong
     values = tensor_of(outputs)
     made_by, rows = activation(values), _rows(values.detach().float())
     if not bool(((rows >= 0) & (rows <= 1)).all()):

@@ -52,10 +52,16 @@ class OnParts:
         return outputs
 
     def _recovered(self, inputs: Tensor, error: Exception) -> Any:
+        """The outputs by way of a whole batch, if it is the part's size that the model fails on, and not something else."""
         try:
-            return self._filled(inputs)
+            outputs = self._filled(inputs)
         except Exception:
-            raise error from None  # it is not the part's size
+            raise error from None
+        try:
+            self._run(inputs.clone())
+        except Exception:
+            return outputs
+        raise error
 
     def _filled(self, inputs: Tensor) -> Any:
         size, whole = len(inputs), len(self._batch)

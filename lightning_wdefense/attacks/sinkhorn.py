@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_wdefense.attacks.base import Attack, Problem
 from lightning_wdefense.attacks.isolation import eager, module_of
-from lightning_wdefense.attacks.losses import AttackLoss, check_divergence, check_loss
+from lightning_wdefense.attacks.losses import AttackLoss, check_divergence, check_loss, divergence_of
 from lightning_wdefense.attacks.norms import per_sample
 from lightning_wdefense.attacks.outputs import float32_or_better, logit_rows
 from lightning_wdefense.attacks.recording import OUTPUTS, ForwardRecorder
@@ -134,7 +134,8 @@ class SinkhornAttack(Attack):
         centre = clean.mean(0)
         scale = (clean - centre).square().sum(1).mean().sqrt()
         scale = scale.where(scale > 0, scale.new_ones(()))  # a single sample, or a model that says one thing
-        return (self.divergence or sinkhorn_divergence)((clean - centre) / scale, (features - centre) / scale)
+        divergence = self.divergence or sinkhorn_divergence
+        return divergence_of(divergence, (clean - centre) / scale, (features - centre) / scale)
 
     @contextlib.contextmanager
     def _watching(self, problem: Problem) -> Iterator[See]:

@@ -142,12 +142,13 @@ def _classes(labels: Any, samples: int) -> Tensor:
         labels = labels.reshape(-1)
         if bool(((labels == 0) | (labels == 1)).all()):
             labels = labels.long()
-    classes = isinstance(labels, Tensor) and len(labels) == samples and labels.ndim == 1 + labels.is_floating_point()
-    if not classes or (labels.is_floating_point() and bool((labels < 0).any())):
+    floats = isinstance(labels, Tensor) and labels.is_floating_point()
+    classes = isinstance(labels, Tensor) and len(labels) == samples and labels.ndim == 1 + floats
+    if not classes or (floats and bool(((labels < 0).any(1) | ((labels.float().sum(1) - 1).abs() > 1e-2)).any())):
         found = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
         raise ValueError(
             f"A transport that heeds classes needs a class (N,) or probabilities (N, K) for each of the {samples} samples, got "
-            f"labels {found}{' that are no probabilities' * bool(classes)}: for other tasks use the discrepancy 'sinkhorn' or "
+            f"labels {found}{' that are no probabilities' * floats}: for other tasks use the discrepancy 'sinkhorn' or "
             "'paired-l2' (recipes 'sat-features', 'alp-features')."
         )
     return labels

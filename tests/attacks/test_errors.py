@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import re
+import warnings
 
 import pytest
 import torch
 from support.attacks import ATTACK_CASES, OWN_CASES
 from support.modules import batch, classifier
 
+from lightning_wdefense import (
+    AdversarialExampleLogger,
+    DetectionMonitor,
+    Recipe,
+    RobustnessMonitor,
+    WassersteinDefense,
+)
 from lightning_wdefense.attacks import (
     FGSM,
     PGD,
@@ -132,6 +140,67 @@ def test_configuration(build, message):
         build()
 
 
+NEED_A_THREAT = {
+    **{
+        cls.__name__: cls
+        for cls in (FGSM, PGD, SoftBallPGD, LagrangianAttack, FeatureScattering, SinkhornAttack, GibbsNoise)
+    },
+    "WassersteinAttack": WassersteinAttack,
+    "AutoAttack": AutoAttack,
+    "TorchAttack": lambda threat: TorchAttack("PGD", threat),
+    "get_attack": lambda threat: get_attack("pgd", threat),
+    "feasibility": lambda threat: wasserstein_feasibility(FULL, FULL, threat),
+    "recipe": lambda threat: Recipe.named("pgd-at", threat),
+    "defense": lambda threat: WassersteinDefense("pgd-at", threat=threat),
+    "defense beside a recipe": lambda threat: WassersteinDefense(Recipe(None, "clean"), threat=threat),
+    "monitor": RobustnessMonitor,
+    "monitor of attacks": lambda threat: RobustnessMonitor(threat, [PGD(LINF)]),
+    "examples": AdversarialExampleLogger,
+    "detection": DetectionMonitor,
+}
+
+
+@pytest.mark.parametrize("make", NEED_A_THREAT.values(), ids=NEED_A_THREAT)
+@pytest.mark.parametrize(
+    ("threat", "message"),
+    [
+        (0.1, r"threat model, such as ThreatModel\(eps=0.1\).*got a float: 0.1"),
+        ("linf", r"such as ThreatModel\(eps=8 / 255\).*got a str: 'linf'"),
+        ({"eps": 0.1}, "got a dict"),
+    ],
+    ids=["radius", "norm", "dict"],
+)
+def test_a_threat_is_a_threat_model(make, threat, message):
+    with pytest.raises(TypeError, match=message):
+        make(threat)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (LINF, r"got a ThreatModel: write WassersteinDefense\(threat=ThreatModel\("),
+        (0.1, "got a float"),
+        (None, "got a NoneType"),
+    ],
+)
+def test_a_recipe_is_a_name_or_a_recipe(recipe, message):
+    with pytest.raises(TypeError, match=message):
+        WassersteinDefense(recipe)
+    if recipe is LINF:
+        assert WassersteinDefense(threat=recipe).recipe.threat == LINF
+
+
+def test_eps_larger_than_the_range_is_warned_of():
+    for eps, bounds in ((8, (0, 1)), (1.01, (0, 1)), (256, (0, 255))):
+        with pytest.warns(UserWarning, match=rf"eps={eps:g} is larger than the whole range of the bounds.*eps=8 / 255"):
+            ThreatModel(eps=eps, bounds=bounds)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for threat in (LINF.with_eps(1), ThreatModel(eps=8, bounds=(0, 255)), ThreatModel(eps=8, bounds=None)):
+            assert threat.eps
+        ThreatModel("l2", 8)  # the ball's corners are farther away than one pixel's range
+
+
 @pytest.mark.parametrize("divergence", ["sinkhorn", 0.1])
 def test_a_divergence_is_callable(divergence):
     with pytest.raises(TypeError, match=re.escape(f"SinkhornDivergence(), or None, got {divergence!r}")):
@@ -150,6 +219,7 @@ INPUTS = {
     "dict": (ThreatModel(), {"x": X}, TypeError, "must be a tensor, got dict"),
     "empty": (ThreatModel(), X[:0], ValueError, r"at least one sample, got shape \(0, 3, 4, 4\)"),
     "scalar": (ThreatModel(), torch.tensor(0.5), ValueError, "at least one sample"),
+    "empty dimension": (ThreatModel(), X[..., :0], ValueError, r"empty dimension.*\(8, 3, 4, 0\)"),
     "normalised": (ThreatModel(), (X - 0.5) / 0.2, ValueError, "lie outside.*mean and std are not set.*mean=..., std="),
     "0 to 255": (ThreatModel(), 255 * X, ValueError, "lie outside.*they run from .* to 25.*bounds="),
     "2% outside": (ThreatModel(), torch.where(torch.rand_like(X) < 0.1, 1.2, X), ValueError, "lie outside"),

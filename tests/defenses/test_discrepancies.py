@@ -123,9 +123,11 @@ class TestClassTransport:
             (torch.zeros(N, 2, 2, dtype=torch.long), r"\(12, 2, 2\)"),
             (torch.arange(N - 1), r"\(11,\)"),
             (torch.linspace(-3, 3, N), "no probabilities"),
+            (torch.linspace(0, 1, N)[:, None], "no probabilities"),
+            (torch.tensor([[1.0, 0, 1]]).expand(N, -1), "no probabilities"),
             (None, "NoneType"),
         ],
-        ids=["pixels", "too few", "regression", "none"],
+        ids=["pixels", "too few", "regression", "regression in 0..1", "several labels", "none"],
     )
     def test_labels_that_are_no_classes_are_explained(self, name, labels, found, clouds):
         x, y, _ = clouds

@@ -85,6 +85,7 @@ def _scores(size: int, seed: int) -> tuple:
 CASES = {
     "RobustAccuracy(named)": Case(lambda: RobustAccuracy(("pgd", "fgsm")), _robust),
     "RobustAccuracy(discovered)": Case(RobustAccuracy, _robust),
+    "RobustAccuracy(ignore_index)": Case(lambda: RobustAccuracy(ignore_index=3), _robust),
     "AttackSuccessRate": Case(AttackSuccessRate, _success),
     "RobustAccuracyCurve": Case(lambda: RobustAccuracyCurve((0.0, 0.1, 0.2)), _curve, plots_lists=False),
     "Detectability": Case(lambda: Detectability(resamples=50), _scores),
