@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +22,10 @@ def defenses(monkeypatch, *more):
     import defenses
 
     def run(folder):
-        assert defenses.main([*TINY.split(), *more, "--work", str(folder / "work"), "--output", str(folder / "results")]) == 0
+        assert (
+            defenses.main([*TINY.split(), *more, "--work", str(folder / "work"), "--output", str(folder / "results")])
+            == 0
+        )
         return json.loads((folder / "results" / "defenses_digits.json").read_text())
 
     monkeypatch.setattr(defenses, "plot", lambda *_: None)
@@ -91,9 +93,7 @@ def purifier(monkeypatch):
         return {name: nn.Linear(1, 1) for name in ("no purifier", "trained through")}
 
     monkeypatch.setattr(purifier, "trained", trained)
-    monkeypatch.setattr(
-        purifier, "measured", lambda _, model, __: dict.fromkeys(purifier.FIGURES, float(model.weight))
-    )
+    monkeypatch.setattr(purifier, "measured", lambda _, model, __: dict.fromkeys(purifier.FIGURES, float(model.weight)))
     return run
 
 
@@ -245,6 +245,7 @@ def test_what_a_process_works_on_is_its_own_until_it_is_dead(tmp_path):
     write_atomically(tmp_path / "record.json", {"old": 1})
     ready, say = os.pipe()
     if (child := os.fork()) == 0:  # it touches files alone: PyTorch's threads are not there
+        signal.alarm(30)  # should this test fail before it kills it
         with claimed(tmp_path / "lock"), alone(tmp_path / "record.json"), scratch(tmp_path) as folder:
             (folder / "epoch=1.ckpt").write_text("checkpoint")
             with replacing(tmp_path / "record.json") as file:
