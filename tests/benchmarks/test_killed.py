@@ -135,7 +135,32 @@ def critic(monkeypatch):
     return run
 
 
-BENCHMARKS = (defenses, tuning, wasserstein_attacks, detectability, purifier, gradients, critic)
+def sinkhorn(monkeypatch):
+    from types import SimpleNamespace
+
+    import sinkhorn
+    import sinkhorn_problems
+
+    def run(folder):
+        options = SimpleNamespace(
+            output=folder, rows=sinkhorn.ROWS[:2], blurs=[0.2], again=None, budget=1.0, cache=folder / "cache"
+        )
+        sinkhorn.run(options, "sinkhorn_cpu", one, "tiny")
+        return json.loads((folder / "sinkhorn_cpu.json").read_text())
+
+    def one(row, blur, options, _):
+        return {
+            "row": row.name,
+            "value": sinkhorn_problems.reference(points[row.n], points[row.n], blur, options.cache).value,
+        }
+
+    points = {row.n: torch.full((1, 2), float(row.n)) for row in sinkhorn.ROWS[:2]}
+    solved = sinkhorn_problems.Reference
+    monkeypatch.setattr(sinkhorn_problems, "_solve", lambda x, y, eps: solved(float(x.sum()), x, y, 1.0, 0.0))
+    return run
+
+
+BENCHMARKS = (defenses, tuning, wasserstein_attacks, detectability, purifier, gradients, critic, sinkhorn)
 
 
 def without_times(found):
