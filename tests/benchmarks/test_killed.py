@@ -229,7 +229,23 @@ def test_weights_without_a_record_are_made_again(tmp_path, monkeypatch):
     (record,) = tmp_path.glob("work/*/run.json")
     record.unlink()
     (tmp_path / "results" / "defenses_digits.json").unlink()
+    # Beside it a run that this call does not ask for, killed in its training, with half a record.
+    checkpoints = tmp_path / "work" / "digits-other-0" / "1.wdefense-unfinished"
+    checkpoints.mkdir(parents=True)
+    (checkpoints.parent / "run.json").write_text('{"protocol":')
     assert without_times(run(tmp_path)) == without_times(expected)
+    assert not checkpoints.exists()
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "name"), [(purifier, "purifier_digits"), (gradients, "gradients"), (critic, "critic_sensitivity")]
+)
+def test_two_at_once_would_undo_each_other(benchmark, name, tmp_path, monkeypatch):
+    from _files import alone
+
+    run = benchmark(monkeypatch)
+    with alone(tmp_path / f"{name}.json"), pytest.raises(SystemExit, match="Another process works on"):
+        run(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["run.json", "weights.pt", "defenses_digits.json"])
