@@ -11,7 +11,6 @@ hand-written loop, and its robust accuracy is what PGD, APGD-CE and APGD-T leave
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 import warnings
@@ -25,6 +24,7 @@ import torch
 import torch.nn.functional as F
 import torchattacks
 from _common import hardware, ratio_interval
+from _files import write_atomically, write_text
 from defenses_models import mnist_cnn
 from torch import Tensor, nn
 
@@ -303,8 +303,8 @@ def main() -> None:
         "training": trainings(data, options),
     }
     name = f"attack_speed_{options.device}"
-    (options.output / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
-    (options.output / f"{name}.md").write_text(report(result))
+    write_atomically(options.output / f"{name}.json", result, indent=2)
+    write_text(options.output / f"{name}.md", report(result))
     print(report(result))
 
 

@@ -7,18 +7,17 @@ varied at a time, with the others at their defaults. ``penalty`` of ours is the 
 from __future__ import annotations
 
 import math
-import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from _files import read, write_atomically
 from critic_plain import PlainDiscrepancy
 from defenses_data import Splits, load
 from defenses_protocol import PROTOCOLS, Protocol
 from defenses_runs import left, right
-from defenses_store import read, write_atomically
-from defenses_train import load_model, train
+from defenses_train import classifier, train
 from defenses_variants import Variant
 
 from lightning_wdefense import Recipe, ThreatModel
@@ -68,16 +67,16 @@ def cells() -> dict[str, CriticDiscrepancy | None]:
     return found
 
 
-def accuracy(critic: CriticDiscrepancy | None, protocol: Protocol, splits: Splits, seed: int) -> dict[str, Any]:
-    """Train and attack once; seconds are those of the processor."""
+def accuracy(
+    critic: CriticDiscrepancy | None, protocol: Protocol, splits: Splits, seed: int, folder: Path
+) -> dict[str, Any]:
+    """Train, with checkpoints in the folder, and attack once; seconds are those of the processor."""
     start = time.process_time()
     variant = CriticVariant("critic", "critic", {}, critic=critic)
-    with tempfile.TemporaryDirectory() as folder:
-        weights = Path(folder) / "weights.pt"
-        done = train(variant, protocol, splits.train, splits.validation, seed, weights)
-        if "diverged" in done:
-            return {"diverged": done["diverged"]}
-        model = load_model(weights, protocol)
+    done, weights = train(variant, protocol, splits.train, splits.validation, seed, folder)
+    if weights is None:
+        return {"diverged": done["diverged"]}
+    model = classifier(weights, protocol)
     clean = mask = right(model, splits.test, protocol.device)
     for stage in ("apgd-ce", "apgd-t"):
         mask = left(model, protocol.attack(stage), splits.test, mask, protocol.device)
@@ -128,6 +127,6 @@ def measure(path: Path, seeds: int, dataset: str, data: Path | None, machine: st
         for key, critic in wanted.items():
             runs = stored[dataset]["results"].setdefault(key, {})
             if str(seed) not in runs:
-                runs[str(seed)] = accuracy(critic, protocol, splits, seed)
+                runs[str(seed)] = accuracy(critic, protocol, splits, seed, path.parent)
                 write_atomically(path, stored)
                 print(f"{dataset}, {key}, seed {seed}: {runs[str(seed)]}", flush=True)

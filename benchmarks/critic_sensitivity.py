@@ -21,8 +21,8 @@ import critic_accuracy
 import critic_accuracy_report
 import torch
 from _common import hardware
+from _files import alone, read, replacing, write_atomically, write_text
 from critic_accuracy import PENALTIES, RATES, STEPS
-from defenses_store import read, write_atomically
 from torch import Tensor, nn
 
 from lightning_wdefense.transport import CriticTraining, WassersteinCritic
@@ -152,8 +152,28 @@ def plot(results: dict[str, dict[str, list[float]]], accuracies: dict[str, Any],
             axes.text(j, i, f"{value:+.1f}", ha="center", va="center", color="white" if abs(value) > 30 else "black")
     axes.set_title("error of the critic's W_1, per cent")
     figure.colorbar(image, ax=axes)
-    figure.savefig(path, dpi=120)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=120)
     plt.close(figure)
+
+
+def complete(path: Path, seeds: int, machine: str) -> tuple[str, dict[str, dict[str, list[float]]]]:
+    """Measure what is not stored yet; the machine that began, and all results."""
+    stored = read(path)
+    # No times: another machine may go on.
+    measured_on, results = stored.get("hardware", machine), stored.get("results", {})
+    for name, setting, run, settings in cells():
+        cell = results.setdefault(f"{name}|{setting}", {})
+        for dim in DIMENSIONS:
+            values = cell.setdefault(str(dim), [])
+            if len(values) >= seeds:
+                continue
+            start = time.perf_counter()
+            for seed in range(len(values), seeds):
+                values.append(round(run(dim, seed, **settings), 4))
+            write_atomically(path, {"hardware": measured_on, "results": results})
+            print(f"{name}, {setting}, {dim}-D: {values} ({time.perf_counter() - start:.0f} s)", flush=True)
+    return measured_on, results
 
 
 def main() -> None:
@@ -167,33 +187,17 @@ def main() -> None:
     torch.set_num_threads(1)
     options.output.mkdir(parents=True, exist_ok=True)
     stem = options.output / "critic_sensitivity"
-    path = stem.with_suffix(".json")
-    stored = read(path)
-    machine = hardware("cpu")
-    measured_on, results = (
-        stored.get("hardware", machine),
-        stored.get("results", {}),
-    )  # no times: another machine may go on
-    for name, setting, run, settings in cells():
-        cell = results.setdefault(f"{name}|{setting}", {})
-        for dim in DIMENSIONS:
-            values = cell.setdefault(str(dim), [])
-            if len(values) >= options.seeds:
-                continue
-            start = time.perf_counter()
-            for seed in range(len(values), options.seeds):
-                values.append(round(run(dim, seed, **settings), 4))
-            write_atomically(path, {"hardware": measured_on, "results": results})
-            print(f"{name}, {setting}, {dim}-D: {values} ({time.perf_counter() - start:.0f} s)", flush=True)
-    beside = options.output / "critic_accuracy.json"
-    if options.accuracy_seeds:
-        critic_accuracy.measure(beside, options.accuracy_seeds, options.dataset, options.data, machine)
+    beside, machine = options.output / "critic_accuracy.json", hardware("cpu")
+    with alone(path := stem.with_suffix(".json")):
+        measured_on, results = complete(path, options.seeds, machine)
+        if options.accuracy_seeds:
+            critic_accuracy.measure(beside, options.accuracy_seeds, options.dataset, options.data, machine)
     accuracies = read(beside)
     plot(results, accuracies, stem.with_suffix(".png"))
     text = markdown(results, options.seeds, measured_on)
     if accuracies:
         text += "\n" + critic_accuracy_report.markdown(accuracies)
-    stem.with_suffix(".md").write_text(text)
+    write_text(stem.with_suffix(".md"), text)
     print(text)
 
 

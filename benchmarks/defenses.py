@@ -10,7 +10,7 @@ are attacked by PGD, and by APGD-CE and APGD-T, which with ``--autoattack`` FAB-
 averaged weights: ``trades:weight=3``, ``"sat-features:weight=0.3,attack.steps=7"``, ``pgd-at+avg``. What ``--tune`` chose is used
 unless ``--no-tuned`` is given; changes in the argument come on top of it.
 
-All of it can be stopped and goes on where it was, and several processes can share the work: give each the same command. Where the
+All of it can be stopped, or killed, and goes on where it was, and several processes can share the work: give each the same command. Where the
 work folder is lost, the runs in the written JSON count as done; only what needs their weights trains again.
 Tables and plot are made from all runs under the same protocol that the work folder holds.
 """
@@ -25,12 +25,13 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
+from _files import claimed, sweep, write_atomically, write_text
 from defenses_data import load
 from defenses_plot import plot
 from defenses_protocol import ALWAYS, AUTOATTACK, PROTOCOLS, STAGES, Protocol
 from defenses_report import lost, markdown, rows, summary
 from defenses_runs import Bench, describe, work_on
-from defenses_store import adopt, records, write_atomically
+from defenses_store import adopt, records
 from defenses_timing import REFERENCE, time_in_turns, timings
 from defenses_train import check
 from defenses_tuning import choose, tuned
@@ -196,7 +197,7 @@ def report(options: argparse.Namespace, bench: Bench, variants: list[Variant]) -
     write_atomically(options.stem.with_suffix(".json"), content)
     machines = {describe(run["hardware"]) for run in found if "hardware" in run}
     text = f"# {__doc__.splitlines()[0]}\n\n{markdown(table, lost(found), bench.protocol, sorted(machines))}"
-    options.stem.with_suffix(".md").write_text(text)
+    write_text(options.stem.with_suffix(".md"), text)
     if table:
         plot(table, bench.protocol, options.stem.with_suffix(".png"))
     return text
@@ -214,13 +215,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     for folder in (options.work, options.output):
         folder.mkdir(parents=True, exist_ok=True)
+    sweep(options.work, below=True)
     if options.timing:
         time_in_turns(bench, variants, options.rounds, options.block)
     succeeded = run_jobs(options, bench, jobs)
     if options.tune:
         print(choose(bench, variants, options.tune_seeds, options.tune_samples, options.stem))
     else:
-        print(report(options, bench, variants))
+        with claimed(options.work / "report.lock", wait=True):  # the last of several processes has seen the runs of all
+            print(report(options, bench, variants))
     return 0 if succeeded else 1
 
 

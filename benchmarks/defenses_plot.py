@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from _files import replacing
 from defenses_protocol import Protocol
 from defenses_report import REFERENCES, Row, by_label, step_ratio
 from sklearn.isotonic import isotonic_regression
@@ -62,7 +63,8 @@ def plot(found: list[Row], protocol: Protocol, path: Path) -> None:
             color=f"C{index % 10}", fontsize=9, va="center",
             arrowprops={"arrowstyle": "-", "color": f"C{index % 10}", "lw": 0.6, "alpha": 0.5, "relpos": (0, 0.5)},
         )  # fmt: skip
-    figure.savefig(path, dpi=120)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=120)
     plt.close(figure)
 
 

@@ -15,12 +15,14 @@ from _common import processor
 from defenses_data import Images, Splits
 from defenses_protocol import ALWAYS, CLEAN, STAGES, Protocol
 from defenses_store import Run
-from defenses_train import CHUNK, load_model, train
+from defenses_train import CHUNK, classifier, train
 from defenses_variants import Variant, settings
 from torch import Tensor, nn
 
 import lightning_wdefense
 from lightning_wdefense.attacks import Attack, worst_case
+
+Weights = dict[str, Tensor] | None
 
 
 class Bench(NamedTuple):
@@ -88,26 +90,32 @@ def work_on(bench: Bench, variant: Variant, seed: int, stages: Sequence[str], tu
     with run.claim() as ours:
         if not ours:
             return False
-        if not run.weights.exists() and _unfinished(run, stages, tune_samples):
-            done = train(variant, bench.protocol, bench.splits.train, bench.splits.validation, seed, run.weights)
-            before = run.record.get("training", done)
-            if done.get("validation_pgd") != before.get("validation_pgd"):
-                print(
-                    f"{title(run)}: trains differently here than where its record comes from, so all is measured anew."
-                )
-                run.store(test={}, tuning={})
-            run.store(training=done, hardware=hardware(bench.protocol))
-            said = done.get("diverged") or f"{done['wall_s']:.0f} s, validation {done['validation_pgd']}"
-            print(f"{title(run)}: {said}", flush=True)
+        weights = None
+        if _unfinished(run, stages, tune_samples) and (weights := run.weights()) is None:
+            weights = _train(bench, run, variant, seed)
         if tune_samples is None and run.record.get("label") != variant.label:
             run.store(label=variant.label)  # a candidate of the tuning has none, and no row in the table
         if "diverged" in run.record["training"]:
             return True
         if tune_samples is None:
-            _attack(bench, run, stages)
+            _attack(bench, run, weights, stages)
         else:
-            _tune(bench, run, tune_samples)
+            _tune(bench, run, weights, tune_samples)
     return True
+
+
+def _train(bench: Bench, run: Run, variant: Variant, seed: int) -> Weights:
+    """Train and store; the weights of the chosen epoch, if it did not diverge."""
+    images = bench.splits
+    done, weights = train(variant, bench.protocol, images.train, images.validation, seed, run.folder)
+    record, anew = run.record, {}
+    if done.get("validation_pgd") != record.get("training", done).get("validation_pgd"):
+        print(f"{title(run)}: trains differently here than where its record comes from, so all is measured anew.")
+        anew = {key: {} for key in ("test", "tuning") if key in record}
+    run.store_trained(weights, training=done, hardware=hardware(bench.protocol), **anew)
+    said = done.get("diverged") or f"{done['wall_s']:.0f} s, validation {done['validation_pgd']}"
+    print(f"{title(run)}: {said}", flush=True)
+    return weights
 
 
 def _unfinished(run: Run, stages: Sequence[str], tune_samples: int | None) -> bool:
@@ -120,12 +128,12 @@ def _unfinished(run: Run, stages: Sequence[str], tune_samples: int | None) -> bo
     return not {CLEAN, *stages} <= record.get("test", {}).keys()
 
 
-def _attack(bench: Bench, run: Run, stages: Sequence[str]) -> None:
+def _attack(bench: Bench, run: Run, weights: Weights, stages: Sequence[str]) -> None:
     """Attack the test images."""
     results = run.record.get("test", {})
     missing = [stage for stage in (CLEAN, *stages) if stage not in results]
     if missing:
-        model = load_model(run.weights, bench.protocol)
+        model = classifier(weights, bench.protocol)
     for stage in missing:
         began = time.perf_counter()
         if stage == CLEAN:
@@ -138,13 +146,13 @@ def _attack(bench: Bench, run: Run, stages: Sequence[str]) -> None:
         print(f"  {title(run)}, {stage}: {results[stage]['accuracy']:.1%}", flush=True)
 
 
-def _tune(bench: Bench, run: Run, samples: int) -> None:
+def _tune(bench: Bench, run: Run, weights: Weights, samples: int) -> None:
     """Attack the validation images with the first two parts of AutoAttack."""
     results = run.record.get("tuning", {})
     if str(samples) in results:
         return
     began = time.perf_counter()
-    model, images = load_model(run.weights, bench.protocol), bench.splits.validation.first(samples)
+    model, images = classifier(weights, bench.protocol), bench.splits.validation.first(samples)
     clean = mask = right(model, images, bench.protocol.device)
     for stage in ALWAYS[1:]:
         mask = left(model, bench.protocol.attack(stage), images, mask, bench.protocol.device)

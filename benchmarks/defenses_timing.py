@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from _files import claimed, read, short_hash, write_atomically
 from defenses_models import Classifier
 from defenses_runs import Bench, hardware
 from defenses_statistics import bootstrap_median
-from defenses_store import claimed, read, short_hash, write_atomically
-from defenses_train import SETTLING, load_model, steps
+from defenses_train import SETTLING, classifier, steps
 from defenses_variants import Variant
 
 REFERENCE = "pgd-at"
@@ -62,8 +62,8 @@ def timings(bench: Bench) -> dict[str, dict[str, Any]]:
 
 def _trained(bench: Bench, variant: Variant) -> Classifier:
     """The trained model if there is one: what transport costs depends on the features."""
-    weights = bench.run(variant, SEED).weights
-    if weights.exists():
-        return load_model(weights, bench.protocol).train()
+    weights = bench.run(variant, SEED).weights()
+    if weights is not None:
+        return classifier(weights, bench.protocol).train()
     L.seed_everything(SEED, verbose=False)
     return Classifier(bench.protocol)

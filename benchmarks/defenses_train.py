@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import statistics
-import tempfile
 import time
 import warnings
 from dataclasses import replace
@@ -14,11 +13,13 @@ from typing import Any
 
 import lightning as L
 import torch
+from _files import scratch
 from defenses_data import Images
 from defenses_models import Classifier
 from defenses_protocol import Protocol
 from defenses_variants import Variant
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_wdefense import Recipe, RobustnessMonitor, WassersteinDefense
@@ -119,17 +120,17 @@ def averaging(variant: Variant, protocol: Protocol) -> list[L.Callback]:
 
 
 def train(
-    variant: Variant, protocol: Protocol, train: Images, validation: Images, seed: int, weights: Path
-) -> dict[str, Any]:
-    """Train, write the chosen epoch's weights and say how it went.
+    variant: Variant, protocol: Protocol, train: Images, validation: Images, seed: int, folder: Path
+) -> tuple[dict[str, Any], dict[str, Tensor] | None]:
+    """How the training went, and the chosen epoch's weights; checkpoints lie in the folder while it goes on.
 
     A run whose loss or outputs stop being finite has no weights: its record holds ``diverged``, with the reason.
     """
     L.seed_everything(seed, verbose=False)
     recipe, module, clock = prepared(variant, protocol), Classifier(protocol), StepClock()
     judge = PGD(protocol.threat, steps=protocol.validation_steps)
-    with tempfile.TemporaryDirectory(dir=weights.parent) as folder:
-        chosen = ChosenEpoch(folder, protocol.first_epoch(recipe.warmup_epochs))
+    with scratch(folder) as checkpoints:
+        chosen = ChosenEpoch(str(checkpoints), protocol.first_epoch(recipe.warmup_epochs))
         monitor = RobustnessMonitor(protocol.threat, {"pgd": judge}, features=None, progress=False)
         # The clock is last but for the checkpoint, so that what the others do after a step counts.
         callbacks = [*averaging(variant, protocol), WassersteinDefense(recipe, seed=seed), monitor, clock, chosen]
@@ -140,19 +141,17 @@ def train(
         except Exception as error:
             if not (isinstance(error, FloatingPointError) or _diverged(module, train.first(CHUNK))):
                 raise
-            return {"diverged": str(error), **clock.summary()}
+            return {"diverged": str(error), **clock.summary()}, None
         total = time.perf_counter() - began
-        checkpoint = torch.load(chosen.best_model_path, map_location="cpu", weights_only=False)
-    unfinished = weights.with_suffix(".part")
-    torch.save(checkpoint["state_dict"], unfinished)
-    unfinished.replace(weights)
-    return {
+        checkpoint = torch.load(chosen.best_model_path, map_location="cpu", weights_only=True)
+    done = {
         **clock.summary(),
         "total_wall_s": round(total, 3),
         "chosen_epoch": checkpoint["epoch"],
         "validation_pgd": chosen.history,
         "recipe_repr": repr(recipe),
     }
+    return done, checkpoint["state_dict"]
 
 
 def _diverged(module: Classifier, images: Images) -> bool:
@@ -161,9 +160,10 @@ def _diverged(module: Classifier, images: Images) -> bool:
         return not bool(module(images.x.to(module.device)).isfinite().all())
 
 
-def load_model(weights: Path, protocol: Protocol) -> Classifier:
+def classifier(weights: dict[str, Tensor], protocol: Protocol) -> Classifier:
+    """As it was trained."""
     module = Classifier(protocol)
-    module.load_state_dict(torch.load(weights, weights_only=True))
+    module.load_state_dict(weights)
     return module.eval().to(protocol.device)
 
 

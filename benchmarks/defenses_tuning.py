@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from _files import claimed, read, write_atomically, write_text
 from defenses_report import table
 from defenses_runs import Bench
-from defenses_store import claimed, read, write_atomically
 from defenses_variants import Variant, candidates, settings
 
 
@@ -33,7 +33,7 @@ def choose(bench: Bench, variants: list[Variant], seeds: int, samples: int, stem
         content = common | {"recipes": (old["recipes"] if same else {}) | recipes}
         write_atomically(path, content)
         text = _markdown(bench, content)
-        path.with_suffix(".md").write_text(text)
+        write_text(path.with_suffix(".md"), text)
     return text
 
 

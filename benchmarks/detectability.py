@@ -10,7 +10,6 @@ registered are left out with a message.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import warnings
@@ -19,9 +18,9 @@ from typing import Any
 
 import torch
 from _common import command, hardware
+from _files import kept, short_hash, sweep, write_atomically, write_text
 from defenses_data import Splits, load
 from defenses_protocol import Protocol
-from defenses_store import kept, short_hash
 from detectability_attacks import (
     SPECS,
     attack_all,
@@ -55,7 +54,6 @@ class Bench:
         self.identity = identity(model, seed, data, options)
         self.model, self.options = model, options
         self.folder = options.work / short_hash(self.identity | {"attacked": options.attacked})
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.network = trained(model, seed, data, options)
         for name in ("train", "validation", "test"):
             x, y = (part.to(options.device) for part in getattr(data, name))
@@ -221,6 +219,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = arguments(argv)
     torch.set_num_threads(options.threads)
     options.output.mkdir(parents=True, exist_ok=True)
+    sweep(options.work, below=True)
     protocol = Protocol(options.dataset, options.train, options.validation, options.test, 0.0, options.epochs, 128)
     data = load(protocol, options.data)
     skipped = [
@@ -271,8 +270,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         },
     }
     name = f"detectability_{options.dataset}"
-    (options.output / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    (options.output / f"{name}.md").write_text(markdown(result))
+    write_atomically(options.output / f"{name}.json", result)
+    write_text(options.output / f"{name}.md", markdown(result))
     plot(result, options.output / f"{name}.png")
     print(markdown(result))
 

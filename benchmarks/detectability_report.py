@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from _files import replacing
 from defenses_statistics import paired
 
 MOVED = "wasserstein"
@@ -147,4 +148,5 @@ def plot(result: dict[str, Any], path: Path) -> None:
         panel.set_xlabel("AUROC")
     handles = [plt.Line2D([], [], marker="o", color=f"C{index}", label=attack) for index, attack in enumerate(attacks)]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(attacks), fontsize=8)
-    figure.savefig(path, dpi=150)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=150)

@@ -35,9 +35,9 @@ from pathlib import Path
 
 import torch
 from _common import hardware
+from _files import alone, read, write_atomically, write_text
 from defenses_data import load
 from defenses_protocol import PROTOCOLS
-from defenses_store import read, write_atomically
 from gradients_losses import BY_CLASS, PAIRED, TRANSPORT
 from gradients_measures import (
     Measures,
@@ -50,7 +50,7 @@ from gradients_measures import (
     true_gradient,
 )
 from gradients_plot import plot
-from gradients_report import markdown
+from gradients_report import Results, markdown
 
 EPOCHS = (4, 12)
 SIZES = (16, 64)
@@ -76,21 +76,14 @@ def jobs(stages: dict[str, Pairs], images: torch.Tensor, seed: int) -> Iterator[
             yield key, partial(fresh_samples, learn, measure, name, distance, size, seed, UPDATES, PROBES)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--seeds", type=int, default=5)
-    options = parser.parse_args(argv)
-    torch.set_num_threads(1)
-    options.output.mkdir(parents=True, exist_ok=True)
-    stem = options.output / "gradients"
-    path = stem.with_suffix(".json")
+def complete(path: Path, seeds: int) -> tuple[str, Results]:
+    """Measure what is not stored yet, seed by seed; the machine and all results."""
     stored = read(path)
     machine, results = stored.get("hardware", hardware("cpu")), stored.get("results", {})  # no times: another may go on
     protocol = PROTOCOLS["digits"]
     splits = load(protocol, None)
     images = torch.cat([part.x for part in splits])
-    for seed in range(options.seeds):
+    for seed in range(seeds):
         if results and all(str(seed) in cell for cell in results.values()):
             continue
         start = time.perf_counter()
@@ -100,9 +93,22 @@ def main(argv: Sequence[str] | None = None) -> None:
             results.setdefault(key, {})[str(seed)] = values
         write_atomically(path, {"hardware": machine, "results": results})
         print(f"seed {seed}: {time.perf_counter() - start:.0f} s", flush=True)
+    return machine, results
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--seeds", type=int, default=5)
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    options.output.mkdir(parents=True, exist_ok=True)
+    stem = options.output / "gradients"
+    with alone(path := stem.with_suffix(".json")):
+        machine, results = complete(path, options.seeds)
     plot(results, stem.with_suffix(".png"))
     text = markdown(results, machine)
-    stem.with_suffix(".md").write_text(text)
+    write_text(stem.with_suffix(".md"), text)
     print(text)
 
 

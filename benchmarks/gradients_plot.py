@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from _files import replacing
 from gradients_losses import BY_CLASS, PAIRED, TRANSPORT
 from gradients_report import KINDS, PLACES, QUESTIONS, Results, mean, settings
 
@@ -52,5 +53,6 @@ def plot(results: Results, path: Path) -> None:
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(losses))
     figure.suptitle("Gradients of paired L2 and of Wasserstein distances, minibatches of 64")
-    figure.savefig(path, dpi=110)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=110)
     plt.close(figure)

@@ -23,11 +23,11 @@ from typing import Any
 import lightning as L
 import torch
 from _common import hardware
-from defenses_data import Images, load
+from _files import alone, read, write_atomically, write_text
+from defenses_data import Images, Splits, load
 from defenses_models import Classifier
 from defenses_protocol import PROTOCOLS, Protocol
 from defenses_statistics import estimate, paired
-from defenses_store import read, write_atomically
 from defenses_train import loader, trainer
 from torch import nn
 
@@ -166,20 +166,10 @@ def markdown(
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    for name in BUDGET:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=None, help="another budget")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    changes = {name: value for name in BUDGET if (value := getattr(options, name)) is not None}
-    protocol = replace(PROTOCOLS["digits"], **changes)
-    splits = load(protocol, None)
-    options.output.mkdir(parents=True, exist_ok=True)
-    path, machine = options.output / "purifier_digits.json", hardware("cpu")
+def complete(
+    path: Path, protocol: Protocol, splits: Splits, options: argparse.Namespace, machine: str
+) -> dict[str, Any]:
+    """Measure what is not stored yet, model by model; all results."""
     identity = {"hardware": machine, "protocol": asdict(replace(protocol, data=splits.fingerprint))}
     stored = read(path)
     results = stored["results"] if {key: stored.get(key) for key in identity} == identity else {}
@@ -196,8 +186,27 @@ def main(arguments: list[str] | None = None) -> None:
             results.setdefault(name, {})[str(seed)] = found
             print(f"seed {seed}, {name}: {found} ({time.perf_counter() - start:.0f} s)", flush=True)
             write_atomically(path, identity | {"results": results})
+    return results
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    for name in BUDGET:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=None, help="another budget")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    changes = {name: value for name in BUDGET if (value := getattr(options, name)) is not None}
+    protocol = replace(PROTOCOLS["digits"], **changes)
+    splits = load(protocol, None)
+    options.output.mkdir(parents=True, exist_ok=True)
+    path, machine = options.output / "purifier_digits.json", hardware("cpu")
+    with alone(path):
+        results = complete(path, protocol, splits, options, machine)
     text = markdown(protocol, results, machine, changes)
-    path.with_suffix(".md").write_text(text)
+    write_text(path.with_suffix(".md"), text)
     print(text)
 
 

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from _files import alone, read, write_atomically, write_text
 from sinkhorn_peers import Call, Setting, Side, our_sides, peer_sides
 from sinkhorn_problems import ROBUSTNESS_ROWS, ROWS, VALUE_TARGET, Case, Errors, Row, make_case, worst_errors
 from sinkhorn_report import plot, robustness_report, time_report
@@ -290,16 +291,14 @@ def run(
 ) -> list[dict[str, Any]]:
     """Records of all rows of the file, each saved as soon as it is there."""
     path, start = options.output / f"{name}.json", time.monotonic()
-    records = json.loads(path.read_text()) if path.exists() else {}
+    records = read(path)
     for row, blur in ((row, blur) for row in options.rows for blur in options.blurs):
         key = f"{row.name}, blur {blur:g}, {settings}"
         if (key in records and not options.again) or time.monotonic() - start > 60 * options.budget:
             continue
         began = time.monotonic()
         records[key] = one(row, blur, options, records.get(key) if options.again == "ours" else None)
-        unfinished = path.with_suffix(".part")
-        unfinished.write_text(json.dumps(records, indent=1) + "\n")
-        unfinished.replace(path)
+        write_atomically(path, records)
         print(f"{key}: {time.monotonic() - began:.0f} s", flush=True)
     return list(records.values())
 
@@ -316,11 +315,12 @@ def main() -> None:
         one, write = measure, time_report
         settings += f", targets {' '.join(f'{target:g}' for target in options.targets)}"
     name = f"{kind}_{options.device}"
-    records = run(options, name, one, settings)
+    with alone(options.output / f"{name}.json"):
+        records = run(options, name, one, settings)
     text = f"# {__doc__.splitlines()[0]}\n\n{write(records)}\n"
     for each in dict.fromkeys(json.dumps(record["environment"]) for record in records):
         text += f"Measured with {', '.join(f'{key} {value}' for key, value in json.loads(each).items())}.\n"
-    (options.output / f"{name}.md").write_text(text)
+    write_text(options.output / f"{name}.md", text)
     print(text)
     if not options.robustness:
         plot(records, options.output / f"{name}.png")

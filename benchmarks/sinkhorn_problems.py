@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from _files import load, save
 from torch import Tensor
 
 CLASSES = 10
@@ -118,13 +119,10 @@ def reference(x: Tensor, y: Tensor, eps: float, cache: Path) -> Reference:
     """Solution of a float64 problem, kept in the folder ``cache``."""
     key = hashlib.sha256(x.numpy().tobytes() + y.numpy().tobytes() + repr(eps).encode()).hexdigest()[:32]
     path = cache / f"{key}.pt"
-    if path.exists():
-        return Reference(**torch.load(path))
+    if (found := load(path)) is not None:
+        return Reference(**found)
     solution = _solve(x, y, eps)
-    cache.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".part")
-    torch.save(solution._asdict(), unfinished)
-    unfinished.rename(path)
+    save(path, solution._asdict())
     return solution
 
 

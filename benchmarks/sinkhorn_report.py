@@ -7,6 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from _files import replacing
 from sinkhorn_problems import VALUE_TARGET
 
 
@@ -113,7 +114,8 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
         axes[i, j].grid(alpha=0.3)
     handles = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles) or 1)
-    figure.savefig(path, dpi=120)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=120)
     plt.close(figure)
 
 

@@ -10,7 +10,6 @@ free of single slow steps; the ratio of means also holds what the callback measu
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 import warnings
@@ -20,6 +19,7 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from _common import hardware, ratio_interval
+from _files import scratch, write_atomically, write_text
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -131,10 +131,10 @@ def main():
     recipe = Recipe(PGD(threat, steps=options.steps), warmup_epochs=0, name="pgd-at")
     torch.manual_seed(0)
     times = {"callback": [], "hand-written": []}
-    folder = options.output / "logs"
-    for _ in range(options.blocks):
-        times["hand-written"] += block(HandWritten(options.width, options.steps), [], loader, folder)
-        times["callback"] += block(Plain(options.width), [WassersteinDefense(recipe)], loader, folder)
+    with scratch(options.output) as folder:
+        for _ in range(options.blocks):
+            times["hand-written"] += block(HandWritten(options.width, options.steps), [], loader, folder)
+            times["callback"] += block(Plain(options.width), [WassersteinDefense(recipe)], loader, folder)
     module = Plain(options.width).to("cuda" if torch.cuda.is_available() else "cpu")
     ours, theirs = times["callback"], times["hand-written"]
     result = {
@@ -151,10 +151,10 @@ def main():
         "timed_steps_each": len(ours),
     }
     name = "step_overhead_" + ("cuda" if torch.cuda.is_available() else "cpu")
-    (options.output / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_atomically(options.output / f"{name}.json", result, indent=2)
     rows = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in result.items())
     text = f"# A `pgd-at` step with the callback against a hand-written loop\n\n`python benchmarks/step_overhead.py`\n\n| | |\n|---|---|\n{rows}\n"
-    (options.output / f"{name}.md").write_text(text)
+    write_text(options.output / f"{name}.md", text)
     print(text)
 
 

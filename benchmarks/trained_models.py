@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
+from _files import load, save, short_hash
 from defenses_data import Splits
 from defenses_models import NETWORKS
-from defenses_store import short_hash
 from torch import nn
 
 from lightning_wdefense import ThreatModel
@@ -71,15 +70,12 @@ def identity(model: str, seed: int, data: Splits, options: argparse.Namespace) -
 
 def trained(model: str, seed: int, data: Splits, options: argparse.Namespace) -> nn.Sequential:
     """The network, from the folder of an earlier run where there is one."""
-    folder = options.work / short_hash(identity(model, seed, data, options))
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = folder / "weights.pt"
-    if not weights.exists():
+    weights = options.work / short_hash(identity(model, seed, data, options)) / "weights.pt"
+    if (state := load(weights)) is None:
         state = train(model, seed, data, options).state_dict()
-        torch.save(state, unfinished := folder / f"{os.getpid()}.part")
-        unfinished.replace(weights)
+        save(weights, state)
     network = NETWORKS[options.dataset]().to(options.device).eval()
-    network.load_state_dict(torch.load(weights, map_location=options.device))
+    network.load_state_dict(state)
     return network
 
 

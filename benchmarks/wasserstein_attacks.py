@@ -12,7 +12,6 @@ Each part is stored in ``--work`` when it is done.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 import warnings
@@ -22,9 +21,9 @@ from typing import Any
 
 import torch
 from _common import command, hardware
+from _files import kept, short_hash, sweep, write_atomically, write_text
 from defenses_data import Splits, load
 from defenses_protocol import Protocol
-from defenses_store import kept, short_hash
 from detectability_attacks import fooled
 from torch import Tensor, nn
 from trained_models import add_arguments, identity, seeds, trained
@@ -121,6 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = arguments(argv)
     torch.set_num_threads(options.threads)
     options.output.mkdir(parents=True, exist_ok=True)
+    sweep(options.work, below=True)
     protocol = Protocol(options.dataset, options.train, options.validation, options.test, 0.0, options.epochs, 128)
     result = {
         "environment": {
@@ -135,8 +135,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "cells": cells(load(protocol, options.data), options),
     }
     stem = options.output / f"wasserstein_attacks_{options.dataset}"
-    stem.with_suffix(".json").write_text(json.dumps(result) + "\n")
-    stem.with_suffix(".md").write_text(text := markdown(result, OURS))
+    write_atomically(stem.with_suffix(".json"), result, indent=None)
+    write_text(stem.with_suffix(".md"), text := markdown(result, OURS))
     plot(result, stem.with_suffix(".png"))
     print(text)
 

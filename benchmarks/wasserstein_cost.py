@@ -10,7 +10,6 @@ much a fresh process grows at most during an attack (Linux only).
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 from _common import hardware, ratio_interval
+from _files import write_atomically, write_text
 from defenses_data import load
 from defenses_models import NETWORKS
 from defenses_protocol import Protocol
@@ -164,8 +164,8 @@ def main() -> None:
         "memory": memory(),
     }
     stem = options.output / "wasserstein_cost_cpu"
-    stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    stem.with_suffix(".md").write_text(text := markdown(result))
+    write_atomically(stem.with_suffix(".json"), result)
+    write_text(stem.with_suffix(".md"), text := markdown(result))
     print(text)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from _files import replacing
 from defenses_statistics import Estimate, estimate
 
 Cell = dict[str, Any]
@@ -157,5 +158,6 @@ def plot(result: dict[str, Any], path: Path) -> None:
     axes[0, 0].set_ylabel("accuracy, %")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
-    figure.savefig(path, dpi=130)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=130)
     plt.close(figure)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -50,3 +51,45 @@ def test_every_recipe_is_in_the_tables():
     for recipe in RECIPES:
         assert f"`{recipe}`" in README
         assert f"| `{recipe}` |" in guide
+
+
+def extras() -> dict[str, set[str]]:
+    """What each extra brings, with the extras that it names followed."""
+    section = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1].split("\n[")[0]
+    written = {
+        name: ast.literal_eval(wants) for name, wants in re.findall(r"^(\w+) = (\[.*?\])$", section, re.DOTALL | re.M)
+    }
+
+    def followed(name: str) -> set[str]:
+        found = set()
+        for want in written[name]:
+            ours = re.fullmatch(r"lightning-wdefense\[(.+)\]", want)
+            inner = [followed(each) for each in ours[1].split(",")] if ours else [{re.match(r"[\w-]+", want)[0]}]
+            found |= set().union(*inner)
+        return found
+
+    return {name: followed(name) for name in written}
+
+
+def test_torchattacks_and_its_old_pins_come_only_where_autoattack_is_run():
+    found = extras()
+    assert {name for name, brings in found.items() if "torchattacks" in brings} == {
+        "torchattacks", "examples", "test", "bench",
+    }  # fmt: skip
+    users = ("wandb", "plot", "cli", "detection")
+    assert found["all"] == set().union(*(found[name] for name in users))
+
+
+def test_every_extra_that_a_text_advises_brings_what_is_missing():
+    brings, sources = extras(), [ROOT / "README.md"]
+    for folder in ("lightning_wdefense", "examples", "docs"):
+        sources += [path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".md")]
+    advised = {
+        name
+        for path in sources
+        for names in re.findall(r"(?:lightning-wdefense|-e \"\.)\[([\w,]+)\]", path.read_text())
+        for name in names.split(",")
+    }
+    assert {"all", "torchattacks", "plot", "detection"} <= advised <= brings.keys()
+    missing = {"torchattacks": "torchattacks", "plot": "matplotlib", "detection": "scikit-learn", "wandb": "wandb"}
+    assert all(package in brings[name] for name, package in missing.items())

@@ -151,9 +151,9 @@ def test_timing_compares_with_pgd_at(bench, tmp_path):
 
 
 def test_a_lock_is_free_when_its_process_is_dead(tmp_path):
-    from defenses_store import claimed
+    from _files import claimed
 
-    held = f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r})\nfrom pathlib import Path\nfrom defenses_store import claimed\nwith claimed(Path({str(tmp_path / 'lock')!r})) as ours:\n    print(ours, flush=True)\n    sys.stdin.read()"
+    held = f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r})\nfrom pathlib import Path\nfrom _files import claimed\nwith claimed(Path({str(tmp_path / 'lock')!r})) as ours:\n    print(ours, flush=True)\n    sys.stdin.read()"
     process = subprocess.Popen([sys.executable, "-c", held], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "True\n"
     with claimed(tmp_path / "lock") as ours:

@@ -30,7 +30,7 @@ def ranks(tmp_path_factory):
     command = [sys.executable, str(TESTS / "callbacks" / "ddp_script.py"), str(folder), *CASES]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, cwd=folder)
     assert run.returncode == 0, run.stderr
-    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
 @pytest.mark.parametrize("recipe", CASES)

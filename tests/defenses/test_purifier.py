@@ -155,7 +155,7 @@ def test_a_resumed_run_continues_exactly(tmp_path):
     def state(purifier, trainer):
         path = tmp_path / "end.ckpt"
         trainer.save_checkpoint(path)
-        saved = torch.load(path, weights_only=False)
+        saved = torch.load(path, weights_only=True)
         return plain(saved["wasserstein_purifier"]), plain(saved["state_dict"]), plain(saved["optimizer_states"])
 
     whole = purifier_of()

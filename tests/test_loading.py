@@ -1,0 +1,59 @@
+"""Nothing in this repository unpickles what it loads: torch 2.4 and 2.5 would do so by default."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("lightning_wdefense", "benchmarks", "examples", "tests", "docs")
+
+
+def unsafe(source: str) -> list[int]:
+    """Lines where ``torch.load`` is named in another way than as a call with ``weights_only=True``."""
+    nodes = list(ast.walk(ast.parse(source)))
+    safe = {
+        id(node.func)
+        for node in nodes
+        if isinstance(node, ast.Call)
+        and any(word.arg == "weights_only" and ast.unparse(word.value) == "True" for word in node.keywords)
+    }
+    named = [node for node in nodes if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.load"]
+    imported = [
+        node
+        for node in nodes
+        if isinstance(node, ast.ImportFrom) and node.module == "torch" and "load" in {name.name for name in node.names}
+    ]
+    return sorted(node.lineno for node in named + imported if id(node) not in safe)
+
+
+@pytest.mark.parametrize(
+    ("source", "lines"),
+    [
+        ("import torch\ntorch.load('x', weights_only=True)", []),
+        ("import torch\ntorch.load('x')", [2]),
+        ("torch.load('x', weights_only=False)\ntorch.load(\n 'x', weights_only=flag)", [1, 2]),
+        ("from torch import load", [1]),
+        ("read = torch.load", [1]),
+        ("json.load('x')", []),
+    ],
+)
+def test_finds_what_is_unsafe(source, lines):
+    assert unsafe(source) == lines
+
+
+def test_every_file_loads_tensors_alone():
+    files = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
+    assert len(files) > 100
+    found = {str(path.relative_to(ROOT)): lines for path in files if (lines := unsafe(path.read_text()))}
+    assert not found
+
+
+def test_so_do_the_guides():
+    guides = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").glob("*.md")]
+    blocks = [block for guide in guides for block in re.findall(r"```python\n(.*?)```", guide.read_text(), re.DOTALL)]
+    assert blocks
+    assert not [block for block in blocks if unsafe(block)]
