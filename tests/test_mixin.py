@@ -267,14 +267,17 @@ def test_perturbed_weights_come_back_after_an_error(where):
 
     module = Broken("manual: skipped")
     images, labels = (part[:16] for part in digits())
-    with pytest.raises(RuntimeError, match=where):
+
+    def body():
         if where == "in the loss":
             module.defend(images, labels)
         module.defense.recorder.attach(images)
         with module.defense.perturbed_weights(images, images, labels) as until_backward:
-            module.check("moved")
             until_backward(module.task_loss(module(images), labels))
             raise RuntimeError(where)
+
+    with pytest.raises(RuntimeError, match=where):
+        body()
     assert True in module.moved.values()
     assert torch.equal(weights(module), module.start)
 

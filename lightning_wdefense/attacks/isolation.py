@@ -20,17 +20,28 @@ from lightning_wdefense.attacks.module_state import attributes_kept, buffers_kep
 
 @contextlib.contextmanager
 def isolated(model: Callable[..., Any], device: torch.device, *, evaluation: bool = True) -> Iterator[None]:
-    """Everything done inside is undone: each submodule's own mode, the buffers, and the global random states.
+    """Everything done inside is undone: each submodule's own mode, the buffers, tensors in plain attributes, and the global random states.
 
     Inside, gradients are enabled even under ``no_grad`` and ``inference_mode`` (clone inference tensors before
     use). Parameter gradients are not touched as long as the body uses :func:`torch.autograd.grad`. All of it is
     restored after an exception as well.
+
+    Tensors that submodules keep as plain attributes, also in lists, tuples, dicts and deques there, are afterwards those that were there;
+    what the body adds is taken away, so that no cache holds one of its graphs. Attributes without tensors, such as counters, stay as the
+    body left them, and so does what is inside of other objects.
+
+    One thread at a time is inside with a module or a submodule of it; others wait. The random states come back when the last
+    thread leaves. What cannot be kept apart is another thread's pass over the module outside of this, which meets it in eval mode, and
+    what other threads draw from the global random states meanwhile.
 
     Args:
         model: an ``nn.Module``, or a method or ``functools.partial`` of one; of any other callable only the random
             states are kept.
         device: where it runs; the random states of the CPU, of this device, of numpy and of Python are kept.
         evaluation: put every submodule into eval mode inside; otherwise leave the modes alone.
+
+    Raises:
+        RuntimeError: if the threads that are inside with the module wait for what this one is inside with.
     """
     module = module_of(model)
     with contextlib.ExitStack() as stack:

@@ -15,7 +15,9 @@ Keep = Callable[[Tensor], Tensor]
 
 _ABSENT = object()
 _CONTAINERS = frozenset({list, dict, OrderedDict, defaultdict, deque})
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # looked after elsewhere, as parameters and mode are, or without tensors
+_OF_EVERY_MODULE = frozenset(
+    vars(nn.Module())
+)  # looked after elsewhere, as parameters and mode are, or without tensors
 
 
 @contextlib.contextmanager

@@ -49,7 +49,9 @@ class ForwardRecorder:
     def __init__(self, model: nn.Module, features: str = OUTPUTS) -> None:
         self.model, self.features = model, features
         self._handles: list[Any] = []
-        self._here = threading.local()  # backward passes on accelerators, with what checkpointing makes again, have threads of their own
+        self._here = (
+            threading.local()
+        )  # backward passes on accelerators, with what checkpointing makes again, have threads of their own
         self._layer = None if features in (OUTPUTS, PENULTIMATE) else submodule(model, features, "features")
 
     def attach(self, example: Tensor, *, temporary: bool = False) -> None:

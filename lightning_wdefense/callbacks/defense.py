@@ -12,9 +12,9 @@ from lightning_wdefense._compat import Callback, LightningModule, Trainer, rank_
 from lightning_wdefense._strategy import check_strategy
 from lightning_wdefense.attacks import ThreatModel
 from lightning_wdefense.callbacks.interception import intercept_training_step
+from lightning_wdefense.callbacks.restoration import restore_in_time
 from lightning_wdefense.callbacks.schedule import is_logging_step, noise_generator, warmup_radius
 from lightning_wdefense.callbacks.support import attacked_model, check_automatic_optimization
-from lightning_wdefense.callbacks.restoration import restore_in_time
 from lightning_wdefense.defenses.branch import Branch
 from lightning_wdefense.defenses.defense import Defense
 from lightning_wdefense.defenses.recipe import Recipe
