@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,8 +27,8 @@ def isolated(model: Callable[..., Any], device: torch.device, *, evaluation: boo
     restored after an exception as well.
 
     Tensors that submodules keep as plain attributes, also in lists, tuples, dicts and deques there, are afterwards those that were there;
-    what the body adds is taken away, so that no cache holds one of its graphs. Attributes without tensors, such as counters, stay as the
-    body left them, and so does what is inside of other objects.
+    what the body adds is taken away, so that no cache holds one of its graphs. Their values are kept as well, but not those of tensors in
+    lists and the like. Attributes without tensors, such as counters, stay as the body left them, and so does what is inside of other objects.
 
     One thread at a time is inside with a module or a submodule of it; others wait. The random states come back when the last
     thread leaves. What cannot be kept apart is another thread's pass over the module outside of this, which meets it in eval mode, and
@@ -44,20 +44,19 @@ def isolated(model: Callable[..., Any], device: torch.device, *, evaluation: boo
         RuntimeError: if the threads that are inside with the module wait for what this one is inside with.
     """
     module = module_of(model)
+    modules = [] if module is None else list(module.modules())
     with contextlib.ExitStack() as stack:
-        if module is not None:
-            stack.enter_context(exclusive(module.modules()))
+        stack.enter_context(exclusive(modules))
         stack.enter_context(own_pass())
         for kept in _random_states(device):
             stack.enter_context(kept())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_fresh_autocast_cache())
-        if module is not None:
-            stack.enter_context(buffers_kept(module))
-            stack.enter_context(attributes_kept(module))
-            if evaluation:
-                stack.enter_context(_in_eval_mode(module))
+        stack.enter_context(buffers_kept(modules))
+        stack.enter_context(attributes_kept(modules))
+        if evaluation:
+            stack.enter_context(_in_eval_mode(modules))
         yield
 
 
@@ -146,9 +145,9 @@ def _fresh_autocast_cache() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _in_eval_mode(module: nn.Module) -> Iterator[None]:
+def _in_eval_mode(modules: Sequence[nn.Module]) -> Iterator[None]:
     # Flags are set one by one: `train()` may be overridden (frozen backbones), and each submodule has its own.
-    modes = [(submodule, submodule.training) for submodule in module.modules()]
+    modes = [(submodule, submodule.training) for submodule in modules]
     try:
         for submodule, _ in modes:
             # cuDNN has no backward for recurrent layers in eval mode; without dropout their modes do the same.

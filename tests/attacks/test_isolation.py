@@ -229,30 +229,28 @@ def test_tensors_in_plain_attributes():
     assert model.nested["names"][-1] == "b"
 
 
-def test_tensors_in_plain_attributes_made_in_inference_mode():
-    """As validation leaves them: no graph may save them."""
+def test_a_tensor_in_a_plain_attribute_made_in_inference_mode():
+    """As validation leaves it: no graph may save it."""
 
     class Masked(nn.Module):
         def __init__(self):
             super().__init__()
-            self.net, self.masks, self.mask = classifier(6), {}, None
+            self.net, self.mask = classifier(6), None
 
         def forward(self, x):
             if self.mask is None:
                 self.mask = torch.full((6,), 0.5)
-                self.masks["all"], self.pair = [self.mask], (self.mask, 1)
-            return self.net(x * self.mask * self.masks["all"][0] * self.pair[0])
+            return self.net(x * self.mask)
 
     model = Masked()
     inputs, labels = batch(6)
     expected = ATTACK(Masked(), inputs, labels)
     with torch.inference_mode():
         model(inputs)
-        mask, pair = model.mask, model.pair
+        mask = model.mask
         assert torch.equal(ATTACK(model, inputs, labels), expected)
     assert mask.is_inference()
-    assert model.mask is model.masks["all"][0] is mask
-    assert model.pair is pair
+    assert model.mask is mask
 
 
 @pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.weight_norm])
