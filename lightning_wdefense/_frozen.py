@@ -7,15 +7,21 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from lightning_wdefense._exclusive import exclusive
+
 
 @contextlib.contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """Inside, the module is differentiated with respect to its inputs alone; each parameter's own flag comes back."""
-    flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
-    try:
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+    """Inside, the module is differentiated with respect to its inputs alone; each parameter's own flag comes back.
+
+    Other threads that would freeze or isolate it wait.
+    """
+    with exclusive(module.modules()):
+        flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+        try:
+            for parameter, _ in flags:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)

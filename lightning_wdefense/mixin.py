@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_wdefense._compat import is_a
+from lightning_wdefense.callbacks.restoration import restore_in_time
 from lightning_wdefense.callbacks.schedule import is_logging_step, noise_generator, warmup_radius
 from lightning_wdefense.defenses.branch import Branch
 from lightning_wdefense.defenses.defense import Defense
@@ -96,6 +97,9 @@ class WassersteinDefenseMixin:
     def defend(self, inputs: Tensor, labels: Any, *, seed: int = 0) -> DefenseOutput:
         """Attack the batch and compute the recipe's loss on it.
 
+        Under a recipe with ``awp`` the weights are moved when this returns, until the backward pass of the loss ends. Where that does not
+        come, a trainer takes them back at the end of the batch; in a loop of your own, call ``self.defense.restore_weights()``.
+
         Args:
             inputs: ``(N, ...)`` in model units.
             labels: whatever the attack and :meth:`task_loss` take.
@@ -119,6 +123,8 @@ class WassersteinDefenseMixin:
         measured: dict[str, Any] = {}
         if trainer is not None and is_logging_step(trainer):
             measured = defense.measure(inputs, adversarial, labels)
+        if trainer is not None and recipe.awp > 0:
+            restore_in_time(trainer, defense, defense.restore_weights)
         with defense.perturbed_weights(inputs, adversarial, labels, self.task_loss) as until_backward:
             clean: Branch | None = defense.forward(inputs) if recipe.needs("clean") else None
             attacked: Branch | None = defense.forward(adversarial) if recipe.needs("adversarial") else None

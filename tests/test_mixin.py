@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 from dataclasses import replace
@@ -132,24 +133,153 @@ def test_weight_perturbation_trains_as_with_the_callback(manual):
     torch.testing.assert_close(weights(module), weights(expected), rtol=1e-5, atol=1e-6)
 
 
-def test_perturbed_weights_come_back_after_an_error():
-    class Broken(Defended):
-        def configure_defense(self):
-            return replace(super().configure_defense(), awp=0.01)
+class Perturbed(Defended):
+    """Skips every backward pass, in one way or another, and takes note of where its weights are afterwards."""
 
+    def __init__(self, way, **options):
+        super().__init__("pgd-at", manual=way.startswith("manual"), **options)
+        self.way, self.moved, self.losses = way, {}, []
+        self.start = weights(self)
+
+    def configure_defense(self):
+        return replace(super().configure_defense(), awp=0.01, warmup_epochs=0)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=2**-10)
+
+    def check(self, where):
+        self.moved[where] = not torch.equal(weights(self), self.start)
+
+    def training_step(self, batch, batch_idx):
+        output = self.defend(*batch)
+        self.check("in the step")
+        self.losses.append(output.loss)  # alive: nothing comes back with it
+        if self.way == "manual: step without backward":
+            for parameter in self.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            self.optimizers().step()
+            self.start = self.start - 2**-10
+        if self.way == "manual: stop":
+            raise StopIteration
+        if self.way == "manual: caught":
+            with contextlib.suppress(RuntimeError):
+                self.manual_backward(output.loss + Failing.apply(output.loss))
+        return None if self.way == "automatic: None" else output.loss
+
+    def backward(self, loss):
+        if self.way != "automatic: backward skipped":
+            super().backward(loss)
+
+    def on_train_batch_end(self, *args):
+        self.check("after the batch")
+
+    def validation_step(self, batch, batch_idx):
+        self.check("in validation")
+        self.defend(*batch)
+
+    def on_save_checkpoint(self, checkpoint):
+        super().on_save_checkpoint(checkpoint)
+        saved = torch.cat([value.flatten() for value in checkpoint["state_dict"].values()])
+        self.moved["in the checkpoint"] = not torch.equal(saved, self.start)
+
+
+class Failing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, loss):
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise RuntimeError("in backward")
+
+
+class Looking(L.Callback):
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        pl_module.check("for a callback")
+        trainer.save_checkpoint(f"{trainer.default_root_dir}/last.ckpt")
+
+    def on_exception(self, trainer, pl_module, exception):
+        pl_module.check("for a callback, after an error")
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        "manual: skipped",
+        "manual: stop",
+        "manual: caught",
+        "manual: step without backward",
+        "automatic: None",
+        "automatic: backward skipped",
+    ],
+)
+def test_perturbed_weights_come_back_without_a_backward_pass(way, tmp_path):
+    module = Perturbed(way)
+    options = {"limit_train_batches": 2, "limit_val_batches": 1, "default_root_dir": tmp_path}
+    trainer = quiet_trainer(callbacks=[Looking()], **options)
+    before = list(trainer.callbacks)
+    trainer.fit(module, *digits_loaders(shuffle=False))
+    module.check("after fit")
+    assert module.moved.pop("in the step")
+    assert len(module.moved) == 5
+    assert not any(module.moved.values()), module.moved
+    assert trainer.callbacks == before
+
+
+def test_perturbed_weights_come_back_after_an_error_in_the_trainer():
+    class Broken(Perturbed):
+        def training_step(self, batch, batch_idx):
+            super().training_step(batch, batch_idx)
+            raise KeyError("mine")
+
+    module = Broken("manual: skipped")
+    trainer = quiet_trainer(callbacks=[Looking()])
+    with pytest.raises(KeyError, match="mine"):
+        trainer.fit(module, digits_loaders()[0])
+    assert module.moved == {"in the step": True, "for a callback, after an error": False}
+    assert len(trainer.callbacks) == 1
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_perturbed_weights_come_back_where_nothing_can_be_differentiated(mode):
+    module = Perturbed("manual: skipped")
+    with mode():
+        module.defend(*(part[:16] for part in digits()))
+    assert torch.equal(weights(module), module.start)
+
+
+def test_perturbed_weights_come_back_on_demand():
+    module = Perturbed("manual: skipped")
+    module.defend(*(part[:16] for part in digits()))
+    assert not torch.equal(weights(module), module.start)
+    module.defense.restore_weights()
+    assert torch.equal(weights(module), module.start)
+
+
+@pytest.mark.parametrize("where", ["in the loss", "after the loss"])
+def test_perturbed_weights_come_back_after_an_error(where):
+    class Broken(Perturbed):
         def task_loss(self, outputs, labels):
-            moved.append(not torch.equal(weights(self), start))
-            if len(moved) == 2:
-                raise RuntimeError("in the loss")
+            self.check(len(self.moved))
+            if len(self.moved) == 2 and where == "in the loss":
+                raise RuntimeError(where)
             return super().task_loss(outputs, labels)
 
-    moved: list[bool] = []
-    module = Broken()
-    start = weights(module)
-    with pytest.raises(RuntimeError, match="in the loss"):
-        module.defend(*(part[:16] for part in digits()))
-    assert moved == [False, True]
-    assert torch.equal(weights(module), start)
+    module = Broken("manual: skipped")
+    images, labels = (part[:16] for part in digits())
+
+    def body():
+        if where == "in the loss":
+            module.defend(images, labels)
+        module.defense.recorder.attach(images)
+        with module.defense.perturbed_weights(images, images, labels) as until_backward:
+            until_backward(module.task_loss(module(images), labels))
+            raise RuntimeError(where)
+
+    with pytest.raises(RuntimeError, match=where):
+        body()
+    assert True in module.moved.values()
+    assert torch.equal(weights(module), module.start)
 
 
 @pytest.mark.parametrize("recipe", ["udr", "critic"])

@@ -12,6 +12,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
+from lightning_wdefense._autograd import gradients
 from lightning_wdefense.attacks.execution import Execution
 from lightning_wdefense.attacks.isolation import isolated
 from lightning_wdefense.attacks.labels import class_labels, counted, hard_labels
@@ -279,13 +280,14 @@ class Problem:
 
         Raises:
             ValueError: if ``values`` do not depend differentiably on ``point``.
+            RuntimeError: if the model checkpoints its activations with ``use_reentrant=True``.
         """
         if not values.requires_grad:
             raise ValueError(_NO_GRADIENT)
         for scale in self._scales():
             keep = keep_graph or scale != 1
             scaled = weights if scale == 1 else weights * scale
-            (gradient,) = torch.autograd.grad(values, point, scaled, retain_graph=keep, allow_unused=True)
+            (gradient,) = gradients(values, point, scaled, retain_graph=keep)
             if gradient is None:
                 raise ValueError(_NO_GRADIENT)
             if scale == 1 or bool(torch.isfinite(gradient).all()):

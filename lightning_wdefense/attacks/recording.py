@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,7 +32,7 @@ class Recording:
 
 
 class ForwardRecorder:
-    """Records a model's outputs, and the features of one of its layers, through forward hooks.
+    """Records a model's outputs, and the features of one of its layers, through forward hooks, in the thread that asks for it.
 
     The hooks stay for as long as the recorder is attached (a compiled model does not notice hooks that come later) and do
     nothing outside of :meth:`recording`.
@@ -48,8 +49,9 @@ class ForwardRecorder:
     def __init__(self, model: nn.Module, features: str = OUTPUTS) -> None:
         self.model, self.features = model, features
         self._handles: list[Any] = []
-        self._current: Recording | None = None
-        self._level = 0
+        self._here = (
+            threading.local()
+        )  # backward passes on accelerators, with what checkpointing makes again, have threads of their own
         self._layer = None if features in (OUTPUTS, PENULTIMATE) else submodule(model, features, "features")
 
     def attach(self, example: Tensor, *, temporary: bool = False) -> None:
@@ -79,13 +81,15 @@ class ForwardRecorder:
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[Recording]:
-        """Record the forward passes made inside, but not what other callbacks do in between: attacks and passes of their own."""
-        outer = self._current, self._level
-        self._current, self._level = Recording(), own_passes()
+        """Record the forward passes made inside by this thread, but not what other callbacks do in between: attacks and passes of their own."""
+        here = self._here
+        outer = getattr(here, "recording", None), getattr(here, "level", 0)
+        recording = here.recording = Recording()
+        here.level = own_passes()
         try:
-            yield self._current
+            yield recording
         finally:
-            self._current, self._level = outer
+            here.recording, here.level = outer
 
     def observe(self, inputs: Tensor) -> tuple[Any, Tensor]:
         """The outputs of a forward pass on these inputs, and its features, detached, ``(N, D)``."""
@@ -118,17 +122,30 @@ class ForwardRecorder:
             )
         return found if self.features == OUTPUTS else found.reshape(size, -1)
 
+    def _recorded(self) -> Recording | None:
+        recording: Recording | None = getattr(self._here, "recording", None)
+        return recording if recording is not None and self._here.level == own_passes() else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_here": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _here=threading.local())
+
     def _saw_outputs(self, module: nn.Module, args: Any, outputs: Any) -> None:
-        if self._current is not None and self._level == own_passes():
-            self._current.outputs.append(outputs)
+        recording = self._recorded()
+        if recording is not None:
+            recording.outputs.append(outputs)
 
     def _saw_features(self, module: nn.Module, args: Any, outputs: Any) -> None:
-        if self._current is not None and self._level == own_passes():
-            self._current.features.append(outputs)
+        recording = self._recorded()
+        if recording is not None:
+            recording.features.append(outputs)
 
     def _saw_input(self, module: nn.Module, args: Any) -> None:
-        if self._current is not None and self._level == own_passes():
-            self._current.features.append(args[0])
+        recording = self._recorded()
+        if recording is not None:
+            recording.features.append(args[0])
 
 
 def submodule(model: nn.Module, path: str, argument: str) -> nn.Module:

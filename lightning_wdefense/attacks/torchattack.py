@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lightning_wdefense._dtype import default_dtype
 from lightning_wdefense._names import unknown_name
+from lightning_wdefense._seeding import alone_with_random_state
 from lightning_wdefense.attacks.base import Attack, Problem
 from lightning_wdefense.attacks.isolation import eager
 from lightning_wdefense.attacks.labels import class_labels, hard_labels
@@ -86,11 +87,12 @@ class TorchAttack(Attack):
 
     def perturb(self, problem: Problem) -> Tensor:
         """The adversarial inputs, in data units."""
-        view = UnitImages(problem)
-        attack = self._build(view.model, view.classes, seed_globally(problem.generator))
-        with default_dtype(torch.float32):  # torchattacks counts on it; Lightning's "true" precisions change it
-            adversarial = attack(view.images, view.labels)
-        return problem.project(view.to_data(adversarial))
+        with alone_with_random_state():  # from which torchattacks draws
+            view = UnitImages(problem)
+            attack = self._build(view.model, view.classes, seed_globally(problem.generator))
+            with default_dtype(torch.float32):  # torchattacks counts on it; Lightning's "true" precisions change it
+                adversarial = attack(view.images, view.labels)
+            return problem.project(view.to_data(adversarial))
 
     def _build(self, model: nn.Module, classes: int, seed: int) -> Any:
         needed = 3 if self.options.get("loss") == "dlr" else MIN_CLASSES.get(self.attack, 2)

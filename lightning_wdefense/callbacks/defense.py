@@ -13,6 +13,7 @@ from lightning_wdefense._strategy import check_strategy
 from lightning_wdefense.attacks import ThreatModel
 from lightning_wdefense.attacks.threat import check_threat
 from lightning_wdefense.callbacks.interception import intercept_training_step
+from lightning_wdefense.callbacks.restoration import restore_in_time
 from lightning_wdefense.callbacks.schedule import is_logging_step, noise_generator, warmup_radius
 from lightning_wdefense.callbacks.support import attacked_model, check_automatic_optimization
 from lightning_wdefense.defenses.branch import Branch
@@ -151,6 +152,7 @@ class WassersteinDefense(Callback):
         **kwargs: Any,
     ) -> Any:
         recipe, defense = self.recipe, self._bind(pl_module)
+        restore_in_time(trainer, defense, self._restore)
         inputs, labels = self._batches.read(batch)
         defense.recorder.attach(inputs)
         radius = warmup_radius(trainer, recipe.warmup_epochs)

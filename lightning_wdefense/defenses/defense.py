@@ -132,29 +132,33 @@ class Defense:
             task_loss: ``(outputs, labels) -> scalar`` on what ``training_step`` sees; the recipe's by default.
 
         Yields:
-            A function of the step's loss, after which the weights come back at the end of its backward pass. Without that call, and
-            after an exception, they come back with the end of the context.
+            A function of the step's loss, after which the weights come back at the end of its backward pass. Without that call, after an
+            exception, and for a loss without a graph, they come back with the end of the context. A backward pass that may not come is
+            the caller's to look after, by :meth:`restore_weights`.
         """
         recipe, perturbation = self.recipe, self.perturbation
-        if recipe.awp > 0:
-            perturbation.undo()
-            with isolated(self.model, inputs.device, evaluation=False):
-                clean = self.forward(inputs) if recipe.needs("clean") else None
-                attacked = self.forward(adversarial) if recipe.needs("adversarial") else None
-                seen = clean if recipe.sees == "clean" else attacked
-                assert seen is not None
-                loss = (task_loss or recipe.task_loss)(seen.outputs, labels)
-                perturbation.apply(self.combine(loss, clean, attacked, labels)[0])
-        losses: list[Tensor] = []
+        waiting = False
+
+        def until_backward(loss: Tensor) -> None:
+            nonlocal waiting
+            waiting = perturbation.undo_after(loss)
+
         try:
-            yield losses.append
-            for loss in losses:
-                perturbation.undo_after(loss)
+            if recipe.awp > 0:
+                perturbation.undo()
+                with isolated(self.model, inputs.device, evaluation=False):
+                    clean = self.forward(inputs) if recipe.needs("clean") else None
+                    attacked = self.forward(adversarial) if recipe.needs("adversarial") else None
+                    seen = clean if recipe.sees == "clean" else attacked
+                    assert seen is not None
+                    loss = (task_loss or recipe.task_loss)(seen.outputs, labels)
+                    perturbation.apply(self.combine(loss, clean, attacked, labels)[0])
+            yield until_backward
         except BaseException:
-            losses.clear()
+            waiting = False
             raise
         finally:
-            if not losses:
+            if not waiting:
                 perturbation.undo()
 
     def combine(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_wdefense._seeding import seeded
 from lightning_wdefense.attacks.threat import ThreatModel
 
 
@@ -45,8 +46,7 @@ class ResidualGenerator(nn.Module):
         def layer(inputs: int, outputs: int) -> nn.Module:
             return nn.Conv2d(inputs, outputs, 3, padding=1) if images else nn.Linear(inputs, outputs)
 
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             layers: list[nn.Module] = [] if images else [nn.Flatten()]
             for index in range(depth):
                 layers += [layer(width if index else size, width), nn.SiLU()]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lightning_wdefense._autograd import gradients
+
 
 class WeightPerturbation:
     """Moves a model's weights uphill for one backward pass, and back to the last bit (Wu et al., 2020).
@@ -28,9 +30,9 @@ class WeightPerturbation:
         """Perturb the weights towards a larger ``loss``; weights that it does not depend on stay."""
         self.undo()
         weights = [weight for weight in self.model.parameters() if weight.requires_grad and weight.ndim > 1]
-        gradients = torch.autograd.grad(loss, weights, allow_unused=True) if weights else ()
+        directions = gradients(loss, weights) if weights else ()
         with torch.no_grad():
-            for weight, gradient in zip(weights, gradients, strict=True):
+            for weight, gradient in zip(weights, directions, strict=True):
                 if gradient is None:
                     continue
                 length = gradient.norm()
@@ -39,10 +41,11 @@ class WeightPerturbation:
                 self._kept.append((weight, weight.detach().clone()))
                 weight.add_(torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0) * scale)
 
-    def undo_after(self, loss: Tensor) -> None:
-        """Take the weights back as soon as the backward pass of ``loss`` ends."""
+    def undo_after(self, loss: Tensor) -> bool:
+        """Take the weights back as soon as the backward pass of ``loss`` ends; returns whether there can be one."""
         if self._kept and loss.requires_grad:
             loss.register_hook(self._at_the_end_of_backward)
+        return loss.requires_grad
 
     def undo(self) -> None:
         """Take the weights back now."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 from functools import partial
 
 import pytest
 import torch
 from support.modules import Nasty, Snapshot, batch, classifier
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_wdefense.attacks import PGD, ThreatModel, worst_case
 from lightning_wdefense.attacks.isolation import isolated, module_of
@@ -178,3 +180,149 @@ def test_worst_case_of_a_model_that_works_in_place():
     assert torch.equal(inputs, kept)
     assert (found.inputs - inputs).abs().max() <= 0.1 + 1e-6
     assert torch.equal(model(found.inputs.clone()).argmax(1), found.adversarial["pgd"])
+
+
+class Caching(nn.Module):
+    """Keeps tensors in plain attributes, of every kind that forward passes leave behind."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.scale = classifier(6), nn.Parameter(torch.ones(()))
+        self.empty, self.last, self.list, self.passes = None, torch.zeros(3), [torch.zeros(2)], 0
+        self.nested = {"layers": [(torch.ones(1), 1)], "names": ["a"]}
+        self.queue = deque([torch.ones(1)], maxlen=2)
+        self.written = torch.zeros(5)
+
+    def forward(self, x):
+        outputs = self.scale * self.net(x)
+        self.empty, self.last, self.late = outputs, outputs, {"outputs": outputs}
+        self.list.append(outputs)
+        self.nested["layers"][0] = (outputs, 2)
+        self.nested["more"] = outputs
+        self.queue.append(outputs)
+        self.queue.append(outputs)
+        self.written[:] = outputs[0]
+        self.passes += 1
+        self.nested["names"].append("b")
+        return outputs
+
+
+def test_tensors_in_plain_attributes():
+    """They come back themselves, with their values; other attributes are the user's own."""
+    model = Caching()
+    inputs, labels = batch(6)
+    last, first, layer, queued = model.last, model.list[0], model.nested["layers"][0], model.queue[0]
+    ATTACK(model, inputs, labels)
+    assert model.empty is None
+    assert not hasattr(model, "late")
+    assert model.last is last
+    assert len(model.list) == 1
+    assert model.list[0] is first
+    assert model.nested.keys() == {"layers", "names"}
+    assert model.nested["layers"][0] is layer
+    assert len(model.queue) == 1
+    assert model.queue[0] is queued
+    assert not model.written.any()
+    assert not model.written.requires_grad
+    copy.deepcopy(model)
+    assert model.passes > 0
+    assert model.nested["names"][-1] == "b"
+
+
+def test_a_tensor_in_a_plain_attribute_made_in_inference_mode():
+    """As validation leaves it: no graph may save it."""
+
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.mask = classifier(6), None
+
+        def forward(self, x):
+            if self.mask is None:
+                self.mask = torch.full((6,), 0.5)
+            return self.net(x * self.mask)
+
+    model = Masked()
+    inputs, labels = batch(6)
+    expected = ATTACK(Masked(), inputs, labels)
+    with torch.inference_mode():
+        model(inputs)
+        mask = model.mask
+        assert torch.equal(ATTACK(model, inputs, labels), expected)
+    assert mask.is_inference()
+    assert model.mask is mask
+
+
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.weight_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+def test_weights_that_hooks_compute(norm):
+    """They are plain attributes: a graph left in one is neither copied nor saved, nor must the user's own graph be lost."""
+    net = nn.Sequential(norm(nn.Linear(6, 5)))
+    inputs, labels = batch(6)
+    for mode in (torch.no_grad, torch.enable_grad):
+        with mode():
+            loss = net(inputs).sum()
+        weight = net[0].weight
+        ATTACK(net, inputs, labels)
+        assert net[0].weight is weight
+        if mode is torch.no_grad:
+            copy.deepcopy(net)
+    loss.backward()
+
+
+def test_a_buffer_that_is_written_with_a_graph():
+    class Remembering(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = classifier(6)
+            self.register_buffer("memory", torch.zeros(5))
+
+        def forward(self, x):
+            outputs = self.net(x)
+            self.memory.mul_(0.5).add_(outputs.mean(0))
+            return outputs + self.memory
+
+    model = Remembering()
+    ATTACK(model, *batch(6))
+    assert not model.memory.requires_grad
+    assert not model.memory.any()
+    copy.deepcopy(model)
+
+
+def test_an_attack_inside_of_cached_parametrizations():
+    """The user trains with weights that have a graph, whoever came first."""
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 5)))
+    inputs, labels = batch(6)
+    weight = model[0].parametrizations.weight.original1
+    with nn.utils.parametrize.cached():
+        with torch.no_grad(), isolated(model, CPU), torch.no_grad():
+            model(inputs)  # computed without a graph
+        first = model[0].weight
+        ATTACK(model, inputs, labels)
+        assert model[0].weight is first
+        model(inputs).sum().backward()
+    assert weight.grad is not None
+    assert not nn.utils.parametrize._cache
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing(reentrant):
+    """What the error says to do works."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = classifier(6)
+
+        def forward(self, x):
+            return checkpoint(self.net, x, use_reentrant=reentrant)
+
+    model = Checkpointed()
+    inputs, labels = batch(6)
+    snapshot = Snapshot(model)
+    if reentrant:
+        with pytest.raises(RuntimeError, match=r"checkpoint\(\.\.\., use_reentrant=False\)"):
+            ATTACK(model, inputs, labels)
+    else:
+        assert torch.equal(ATTACK(model, inputs, labels), ATTACK(model.net, inputs, labels))
+    snapshot.check()
