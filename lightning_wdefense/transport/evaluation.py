@@ -64,7 +64,9 @@ def read_arguments(
             name for name, given in (("x_labels", x_labels), ("y_labels", y_labels)) if given is None
         )
         raise ValueError(f"label_cost={options.label_cost} needs labels: pass {missing}, or label_cost=None.")
-    source, target = read_measures(x, y, a, b, x_labels, y_labels, balanced=options.rho is None)
+    source, target = read_measures(
+        x, y, a, b, x_labels, y_labels, balanced=options.rho is None, own_cost=callable(options.cost)
+    )
     pairs: tuple[Pair, ...] = ("xy", "xx", "yy") if debias else ("xy",)
     matrices: dict[Pair, Tensor] = {}
     if options.cost == "cosine":

@@ -80,7 +80,7 @@ def sliced_wasserstein(
         raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}.")
     with torch.autocast(x.device.type if isinstance(x, Tensor) else "cpu", enabled=False):
         source, target = read_measures(x, y, a, b, None, None, balanced=False)
-        equal_masses(source.weights, target.weights, "normalise them")
+        equal_masses(source.weights, target.weights, a, b, "normalise them")
         value = _evaluate(source, target, options, generator, uniform=a is None and b is None)
     return value if x.ndim == 3 else value[0]
 
@@ -90,7 +90,7 @@ def _evaluate(
     x: Measure, y: Measure, options: SlicedOptions, generator: torch.Generator | None, *, uniform: bool
 ) -> Tensor:
     # The distance between two clouds is that of their translates, whose projections are rounded less.
-    centre = x.points.detach().mean(-2, keepdim=True)
+    centre = x.detached().mean()
     x, y = (measure._replace(points=measure.points - centre) for measure in (x, y))
     directions = _directions(x.points, options, generator)
     learned = isinstance(options.directions, str) and options.directions == "max"
