@@ -95,8 +95,8 @@ def half_squared_distance(source: Measure, target: Measure, eps: float) -> Groun
     if dtype == torch.float32 and x.device.type != "mps":
         weighty = torch.where(source.weights > 0, row, 0), torch.where(target.weights > 0, column, 0)
         if torch.finfo(dtype).eps * max(float(squares.max()) for squares in weighty) > ROUNDING * eps:
-            wide = (each._replace(points=each.points.double()) for each in (source, target))
-            return _wide(half_squared_distance(*wide, eps), dtype)
+            source, target = (each._replace(points=each.points.double()) for each in (source, target))
+            return _wide(half_squared_distance(source, target, eps), dtype)
     transposed, product = y.mT, torch.addmm if x.ndim == 2 else torch.baddbmm
 
     def matrix(part: slice, out: Tensor | None = None) -> Tensor:

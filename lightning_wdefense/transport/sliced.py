@@ -42,8 +42,9 @@ def sliced_wasserstein(
     Args:
         x: points ``(N, D)`` or ``(B, N, D)``, of a floating dtype.
         y: points ``(M, D)`` or ``(B, M, D)``.
-        a: weights of ``x``, ``(N,)`` or ``(B, N)``, not negative; ``None`` for ``1 / N`` each.
-        b: weights of ``y``, likewise; they must sum to what ``a`` sums to.
+        a: weights of ``x``, ``(N,)`` or ``(B, N)``, not negative; ``None`` for ``1 / N`` each. A point of weight zero is padding, of any
+            value, NaN and infinite included; see :func:`sinkhorn`.
+        b: weights of ``y``, likewise; they must sum to what ``a`` sums to, up to the rounding of their dtype.
         p: power of the distance, at least 1.
         n_projections: number of directions. For a translation in many dimensions and ``p = 2`` the standard error of independent
             ones is ``1 / sqrt(2 K)`` of the distance, 9% for the default; orthogonal ones have none if ``K`` is a multiple of ``D``.
