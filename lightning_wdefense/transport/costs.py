@@ -83,18 +83,20 @@ def matrix_cost(matrix: Tensor) -> GroundCost:
     return GroundCost(tuple(matrix.shape), lambda part: matrix[..., part, :], lazy=False)
 
 
-def half_squared_distance(x: Tensor, y: Tensor, eps: float) -> GroundCost:
-    """``|x - y|^2 / 2`` between points ``(..., N, D)`` and ``(..., M, D)`` near the origin.
+def half_squared_distance(source: Measure, target: Measure, eps: float) -> GroundCost:
+    """``|x - y|^2 / 2`` between the points ``(..., N, D)`` and ``(..., M, D)`` of measures near the origin.
 
     The squares are offsets, the matrix is the negative product. They cancel almost entirely, so that they are taken in float64
     where float32 is too coarse beside ``eps``.
     """
+    x, y = source.points, target.points
     dtype, shape = x.dtype, (*x.shape[:-1], y.shape[-2])
     row, column = half_squares(x), half_squares(y)
     if dtype == torch.float32 and x.device.type != "mps":
-        largest = max(float(row.max()), float(column.max()))
-        if torch.finfo(dtype).eps * largest > ROUNDING * eps:
-            return _wide(half_squared_distance(x.double(), y.double(), eps), dtype)
+        weighty = torch.where(source.weights > 0, row, 0), torch.where(target.weights > 0, column, 0)
+        if torch.finfo(dtype).eps * max(float(squares.max()) for squares in weighty) > ROUNDING * eps:
+            source, target = (each._replace(points=each.points.double()) for each in (source, target))
+            return _wide(half_squared_distance(source, target, eps), dtype)
     transposed, product = y.mT, torch.addmm if x.ndim == 2 else torch.baddbmm
 
     def matrix(part: slice, out: Tensor | None = None) -> Tensor:

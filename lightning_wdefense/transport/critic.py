@@ -100,23 +100,21 @@ class WassersteinCritic(nn.Module):
         check_settings(lipschitz, penalty, width, depth, classes)
         self.lipschitz, self.penalty, self.classes = lipschitz, penalty, classes
         self.shape: tuple[int, ...] | None = None
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            if isinstance(network, nn.Module):
-                if classes is not None:
-                    raise ValueError(
-                        f"classes={classes} needs a network that is built, got a {type(network).__name__}."
-                    )
-                self.network = network
-            else:
-                self.shape = (network,) if isinstance(network, int) else tuple(network)
-                if not self.shape or min(self.shape) < 1:
-                    shape = ", ".join(map(str, self.shape))
-                    raise ValueError(f"The points must have at least one value, got shape (N, {shape}).")
-                self.network = CriticNetwork(self.shape, width, depth, classes)
-            self.orthonormal = constrain(self.network, lipschitz)
-        self.register_buffer("centre", torch.zeros(self.shape or ()))
-        self.register_buffer("scale", torch.ones(()))
+        if isinstance(network, nn.Module):
+            if classes is not None:
+                raise ValueError(f"classes={classes} needs a network that is built, got a {type(network).__name__}.")
+            self.network = network
+        else:
+            self.shape = (network,) if isinstance(network, int) else tuple(network)
+            if not self.shape or min(self.shape) < 1:
+                shape = ", ".join(map(str, self.shape))
+                raise ValueError(f"The points must have at least one value, got shape (N, {shape}).")
+            self.network = CriticNetwork(self.shape, width, depth, classes, seed).to(torch.get_default_device())
+        self.orthonormal = constrain(self.network, lipschitz)
+        # Not PyTorch's default dtype, which is one for all threads, and which Trainers change.
+        dtype = next((each.dtype for each in self.network.parameters() if each.is_floating_point()), torch.float32)
+        self.register_buffer("centre", torch.zeros(self.shape or (), dtype=dtype))
+        self.register_buffer("scale", torch.ones((), dtype=dtype))
         self.register_buffer("batches", torch.zeros((), dtype=torch.long))
 
     @property
@@ -189,7 +187,7 @@ class WassersteinCritic(nn.Module):
         x, y = x.detach().to(self.scale.dtype), y.detach().to(self.scale.dtype)
         device = x.device if generator is None else generator.device
         generator = generator or torch.Generator(device).manual_seed(int(self.batches))
-        share = torch.rand((size, *[1] * (x.ndim - 1)), generator=generator, device=device).to(x)
+        share = torch.rand((size, *[1] * (x.ndim - 1)), generator=generator, dtype=torch.float32, device=device).to(x)
         rows = torch.arange(size, device=x.device)
         # A backward pass under autocast is cast too, whatever the forward pass was.
         with torch.enable_grad(), torch.autocast(x.device.type, enabled=False), exact_products():

@@ -44,7 +44,7 @@ def sinkhorn_divergence(
     Args:
         x: points ``(N, D)`` or ``(B, N, D)``, of a floating dtype.
         y: points ``(M, D)`` or ``(B, M, D)``.
-        a: weights of ``x``, ``(N,)`` or ``(B, N)``; ``None`` for ``1 / N`` each.
+        a: weights of ``x``, ``(N,)`` or ``(B, N)``; ``None`` for ``1 / N`` each. Points of weight zero are padding of any value.
         b: weights of ``y``, likewise; without ``reach`` they must sum to what ``a`` sums to.
         p: 1 for the distance as cost, 2 for half the squared distance.
         blur: scale below which the transport does not look, in units of the distance; wins over ``relative_blur``.
@@ -84,6 +84,13 @@ def sinkhorn_divergence(
         >>> import torch
         >>> x = torch.randn(16, 2, generator=torch.Generator().manual_seed(0))
         >>> round(sinkhorn_divergence(x, x + torch.tensor([0.0, 2.0])).item(), 3)
+        2.0
+
+        Clouds of different sizes make a batch by padding, with points of weight zero:
+
+        >>> weights = (torch.arange(16) < 10) / 10
+        >>> padded = x.masked_fill(weights[:, None] == 0, torch.nan)
+        >>> round(sinkhorn_divergence(padded, x[:10] + torch.tensor([0.0, 2.0]), weights).item(), 3)
         2.0
     """
     options = SinkhornOptions(p, blur, relative_blur, reach, cost, label_cost, tol, max_iter, solver)

@@ -73,8 +73,11 @@ def sinkhorn(
     Args:
         x: points ``(N, D)`` or ``(B, N, D)``, of a floating dtype.
         y: points ``(M, D)`` or ``(B, M, D)``.
-        a: weights of ``x``, ``(N,)`` or ``(B, N)``, not negative; ``None`` for ``1 / N`` each.
-        b: weights of ``y``, likewise. Without ``reach`` they must sum to what ``a`` sums to.
+        a: weights of ``x``, ``(N,)`` or ``(B, N)``, not negative; ``None`` for ``1 / N`` each. A point of weight zero is padding, of any
+            value and label, NaN and infinite included: it changes nothing. Outside the box that all other points span it counts as
+            the nearest place in it where its weight is differentiated and where potentials are asked for (with a cost of your own, as
+            the point of the largest weight, wherever it is).
+        b: weights of ``y``, likewise. Without ``reach`` they must sum to what ``a`` sums to, up to the rounding of their dtype.
         p: 1 for the distance as cost, 2 for half the squared distance.
         blur: scale below which the transport does not look, in units of the distance; wins over ``relative_blur``.
         relative_blur: blur in units of the typical distance of the batch, ``mean(C)^(1/p)`` between ``x`` and ``y``

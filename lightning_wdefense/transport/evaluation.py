@@ -64,7 +64,9 @@ def read_arguments(
             name for name, given in (("x_labels", x_labels), ("y_labels", y_labels)) if given is None
         )
         raise ValueError(f"label_cost={options.label_cost} needs labels: pass {missing}, or label_cost=None.")
-    source, target = read_measures(x, y, a, b, x_labels, y_labels, balanced=options.rho is None)
+    source, target = read_measures(
+        x, y, a, b, x_labels, y_labels, balanced=options.rho is None, own_cost=callable(options.cost)
+    )
     pairs: tuple[Pair, ...] = ("xy", "xx", "yy") if debias else ("xy",)
     matrices: dict[Pair, Tensor] = {}
     if options.cost == "cosine":
@@ -95,7 +97,7 @@ def evaluate(arguments: Arguments, warm_start: WarmStart | None = None) -> Evalu
         blur = blurs[0] if blurs[0].ndim else torch.stack(blurs)
         value = sum((WEIGHT[pair] * optima[pair].value for pair in pairs), torch.zeros_like(blur))
     if warm_start is not None:
-        warm_start.keep(optima["xy"].g)
+        warm_start.potential = optima["xy"].g  # whatever it is worth: the next call judges it
     if any(needed):
         gradients = _gradients(arguments, optima)
         unused: dict[str, Any] = dict.fromkeys(("of_x", "of_y", "of_a", "of_b", "of_cost"))

@@ -54,6 +54,8 @@ class Iteration:
             array(self.xp, c) for c in constants
         )
         self._a = array(self.xp, kernel.a)
+        # What has no weight stays where it is: a long step of it would shorten those of the others.
+        self._inverse_rho = None if self.rho is None else array(self.xp, torch.where(b > 0, 1 / self.rho, 0).to(b))
         self._tiny, self._root_tiny = (array(self.xp, b.new_tensor(tiny)) for tiny in (TINY, TINY**0.5))
 
     def log_step(self, g: Tensor, eps: float | Tensor) -> Tensor:
@@ -124,10 +126,12 @@ class Iteration:
     def _residual(self, columns: Array, potential: Array) -> Array:
         """Plain Sinkhorn step, in units of the temperature."""
         residual = self._log_b - self.xp.log(self.xp.maximum(columns, self._tiny))
-        if self.rho is None:
+        if self._inverse_rho is None:
             return residual
         share = self.kernel.share
-        return (share if isinstance(share, float) else array(self.xp, share)) * (residual - potential / self.rho)
+        return (share if isinstance(share, float) else array(self.xp, share)) * (
+            residual - potential * self._inverse_rho
+        )
 
     def _value(self, w: Array, potential: Array) -> float | Array:
         """Dual value at the last potential, in units of ``eps``."""

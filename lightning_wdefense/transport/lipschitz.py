@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 Lipschitz = Literal["orthogonal", "spectral-norm", "gradient-penalty", "one-sided-penalty"]
 PENALISED = ("gradient-penalty", "one-sided-penalty")
 
+_Layer = TypeVar("_Layer", nn.Linear, nn.Conv2d)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BATCH_STATISTICS = (nn.modules.batchnorm._BatchNorm,)
 _LARGEST_FLAT = 1024
@@ -50,17 +51,24 @@ class CriticNetwork(nn.Module):
         width: of the hidden layers; ``None`` for that of the points, from 64 to 256.
         depth: number of hidden layers.
         classes: number of classes; ``None`` for one function of the points alone.
+        seed: of the weights. They are drawn from a generator of their own, as the one of all threads would be shared with others.
     """
 
-    def __init__(self, shape: Sequence[int], width: int | None, depth: int, classes: int | None) -> None:
+    def __init__(self, shape: Sequence[int], width: int | None, depth: int, classes: int | None, seed: int = 0) -> None:
         super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+
+        def linear(inputs: int, outputs: int) -> nn.Linear:
+            return _drawn(nn.utils.skip_init(nn.Linear, inputs, outputs, dtype=torch.float32), generator)
+
         patches: list[nn.Module] = []
         if len(shape) == 3 and math.prod(shape) > _LARGEST_FLAT:
             channels, height, side = shape
             out = 32
             while min(height, side) >= 8:
                 pad = (0, -side % 2, 0, -height % 2)
-                patches += [nn.ZeroPad2d(pad), nn.Conv2d(channels, out, 2, stride=2), GroupSort()]
+                convolution = nn.utils.skip_init(nn.Conv2d, channels, out, 2, stride=2, dtype=torch.float32)
+                patches += [nn.ZeroPad2d(pad), _drawn(convolution, generator), GroupSort()]
                 channels, height, side, out = out, (height + 1) // 2, (side + 1) // 2, 2 * out
             shape = (channels, height, side)
         inputs = math.prod(shape)
@@ -68,10 +76,10 @@ class CriticNetwork(nn.Module):
         width = width or min(max(64, inputs + inputs % 2), 256)
         layers: list[nn.Module] = [GroupSort()]
         for _ in range(depth - 1):
-            layers += [nn.Linear(width, width), GroupSort()]
-        self.first = nn.Sequential(*patches, nn.Flatten(), nn.Linear(inputs, width))
-        self.shift = None if classes is None else ClassShift(classes, width)
-        self.rest = nn.Sequential(*layers, nn.Linear(width, 1))
+            layers += [linear(width, width), GroupSort()]
+        self.first = nn.Sequential(*patches, nn.Flatten(), linear(inputs, width))
+        self.shift = None if classes is None else ClassShift(classes, width, generator)
+        self.rest = nn.Sequential(*layers, linear(width, 1))
 
     def forward(self, points: Tensor, classes: Tensor | None = None) -> Tensor:
         """Scores ``(N, 1)`` of points ``(N, ...)``, with shares of classes ``(N, K)`` where it was built for them."""
@@ -82,9 +90,20 @@ class CriticNetwork(nn.Module):
 class ClassShift(nn.Module):
     """A vector a class, ``weight`` ``(K, width)``: added to a layer, it leaves its Lipschitz constant alone."""
 
-    def __init__(self, classes: int, width: int) -> None:
+    def __init__(self, classes: int, width: int, generator: torch.Generator) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(classes, width))
+        self.weight = nn.Parameter(
+            torch.randn(classes, width, generator=generator, dtype=torch.float32, device=generator.device)
+        )
+
+
+def _drawn(layer: _Layer, generator: torch.Generator) -> _Layer:
+    """A linear layer or a convolution with the weights and biases that it has by default, from a generator."""
+    bound = as_matrix(layer.weight).shape[1] ** -0.5
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.uniform_(-bound, bound, generator=generator)
+    return layer
 
 
 def constrain(network: nn.Module, lipschitz: Lipschitz) -> list[Tensor]:

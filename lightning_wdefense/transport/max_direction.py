@@ -39,7 +39,7 @@ def max_direction(candidates: Tensor, x: Measure, y: Measure, p: float, *, unifo
     # Gradients are needed here whatever the mode outside; of tensors made in inference mode there are none.
     with torch.inference_mode(False), torch.no_grad():
         x, y = (Measure(m.points.clone(), m.weights.clone(), None) for m in (x, y))
-        shift = _mean(x) - _mean(y)
+        shift = x.mean() - y.mean()
         shift = F.normalize(shift / shift.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(shift.dtype).tiny), dim=-1)
         candidates = torch.cat([candidates.clone().expand(len(shift), -1, -1), shift], 1)
         at = _best(candidates, x, y, p, uniform, min(STARTS, candidates.shape[1]))
@@ -54,11 +54,6 @@ def max_direction(candidates: Tensor, x: Measure, y: Measure, p: float, *, unifo
             costs, _ = costs_along(path.flatten(1, 2), x, y, p, uniform=uniform)
             at = _take(path, costs.unflatten(1, path.shape[1:3]).argmax(-1, keepdim=True)).squeeze(2)
         return _best(at, x, y, p, uniform, 1)
-
-
-def _mean(measure: Measure) -> Tensor:
-    weights = measure.weights / measure.weights.sum(-1, keepdim=True)
-    return (weights.unsqueeze(-1) * measure.points).sum(-2, keepdim=True)
 
 
 def _best(directions: Tensor, x: Measure, y: Measure, p: float, uniform: bool, k: int) -> Tensor:

@@ -7,8 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_wdefense.transport.padding import contained
+
 MASS_TOLERANCE = 1e-3
-"""Relative difference between the two total masses that counts as rounding (bfloat16 weights are off by this much)."""
+"""Relative difference between the two total masses that counts as rounding, whatever the dtype; see :func:`_rounding`."""
 
 
 class Measure(NamedTuple):
@@ -21,6 +23,11 @@ class Measure(NamedTuple):
     def detached(self) -> Measure:
         """The same without a graph."""
         return Measure(self.points.detach(), self.weights.detach(), self.labels)
+
+    def mean(self) -> Tensor:
+        """Centre of mass ``(..., 1, D)``."""
+        shares = self.weights / self.weights.sum(-1, keepdim=True)
+        return (shares.unsqueeze(-1) * self.points).sum(-2, keepdim=True)
 
     def problem(self, i: int) -> Measure:
         """The measure of one problem of the batch: points ``(N, D)``, weights ``(N,)`` and labels alike."""
@@ -36,28 +43,33 @@ def read_measures(
     y_labels: Tensor | None,
     *,
     balanced: bool,
+    own_cost: bool = False,
 ) -> tuple[Measure, Measure]:
     """Both clouds as batched measures in float32 or float64, or an error that says what is wrong with which argument.
 
-    In the balanced case the second mass is scaled to the first, so that rounding cannot make the problem infeasible.
+    Points of weight zero may have any value and any label, and come back as :func:`~.padding.contained` says. In the balanced case
+    the second mass is scaled to the first, so that rounding cannot make the problem infeasible.
     """
     _check_cloud("x", x)
     _check_cloud("y", y)
     _check_pair(x, y)
-    check_finite("x", x)
-    check_finite("y", y)
     dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
     weights_x = _read_weights("a", a, "x", x, dtype)
     weights_y = _read_weights("b", b, "y", y, dtype)
-    if balanced:
-        mass_x, mass_y = equal_masses(
-            weights_x, weights_y, "normalise them, or pass reach= to let mass be created and destroyed"
-        )
-        weights_y = weights_y * (mass_x / mass_y)
-    _check_labels("x_labels", x_labels, "x", x)
-    _check_labels("y_labels", y_labels, "y", y)
+    check_finite("x", x, weights_x)
+    check_finite("y", y, weights_y)
+    points_x, points_y = usable(x.to(dtype)), usable(y.to(dtype))
+    x_labels = _read_labels("x_labels", x_labels, "x", x, weights_x)
+    y_labels = _read_labels("y_labels", y_labels, "y", y, weights_y)
     if x_labels is not None and y_labels is not None:
         _check_label_pair(x_labels, y_labels)
+    if a is not None or b is not None:
+        points_x, points_y = contained(points_x, points_y, weights_x, weights_y, own_cost=own_cost)
+    if balanced:
+        mass_x, mass_y = equal_masses(
+            weights_x, weights_y, a, b, "normalise them, or pass reach= to let mass be created and destroyed"
+        )
+        weights_y = weights_y * (mass_x / mass_y)
 
     def batch(tensor: Tensor) -> Tensor:
         return tensor if x.ndim == 3 else tensor[None]
@@ -68,19 +80,45 @@ def read_measures(
         return batch(tensor.detach().to(dtype) if tensor.is_floating_point() else tensor)
 
     return (
-        Measure(batch(usable(x.to(dtype))), batch(weights_x), labels(x_labels)),
-        Measure(batch(usable(y.to(dtype))), batch(weights_y), labels(y_labels)),
+        Measure(batch(points_x), batch(weights_x), labels(x_labels)),
+        Measure(batch(points_y), batch(weights_y), labels(y_labels)),
     )
 
 
-def equal_masses(a: Tensor, b: Tensor, remedy: str) -> tuple[Tensor, Tensor]:
-    """The masses ``(B, 1)`` of weights ``(B, N)`` and ``(B, M)``, or an error if they differ by more than rounding."""
-    mass_a, mass_b = a.sum(-1, keepdim=True), b.sum(-1, keepdim=True)
-    if bool(((mass_a - mass_b).abs() > MASS_TOLERANCE * mass_a).any()):
+def equal_masses(
+    weights_x: Tensor, weights_y: Tensor, a: Tensor | None, b: Tensor | None, remedy: str
+) -> tuple[Tensor, Tensor]:
+    """The masses ``(..., 1)`` of weights ``(..., N)`` and ``(..., M)``, or an error if they differ by more than rounding.
+
+    Args:
+        weights_x: in float32 or better.
+        weights_y: likewise.
+        a: the first weights as the caller gave them, whose dtype says how far they may be rounded; ``None`` if he gave none.
+        b: the second ones.
+        remedy: what the caller should do.
+    """
+    mass_x, mass_y = weights_x.sum(-1, keepdim=True), weights_y.sum(-1, keepdim=True)
+    apart, rounding = (mass_x - mass_y).abs(), _rounding(a, mass_x) + _rounding(b, mass_y)
+    wrong = apart > torch.maximum(MASS_TOLERANCE * mass_x, rounding)
+    if bool(wrong.any()):
+        share = float((apart / mass_x)[wrong].max())
         raise ValueError(
-            f"a and b must have equal sums, got {_show(mass_a)} and {_show(mass_b)} (weights not given sum to 1): {remedy}."
+            f"a and b must have equal sums, got {_show(mass_x)} and {_show(mass_y)} (weights not given sum to 1), {share:.2g} of "
+            f"the mass apart where rounding explains {float((rounding / mass_x)[wrong].max().clamp(min=MASS_TOLERANCE)):.2g}: {remedy}."
         )
-    return mass_a, mass_b
+    return mass_x, mass_y
+
+
+def _rounding(given: Tensor | None, mass: Tensor) -> Tensor:
+    """How far the sum of weights is off by the rounding of each to the dtype in which the caller gave them, ``(..., 1)``.
+
+    At most half a unit in the last place for each weight, and as much for the sum by which he divided; the smallest numbers,
+    into which many weights in float16 fall, have larger units.
+    """
+    if given is None:
+        return torch.zeros_like(mass)
+    dtype = torch.finfo(given.dtype)
+    return dtype.eps * (mass + given.shape[-1] * dtype.smallest_normal)
 
 
 def usable(tensor: Tensor) -> Tensor:
@@ -119,14 +157,16 @@ def _read_weights(name: str, weights: Tensor | None, of: str, points: Tensor, dt
     check_finite(name, weights)
     if bool((weights < 0).any()):
         raise ValueError(f"{name} must not be negative, its smallest value is {float(weights.min()):.3g}.")
+    weights = usable(weights.to(dtype))
     if bool((weights.sum(-1) == 0).any()):
         raise ValueError(f"{name} sums to zero: there is nothing to transport.")
-    return usable(weights.to(dtype))
+    return weights
 
 
-def _check_labels(name: str, labels: Tensor | None, of: str, points: Tensor) -> None:
+def _read_labels(name: str, labels: Tensor | None, of: str, points: Tensor, weights: Tensor) -> Tensor | None:
+    """Labels, legal at points of weight zero too."""
     if labels is None:
-        return
+        return None
     _check_tensor(name, labels)
     check_device(name, labels, points)
     expected = tuple(points.shape[:-1])
@@ -136,8 +176,13 @@ def _check_labels(name: str, labels: Tensor | None, of: str, points: Tensor) -> 
         raise ValueError(
             f"{name} must hold one label for each point of {of}, shape {shape}; got {tuple(labels.shape)}."
         )
-    if soft and bool(((labels < 0).any(-1) | ((labels.sum(-1) - 1).abs() > 0.02)).any()):
+    if not soft:
+        return labels
+    # Written so that NaN counts as wrong.
+    wrong = ~((labels >= 0).all(-1) & ((labels.sum(-1) - 1).abs() <= 0.02))
+    if bool((wrong & (weights > 0)).any()):
         raise ValueError(f"{name} of a floating dtype must be probabilities (at least 0, rows summing to 1).")
+    return torch.where(wrong.unsqueeze(-1), 1 / labels.shape[-1], labels)
 
 
 def _check_label_pair(x_labels: Tensor, y_labels: Tensor) -> None:
@@ -161,10 +206,13 @@ def check_float(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must have a floating dtype, got {tensor.dtype}: pass {name}.float().")
 
 
-def check_finite(name: str, tensor: Tensor) -> None:
-    """An error if there is a NaN or an infinity in it."""
+def check_finite(name: str, tensor: Tensor, weights: Tensor | None = None) -> None:
+    """An error if there is a NaN or an infinity in it, but for points ``(..., N, D)`` of weight zero."""
     # A sum is finite only if all its terms are, and takes a fiftieth of the time to look at; but it may overflow.
-    if not bool(tensor.detach().sum().isfinite()) and not bool(tensor.isfinite().all()):
+    if bool(tensor.detach().sum().isfinite()):
+        return
+    finite = tensor.isfinite()
+    if not bool((finite if weights is None else finite.all(-1) | (weights == 0)).all()):
         raise ValueError(f"{name} {tuple(tensor.shape)} holds NaN or infinite values.")
 
 

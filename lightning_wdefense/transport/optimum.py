@@ -115,6 +115,8 @@ def _of_points(problem: Problem, pair: Pair, needed: Needed, solution: Solution)
 
 def _stays(weights: Tensor, potential: Tensor, problem: Problem) -> bool:
     """Whether in a transport to itself all mass stays where it is: then nothing depends on the points."""
+    # A point without weight may have any potential, so its exponent may be too large.
+    potential = torch.where(weights > 0, potential, 0)
     remains = (weights.square() * (2 * potential / problem.eps).exp()).sum(-1)
     moved = (weights * density(potential, problem.options.rho)).sum(-1) - remains
     return bool((moved < IDENTITY * problem.options.tol * weights.sum(-1)).all())

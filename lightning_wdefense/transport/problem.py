@@ -90,8 +90,8 @@ class Problem:
         """Mean cost ``(...)`` between the measures, without the price of labels."""
         if self.matrices or self.options.p == 1:
             return self._between.average(self.x.weights, self.y.weights)
-        (square_x, centre_x), (square_y, centre_y) = (_moments(measure) for measure in (self.x, self.y))
-        return (square_x + square_y - (centre_x * centre_y).sum(-1)).clamp(min=0)
+        product = (self.x.mean() * self.y.mean()).sum((-2, -1))
+        return (_mean_half_square(self.x) + _mean_half_square(self.y) - product).clamp(min=0)
 
     @cached_property
     def _between(self) -> GroundCost:
@@ -100,16 +100,16 @@ class Problem:
     def _geometric(self, pair: Pair) -> GroundCost:
         if self.matrices:
             return matrix_cost(self.matrices[pair])
-        x, y = (measure.points for measure in self.measures(pair))
+        x, y = self.measures(pair)
         if self.options.p == 1:
-            cost = distance(x, y)
+            cost = distance(x.points, y.points)
         else:
             cost = half_squared_distance(x, y, self.eps if isinstance(self.eps, float) else float(self.eps.min()))
         if pair == "xy":
-            return cost.stored(x, self.work, "cost")
+            return cost.stored(x.points, self.work, "cost")
         # Within a cloud the kernel is made but once, except that the gradient of a distance asks for it again.
         cost = within_a_cloud(cost)
-        return cost.stored(x, self.work, "cost") if self.options.p == 1 else cost
+        return cost.stored(x.points, self.work, "cost") if self.options.p == 1 else cost
 
 
 def solved_at_once(
@@ -117,7 +117,7 @@ def solved_at_once(
 ) -> Iterator[Problem]:
     """The batch ``(B, N, D)`` of problems, or each problem of it by itself, without a graph and around a common centre."""
     x, y = x.detached(), y.detached()
-    centre = 0.5 * (x.points.mean(-2, keepdim=True) + y.points.mean(-2, keepdim=True))
+    centre = 0.5 * (x.mean() + y.mean())
     x, y = (measure._replace(points=measure.points - centre) for measure in (x, y))
     matrices = {pair: matrix.detach() for pair, matrix in matrices.items()}
     (size, n), m = x.weights.shape, y.weights.shape[1]
@@ -129,10 +129,8 @@ def solved_at_once(
             yield Problem(x.problem(i), y.problem(i), options, own, work)
 
 
-def _moments(measure: Measure) -> tuple[Tensor, Tensor]:
-    """Half the mean square ``(...)`` and the mean ``(..., D)`` of the points."""
-    weights = measure.weights / measure.weights.sum(-1, keepdim=True)
-    return (weights * half_squares(measure.points)).sum(-1), (weights.unsqueeze(-2) @ measure.points).squeeze(-2)
+def _mean_half_square(measure: Measure) -> Tensor:
+    return (measure.weights * half_squares(measure.points)).sum(-1) / measure.weights.sum(-1)
 
 
 def _per_problem(values: Tensor) -> float | Tensor:

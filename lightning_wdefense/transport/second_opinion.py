@@ -108,8 +108,10 @@ def _as_coordinates(x_labels: Tensor, y_labels: Tensor, dtype: torch.dtype) -> t
 
 
 def _diameters(problem: Problem) -> Tensor:
-    """Where geomloss's annealing starts, ``(B,)``: the largest distance, unless the blur is larger."""
-    return (_cost(problem).amax((-2, -1)).clamp(min=0) ** (1 / problem.options.p)).maximum(problem.blur)
+    """Where geomloss's annealing starts, ``(B,)``: the largest distance between points with weight, unless the blur is larger."""
+    weighty = (problem.x.weights.unsqueeze(-1) > 0) & (problem.y.weights.unsqueeze(-2) > 0)
+    largest = torch.where(weighty, _cost(problem), 0).amax((-2, -1))
+    return (largest ** (1 / problem.options.p)).maximum(problem.blur)
 
 
 def _temperatures(problem: Problem) -> int:

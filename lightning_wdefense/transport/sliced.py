@@ -42,8 +42,9 @@ def sliced_wasserstein(
     Args:
         x: points ``(N, D)`` or ``(B, N, D)``, of a floating dtype.
         y: points ``(M, D)`` or ``(B, M, D)``.
-        a: weights of ``x``, ``(N,)`` or ``(B, N)``, not negative; ``None`` for ``1 / N`` each.
-        b: weights of ``y``, likewise; they must sum to what ``a`` sums to.
+        a: weights of ``x``, ``(N,)`` or ``(B, N)``, not negative; ``None`` for ``1 / N`` each. A point of weight zero is padding, of any
+            value, NaN and infinite included; see :func:`sinkhorn`.
+        b: weights of ``y``, likewise; they must sum to what ``a`` sums to, up to the rounding of their dtype.
         p: power of the distance, at least 1.
         n_projections: number of directions. For a translation in many dimensions and ``p = 2`` the standard error of independent
             ones is ``1 / sqrt(2 K)`` of the distance, 9% for the default; orthogonal ones have none if ``K`` is a multiple of ``D``.
@@ -80,7 +81,7 @@ def sliced_wasserstein(
         raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}.")
     with torch.autocast(x.device.type if isinstance(x, Tensor) else "cpu", enabled=False):
         source, target = read_measures(x, y, a, b, None, None, balanced=False)
-        equal_masses(source.weights, target.weights, "normalise them")
+        equal_masses(source.weights, target.weights, a, b, "normalise them")
         value = _evaluate(source, target, options, generator, uniform=a is None and b is None)
     return value if x.ndim == 3 else value[0]
 
@@ -90,7 +91,7 @@ def _evaluate(
     x: Measure, y: Measure, options: SlicedOptions, generator: torch.Generator | None, *, uniform: bool
 ) -> Tensor:
     # The distance between two clouds is that of their translates, whose projections are rounded less.
-    centre = x.points.detach().mean(-2, keepdim=True)
+    centre = x.detached().mean()
     x, y = (measure._replace(points=measure.points - centre) for measure in (x, y))
     directions = _directions(x.points, options, generator)
     learned = isinstance(options.directions, str) and options.directions == "max"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
@@ -32,10 +31,6 @@ class WarmStart:
         if self.potential is None or self.potential.shape != like.shape or self.potential.device != like.device:
             return None
         return self.potential.to(like.dtype)
-
-    def keep(self, potential: Tensor) -> None:
-        """Remember a potential ``(B, M)``, unless it is useless as a start."""
-        self.potential = potential if bool(torch.isfinite(potential).all()) else None
 
     def __repr__(self) -> str:
         held = "empty" if self.potential is None else f"potential of shape {tuple(self.potential.shape)}"

@@ -125,6 +125,22 @@ def test_vectors_of_either_library(monkeypatch, hard, batched, options):
     torch.testing.assert_close(results[0].value, results[1].value, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("batched", [False, True], ids=["single", "batch"])
+def test_extrapolation_is_taken_back_where_it_misleads(batched):
+    """With the safeguard these take 43 to 84 iterations; without, 90 to 342."""
+    problems = []
+    for seed in range(6):
+        rng = torch.Generator().manual_seed(seed)
+        x, y = torch.randn(40, 1, generator=rng), torch.randn(30, 1, generator=rng)
+        group = torch.multinomial(torch.rand(4, generator=rng), 30, True, generator=rng)
+        problems.append((0.1 * x + 10 * torch.arange(40)[:, None].div(10).floor(), 0.1 * y + 10 * group[:, None]))
+    if batched:
+        problems = [[torch.stack(each) for each in zip(*problems, strict=True)]]
+    for x, y in problems:
+        result = sinkhorn(x.double(), y.double(), p=1, relative_blur=0.02, tol=1e-5, max_iter=150)
+        assert result.converged.all()
+
+
 STREAMED = {
     "p2": {},
     "p1": {"p": 1},
@@ -191,14 +207,44 @@ def test_warm_start():
     torch.testing.assert_close(cold.value, sinkhorn(x, y, blur=0.1).value)
 
 
-@pytest.mark.parametrize("potential", [torch.full((1, 30), 1e9), torch.zeros(1, 7), torch.randn(1, 30)])
-def test_a_useless_start_does_no_harm(potential):
+def one(value):
+    return torch.zeros(1, 30).index_fill(1, torch.tensor([3]), value)
+
+
+USELESS = {
+    "large": torch.full((1, 30), 1e9),
+    "short": torch.zeros(1, 7),
+    "random": torch.randn(1, 30, generator=torch.Generator().manual_seed(0)),
+    "NaN": torch.full((1, 30), float("nan")),
+    "one NaN": one(float("nan")),
+    "one infinite": one(float("inf")),
+    "one minus infinite": one(float("-inf")),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"reach": 1.0}], ids=str)
+@pytest.mark.parametrize("batched", [False, True], ids=["single", "batch"])
+@pytest.mark.parametrize("potential", USELESS.values(), ids=USELESS)
+def test_a_useless_start_does_no_harm(potential, batched, options):
     x, y = clouds(dtype=torch.float64)
     handle = WarmStart()
     handle.potential = potential.double()
-    result = sinkhorn(x, y, blur=0.1, warm_start=handle)
-    assert result.converged
-    torch.testing.assert_close(result.value, sinkhorn(x, y, blur=0.1).value, rtol=1e-4, atol=0)
+    if batched:
+        x, y = x.expand(2, -1, -1), y.expand(2, -1, -1)
+        handle.potential = torch.cat([torch.zeros_like(handle.potential), handle.potential])
+    result = sinkhorn(x, y, blur=0.1, warm_start=handle, **options)
+    assert result.converged.all()
+    torch.testing.assert_close(result.value, sinkhorn(x, y, blur=0.1, **options).value, rtol=1e-4, atol=0)
+
+
+def test_a_call_that_overflows_leaves_a_start_that_does_no_harm():
+    x, y = clouds()
+    handle = WarmStart()
+    with pytest.warns(SinkhornConvergenceWarning):
+        assert sinkhorn(1e25 * x, y, warm_start=handle).value.isnan()
+    again, cold = sinkhorn(x, y, warm_start=handle), sinkhorn(x, y)
+    assert again.n_iter == cold.n_iter
+    assert torch.equal(again.value, cold.value)
 
 
 def test_warm_start_of_a_batch_and_of_the_divergence():

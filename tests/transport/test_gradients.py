@@ -107,6 +107,28 @@ def test_default_tolerance_holds_float32_to_one_percent(p):
     assert (gradient - exact_gradient).norm() < 1e-2 * exact_gradient.norm()
 
 
+def test_float32_keeps_its_digits_beside_a_far_group():
+    """It draws the centre away from the other points, whose squares then are 1e9 times the temperature."""
+    rng = torch.Generator().manual_seed(0)
+    x, y = torch.randn(25, 3, generator=rng), 0.8 * torch.randn(25, 3, generator=rng) + 0.5
+    x[20:], y[20:] = 0.3 * x[20:] + 3000, 0.3 * y[20:] + 3000
+    gradients = []
+    for dtype, tol in ((torch.float32, 5e-4), (torch.float64, 1e-6)):
+        cloud = x.to(dtype).requires_grad_()
+        value = sinkhorn_divergence(cloud, y.to(dtype), blur=0.1, tol=tol)
+        gradients.append(torch.autograd.grad(value, cloud)[0].double())
+    assert (gradients[0] - gradients[1]).norm() < 1e-2 * gradients[1].norm()
+
+
+@pytest.mark.parametrize("options", [{"blur": 0.5}, {"p": 1, "blur": 0.4}], ids=str)
+def test_the_value_does_not_depend_on_the_mass_of_the_second_weights(options):
+    """It is scaled to that of the first."""
+    x, y, a, b = clouds()
+    b.requires_grad_()
+    (gradient,) = torch.autograd.grad(sinkhorn_divergence(x, y, a, b, **EXACT, **options), b)
+    assert abs((gradient * b).sum().item()) < 1e-9 * (gradient.abs() * b).sum().item()
+
+
 def test_no_gradient_pulls_equal_clouds_apart():
     x = clouds(20, d=2)[0].requires_grad_()
     (gradient,) = torch.autograd.grad(sinkhorn_divergence(x, x.detach().clone(), **EXACT), x)

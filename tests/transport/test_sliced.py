@@ -114,6 +114,15 @@ def test_max_finds_the_direction_in_which_clouds_differ():
     assert sliced_wasserstein(x, y, directions="max", n_projections=20).item() >= 0.99 * expected.item()
 
 
+def test_max_climbs_where_all_directions_are_nearly_as_good():
+    """Between the origin and points of a second moment, whose largest eigenvalue is the answer."""
+    basis = torch.linalg.qr(torch.randn(30, 30, generator=rng(), **DOUBLE))[0]
+    moment = torch.linspace(1, 1.5, 30, **DOUBLE)
+    y = (basis * (30 * moment).sqrt()).T
+    value = sliced_wasserstein(torch.zeros(1, 30, **DOUBLE), torch.cat([y, -y]), directions="max", n_projections=8)
+    assert 0.999 * 1.5**0.5 < value.item() < 1.5**0.5 + 1e-9
+
+
 # Directions
 
 
@@ -178,6 +187,19 @@ def test_gradients(weighted, directions, p):
 
 def _normalised(x, y, *weights):
     return x, y, *(weight / weight.sum(-1, keepdim=True) for weight in weights)
+
+
+@pytest.mark.parametrize("p", [1, 2, 3])
+@pytest.mark.parametrize("directions", CHOICES)
+def test_the_value_does_not_depend_on_the_mass_of_the_second_weights(directions, p):
+    """It is scaled to that of the first, whose own scales the power."""
+    x, y, a, b = clouds(8, 6)
+    a.requires_grad_()
+    b.requires_grad_()
+    value = sliced_wasserstein(x, y, a, b, p=p, directions=directions)
+    of_a, of_b = torch.autograd.grad(value, (a, b))
+    assert abs((of_b * b).sum().item()) < 1e-9 * (of_b.abs() * b).sum().item()
+    torch.testing.assert_close((of_a * a).sum(), value / p)
 
 
 def test_gradients_of_given_directions_and_second_derivatives():

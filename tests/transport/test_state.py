@@ -1,13 +1,27 @@
 """Precision, and the state that must be found as it was left: grad mode, autocast, the random number generator."""
 
 import copy
+import functools
+import os
 import pickle
+import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from lightning_wdefense.transport import SinkhornDivergence, WarmStart, sinkhorn, sinkhorn_divergence
+from lightning_wdefense.metrics import TransportShift
+from lightning_wdefense.transport import (
+    SinkhornDivergence,
+    WarmStart,
+    WassersteinCritic,
+    critic_distance,
+    sinkhorn,
+    sinkhorn_divergence,
+    sliced_wasserstein,
+)
+from lightning_wdefense.transport.precision import exact_products
 
 SOLVERS = ["native", "geomloss"]
 
@@ -178,12 +192,134 @@ def test_reduced_matmul_precision_changes_nothing_and_is_left_alone(precision, f
         torch.set_float32_matmul_precision(before)
 
 
-def test_threads_do_not_disturb_each_other():
-    pairs = [(torch.randn(80, 5) * (1 + i), torch.randn(70, 5)) for i in range(8)]
-    expected = [sinkhorn_divergence(*pair) for pair in pairs]
-    with ThreadPoolExecutor(4) as pool:
-        results = list(pool.map(lambda i: sinkhorn_divergence(*pairs[i % 8]), range(32)))
+LEVELS = ("", "cuda.matmul", "mkldnn", "mkldnn.matmul", "cudnn")
+PRECISIONS = {
+    "medium": lambda: torch.set_float32_matmul_precision("medium"),
+    "allow_tf32": lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
+    "one backend": lambda: setattr(torch.backends.mkldnn.matmul, "fp32_precision", "bf16"),
+    "all backends": lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+}
+NEWER = pytest.mark.skipif(
+    not hasattr(torch.backends, "fp32_precision"), reason="one setting for all before PyTorch 2.9"
+)
+
+
+def level(names):
+    return functools.reduce(lambda at, name: getattr(at, name, None), names.split(".") if names else [], torch.backends)
+
+
+def shown():
+    """What PyTorch says about the precision of products, at each level of its settings."""
+    settings = [getattr(level(names), "fp32_precision", None) for names in LEVELS]
+    try:
+        return [*settings, torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32]
+    except RuntimeError:  # settings that the old names cannot express
+        return settings
+
+
+@pytest.fixture(
+    params=[*list(PRECISIONS)[:2], *(pytest.param(name, marks=NEWER) for name in list(PRECISIONS)[2:])],
+)
+def reduced_precision(request):
+    PRECISIONS[request.param]()
+    yield request.param
+    torch.set_float32_matmul_precision("highest")
+    for names in LEVELS[:4]:
+        if hasattr(level(names), "fp32_precision"):
+            level(names).fp32_precision = "none"
+
+
+def test_reduced_precision_is_left_at_each_level(reduced_precision):
+    """Also where two backends differ, and where one follows the setting above it."""
+    before, seen = shown(), []
+    with exact_products():
+        seen.append(shown())
+        sinkhorn_divergence(*clouds())
+        seen.append(shown())
+    assert seen[0] == seen[1]
+    assert not {"tf32", "bf16", "medium", "high", True} & {*seen[0][1:2], *seen[0][3:4], *seen[0][5:]}
+    assert shown() == before
+    if reduced_precision == "all backends":
+        torch.backends.fp32_precision = "ieee"
+        assert shown()[:4] == ["ieee"] * 4
+
+
+def test_the_first_thread_in_forbids_and_the_last_one_out_allows():
+    torch.set_float32_matmul_precision("medium")
+    inside, done = threading.Barrier(2), threading.Barrier(2)
+
+    def other():
+        with exact_products():
+            inside.wait(10)
+            done.wait(10)
+
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            with exact_products():
+                pool.submit(other)
+                inside.wait(10)
+            assert torch.get_float32_matmul_precision() == "highest"  # which compiled code may ask for meanwhile
+            done.wait(10)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_process_that_forks_in_the_middle():
+    """As the workers of a DataLoader do, while another thread computes: the child finds the setting as the user left it."""
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with exact_products():
+            child = os.fork()
+            if child == 0:
+                right = torch.get_float32_matmul_precision() == "medium"
+                with exact_products():
+                    right = right and torch.get_float32_matmul_precision() == "highest"
+                os._exit(0 if right and torch.get_float32_matmul_precision() == "medium" else 1)
+            assert os.waitpid(child, 0)[1] == 0
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.fixture
+def restless():
+    """Threads take turns after every few instructions."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
+FROM_THREADS = {
+    "divergence": sinkhorn_divergence,
+    "p=1": functools.partial(sinkhorn_divergence, p=1, relative_blur=0.05),
+    "reach": functools.partial(sinkhorn_divergence, reach=0.5),
+    "max": functools.partial(sliced_wasserstein, directions="max", n_projections=8),
+    "critic": lambda x, y: critic_distance(x, y, steps=5).value,
+    "penalised critic": lambda x, y: (
+        WassersteinCritic(5, lipschitz="gradient-penalty", seed=len(x)).objective(x, y).loss.detach()
+    ),
+    "shift": lambda x, y: TransportShift().set_dtype(torch.float32)(x[:50], y[:50]),
+}
+
+
+@pytest.mark.parametrize("function", FROM_THREADS.values(), ids=FROM_THREADS)
+def test_eight_threads_do_not_disturb_each_other(function, restless):
+    """Bit for bit, nor whoever draws random numbers, nor a thread in which the default dtype is another one."""
+    rng = torch.Generator().manual_seed(0)
+    pairs = [(torch.randn(60 + i, 5, generator=rng), torch.randn(50, 5, generator=rng)) for i in range(8)]
+    expected = [function(*pair) for pair in pairs]
+    before, dtype = torch.get_rng_state(), torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        with ThreadPoolExecutor(8) as pool:
+            results = list(pool.map(lambda i: function(*pairs[i % 8]), range(16)))
+    finally:
+        torch.set_default_dtype(dtype)
     assert all(torch.equal(result, expected[i % 8]) for i, result in enumerate(results))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_results_do_not_share_memory_with_later_calls():
