@@ -14,6 +14,9 @@ from torch.nn.utils import parametrize
 
 Keep = Callable[[Tensor], Tensor]
 
+LARGEST = 2**22
+"""Elements of a plain attribute whose values are kept; a larger one is a data set rather than a state that passes write to."""
+
 _ABSENT = object()
 _REFILLED = frozenset({list, dict, OrderedDict, defaultdict, deque})
 _INTERESTING = (Tensor, list, tuple, dict, deque)
@@ -46,7 +49,7 @@ def attributes_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Tensors in plain attributes, also in lists, tuples, dicts and deques there, are afterwards those that were there.
 
     Such are the weights that ``nn.utils.weight_norm`` and ``spectral_norm`` compute, and caches. Values are kept of attributes that are
-    tensors themselves. Tensors inside of other objects, and attributes without tensors, are left alone.
+    tensors themselves, of at most :data:`LARGEST` elements. Tensors inside of other objects, and attributes without tensors, are left alone.
     """
     owners = [(vars(submodule), _own(vars(submodule))) for submodule in modules]
     values = [value for _, found in owners for value in found.values()]
@@ -56,7 +59,8 @@ def attributes_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
             for attributes, found in owners:
                 for name, value in found.items():
                     # Not those in containers, which may be all outputs of an epoch.
-                    _put(attributes, name, keep(value) if isinstance(value, Tensor) else value)
+                    small = isinstance(value, Tensor) and (value.numel() <= LARGEST or value.is_inference())
+                    _put(attributes, name, keep(value) if small else value)
             yield
         finally:
             for container, found in containers:
