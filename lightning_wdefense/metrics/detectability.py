@@ -170,7 +170,7 @@ def _resampled(ranks: Tensor, num_clean: int, num_levels: int, resamples: int, s
             side[torch.randint(len(side), (len(part), len(side)), generator=generator)] for side in (clean, adversarial)
         ]
         ones = torch.ones((), dtype=torch.float32).expand(drawn[0].shape)
-        counts = torch.zeros(len(part), num_levels).scatter_add_(1, drawn[0], ones)
+        counts = torch.zeros(len(part), num_levels, dtype=torch.float32).scatter_add_(1, drawn[0], ones)
         below = counts.double().cumsum(1) - 0.5 * counts
         values.append(below.gather(1, drawn[1]).mean(1) / len(clean))
     return torch.cat(values)

@@ -6,6 +6,7 @@ import torch
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
+from lightning_wdefense._dtype import default_dtype
 from lightning_wdefense.metrics import Detectability, detectability
 
 
@@ -109,3 +110,10 @@ def test_holds_neither_the_callers_memory_nor_its_graph():
     adversarial.zero_()
     assert metric.compute() == before
     assert not metric.clean[0].requires_grad
+
+
+def test_another_default_dtype_makes_no_difference():
+    clean, adversarial = normal(0, 40), normal(1, 40) + 1
+    expected = detectability(clean, adversarial)
+    with default_dtype(torch.float64):
+        assert detectability(clean, adversarial) == expected
