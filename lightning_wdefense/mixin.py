@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_wdefense._compat import is_a
-from lightning_wdefense.callbacks.schedule import is_logging_step, noise_generator, warmup_radius
+from lightning_wdefense._guests import settle
+from lightning_wdefense.callbacks.schedule import batches_begun, in_fit, is_logging_step, noise_generator, warmup_radius
 from lightning_wdefense.defenses.branch import Branch
 from lightning_wdefense.defenses.defense import Defense
 from lightning_wdefense.defenses.recipe import Recipe
@@ -60,7 +61,7 @@ class WassersteinDefenseMixin:
         ['discrepancy', 'eps', 'loss', 'task_loss']
     """
 
-    _defense: Defense | None = None
+    _defense: Defense | dict[str, Any] | None = None
 
     def configure_defense(self) -> Recipe:
         """The recipe; called once, at the first :meth:`defend`. To be overridden."""
@@ -76,11 +77,14 @@ class WassersteinDefenseMixin:
     @property
     def defense(self) -> Defense:
         """The recipe at work on this module."""
-        if self._defense is None:
+        found = self._defense
+        if not isinstance(found, Defense):
+            defense = Defense(self.configure_defense(), self)  # type: ignore[arg-type]
+            defense.load_state_dict(found or {})  # of a copy: what the original had learned
             # Past nn.Module.__setattr__, which would register the recorder's model (this module) as its own child.
-            object.__setattr__(self, "_defense", Defense(self.configure_defense(), self))  # type: ignore[arg-type]
-        assert self._defense is not None
-        return self._defense
+            object.__setattr__(self, "_defense", found := defense)
+            settle(self)  # type: ignore[arg-type]
+        return found
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put what the recipe has learned into the checkpoint. An override must call ``super()``."""
@@ -109,7 +113,7 @@ class WassersteinDefenseMixin:
         defense, recipe = self.defense, self.defense.recipe
         trainer = getattr(self, "_trainer", None)
         trainer = trainer if is_a(trainer, "Trainer") else None
-        radius = 1.0 if trainer is None else warmup_radius(trainer, recipe.warmup_epochs)
+        radius = 1.0 if trainer is None else _radius(defense, trainer)
         generator = None if trainer is None else noise_generator(trainer, seed, inputs.device)
         average = None if trainer is None else functools.partial(trainer.strategy.reduce, reduce_op="mean")
         defense.recorder.attach(inputs)
@@ -136,3 +140,11 @@ class WassersteinDefenseMixin:
             adversarial,
             {**logs, **measured, "eps": radius * recipe.eps, **defense.learned()},
         )
+
+
+def _radius(defense: Defense, trainer: Any) -> float:
+    """Fraction of the full radius: training batches count, validation goes by their number, and outside of ``fit`` it is whole."""
+    if not (in_fit(trainer) and defense.recipe.active):
+        return 1.0
+    batches = defense.count_batch(trainer, batches_begun(trainer)) if trainer.training else defense.batches
+    return warmup_radius(trainer, defense.recipe.warmup_epochs, max(1, batches or 1))
