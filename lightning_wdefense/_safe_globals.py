@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import FunctionType
+from typing import Any
 
 import torch
 
@@ -32,11 +34,11 @@ def register() -> None:
 
     Beside classes there are the pure functions by which a recipe computes its loss, and ``set``, which modules without parameters hold.
     """
-    functions = [mean_cross_entropy, *(it for it in DISCREPANCIES.values() if not isinstance(it, tuple(configuration())))]
-    torch.serialization.add_safe_globals([*configuration(), *functions, set])
+    functions = [it for it in DISCREPANCIES.values() if isinstance(it, FunctionType)]
+    torch.serialization.add_safe_globals([*configuration(), mean_cross_entropy, *functions, set])
 
 
-def _below(cls: type) -> Iterator[type]:
+def _below(cls: type[Any]) -> Iterator[type[Any]]:
     for sub in cls.__subclasses__():
         yield sub
         yield from _below(sub)

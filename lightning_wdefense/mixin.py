@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_wdefense._compat import is_a
 from lightning_wdefense._guests import settle
-from lightning_wdefense.callbacks.schedule import batches_begun, in_fit, is_logging_step, noise_generator, warmup_radius
+from lightning_wdefense.callbacks.schedule import batches_begun, is_logging_step, noise_generator, warmup_radius
 from lightning_wdefense.defenses.branch import Branch
 from lightning_wdefense.defenses.defense import Defense
 from lightning_wdefense.defenses.recipe import Recipe
@@ -121,7 +121,7 @@ class WassersteinDefenseMixin:
         if recipe.active:
             adversarial = defense.adversarial(inputs, labels, radius=radius, generator=generator, average=average)
         measured: dict[str, Any] = {}
-        if trainer is not None and is_logging_step(trainer):
+        if trainer is not None and trainer.training and is_logging_step(trainer):
             measured = defense.measure(inputs, adversarial, labels)
         with defense.perturbed_weights(inputs, adversarial, labels, self.task_loss) as until_backward:
             clean: Branch | None = defense.forward(inputs) if recipe.needs("clean") else None
@@ -143,8 +143,7 @@ class WassersteinDefenseMixin:
 
 
 def _radius(defense: Defense, trainer: Any) -> float:
-    """Fraction of the full radius: training batches count, validation goes by their number, and outside of ``fit`` it is whole."""
-    if not (in_fit(trainer) and defense.recipe.active):
+    """Fraction of the full radius, which is whole outside of training, so that epochs' validations can be compared."""
+    if not (trainer.training and defense.recipe.active):
         return 1.0
-    batches = defense.count_batch(trainer, batches_begun(trainer)) if trainer.training else defense.batches
-    return warmup_radius(trainer, defense.recipe.warmup_epochs, max(1, batches or 1))
+    return warmup_radius(trainer, defense.recipe.warmup_epochs, defense.count_batch(trainer, batches_begun(trainer)))

@@ -67,7 +67,7 @@ def test_nothing_of_others_is_let_in():
 
     assert Theirs not in configuration()
     assert {cls.__module__.split(".")[0] for cls in configuration()} == {"lightning_wdefense"}
-    with pytest.raises(Exception, match="(?i)weights.only"):
+    with pytest.raises(Exception, match=r"(?i)weights.only"):
         loaded(replace(Recipe.named("pgd-at", THREAT), task_loss=torch.nn.functional.mse_loss))
 
 

@@ -26,18 +26,14 @@ def evaluation_generator(
     return seeded_generator(device, seed, dataloader_idx, batch_idx, trainer.global_rank)
 
 
-def in_fit(trainer: Trainer) -> bool:
-    """Whether this is ``fit``, with the validation that belongs to it, and not ``validate`` or ``test``."""
-    return bool(getattr(trainer.state.fn, "value", trainer.state.fn) == "fit")
-
-
 def is_due(trainer: Trainer, last: int | None, every_n_epochs: int) -> bool:
     """Whether what is done every so many training epochs, and was last done in epoch ``last``, is due in this evaluation.
 
     Outside of ``fit`` it always is. ``current_epoch % every_n_epochs`` would not do: with ``check_val_every_n_epoch`` there may
     never be a validation in such an epoch.
     """
-    return not in_fit(trainer) or last is None or not 0 < trainer.current_epoch - last < every_n_epochs
+    in_fit = getattr(trainer.state.fn, "value", trainer.state.fn) == "fit"
+    return not in_fit or last is None or not 0 < trainer.current_epoch - last < every_n_epochs
 
 
 def batches_begun(trainer: Trainer) -> int:
@@ -70,7 +66,7 @@ def is_logging_step(trainer: Trainer) -> bool:
     if not (trainer._logger_connector.should_update_logs or trainer.fast_dev_run):  # type: ignore[attr-defined]
         return False
     automatic = trainer.lightning_module.automatic_optimization
-    return not (trainer.training and automatic and trainer.fit_loop._should_accumulate())
+    return not (automatic and trainer.fit_loop._should_accumulate())
 
 
 def logged_step(trainer: Trainer) -> int:

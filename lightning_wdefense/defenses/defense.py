@@ -23,7 +23,6 @@ from lightning_wdefense.defenses.objective import combine
 from lightning_wdefense.defenses.recipe import Recipe
 from lightning_wdefense.defenses.weight_perturbation import WeightPerturbation
 
-
 UNTRAINED: dict[str, Any] = {"batches": 0, "multiplier": None, "critic": None}
 """The state of a defense that has seen no batch."""
 
