@@ -1,5 +1,6 @@
 """Adversarial robustness by optimal transport for PyTorch Lightning."""
 
+from lightning_wdefense import _safe_globals
 from lightning_wdefense.attacks import ThreatModel
 from lightning_wdefense.callbacks import (
     AdversarialExampleLogger,
@@ -9,6 +10,8 @@ from lightning_wdefense.callbacks import (
 )
 from lightning_wdefense.defenses import Recipe
 from lightning_wdefense.mixin import DefenseOutput, WassersteinDefenseMixin
+
+_safe_globals.register()
 
 __version__ = "0.1.0"
 

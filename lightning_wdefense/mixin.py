@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from lightning_wdefense._compat import is_a
+from lightning_wdefense._guests import settle
 from lightning_wdefense.callbacks.restoration import restore_in_time
-from lightning_wdefense.callbacks.schedule import is_logging_step, noise_generator, warmup_radius
+from lightning_wdefense.callbacks.schedule import batches_begun, is_logging_step, noise_generator, warmup_radius
 from lightning_wdefense.defenses.branch import Branch
 from lightning_wdefense.defenses.defense import Defense
 from lightning_wdefense.defenses.recipe import Recipe
@@ -61,7 +62,7 @@ class WassersteinDefenseMixin:
         ['discrepancy', 'eps', 'loss', 'task_loss']
     """
 
-    _defense: Defense | None = None
+    _defense: Defense | dict[str, Any] | None = None
 
     def configure_defense(self) -> Recipe:
         """The recipe; called once, at the first :meth:`defend`. To be overridden."""
@@ -77,11 +78,14 @@ class WassersteinDefenseMixin:
     @property
     def defense(self) -> Defense:
         """The recipe at work on this module."""
-        if self._defense is None:
+        found = self._defense
+        if not isinstance(found, Defense):
+            defense = Defense(self.configure_defense(), self)  # type: ignore[arg-type]
+            defense.load_state_dict(found or {})  # of a copy: what the original had learned
             # Past nn.Module.__setattr__, which would register the recorder's model (this module) as its own child.
-            object.__setattr__(self, "_defense", Defense(self.configure_defense(), self))  # type: ignore[arg-type]
-        assert self._defense is not None
-        return self._defense
+            object.__setattr__(self, "_defense", found := defense)
+            settle(self)  # type: ignore[arg-type]
+        return found
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put what the recipe has learned into the checkpoint. An override must call ``super()``."""
@@ -113,7 +117,7 @@ class WassersteinDefenseMixin:
         defense, recipe = self.defense, self.defense.recipe
         trainer = getattr(self, "_trainer", None)
         trainer = trainer if is_a(trainer, "Trainer") else None
-        radius = 1.0 if trainer is None else warmup_radius(trainer, recipe.warmup_epochs)
+        radius = 1.0 if trainer is None else _radius(defense, trainer)
         generator = None if trainer is None else noise_generator(trainer, seed, inputs.device)
         average = None if trainer is None else functools.partial(trainer.strategy.reduce, reduce_op="mean")
         defense.recorder.attach(inputs)
@@ -121,7 +125,7 @@ class WassersteinDefenseMixin:
         if recipe.active:
             adversarial = defense.adversarial(inputs, labels, radius=radius, generator=generator, average=average)
         measured: dict[str, Any] = {}
-        if trainer is not None and is_logging_step(trainer):
+        if trainer is not None and trainer.training and is_logging_step(trainer):
             measured = defense.measure(inputs, adversarial, labels)
         if trainer is not None and recipe.awp > 0:
             restore_in_time(trainer, defense, defense.restore_weights)
@@ -142,3 +146,10 @@ class WassersteinDefenseMixin:
             adversarial,
             {**logs, **measured, "eps": radius * recipe.eps, **defense.learned()},
         )
+
+
+def _radius(defense: Defense, trainer: Any) -> float:
+    """Fraction of the full radius, which is whole outside of training, so that epochs' validations can be compared."""
+    if not (trainer.training and defense.recipe.active):
+        return 1.0
+    return warmup_radius(trainer, defense.recipe.warmup_epochs, defense.count_batch(trainer, batches_begun(trainer)))

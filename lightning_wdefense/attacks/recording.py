@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_wdefense._guests import hook
 from lightning_wdefense._names import unknown_name
 from lightning_wdefense.attacks.isolation import eager, isolated, own_passes
 from lightning_wdefense.attacks.outputs import tensor_of
@@ -65,12 +66,12 @@ class ForwardRecorder:
             return
         if self.features == PENULTIMATE:
             self._layer = _last_linear(self.model, example)
-        self._handles.append(self.model.register_forward_hook(self._saw_outputs))
+        self._handles.append(hook(self.model, self._saw_outputs))
         if self.features == PENULTIMATE:
             assert self._layer is not None
-            self._handles.append(self._layer.register_forward_pre_hook(self._saw_input))
+            self._handles.append(hook(self._layer, self._saw_input, before=True))
         elif self._layer is not None:
-            self._handles.append(self._layer.register_forward_hook(self._saw_features))
+            self._handles.append(hook(self._layer, self._saw_features))
         if self._layer is not None and not temporary:
             torch.compiler.reset()  # compiled code does not notice new hooks: what there is must be compiled again
 
@@ -161,7 +162,7 @@ def submodule(model: nn.Module, path: str, argument: str) -> nn.Module:
 def _last_linear(model: nn.Module, example: Tensor) -> nn.Module:
     ran: list[nn.Module] = []
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    handles = [module.register_forward_pre_hook(lambda module, args: ran.append(module)) for module in linear]
+    handles = [hook(module, lambda module, args: ran.append(module), before=True) for module in linear]
     try:
         with isolated(model, example.device), eager():
             model(example.detach().clone())

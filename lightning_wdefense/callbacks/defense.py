@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,10 +15,10 @@ from lightning_wdefense.attacks import ThreatModel
 from lightning_wdefense.attacks.threat import check_threat
 from lightning_wdefense.callbacks.interception import intercept_training_step
 from lightning_wdefense.callbacks.restoration import restore_in_time
-from lightning_wdefense.callbacks.schedule import is_logging_step, noise_generator, warmup_radius
+from lightning_wdefense.callbacks.schedule import batches_begun, is_logging_step, noise_generator, warmup_radius
 from lightning_wdefense.callbacks.support import attacked_model, check_automatic_optimization
 from lightning_wdefense.defenses.branch import Branch
-from lightning_wdefense.defenses.defense import Defense
+from lightning_wdefense.defenses.defense import UNTRAINED, Defense
 from lightning_wdefense.defenses.recipe import Recipe
 
 
@@ -90,7 +91,8 @@ class WassersteinDefense(Callback):
         if stage != "fit":
             return
         self._restore()
-        self._learned = {}
+        if not batches_begun(trainer):  # a fit that goes on with the same trainer goes on with what was learned
+            self._learned = {}
         check_automatic_optimization(pl_module)
         check_strategy(trainer, "WassersteinDefense")
         if self.recipe.active:
@@ -98,12 +100,21 @@ class WassersteinDefense(Callback):
             self._undo = [intercept_training_step(pl_module, step)]
 
     def state_dict(self) -> dict[str, Any]:
-        """What the recipe has learned, for the checkpoint."""
-        return self._learned if self._defense is None else self._defense.state_dict()
+        """What the recipe has learned, and how many batches it defended, for the checkpoint."""
+        if self._defense is not None:
+            return self._defense.state_dict()
+        # Lightning passes an empty state over: a tuner, which saves before the first batch, would not restore this one.
+        return self._learned or (UNTRAINED if self.recipe.active else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
         self._learned = state_dict
+        if self._defense is not None:  # a tuner takes back what its trial batches changed
+            self._defense.load_state_dict(state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy stands before no module, and has what was learned.
+        return self.__dict__ | {"_undo": [], "_defense": None, "_learned": copy.deepcopy(self.state_dict())}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that model and features exist (not earlier: ``configure_model`` may make them)."""
@@ -120,9 +131,10 @@ class WassersteinDefense(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so if training ended before the attack had its full radius."""
-        if not self.recipe.active or trainer.fast_dev_run or trainer.global_step == 0:  # type: ignore[attr-defined]
+        batches = None if self._defense is None else self._defense.batches
+        if not batches or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        radius = warmup_radius(trainer, self.recipe.warmup_epochs, trainer.global_step - 1)
+        radius = warmup_radius(trainer, self.recipe.warmup_epochs, batches)
         if radius < 1:
             rank_zero_warn(
                 f"Training ended in the warm-up of recipe {self.recipe.name!r}: the attack reached {radius:.0%} of "
@@ -155,7 +167,8 @@ class WassersteinDefense(Callback):
         restore_in_time(trainer, defense, self._restore)
         inputs, labels = self._batches.read(batch)
         defense.recorder.attach(inputs)
-        radius = warmup_radius(trainer, recipe.warmup_epochs)
+        batches = defense.count_batch(trainer, batches_begun(trainer))
+        radius = warmup_radius(trainer, recipe.warmup_epochs, batches)
         generator = noise_generator(trainer, self.seed, inputs.device)
         average = functools.partial(trainer.strategy.reduce, reduce_op="mean")
         adversarial = defense.adversarial(inputs, labels, radius=radius, generator=generator, average=average)
@@ -177,6 +190,8 @@ class WassersteinDefense(Callback):
             )
             total, logs = defense.combine(loss, clean, attacked, labels)
             until_backward(total)
+        if trainer.barebones:  # forbids logging, and would warn at every batch
+            return {**result, "loss": total} if isinstance(result, dict) else total
         prefix = f"defense/{self.name}/" if self.name else "defense/"
         logs = {**logs, **measured, "eps": radius * recipe.eps, **defense.learned()}
         logged = {prefix + key: value for key, value in logs.items()}

@@ -96,6 +96,10 @@ class EvaluationMonitor(Callback, Generic[MeasuresT]):
         """Take the last values back."""
         self._last, self._epoch = dict(state_dict["last"]), state_dict["epoch"]
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is in no evaluation: it has no progress bar and nothing half measured.
+        return self.__dict__ | {"_bar": None, "_measures": {}}
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check early that the strategy leaves the model whole."""
         check_strategy(trainer, type(self).__name__)

@@ -46,7 +46,8 @@ class AdversarialExampleLogger(Callback):
         seed: seeds the attack's noise.
 
     Raises:
-        ValueError: for an unknown or unbounded attack, one made for another threat model, or no samples.
+        ValueError: for an unknown or unbounded attack, one made for another threat model, or no samples; in the sanity check, or at the first
+            batch, for fewer ``class_names`` than classes.
 
     Example:
         >>> from lightning_wdefense import AdversarialExampleLogger, ThreatModel
@@ -93,7 +94,9 @@ class AdversarialExampleLogger(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Show the first batch."""
-        if not trainer.sanity_checking and is_due(trainer, self._epoch, self.every_n_epochs):
+        if trainer.sanity_checking:
+            self._foresee(trainer, pl_module, batch)
+        elif is_due(trainer, self._epoch, self.every_n_epochs):
             self._show(trainer, pl_module, "val", batch, batch_idx, dataloader_idx)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -112,6 +115,15 @@ class AdversarialExampleLogger(Callback):
     ) -> None:
         """Show the first batch."""
         self._show(trainer, pl_module, "test", batch, batch_idx, dataloader_idx)
+
+    def _foresee(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        """Before the first epoch, see that the model's classes have names."""
+        if self.class_names is None or not shows_pictures(trainer):
+            return
+        inputs, _ = self._batches.read(batch)
+        model = attacked_model(pl_module, self.model)
+        with torch.inference_mode(False), trainer.precision_plugin.forward_context(), isolated(model, inputs.device):
+            self._check_names(logits_of(model(inputs.detach().clone()[:1])).shape[1])
 
     def _show(
         self, trainer: Trainer, pl_module: LightningModule, stage: str, batch: Any, batch_idx: int, dataloader_idx: int
@@ -135,6 +147,7 @@ class AdversarialExampleLogger(Callback):
                 # Whole batches, since not every model takes a part of one; and copies, since it may work in place.
                 outputs, attacked_outputs = model(clean.clone()), model(attacked.clone())
                 target = hard_labels(class_labels(labels.detach().clone(), outputs))[shown]
+                self._check_names(logits_of(outputs).shape[1])
                 before, after = (_verdicts(each)[: len(shown)] for each in (outputs, attacked_outputs))
             clean, attacked = clean[shown], attacked[shown]
         captions = [
@@ -147,7 +160,17 @@ class AdversarialExampleLogger(Callback):
     def _class(self, index: int) -> str:
         if index < 0:
             return "no class"  # the model's outputs are not finite
-        return str(index) if self.class_names is None else str(self.class_names[index])
+        if self.class_names is None:
+            return str(index)
+        self._check_names(index + 1)
+        return str(self.class_names[index])
+
+    def _check_names(self, classes: int) -> None:
+        if self.class_names is not None and len(self.class_names) < classes:
+            raise ValueError(
+                f"class_names has {len(self.class_names)} names, but there are at least {classes} classes: give one for each class, in the "
+                "order of the model's outputs."
+            )
 
 
 def triptychs(clean: Tensor, attacked: Tensor, threat: ThreatModel) -> list[Picture]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lightning_wdefense._compat import Trainer, is_a, rank_zero_warn
+from lightning_wdefense.callbacks.schedule import logged_step
 from lightning_wdefense.metrics import AccuracyCurve
 
 Picture = np.ndarray
@@ -21,13 +22,13 @@ def shows_pictures(trainer: Trainer) -> bool:
 
 
 def log_pictures(trainer: Trainer, key: str, pictures: Sequence[Picture], captions: Sequence[str]) -> None:
-    """Log pictures under ``key`` at the current step; other loggers are passed over.
+    """Log pictures under ``key`` at the step of the metrics of this moment; other loggers are passed over.
 
     W&B shows the captions under the pictures; TensorBoard, which has none, gets them as text beside.
     """
     if not trainer.is_global_zero:
         return
-    step = trainer.global_step
+    step = logged_step(trainer)
     for logger in trainer.loggers:
         if is_a(logger, "WandbLogger"):
             logger.log_image(key, list(pictures), step=step, caption=list(captions))  # type: ignore[attr-defined]

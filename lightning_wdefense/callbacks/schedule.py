@@ -36,25 +36,39 @@ def is_due(trainer: Trainer, last: int | None, every_n_epochs: int) -> bool:
     return not in_fit or last is None or not 0 < trainer.current_epoch - last < every_n_epochs
 
 
-def warmup_radius(trainer: Trainer, warmup_epochs: float, step: int | None = None) -> float:
-    """Fraction of the full radius at ``step`` (by default the current ``global_step``): linear over ``warmup_epochs``.
+def batches_begun(trainer: Trainer) -> int:
+    """How many training batches this trainer has begun, in all epochs: not ``global_step``, which counts optimizer steps."""
+    return int(trainer.fit_loop.epoch_loop.batch_progress.total.ready)
+
+
+def warmup_radius(trainer: Trainer, warmup_epochs: float, batches: int) -> float:
+    """Fraction of the full radius in the last of so many defended batches: linear over ``warmup_epochs``.
 
     Raises:
         MisconfigurationException: if the training dataloader has no length.
     """
     if warmup_epochs == 0:
         return 1.0
-    batches = trainer.num_training_batches
-    if math.isinf(batches):
+    epoch = trainer.num_training_batches
+    if math.isinf(epoch):
         raise MisconfigurationException(
             f"A warm-up of warmup_epochs={warmup_epochs} needs to know how long an epoch is, but the training dataloader has no "
             "length: set Trainer(limit_train_batches=...), or warmup_epochs=0."
         )
-    steps = warmup_epochs * math.ceil(batches / trainer.accumulate_grad_batches)
-    step = trainer.global_step if step is None else step
-    return min(1.0, (step + 1) / max(steps, 1.0))
+    return min(1.0, batches / max(warmup_epochs * epoch, 1.0))
 
 
 def is_logging_step(trainer: Trainer) -> bool:
-    """Whether what is measured now will reach the loggers (every ``log_every_n_steps``)."""
-    return (trainer.global_step + 1) % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+    """Whether what is logged in the current batch will reach the loggers, by Lightning's own rule.
+
+    It counts the batches after which gradients were not accumulated further, whatever the number of optimizers.
+    """
+    if not (trainer._logger_connector.should_update_logs or trainer.fast_dev_run):  # type: ignore[attr-defined]
+        return False
+    automatic = trainer.lightning_module.automatic_optimization
+    return not (automatic and trainer.fit_loop._should_accumulate())
+
+
+def logged_step(trainer: Trainer) -> int:
+    """The step at which Lightning logs the metrics of this moment."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)

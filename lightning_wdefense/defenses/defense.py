@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_wdefense._guests import Guest
 from lightning_wdefense.attacks import LearnedAttack
 from lightning_wdefense.attacks.isolation import eager, isolated, own_pass
 from lightning_wdefense.attacks.labels import class_labels, counted, hard_labels
@@ -22,9 +24,14 @@ from lightning_wdefense.defenses.objective import combine
 from lightning_wdefense.defenses.recipe import Recipe
 from lightning_wdefense.defenses.weight_perturbation import WeightPerturbation
 
+UNTRAINED: dict[str, Any] = {"batches": 0, "multiplier": None, "critic": None}
+"""The state of a defense that has seen no batch."""
 
-class Defense:
+
+class Defense(Guest):
     """Binds a recipe to the module whose outputs it regularises.
+
+    Copies of that module do not have it: a mixin's copy has what was learned, and makes a defense of its own.
 
     Args:
         recipe: what to do.
@@ -35,7 +42,9 @@ class Defense:
     """
 
     def __init__(self, recipe: Recipe, model: nn.Module) -> None:
-        self.recipe, self.model = recipe, model
+        self.recipe, self.model, self.host = recipe, model, model
+        self.batches: int | None = 0
+        self._counted: tuple[int, int] | None = None
         self.multiplier: float | None = None
         self.critic: LiveCritic | None = None
         self._discrepancy = None if recipe.discrepancy is None else get_discrepancy(recipe.discrepancy)
@@ -43,6 +52,27 @@ class Defense:
             self.critic = LiveCritic(self._discrepancy)
         self.recorder = ForwardRecorder(model, recipe.features)
         self.perturbation = WeightPerturbation(model, recipe.awp)
+
+    def left_behind(self) -> Any:
+        """What was learned, from which the copy's own goes on."""
+        return copy.deepcopy(self.state_dict())
+
+    def count_batch(self, trainer: object, begun: int) -> int:
+        """How many batches were defended, this one included.
+
+        Optimizer steps would not do (there may be two a batch, or one in four), nor all batches of the trainer (training may have begun
+        without the defense). However often it is asked of one batch, that counts once: LBFGS calls the step again and again.
+
+        Args:
+            trainer: whose batch it is.
+            begun: how many batches it has begun.
+        """
+        if self.batches is None:  # a checkpoint of 0.1.0, which did not count
+            self.batches = begun - 1
+        if self._counted != (id(trainer), begun):
+            self._counted = (id(trainer), begun)
+            self.batches += 1
+        return self.batches
 
     def adversarial(
         self,
@@ -108,11 +138,14 @@ class Defense:
         return {} if self.multiplier is None else {"multiplier": self.multiplier}
 
     def state_dict(self) -> dict[str, Any]:
-        """What the recipe has learned, for a checkpoint."""
-        return {"multiplier": self.multiplier, "critic": None if self.critic is None else self.critic.state_dict()}
+        """What the recipe has learned, and how many batches it defended, for a checkpoint."""
+        critic = None if self.critic is None else self.critic.state_dict()
+        return {"batches": self.batches, "multiplier": self.multiplier, "critic": critic}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint."""
+        """Continue from a checkpoint; from an empty state, that of a training without the defense, begin."""
+        state = state or UNTRAINED
+        self.batches, self._counted = state.get("batches"), None
         self.multiplier = state.get("multiplier")
         if self.critic is not None:
             self.critic.load_state_dict(state.get("critic"))

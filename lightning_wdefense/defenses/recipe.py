@@ -62,8 +62,8 @@ class Recipe:
             step without the attack. ``task_loss`` stands in for the loss in ``training_step``, which runs only once.
         execution: how the model is run inside the attack, such as ``Execution(precision="bf16")``; ``None`` for as it is.
         ramp_steps: in the warm-up let the attack's number of steps grow with its radius, which saves time.
-        warmup_epochs: the attack's radius grows linearly from 0 over so many epochs, counted in optimizer steps. Training at
-            a large radius from the start collapses to a constant output.
+        warmup_epochs: the attack's radius grows linearly from 0 over so many epochs, counted in the batches that were defended:
+            neither accumulation nor several optimizers change it, and a training that began without the defense has all of it. Training at a large radius from the start collapses to a constant output.
         name: for logs and messages.
 
     Raises:

@@ -397,7 +397,7 @@ class TestLoss:
         train(WassersteinDefense(recipe), module=Seeing)
         assert dtypes == {(False, torch.bfloat16), (True, torch.float32)}
 
-    def test_warmup_counts_optimizer_steps(self, tmp_path):
+    def test_warmup_is_logged_under_accumulation(self, tmp_path):
         logger = CSVLogger(tmp_path)
         train(defend(warmup_epochs=1), accumulate_grad_batches=2, logger=logger, log_every_n_steps=1, max_epochs=2)
         assert [row["defense/eps"] for row in rows_of(logger)] == pytest.approx([0.1, 0.2, 0.2, 0.2])
@@ -492,7 +492,8 @@ class TestResuming:
         assert_same_weights(run(4, tmp_path / "2" / "epoch=1.ckpt"), whole)
         assert states[0] == states[2]
         learns = recipe.startswith(("udr", "critic"))
-        assert (states[0] == states[1] == {"multiplier": None, "critic": None}) == (not learns)
+        assert (states[0] == {"batches": 16, "multiplier": None, "critic": None}) == (not learns)
+        assert states[1]["batches"] == 8
 
     def test_noise_differs_by_batch_epoch_rank_and_seed(self):
         class At:

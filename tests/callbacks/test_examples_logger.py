@@ -192,3 +192,24 @@ def test_half_precision(tmp_path, precision):
     trainer.validate(trained_classifier(), digits_loaders()[1], verbose=False)
     logger.finalize("success")
     assert tensorboard_picture_steps(logger.log_dir, "val/adversarial_examples/0") == [0]
+
+
+@pytest.mark.parametrize(("sanity", "epochs"), [(1, 0), (0, 1)])
+def test_too_few_class_names_are_told_before_the_first_epoch_if_they_can_be(tmp_path, sanity, epochs):
+    class Counting(DigitsClassifier):
+        begun = 0
+
+        def on_train_epoch_start(self):
+            self.begun += 1
+
+    names = [f"digit {it}" for it in range(9)]
+    callback = AdversarialExampleLogger(THREAT, "fgsm", class_names=names)
+    trainer = quiet_trainer(
+        callbacks=[callback], logger=TensorBoardLogger(tmp_path), num_sanity_val_steps=sanity, limit_train_batches=1
+    )
+    with pytest.raises(ValueError, match="class_names has 9 names, but there are at least 10 classes"):
+        trainer.fit(module := Counting(), *digits_loaders(val_size=32))
+    assert module.begun == epochs
+    assert callback._class(8) == "digit 8"
+    with pytest.raises(ValueError, match="class_names has 9 names"):
+        callback._class(9)

@@ -7,7 +7,7 @@ import sys
 import pytest
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from support.lightning_modules import digits_loaders, quiet_trainer, trained_classifier
-from support.logs import tensorboard_history, tensorboard_picture_steps, wandb_history
+from support.logs import tensorboard_history, tensorboard_picture_steps, tensorboard_scalar_steps, wandb_history
 
 from lightning_wdefense import AdversarialExampleLogger, RobustnessMonitor, ThreatModel
 
@@ -75,12 +75,16 @@ def test_the_panel_of_examples_arrives_with_captions(both):
         assert board[f"val/adversarial_examples/{index}/caption"] == caption
 
 
-def test_pictures_are_logged_at_the_global_step(tmp_path):
+def test_pictures_are_logged_at_the_step_of_the_metrics(tmp_path):
     logger = TensorBoardLogger(tmp_path)
     watch(logger, max_epochs=2)
     logger.finalize("success")
     for tag in ("val/robustness_curve", "val/adversarial_examples/0"):
-        assert tensorboard_picture_steps(logger.log_dir, tag) == [3, 6]
+        assert (
+            tensorboard_picture_steps(logger.log_dir, tag)
+            == tensorboard_scalar_steps(logger.log_dir, "val/auac")
+            == [2, 5]
+        )
 
 
 def test_pictures_of_a_test_run(tmp_path):

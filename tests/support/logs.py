@@ -74,6 +74,15 @@ def tensorboard_picture_steps(log_dir: Path, tag: str) -> list[int]:
     return [event.step for event in events.Images(tag)]
 
 
+def tensorboard_scalar_steps(log_dir: Path, tag: str) -> list[int]:
+    """The steps at which numbers were logged under this tag."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(log_dir), size_guidance={"scalars": 0})
+    events.Reload()
+    return [event.step for event in events.Scalars(tag)]
+
+
 def _leveldb_records(data: bytes) -> Iterator[bytes]:
     """The records of a .wandb file, which is a LevelDB log after a header of seven bytes."""
     position, record = HEADER, b""

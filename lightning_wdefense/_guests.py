@@ -1,0 +1,159 @@
+"""What is put on a user's module for a while, and stays behind when the module is copied, pickled or saved."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+
+ABSENT = object()
+"""In place of an entry of ``__dict__`` that is not there."""
+
+_GETSTATE = "__getstate__"
+
+
+class Guest:
+    """Something of ours in a module's ``__dict__`` or among its hooks.
+
+    While a module has guests, :func:`settle` keeps a ``__getstate__`` on the instance, which ``copy`` and ``pickle`` heed: a copy is a plain
+    module of the user's own, loaded without this package. What a class with a ``__deepcopy__`` or ``__reduce__`` of its own
+    copies one by one becomes :meth:`in_a_copy`.
+
+    Attributes:
+        host: the module that it is on.
+    """
+
+    host: nn.Module
+
+    def left_behind(self) -> Any:
+        """What copies have in its place."""
+        return ABSENT
+
+    def in_a_copy(self, host: nn.Module) -> Any:
+        """The same for one copy, that must have something there."""
+        return self.left_behind()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        host = memo.get(id(self.host))
+        if host is None:
+            raise self._stranded()
+        return self.in_a_copy(host)
+
+    def __reduce__(self) -> Any:
+        raise self._stranded()
+
+    def _stranded(self) -> Exception:
+        name = type(self.host).__name__
+        return pickle.PicklingError(
+            f"{name} copies its __dict__ in a way of its own, while a wrapper of WassersteinDefense is in it. In __deepcopy__(self, memo) "
+            "set memo[id(self)] = copy before attributes are copied with that memo; in __reduce__ take the state from "
+            "self.__getstate__()."
+        )
+
+
+class Hook(Guest):
+    """A forward hook or pre-hook."""
+
+    def __init__(self, host: nn.Module, function: Callable[..., None]) -> None:
+        self.host, self._function = host, function
+
+    def __call__(self, *args: Any) -> None:
+        """Look, and change nothing."""
+        self._function(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return _does_nothing
+
+    def __reduce__(self) -> Any:
+        return getattr, (contextlib.nullcontext(), "__exit__")
+
+
+_does_nothing = contextlib.nullcontext().__exit__
+"""Takes whatever a hook is given, and is of the standard library, so that it can be loaded anywhere."""
+
+
+class HookHandle:
+    """Takes a hook off again."""
+
+    def __init__(self, host: nn.Module, handle: Any) -> None:
+        self._host, self._handle = host, handle
+
+    def remove(self) -> None:
+        """Without its last guest, the module is as it was."""
+        self._handle.remove()
+        depart(self._host)
+
+
+def hook(module: nn.Module, function: Callable[..., None], *, before: bool = False) -> HookHandle:
+    """Let ``function(module, args, outputs)`` see each forward pass; with ``before``, ``function(module, args)`` its inputs."""
+    register = module.register_forward_pre_hook if before else module.register_forward_hook
+    handle = HookHandle(module, register(Hook(module, function)))
+    settle(module)
+    return handle
+
+
+def settle(module: nn.Module) -> None:
+    """See to it that copies of a module that has a guest now are plain."""
+    if not isinstance(module.__dict__.get(_GETSTATE), _PlainState):
+        module.__dict__[_GETSTATE] = _PlainState(module)
+
+
+def depart(module: nn.Module) -> None:
+    """Leave a module alone whose last guest has gone."""
+    plain = module.__dict__.get(_GETSTATE)
+    if isinstance(plain, _PlainState) and not any(map(_has_guests, _others(module.__dict__))):
+        plain.restore()
+
+
+class _PlainState(Guest):
+    """In place of a module's ``__getstate__``: its state without guests, itself among them."""
+
+    def __init__(self, host: nn.Module) -> None:
+        self.host, self._previous = host, host.__dict__.get(_GETSTATE, ABSENT)
+
+    def __call__(self) -> Any:
+        """What the module's own would return, without guests."""
+        if self._previous is not ABSENT:
+            return _without_guests(self._previous())
+        own = getattr(type(self.host), _GETSTATE, None)  # classes have it from Python 3.11 on
+        return _without_guests(self.host.__dict__ if own is None else own(self.host))
+
+    def left_behind(self) -> Any:
+        return self._previous
+
+    def in_a_copy(self, host: nn.Module) -> Any:
+        return _PlainState(host)
+
+    def restore(self) -> None:
+        """Put the module's own back."""
+        if self._previous is ABSENT:
+            del self.host.__dict__[_GETSTATE]
+        else:
+            self.host.__dict__[_GETSTATE] = self._previous
+
+
+def _others(attributes: dict[str, Any]) -> Iterable[Any]:
+    return (value for value in attributes.values() if not isinstance(value, _PlainState))
+
+
+def _has_guests(value: Any) -> bool:
+    return isinstance(value, Guest) or (isinstance(value, dict) and any(isinstance(it, Guest) for it in value.values()))
+
+
+def _without_guests(state: Any) -> Any:
+    if isinstance(state, tuple):  # with slots
+        return tuple(map(_without_guests, state))
+    if not isinstance(state, dict):
+        return state
+    plain = {}
+    for name, value in state.items():
+        if isinstance(value, Guest):
+            value = value.left_behind()
+        elif _has_guests(value):  # hooks
+            value = type(value)((key, it) for key, it in value.items() if not isinstance(it, Guest))
+        if value is not ABSENT:
+            plain[name] = value
+    return plain
