@@ -132,14 +132,16 @@ class Copy:
                 code = self._run_here(output, ["-q", "-p", "no:cacheprovider", *arguments])
             finally:
                 os._exit(code)
-        end, status = time.monotonic() + limit, (0, 0)
-        while (status := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < end:
-            time.sleep(0.05)
-        if status == (0, 0):
-            os.killpg(child, signal.SIGKILL)  # and what the tests started
-            os.waitpid(child, 0)
-            return None, ""
-        return os.waitstatus_to_exitcode(status[1]), output.read_text()
+        end, ended, status = time.monotonic() + limit, 0, 0
+        try:
+            while not ended and time.monotonic() < end:
+                ended, status = os.waitpid(child, os.WNOHANG)
+                time.sleep(0.05)
+        finally:
+            if not ended:
+                os.killpg(child, signal.SIGKILL)  # and what the tests started
+                os.waitpid(child, 0)
+        return (os.waitstatus_to_exitcode(status) if ended else None), output.read_text()
 
     def _run_here(self, output: Path, arguments: list[str]) -> int:
         os.setsid()
@@ -161,7 +163,7 @@ class Copy:
 
 def _import_what_stays() -> None:
     """What all tests need and no fault is planted in."""
-    for name in ("torch", "lightning", "torchmetrics", "sklearn.datasets", "scipy.stats"):
+    for name in ("torch._dynamo", "lightning", "torchmetrics", "sklearn.datasets", "scipy.stats", "ot"):
         importlib.import_module(name)
 
 

@@ -75,8 +75,8 @@ FAULTS = [
     Fault(
         "an exception leaves the step wrapped",
         "callbacks/defense.py",
-        "exception: BaseException) -> None:\n        self._restore()",
-        "exception: BaseException) -> None:\n        pass",
+        'does not call ``teardown``)."""\n        self._restore()',
+        'does not call ``teardown``)."""\n        pass',
         (f"{DEFENSE}TestLeavesAlone::test_an_exception_leaves_the_module_unwrapped_and_its_modes",),
     ),
     Fault(

@@ -70,7 +70,7 @@ FAULTS = [
         "detection/feature_squeezing.py",
         "return data + (rounded - data).detach() if data.requires_grad else rounded",
         "return rounded",
-        (f"{CONTRACT}test_a_gradient_says_how_to_evade", f"{VALUES}test_bit_depth"),
+        (f"{VALUES}test_bit_depth",),
     ),
     Fault(
         "squeezing shows the model data units",

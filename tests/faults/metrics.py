@@ -85,7 +85,7 @@ FAULTS = [
         "metrics/detectability.py",
         "- 0.5 * counts",
         "- counts",
-        (f"{DETECTABILITY}test_interval_is_that_of_scipys_bootstrap",),
+        (f"{DETECTABILITY}test_extremes",),
     ),
     Fault(
         "the bootstrap ignores the seed",
