@@ -47,7 +47,7 @@ FAULTS = [
         "attacks/base.py",
         "return (4096, 64, 1) if half else (1,)",
         "return (1,)",
-        (f"{CONTRACT}test_float16_gradients_do_not_underflow[model-pgd]",),
+        (f"{CONTRACT}test_float16_gradients_do_not_underflow[model-fgsm]",),
     ),
     Fault(
         "the scale of float16 gradients is not taken out again",

@@ -172,6 +172,18 @@ def test_zero_weights_equal_removal(options):
     assert (far_x.grad[-2:] == 0).all()
 
 
+@pytest.mark.parametrize("reach", [None, 1.3])
+def test_points_of_no_weight_know_their_potential(reach):
+    """It answers that of the others, as every potential does, and is what a bit of weight there would cost."""
+    x, y, a, b = clouds(weighted=True)
+    b[:2] = 0
+    b /= b.sum()
+    result = sinkhorn(x, y, a, b, blur=0.5, reach=reach, **EXACT)
+    eps, share = 0.5**2, 1.0 if reach is None else reach**2 / (reach**2 + 0.5**2)
+    answer = -share * eps * (a.log()[:, None] + (result.f[:, None] - cost_matrix(x, y, 2)) / eps).logsumexp(0)
+    torch.testing.assert_close(result.g, answer, rtol=0, atol=1e-7)
+
+
 def test_labels_in_the_cost():
     x, y, a, b = clouds()
     x_labels, y_labels = torch.arange(12) % 3, torch.arange(9) % 3
