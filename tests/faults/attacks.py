@@ -102,7 +102,7 @@ FAULTS = [
         "attacks/norms.py",
         "(eps / length).clamp(max=1.0)",
         "(eps / length)",
-        ("tests/attacks/test_threat.py::test_l2_ball_is_per_sample",),
+        (f"{OPTIMAL}test_a_step_follows_autograd_in_data_units",),
     ),
     Fault(
         "starts crowd at the centre of the L2 ball",
