@@ -168,11 +168,11 @@ FAULTS = [
         (f"{DEFENSE}TestLoss::test_weight_perturbation_equals_the_formula[pgd-at]",),
     ),
     Fault(
-        "the critic is pulled by the model's loss",
+        "the critic gathers gradients of the model's loss",
         "defenses/critic.py",
         "with training.critic.frozen(), eager():",
         "with eager():",
-        (*formula("critic"), f"{DEFENSE}TestLeavesAlone::test_recipes_that_add_nothing_train_bit_for_bit_the_same"),
+        (f"{DISCREPANCIES}test_the_critic_learns_nothing_from_the_models_loss",),
     ),
     Fault(
         "the critic of a batch that failed is kept",
