@@ -93,9 +93,9 @@ def test_losses_have_the_gradients_of_their_formulas(loss, reference):
     inputs, _ = batch(6)
     labels = torch.arange(8) % 5
     # So wide that the start is far from the clean inputs, where the two divergences have one gradient.
-    threat = ThreatModel(norm="linf", eps=1.0, bounds=(-100.0, 100.0))
+    threat = ThreatModel(norm="linf", eps=4.0, bounds=(-250.0, 250.0))
     attack = PGD(threat, steps=1, step_size=0.01, random_start="gaussian", loss=loss)
-    noise = 0.2 * torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+    noise = 0.5 * torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
     start = (inputs + noise).requires_grad_()
     (gradient,) = torch.autograd.grad(reference(model(start), model(inputs).detach(), labels), start)
     torch.testing.assert_close(attack(model, inputs, labels), start.detach() + 0.01 * gradient.sign())
