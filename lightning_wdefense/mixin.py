@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_wdefense._compat import is_a
+from lightning_wdefense._seeding import seeded_generator
 from lightning_wdefense.callbacks.schedule import is_logging_step, noise_generator, warmup_radius
 from lightning_wdefense.defenses.branch import Branch
 from lightning_wdefense.defenses.defense import Defense
@@ -99,7 +100,7 @@ class WassersteinDefenseMixin:
         Args:
             inputs: ``(N, ...)`` in model units.
             labels: whatever the attack and :meth:`task_loss` take.
-            seed: seeds the attack's noise, together with the epoch, the batch and the rank.
+            seed: seeds the attack's noise, under a Trainer together with the epoch, the batch and the rank.
 
         Raises:
             TypeError: if inputs or outputs are not what the attack needs.
@@ -110,7 +111,9 @@ class WassersteinDefenseMixin:
         trainer = getattr(self, "_trainer", None)
         trainer = trainer if is_a(trainer, "Trainer") else None
         radius = 1.0 if trainer is None else warmup_radius(trainer, recipe.warmup_epochs)
-        generator = None if trainer is None else noise_generator(trainer, seed, inputs.device)
+        generator = (
+            seeded_generator(inputs.device, seed) if trainer is None else noise_generator(trainer, seed, inputs.device)
+        )
         average = None if trainer is None else functools.partial(trainer.strategy.reduce, reduce_op="mean")
         defense.recorder.attach(inputs)
         adversarial = inputs

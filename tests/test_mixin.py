@@ -77,6 +77,10 @@ def test_the_seed_decides_the_noise():
     one, same, other = (weights(fit(lambda seed=seed: Seeded(seed))[1]) for seed in (0, 0, 1))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
+    module, batch = Defended(), [part[:16] for part in digits()]  # and outside of a Trainer
+    one, same, other = (module.defend(*batch, seed=seed).adversarial_inputs for seed in (0, 0, 1))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
 
 
 def test_measures_as_the_callback_does(tmp_path):
