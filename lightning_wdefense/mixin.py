@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_wdefense._compat import is_a
 from lightning_wdefense._guests import settle
+from lightning_wdefense._seeding import seeded_generator
 from lightning_wdefense.callbacks.restoration import restore_in_time
 from lightning_wdefense.callbacks.schedule import batches_begun, is_logging_step, noise_generator, warmup_radius
 from lightning_wdefense.defenses.branch import Branch
@@ -107,7 +108,7 @@ class WassersteinDefenseMixin:
         Args:
             inputs: ``(N, ...)`` in model units.
             labels: whatever the attack and :meth:`task_loss` take.
-            seed: seeds the attack's noise, together with the epoch, the batch and the rank.
+            seed: seeds the attack's noise, under a Trainer together with the epoch, the batch and the rank.
 
         Raises:
             TypeError: if inputs or outputs are not what the attack needs.
@@ -118,7 +119,9 @@ class WassersteinDefenseMixin:
         trainer = getattr(self, "_trainer", None)
         trainer = trainer if is_a(trainer, "Trainer") else None
         radius = 1.0 if trainer is None else _radius(defense, trainer)
-        generator = None if trainer is None else noise_generator(trainer, seed, inputs.device)
+        generator = (
+            seeded_generator(inputs.device, seed) if trainer is None else noise_generator(trainer, seed, inputs.device)
+        )
         average = None if trainer is None else functools.partial(trainer.strategy.reduce, reduce_op="mean")
         defense.recorder.attach(inputs)
         adversarial = inputs

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import csv
 import pickle
 from dataclasses import replace
+from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.loggers import CSVLogger
 from support.learned import plain
 from support.lightning_modules import DigitsClassifier, digits, digits_loaders, quiet_trainer
 
@@ -61,6 +64,40 @@ def test_trains_as_the_callback_does(recipe, manual):
     trainer, module = fit(lambda: Defended(recipe, manual), precision="64-true")
     torch.testing.assert_close(weights(module), weights(expected), rtol=1e-5, atol=1e-6)
     assert trainer.callback_metrics["defense/transport_cost"] >= -1e-4
+
+
+def test_the_seed_decides_the_noise():
+    class Seeded(Defended):
+        def __init__(self, seed):
+            super().__init__()
+            self.seed = seed
+
+        def training_step(self, batch, batch_idx):
+            return self.defend(*batch, seed=self.seed).loss
+
+    one, same, other = (weights(fit(lambda seed=seed: Seeded(seed))[1]) for seed in (0, 0, 1))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    module, batch = Defended(), [part[:16] for part in digits()]  # and outside of a Trainer
+    one, same, other = (module.defend(*batch, seed=seed).adversarial_inputs for seed in (0, 0, 1))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+def test_measures_as_the_callback_does(tmp_path):
+    """Which measures what it should: see the callback's own tests."""
+    rows = []
+    for name, make, callbacks in (
+        ("callback", DigitsClassifier, [WassersteinDefense("sat", threat=THREAT, warmup_epochs=0.5)]),
+        ("mixin", lambda: Defended("sat"), []),
+    ):
+        logger = CSVLogger(tmp_path, name)
+        fit(make, *callbacks, logger=logger)
+        logged = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
+        rows.append([{key: row[key] for key in row if key != "train/loss"} for row in csv.DictReader(logged)])
+    assert [row["step"] for row in rows[0]] == ["1", "3"]
+    assert float(rows[0][0]["defense/transport_cost"]) > 0
+    assert rows[0] == rows[1]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -393,6 +393,8 @@ def test_deterministic(case, threat):
     seeded = [attack(model, inputs, labels, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
     assert torch.equal(seeded[0], seeded[1])
     assert case.noisy != torch.equal(seeded[0], seeded[2])
+    object.__setattr__(other := copy.copy(attack), "seed", 1)
+    assert torch.equal(other(model, inputs, labels), seeded[0])
 
 
 @every_attack

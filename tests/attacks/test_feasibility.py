@@ -105,11 +105,13 @@ def test_what_leaves_one_channel_for_another_is_missed():
 
 
 def test_feasible_is_each_of_the_three():
-    x = image((2, 2, 0.5), (3, 3, 0.5)).float().expand(3, 1, 6, 7)
-    y = torch.cat([image((2, 3, 0.5), (3, 3, 0.5)), image((2, 2, 0.5), (3, 3, 0.5)), image((2, 2, 0.5))]).float()
+    x = image((2, 2, 0.5), (3, 3, 0.5)).float().expand(4, 1, 6, 7)
+    more = image((2, 2, 0.50005), (3, 3, 0.5))  # a change of mass that is rounding to its plan
+    y = torch.cat([image((2, 3, 0.5), (3, 3, 0.5)), image((2, 2, 0.5), (3, 3, 0.5)), image((2, 2, 0.5)), more]).float()
     found = wasserstein_feasibility(x, y, THREAT)
-    assert found.feasible(0.5).tolist() == [True, True, False]
-    assert found.feasible(0.49).tolist() == [False, True, False]
+    assert found.cost[3] == 0
+    assert found.feasible(0.5).tolist() == [True, True, False, False]
+    assert found.feasible(0.49).tolist() == [False, True, False, False]
 
 
 def test_model_units():

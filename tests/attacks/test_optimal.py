@@ -92,9 +92,10 @@ def test_losses_have_the_gradients_of_their_formulas(loss, reference):
     model = classifier(6)
     inputs, _ = batch(6)
     labels = torch.arange(8) % 5
-    threat = ThreatModel(norm="linf", eps=0.05, bounds=None)
+    # So wide that the start is far from the clean inputs, where the two divergences have one gradient.
+    threat = ThreatModel(norm="linf", eps=4.0, bounds=(-250.0, 250.0))
     attack = PGD(threat, steps=1, step_size=0.01, random_start="gaussian", loss=loss)
-    noise = 0.001 * torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+    noise = 0.5 * torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
     start = (inputs + noise).requires_grad_()
     (gradient,) = torch.autograd.grad(reference(model(start), model(inputs).detach(), labels), start)
     torch.testing.assert_close(attack(model, inputs, labels), start.detach() + 0.01 * gradient.sign())
@@ -167,11 +168,11 @@ def test_each_restart_only_makes_it_worse(loss):
 
 
 def test_default_step_is_two_and_a_half_radii_over_the_steps():
-    model, threat = linear(), ThreatModel(norm="linf", eps=0.4, bounds=None)
-    inputs = torch.zeros(4, 12)
-    labels = torch.zeros(4, dtype=torch.long)
-    explicit = PGD(threat, steps=10, step_size=0.1)(model, inputs, labels)
+    model, threat = classifier(12, scale=6.0), ThreatModel(norm="linf", eps=0.4, bounds=None)
+    inputs, labels = batch(12)
+    explicit, other = (PGD(threat, steps=10, step_size=size)(model, inputs, labels) for size in (0.1, 0.4))
     assert torch.equal(PGD(threat, steps=10)(model, inputs, labels), explicit)
+    assert not torch.equal(explicit, other)
 
 
 def test_a_step_size_keeps_its_ratio_to_the_radius():

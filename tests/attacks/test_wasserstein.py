@@ -18,6 +18,7 @@ from lightning_wdefense.attacks.best_plan import best_plan
 from lightning_wdefense.attacks.local_transport import LocalTransport, square
 from lightning_wdefense.attacks.nearest_plan import legal, nearest_plan
 from lightning_wdefense.attacks.plan_ascent import steepest
+from lightning_wdefense.attacks.wasserstein import Found
 
 
 def ball(eps: float, **options) -> ThreatModel:
@@ -183,6 +184,15 @@ def test_each_round_and_each_method_only_makes_it_worse(digits_cnn):
     assert not (many & ~one).any()
     assert not (one & ~single).any()
     assert many.sum() < one.sum() < single.sum()
+
+
+def test_a_sample_that_fell_stays_fallen():
+    """Nothing that is classified correctly takes the place of an image that is not, whatever its loss."""
+    found, index = Found(torch.zeros(1, 1, 2, 2), None), torch.tensor([0])
+    for loss, fooled in ((1.0, False), (2.0, True), (3.0, False), (4.0, False)):
+        found.keep(index, torch.full((1, 1, 2, 2), loss), torch.tensor([fooled]), torch.tensor([loss]))
+    assert found.fooled.all()
+    assert (found.images == 2).all()
 
 
 def test_other_noise_other_restarts():

@@ -13,7 +13,7 @@ import torch
 from lightning_wdefense.defenses import RECIPES
 
 TESTS = Path(__file__).parents[1]
-CASES = [*(name for name in RECIPES if name != "standard"), "trades+awp", "udr+awp"]
+CASES = [*(name for name in RECIPES if name != "standard"), "trades+awp", "udr+awp", "mixin:udr", "mixin:critic"]
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +38,8 @@ def test_ranks_end_with_the_same_weights_and_have_learned_the_same(recipe, ranks
     first, second = (rank[recipe] for rank in ranks)
     assert torch.equal(first["weights"], second["weights"])
     assert first["learned"] == second["learned"]
-    assert (first["learned"]["multiplier"] is not None) == recipe.startswith("udr")
-    assert (first["learned"]["critic"] is not None) == recipe.startswith("critic")
+    assert (first["learned"]["multiplier"] is not None) == recipe.removeprefix("mixin:").startswith("udr")
+    assert (first["learned"]["critic"] is not None) == recipe.removeprefix("mixin:").startswith("critic")
 
 
 def test_noise_differs_by_rank(ranks):

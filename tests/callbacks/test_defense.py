@@ -15,8 +15,16 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from support.learned import plain
-from support.lightning_modules import DigitsClassifier, HeadlessDigitsClassifier, digits_loaders, quiet_trainer
+from support.lightning_modules import (
+    DigitsClassifier,
+    HeadlessDigitsClassifier,
+    digits,
+    digits_loaders,
+    quiet_trainer,
+    trained_classifier,
+)
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import Accuracy
 
 from lightning_wdefense import Recipe, ThreatModel, WassersteinDefense
@@ -348,16 +356,21 @@ class TestLoss:
         plain = train(defend(recipe), precision="64-true")
         assert (weights(defended) - weights(plain)).abs().max() > 1e-4
 
-    def test_the_other_branch_has_a_task_loss(self):
-        recipe = Recipe(PGD(THREAT), other_weight=0.5, warmup_epochs=0)
+    def test_the_other_branch_and_the_margin_have_weights(self):
+        recipe = Recipe(PGD(THREAT), other_weight=0.5, margin_weight=0.3, warmup_epochs=0)
 
         class ByHand(DigitsClassifier):
             def training_step(self, batch, batch_idx):
                 x, y = batch
                 adversarial = recipe.attack(self, x, y, generator=noise_generator(self.trainer, 0, x.device))
-                return F.cross_entropy(self(adversarial), y) + 0.5 * F.cross_entropy(self(x), y)
+                za = self(adversarial)
+                return 0.7 * F.cross_entropy(za, y) + 0.3 * boosted(za, y) + 0.5 * F.cross_entropy(self(x), y)
 
-        torch.testing.assert_close(weights(train(WassersteinDefense(recipe))), weights(train(module=ByHand)))
+        defended, expected = (
+            weights(train(*callbacks, module=module, precision="64-true"))
+            for callbacks, module in (([WassersteinDefense(recipe)], DigitsClassifier), ([], ByHand))
+        )
+        torch.testing.assert_close(defended, expected, rtol=1e-5, atol=1e-6)
 
     def test_eps_grows_over_the_warmup(self):
         seen = []
@@ -462,6 +475,26 @@ class TestLogging:
             for name in ("gap", "distance", "penalty", "gradient_norm", "steps"):
                 assert math.isfinite(row.get(f"defense/critic_{name}", math.nan)) == (recipe == "critic")
             assert "train/loss" in row  # the user's own
+
+    def test_measurements_are_those_of_the_batch_that_is_logged(self, tmp_path):
+        images, labels = (part[:128] for part in digits())
+        labels = (labels + (torch.arange(128) % 32 < torch.arange(128) // 32 * 8)) % 10  # ever more wrong ones
+        attack, logger = FGSM(ThreatModel(eps=0.05)), CSVLogger(tmp_path)
+        module = trained_classifier()
+        module.learning_rate = 0.0
+        loader = DataLoader(TensorDataset(images, labels), 32)
+        defense = WassersteinDefense(Recipe(attack, warmup_epochs=0))
+        train(defense, module=module, loader=loader, logger=logger, log_every_n_steps=2)
+        rows = rows_of(logger)
+        assert [row["step"] for row in rows] == [1, 3]
+        for row in rows:
+            x, y = images.split(32)[int(row["step"])], labels.split(32)[int(row["step"])]
+            z, za = module(x).detach(), module(attack(module, x, y)).detach()
+            right, still = z.argmax(1) == y, za.argmax(1) == y
+            assert row["defense/clean_acc"] == pytest.approx(right.float().mean().item())
+            assert row["defense/adversarial_acc"] == pytest.approx(still.float().mean().item())
+            assert row["defense/attack_success"] == pytest.approx(((right & ~still).sum() / right.sum()).item())
+            assert row["defense/transport_cost"] == pytest.approx(sinkhorn_divergence(z, za).item(), rel=1e-3)
 
     def test_names_tell_callbacks_apart(self, tmp_path):
         logger = CSVLogger(tmp_path)

@@ -256,6 +256,22 @@ def test_curve_reuses_what_is_known_at_the_threats_eps():
     assert sorted(calls) == [0.05, EPS]
 
 
+def test_curve_attacks_only_what_stands(by_hand):
+    sizes = dict.fromkeys((0.05, EPS, 0.2), 0)
+
+    class Counting(PGD):
+        def perturb(self, problem):
+            sizes[self.threat.eps] += len(problem.data)
+            return super().perturb(problem)
+
+    monitor = RobustnessMonitor(THREAT, [Counting(THREAT, steps=2, random_start=False)], epsilons=[0.05, 0.2])
+    evaluate(monitor)
+    n, right = len(whole_set()[1]), by_hand["clean"]
+    low = monitor.curves["val/robustness_curve"].accuracies[1].item()
+    assert low < right
+    assert sizes == {0.05: round(n * right), EPS: round(n * right), 0.2: round(n * low)}
+
+
 def test_curve_never_rises_even_if_the_attack_does():
     class Erratic(FGSM):
         def perturb(self, problem):

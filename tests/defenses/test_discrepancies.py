@@ -151,3 +151,14 @@ def test_a_weak_penalty_of_the_critic_pulls_no_harder_than_a_strong_one(penalty)
         said = live.update(Branch(None, x), Branch(None, y), None, measure=True)
     assert live.gap(Branch(None, x), Branch(None, y), None).item() == pytest.approx(2, rel=0.15)
     assert said["critic_gap"] > 2 * (1 + 1 / (4 * penalty))
+
+
+def test_the_critic_learns_nothing_from_the_models_loss(clouds):
+    x, y, _ = clouds
+    live = LiveCritic(CriticDiscrepancy(by_class=False))
+    live.update(Branch(None, x), Branch(None, y), None)
+    assert live._training is not None
+    before = [each.grad for each in live._training.critic.parameters()]
+    live.gap(Branch(None, x.requires_grad_()), Branch(None, y), None).backward()
+    assert x.grad.abs().max() > 0
+    assert [each.grad for each in live._training.critic.parameters()] == before == [None] * len(before)

@@ -178,6 +178,20 @@ def test_the_seed_decides_the_noise():
     assert weights(0) == weights(0) != weights(1)
 
 
+def test_noise_differs_by_seed_epoch_batch_and_rank(monkeypatch):
+    draws = []
+
+    class Drawing(PGD):
+        def perturb(self, problem):
+            draws.append(torch.rand((), generator=problem.generator).item())
+            return problem.data
+
+    for seed, rank in ((0, 0), (1, 0), (0, 1)):
+        monkeypatch.setattr(WassersteinPurifier, "global_rank", rank, raising=False)
+        fitted(purifier_of(attack=Drawing(THREAT), seed=seed), max_epochs=2)
+    assert len(set(draws)) == len(draws) == 3 * 2 * 2
+
+
 class InDataUnits(nn.Module):
     """A generator that does the same whatever units its inputs have."""
 

@@ -135,6 +135,8 @@ def test_bit_depth(bits):
     np.testing.assert_allclose(reduce_bit_depth(data, bits), np.round(data.numpy() * levels) / levels, atol=1e-6)
     wide = reduce_bit_depth(data * 255 - 10, bits, (-10.0, 245.0))
     np.testing.assert_allclose(wide, np.round(data.numpy() * levels) / levels * 255 - 10, atol=1e-3)
+    reduce_bit_depth(data.requires_grad_(), bits).sum().backward()
+    assert torch.equal(data.grad, torch.ones(100))  # straight through, so that an attack can be told to evade it
 
 
 @pytest.mark.parametrize("size", [3, 5])

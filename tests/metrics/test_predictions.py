@@ -29,6 +29,8 @@ FORMS = {
     "binary column, float labels": (BINARY[:, None], torch.tensor([[0.0], [1.0], [1.0]]), [True, True, False]),
     "binary, smoothed labels": (BINARY, torch.tensor([0.1, 0.9, 0.9]), [True, True, False]),
     "binary, boolean labels": (BINARY, torch.tensor([False, True, True]), [True, True, False]),
+    "binary logits between -1 and 1": (BINARY / 5, torch.tensor([0, 1, 0]), [True, True, True]),
+    "binary, one half": (BINARY, torch.tensor([0.5, 0.5, 0.5]), [True, False, True]),
     "two logits, float labels": (LOGITS[:, :2], torch.tensor([0.0, 1.0, 0.0]), [True, True, False]),
     "segmentation": (LOGITS.T[None], INDICES[None], [[True, True, False]]),
     "binary segmentation": (BINARY.view(1, 1, 1, 3), torch.tensor([[[0, 1, 1]]]), [[[True, True, False]]]),

@@ -12,6 +12,7 @@ from lightning_wdefense.transport import (
     costs,
     sinkhorn,
     sinkhorn_divergence,
+    solver,
 )
 
 EXACT = {"tol": 1e-6, "max_iter": 5_000}
@@ -63,6 +64,16 @@ def test_float32_is_right_to_one_percent(family, relative_blur):
         mean_cost = (blur / relative_blur) ** 2
         torch.testing.assert_close(value, exact_value, rtol=1e-3, atol=1e-6 * mean_cost)
         assert (gradient - exact_gradient).norm() < 1e-2 * exact_gradient.norm()
+
+
+def test_annealing_saves_iterations(monkeypatch):
+    def iterations():
+        problems = (independent(64, 3, torch.Generator().manual_seed(seed)) for seed in range(3))
+        return sum(sinkhorn(*problem, relative_blur=0.02).n_iter for problem in problems)
+
+    found = iterations()
+    monkeypatch.setattr(solver, "levels_above", lambda mean, eps: 0)
+    assert found < 0.7 * iterations()
 
 
 def clouds(n=40, m=30, d=3, dtype=torch.float32):

@@ -151,6 +151,7 @@ def test_scores_fall_towards_the_other_cloud(way):
     with critic.frozen():
         (gradient,) = torch.autograd.grad(critic.gap(points, y), points)
     assert torch.cosine_similarity(len(x) * gradient, shift[None]).mean() > 0.95
+    assert critic(x).mean() > critic(y).mean()
 
 
 # 1-Lipschitz, always

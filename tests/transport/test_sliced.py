@@ -251,6 +251,9 @@ def test_levels_are_not_rounded():
     split = torch.cat([a / 2, b / 2])
     assert sliced_wasserstein(x, torch.cat([x, y]), a, split).item() < 1e-4
     assert sliced_wasserstein(x, y, a, b) == 0
+    # A level that float32 cannot tell from the one before it.
+    far, few = torch.tensor([[0.0], [1e4]]), torch.tensor([1.0, 1e-8])
+    assert sliced_wasserstein(far, torch.zeros(2, 1), few, few).item() == pytest.approx(1, rel=1e-5)
 
 
 def test_ties_and_a_weight_of_zero_have_valid_gradients():

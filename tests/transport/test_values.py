@@ -68,6 +68,20 @@ def test_unbalanced_value_is_that_of_pot():
 
 
 @pytest.mark.parametrize("p", [1, 2])
+def test_unbalanced_divergence_is_that_of_its_definition(p):
+    """With half of eps times the square of what one mass has more than the other (Séjourné et al., 2019)."""
+    x, y, a, b = clouds(weighted=True)
+    a, b = 1.7 * a, 0.6 * b
+
+    def cost(*measures):
+        return sinkhorn(*measures, p=p, blur=0.5, reach=1.3, **EXACT).value.item()
+
+    expected = cost(x, y, a, b) - 0.5 * cost(x, x, a, a) - 0.5 * cost(y, y, b, b) + 0.5 * 0.5**p * (1.7 - 0.6) ** 2
+    value = sinkhorn_divergence(x, y, a, b, p=p, blur=0.5, reach=1.3, **EXACT)
+    assert value.item() == pytest.approx(expected, rel=1e-7)
+
+
+@pytest.mark.parametrize("p", [1, 2])
 @pytest.mark.parametrize("options", [{}, {"blur": 0.05}, {"blur": 10.0}], ids=["relative", "small", "large"])
 def test_diracs(p, options):
     x, y = torch.zeros(1, 2), torch.tensor([[3.0, 4.0]])
@@ -156,6 +170,18 @@ def test_zero_weights_equal_removal(options):
     value.backward()
     assert far_x.grad.isfinite().all()
     assert (far_x.grad[-2:] == 0).all()
+
+
+@pytest.mark.parametrize("reach", [None, 1.3])
+def test_points_of_no_weight_know_their_potential(reach):
+    """It answers that of the others, as every potential does, and is what a bit of weight there would cost."""
+    x, y, a, b = clouds(weighted=True)
+    b[:2] = 0
+    b /= b.sum()
+    result = sinkhorn(x, y, a, b, blur=0.5, reach=reach, **EXACT)
+    eps, share = 0.5**2, 1.0 if reach is None else reach**2 / (reach**2 + 0.5**2)
+    answer = -share * eps * (a.log()[:, None] + (result.f[:, None] - cost_matrix(x, y, 2)) / eps).logsumexp(0)
+    torch.testing.assert_close(result.g, answer, rtol=0, atol=1e-7)
 
 
 def test_labels_in_the_cost():

@@ -1,0 +1,16 @@
+"""The table of planted faults, a module or two for each folder of the package; read by ``planted_faults.py``."""
+
+from faults import attack_kinds, attacks, callbacks, defenses, detection, metrics, transport
+from faults.fault import Fault
+
+FAULTS: list[Fault] = [
+    *attacks.FAULTS,
+    *attack_kinds.FAULTS,
+    *callbacks.FAULTS,
+    *defenses.FAULTS,
+    *detection.FAULTS,
+    *metrics.FAULTS,
+    *transport.FAULTS,
+]
+
+__all__ = ["FAULTS", "Fault"]

@@ -1,0 +1,246 @@
+"""Faults of the callbacks, of the mixin and of how batches are read: schedules, seeds, states, and what is measured of whom."""
+
+from __future__ import annotations
+
+from faults.fault import Fault
+
+DEFENSE = "tests/callbacks/test_defense.py::"
+MONITOR = "tests/callbacks/test_monitor.py::"
+SCHEDULE = "tests/callbacks/test_monitor_schedule.py::"
+DETECTION = "tests/callbacks/test_detection_monitor.py::"
+MIXIN = "tests/test_mixin.py::"
+
+FAULTS = [
+    # ---------------------------------------------------------------------------------------- schedules
+    Fault(
+        "measures are taken one batch off the logging step",
+        "callbacks/schedule.py",
+        "return (trainer.global_step + 1) %",
+        "return trainer.global_step %",
+        (f"{DEFENSE}TestLogging::test_measurements_are_those_of_the_batch_that_is_logged",),
+    ),
+    Fault(
+        "the warm-up begins at nothing",
+        "callbacks/schedule.py",
+        "min(1.0, (step + 1) / max(steps, 1.0))",
+        "min(1.0, step / max(steps, 1.0))",
+        (f"{DEFENSE}TestLoss::test_eps_grows_over_the_warmup",),
+    ),
+    Fault(
+        "all ranks draw the same noise",
+        "callbacks/schedule.py",
+        "trainer.fit_loop.batch_idx, trainer.global_rank)",
+        "trainer.fit_loop.batch_idx)",
+        (f"{DEFENSE}TestResuming::test_noise_differs_by_batch_epoch_rank_and_seed",),
+    ),
+    Fault(
+        "all dataloaders get the same noise",
+        "callbacks/schedule.py",
+        "seeded_generator(device, seed, dataloader_idx, batch_idx,",
+        "seeded_generator(device, seed, batch_idx,",
+        (f"{MONITOR}test_noise_differs_between_batches_dataloaders_and_ranks_but_not_between_epochs",),
+    ),
+    Fault(
+        "epochs between measurements are one too many",
+        "callbacks/schedule.py",
+        "0 < trainer.current_epoch - last < every_n_epochs",
+        "0 < trainer.current_epoch - last <= every_n_epochs",
+        (f"{SCHEDULE}test_skipped_epochs_log_the_last_value_again",),
+    ),
+    # -------------------------------------------------------------------------------------- the defence
+    Fault(
+        "the step sees the other branch",
+        "callbacks/defense.py",
+        "batch if sees_clean else self._batches.replace(batch, adversarial)",
+        "self._batches.replace(batch, adversarial) if sees_clean else batch",
+        (f"{DEFENSE}TestLoss::test_equals_the_formula[pgd-at]",),
+    ),
+    Fault(
+        "the logged eps is the final one",
+        "callbacks/defense.py",
+        '"eps": radius * recipe.eps',
+        '"eps": recipe.eps',
+        (
+            f"{DEFENSE}TestLoss::test_warmup_counts_optimizer_steps",
+            f"{DEFENSE}TestLoss::test_eps_grows_over_the_warmup",
+        ),
+    ),
+    Fault(
+        "what was learned is not loaded",
+        "callbacks/defense.py",
+        "self._defense.load_state_dict(self._learned)",
+        "pass",
+        (f"{DEFENSE}TestResuming::test_a_resumed_run_ends_with_the_same_weights[udr]",),
+    ),
+    Fault(
+        "an exception leaves the step wrapped",
+        "callbacks/defense.py",
+        'does not call ``teardown``)."""\n        self._restore()',
+        'does not call ``teardown``)."""\n        pass',
+        (f"{DEFENSE}TestLeavesAlone::test_an_exception_leaves_the_module_unwrapped_and_its_modes",),
+    ),
+    Fault(
+        "a step of the instance's own is lost",
+        "callbacks/interception.py",
+        'self._module.__dict__["training_step"] = self._previous',
+        'del self._module.__dict__["training_step"]',
+        (f"{DEFENSE}TestLeavesAlone::test_a_previous_instance_attribute_is_restored",),
+    ),
+    Fault(
+        "interceptors nest the other way round",
+        "callbacks/interception.py",
+        "for interceptor in self._interceptors:",
+        "for interceptor in reversed(self._interceptors):",
+        ("tests/callbacks/test_interception.py",),
+    ),
+    # -------------------------------------------------------------------------------------- the monitors
+    Fault(
+        "the curve attacks what has fallen",
+        "callbacks/monitor.py",
+        "run(attacks, samples=left.flatten(1).any(1) if left.ndim > 1 else left)",
+        "run(attacks)",
+        (f"{MONITOR}test_curve_attacks_only_what_stands",),
+    ),
+    Fault(
+        "success is that of the first attack",
+        "callbacks/monitor.py",
+        "measures.success.update(result.clean, result.worst, result.labels)",
+        "measures.success.update(result.clean, next(iter(result.adversarial.values())), result.labels)",
+        (f"{MONITOR}test_values_under_inference_mode",),
+    ),
+    Fault(
+        "the shift counts samples that were not attacked",
+        "callbacks/monitor.py",
+        "inputs.detach().clone()[attacked], result.inputs[attacked]",
+        "inputs.detach().clone(), result.inputs",
+        (f"{MONITOR}test_values_under_inference_mode",),
+    ),
+    Fault(
+        "the epoch of the last measurement is not loaded",
+        "callbacks/evaluation.py",
+        'self._last, self._epoch = dict(state_dict["last"]), state_dict["epoch"]',
+        'self._last = dict(state_dict["last"])',
+        (f"{SCHEDULE}test_checkpoint_and_early_stopping_never_miss_a_key_also_after_resuming",),
+    ),
+    Fault(
+        "a batch too many is measured",
+        "callbacks/evaluation.py",
+        "batch_idx >= self.max_batches",
+        "batch_idx > self.max_batches",
+        (f"{MONITOR}test_max_batches_is_for_each_dataloader",),
+    ),
+    Fault(
+        "the recorder's hooks stay on the model",
+        "callbacks/evaluation.py",
+        "recorder.detach()",
+        "pass",
+        ("tests/callbacks/test_monitor_invisible.py",),
+    ),
+    Fault(
+        "attacks run in another precision than the trainer's",
+        "callbacks/evaluation.py",
+        ", torch.no_grad(), trainer.precision_plugin.forward_context():",
+        ", torch.no_grad():",
+        ("tests/callbacks/test_monitor_environments.py::test_attacks_run_the_model_in_the_trainers_precision",),
+    ),
+    Fault(
+        "every batch begins anew which samples are judged",
+        "callbacks/detection.py",
+        "device=inputs.device) + measures.samples)",
+        "device=inputs.device))",
+        (f"{DETECTION}test_the_size_of_the_batches_does_not_matter",),
+    ),
+    Fault(
+        "attacks that failed are to be detected too",
+        "callbacks/detection.py",
+        "result.attacked & (predicted != result.labels)",
+        "result.attacked",
+        (f"{DETECTION}test_values_under_inference_mode",),
+    ),
+    Fault(
+        "detectors learn from one rank alone",
+        "callbacks/detection.py",
+        "torch.cat(gather_all_tensors(flat)).reshape(-1, max(int(width), 1))",
+        "flat.reshape(-1, max(int(width), 1))",
+        (f"{DETECTION}test_two_processes_learn_from_both",),
+    ),
+    Fault(
+        "pictures are drawn in model units",
+        "callbacks/examples.py",
+        "triptychs(self.threat.to_data(clean.float()), self.threat.to_data(attacked.float()), self.threat)",
+        "triptychs(clean.float(), attacked.float(), self.threat)",
+        ("tests/callbacks/test_examples_logger.py",),
+    ),
+    Fault(
+        "pictures have the epoch for a step",
+        "callbacks/pictures.py",
+        "step = trainer.global_step",
+        "step = trainer.current_epoch",
+        ("tests/callbacks/test_loggers.py::test_pictures_are_logged_at_the_global_step",),
+    ),
+    # ---------------------------------------------------------------------------------------- the mixin
+    Fault(
+        "the mixin's seed is ignored",
+        "mixin.py",
+        "noise_generator(trainer, seed, inputs.device)",
+        "noise_generator(trainer, 0, inputs.device)",
+        (f"{MIXIN}test_the_seed_decides_the_noise",),
+    ),
+    Fault(
+        "the mixin's critic is not averaged over ranks",
+        "mixin.py",
+        "labels, generator=generator, average=average, measure=bool(measured)",
+        "labels, generator=generator, measure=bool(measured)",
+        ("tests/callbacks/test_ddp.py::test_ranks_end_with_the_same_weights_and_have_learned_the_same[mixin:critic]",),
+    ),
+    Fault(
+        "the mixin's multiplier is not averaged over ranks",
+        "mixin.py",
+        "radius=radius, generator=generator, average=average)",
+        "radius=radius, generator=generator)",
+        ("tests/callbacks/test_ddp.py::test_ranks_end_with_the_same_weights_and_have_learned_the_same[mixin:udr]",),
+    ),
+    Fault(
+        "the mixin saves nothing of what it learned",
+        "mixin.py",
+        "checkpoint[_CHECKPOINT_KEY] = self.defense.state_dict()",
+        "checkpoint[_CHECKPOINT_KEY] = {}",
+        (f"{MIXIN}test_what_was_learned_is_in_the_checkpoint",),
+    ),
+    Fault(
+        "the mixin's own task loss is ignored",
+        "mixin.py",
+        "defense.combine(self.task_loss(seen.outputs, labels),",
+        "defense.combine(recipe.task_loss(seen.outputs, labels),",
+        (f"{MIXIN}test_a_task_loss_of_its_own",),
+    ),
+    Fault(
+        "the mixin has no warm-up",
+        "mixin.py",
+        "radius = 1.0 if trainer is None else warmup_radius(trainer, recipe.warmup_epochs)",
+        "radius = 1.0",
+        (f"{MIXIN}test_trains_as_the_callback_does[pgd-at-False]",),
+    ),
+    # ------------------------------------------------------------------------------------------ batches
+    Fault(
+        "labels are looked for where inputs are",
+        "_batches.py",
+        "else (1, LABEL_KEYS)",
+        "else (0, LABEL_KEYS)",
+        ("tests/test_batches.py::test_read_and_replace",),
+    ),
+    Fault(
+        "the user's batch is changed",
+        "_batches.py",
+        "changed = copy.copy(batch)",
+        "changed = batch",
+        ("tests/test_batches.py::test_read_and_replace",),
+    ),
+    Fault(
+        "a position one past the end is taken for one",
+        "_batches.py",
+        "-len(batch) <= key < len(batch)",
+        "-len(batch) <= key <= len(batch)",
+        ("tests/test_batches.py::test_errors_list_what_is_there",),
+    ),
+]
