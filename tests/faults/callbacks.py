@@ -15,15 +15,15 @@ FAULTS = [
     Fault(
         "measures are taken one batch off the logging step",
         "callbacks/schedule.py",
-        "return (trainer.global_step + 1) %",
-        "return trainer.global_step %",
+        "return not (automatic and trainer.fit_loop._should_accumulate())",
+        "return not (automatic and trainer.fit_loop._should_accumulate()) and batches_begun(trainer) % 3 == 1",
         (f"{DEFENSE}TestLogging::test_measurements_are_those_of_the_batch_that_is_logged",),
     ),
     Fault(
         "the warm-up begins at nothing",
         "callbacks/schedule.py",
-        "min(1.0, (step + 1) / max(steps, 1.0))",
-        "min(1.0, step / max(steps, 1.0))",
+        "min(1.0, batches / max(warmup_epochs * epoch, 1.0))",
+        "min(1.0, (batches - 1) / max(warmup_epochs * epoch, 1.0))",
         (f"{DEFENSE}TestLoss::test_eps_grows_over_the_warmup",),
     ),
     Fault(
@@ -82,8 +82,8 @@ FAULTS = [
     Fault(
         "a step of the instance's own is lost",
         "callbacks/interception.py",
-        'self._module.__dict__["training_step"] = self._previous',
-        'del self._module.__dict__["training_step"]',
+        'self.host.__dict__["training_step"] = self._previous',
+        'del self.host.__dict__["training_step"]',
         (f"{DEFENSE}TestLeavesAlone::test_a_previous_instance_attribute_is_restored",),
     ),
     Fault(
@@ -111,8 +111,8 @@ FAULTS = [
     Fault(
         "the shift counts samples that were not attacked",
         "callbacks/monitor.py",
-        "inputs.detach().clone()[attacked], result.inputs[attacked]",
-        "inputs.detach().clone(), result.inputs",
+        "clean[result.attacked], moved[result.attacked]",
+        "clean, moved",
         (f"{MONITOR}test_values_under_inference_mode",),
     ),
     Fault(
@@ -174,9 +174,9 @@ FAULTS = [
     Fault(
         "pictures have the epoch for a step",
         "callbacks/pictures.py",
-        "step = trainer.global_step",
+        "step = logged_step(trainer)",
         "step = trainer.current_epoch",
-        ("tests/callbacks/test_loggers.py::test_pictures_are_logged_at_the_global_step",),
+        ("tests/callbacks/test_loggers.py::test_pictures_are_logged_at_the_step_of_the_metrics",),
     ),
     # ---------------------------------------------------------------------------------------- the mixin
     Fault(
@@ -217,7 +217,7 @@ FAULTS = [
     Fault(
         "the mixin has no warm-up",
         "mixin.py",
-        "radius = 1.0 if trainer is None else warmup_radius(trainer, recipe.warmup_epochs)",
+        "radius = 1.0 if trainer is None else _radius(defense, trainer)",
         "radius = 1.0",
         (f"{MIXIN}test_trains_as_the_callback_does[pgd-at-False]",),
     ),

@@ -63,7 +63,7 @@ FAULTS = [
     Fault(
         "the runner-up may be the right class",
         "defenses/objective.py",
-        "F.log_softmax(logits, 1).scatter(1, classes, -torch.inf).amax(1)",
+        "F.log_softmax(logits, 1).scatter(1, classes.clamp_min(0).unsqueeze(1), -torch.inf).amax(1)",
         "F.log_softmax(logits, 1).amax(1)",
         formula("mart"),
     ),
@@ -128,8 +128,8 @@ FAULTS = [
     Fault(
         "the critic is not saved",
         "defenses/defense.py",
-        "None if self.critic is None else self.critic.state_dict()}",
-        "None}",
+        "critic = None if self.critic is None else self.critic.state_dict()",
+        "critic = None",
         (f"{DEFENSE}TestResuming::test_a_resumed_run_ends_with_the_same_weights[critic]",),
     ),
     Fault(
@@ -149,9 +149,9 @@ FAULTS = [
     Fault(
         "weights stay perturbed after an exception in the step",
         "defenses/defense.py",
-        "            losses.clear()\n            raise",
+        "            waiting = False\n            raise",
         "            raise",
-        (f"{DEFENSE}TestLeavesAlone::test_perturbed_weights_come_back",),
+        ("tests/test_mixin.py::test_perturbed_weights_come_back_after_an_error",),
     ),
     Fault(
         "weights are perturbed by a length of the step's own",

@@ -20,8 +20,8 @@ FAULTS = [
     Fault(
         "what is wrong on clean inputs may be right under an attack",
         "metrics/accuracy.py",
-        "{name: clean & is_correct(",
-        "{name: is_correct(",
+        "name: clean & is_correct(",
+        "name: is_correct(",
         (f"{ACCURACY}test_against_a_loop_and_scikit_learn",),
     ),
     Fault(
@@ -62,8 +62,8 @@ FAULTS = [
     Fault(
         "one half is class 1",
         "metrics/_predictions.py",
-        "return target > 0.5",
-        "return target >= 0.5",
+        "classes = (target > 0.5).long()",
+        "classes = (target >= 0.5).long()",
         ("tests/metrics/test_predictions.py",),
     ),
     Fault(
