@@ -158,7 +158,7 @@ class FrankWolfe(Ascent):
             images = self.transport.arrived(self.plan)
             over = (images - self.transport.room.view_as(images)).clamp(-1, 1)
             self.prices = (self.prices + PRESSURE / math.sqrt(self.taken) * over).clamp_min(0)
-        self.plan = self.settle(self.plan)
+        self.settle(self.plan)
 
 
 ASCENTS: dict[str, type[Ascent]] = {
