@@ -101,10 +101,15 @@ def _price_of_rest(transport: LocalTransport, goal: Tensor) -> Tensor:
 
 
 def legal(transport: LocalTransport, plan: Tensor, *, sweeps: int = 500, tol: float = 1e-7) -> Tensor:
-    """A plan that holds all constraints, by leaving at home what does not fit.
+    """A plan that holds all constraints: :func:`fitting`, then :func:`affordable`."""
+    return affordable(transport, fitting(transport, plan, sweeps=sweeps, tol=tol))
+
+
+def fitting(transport: LocalTransport, plan: Tensor, *, sweeps: int = 500, tol: float = 1e-7) -> Tensor:
+    """A plan that moves the mass there is and finds room for it, by leaving at home what does not fit.
 
     Of what comes to a pixel as large a share is let in as its room allows, once what others send back is at home again: the greatest such
-    shares, which a falling sequence finds. At last all that moves is scaled to the budget.
+    shares, which a falling sequence finds.
 
     Args:
         transport: the constraints.
@@ -112,10 +117,8 @@ def legal(transport: LocalTransport, plan: Tensor, *, sweeps: int = 500, tol: fl
         sweeps: most steps of that sequence.
         tol: by how much pixels may overflow after it.
     """
-    centre, masses = transport.near.centre, transport.masses.unsqueeze(1)
-    plan = plan.clamp_min(0)
-    plan = plan * (masses / plan.sum(1, keepdim=True).clamp_min(torch.finfo(plan.dtype).tiny))
-    plan[:, centre] = 0
+    plan = filled(transport, plan.clamp_min(0))
+    plan[:, transport.near.centre] = 0
     if transport.room is not None:
         coming = transport.arrived(plan).flatten(1)
         spare = transport.room - torch.zeros_like(coming).scatter_(1, transport.rows, transport.masses)
@@ -128,8 +131,25 @@ def legal(transport: LocalTransport, plan: Tensor, *, sweeps: int = 500, tol: fl
             if not bool(((last - share) * coming > tol).any()):
                 break
         plan = going
+    return _rest_at_home(transport, plan)
+
+
+def filled(transport: LocalTransport, plan: Tensor) -> Tensor:
+    """A plan without negative entries, its rows scaled to the masses of the pixels."""
+    return plan * (transport.masses.unsqueeze(1) / plan.sum(1, keepdim=True).clamp_min(torch.finfo(plan.dtype).tiny))
+
+
+def affordable(transport: LocalTransport, plan: Tensor) -> Tensor:
+    """All that moves, scaled to the budget."""
     cost = transport.cost(plan)
-    plan = plan * (transport.budget / cost.clamp_min(torch.finfo(cost.dtype).tiny)).clamp(max=1).view(-1, 1, 1)
+    share = (transport.budget / cost.clamp_min(torch.finfo(cost.dtype).tiny)).clamp(max=1)
+    return _rest_at_home(transport, plan * share.view(-1, 1, 1))
+
+
+def _rest_at_home(transport: LocalTransport, plan: Tensor) -> Tensor:
+    """The plan, in place, with what its rows do not send in their own pixels."""
+    centre = transport.near.centre
+    plan[:, centre] = 0
     plan[:, centre] = transport.masses - plan.sum(1)
     return plan
 

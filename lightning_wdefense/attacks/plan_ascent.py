@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from lightning_wdefense.attacks.best_plan import best_plan
+from lightning_wdefense.attacks.cheaper_plan import Potentials, cheaper_plan
 from lightning_wdefense.attacks.local_transport import LocalTransport
-from lightning_wdefense.attacks.nearest_plan import Prices, legal, nearest_plan_with_room
+from lightning_wdefense.attacks.nearest_plan import Prices, affordable, fitting, nearest_plan_with_room
 
 Method = Literal["projected", "frank-wolfe"]
 AscentT = TypeVar("AscentT", bound="Ascent")
@@ -26,23 +27,38 @@ PRESSURE = 0.3
 """By how much the prices of overfull pixels rise in the first step of Frank-Wolfe, in units of the largest gradient."""
 SWEEPS, TOLERANCE = 100, 1e-6
 """Of the repair in every step."""
+REPLANNING = 5
+"""Steps towards the cheapest plan, in every step of the ascent."""
+STRETCH, PULL = 3.0, 0.3
+"""The most that a step may spend, in budgets, and how fast it comes to what is right: a power of what the last plan left of the budget."""
 
 
 @dataclass
 class Ascent(ABC):
     """A plan that moves with the loss.
 
+    What an image costs is what the cheapest of its plans does, and steps leave plans that are dearer: mass goes there and back. So after every
+    step the plan makes way for a cheaper one of the same image, and the next step may spend more than the budget, by as much as that saves.
+
     Attributes:
         transport: the constraints.
         legal: the legal plan near to it, whose images the model is shown.
         steps: that it will take.
         taken: of them, so far.
+        stretch: what a step may spend, in budgets, ``(N,)``.
+        potentials: of the cheapest plan.
     """
 
     transport: LocalTransport
     legal: Tensor
     steps: int
     taken: int = 0
+    stretch: Tensor = field(init=False)
+    potentials: Potentials = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.stretch = torch.ones_like(self.transport.budget)
+        self.potentials = Potentials.none(self.transport)
 
     @abstractmethod
     def move(self, gradient: Tensor, values: Tensor) -> None:
@@ -54,8 +70,23 @@ class Ascent(ABC):
         for each in fields(self):
             if not each.init:  # what the ascent itself keeps of every image
                 value = getattr(self, each.name)
-                setattr(part, each.name, value.select(index) if isinstance(value, Prices) else value[index])
+                setattr(part, each.name, value[index] if isinstance(value, Tensor) else value.select(index))
         return part
+
+    @property
+    def stretched(self) -> LocalTransport:
+        """The constraints, with what a step may spend for a budget."""
+        return replace(self.transport, budget=self.transport.budget * self.stretch)
+
+    def settle(self, plan: Tensor) -> Tensor:
+        """Let a plan ``(N, K, R)`` make way for a cheaper one, which is returned, and that for a legal one."""
+        plan, self.potentials = cheaper_plan(self.transport, plan, self.potentials, iterations=REPLANNING)
+        fits = fitting(self.transport, plan, sweeps=SWEEPS, tol=TOLERANCE)
+        budget, cost = self.transport.budget, self.transport.cost(fits)
+        left = budget / cost.clamp_min(torch.finfo(cost.dtype).tiny)
+        self.stretch = (self.stretch * left**PULL).clamp(1, STRETCH)
+        self.legal = affordable(self.transport, fits)
+        return plan
 
 
 @dataclass
@@ -74,6 +105,7 @@ class ProjectedAscent(Ascent):
     best_gradient: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         budget = self.transport.budget
         self.prices = Prices.none(self.transport)
         self.step = FIRST_STEP * self.transport.masses.amax(1)
@@ -98,8 +130,8 @@ class ProjectedAscent(Ascent):
             gradient = torch.where(stuck.view(-1, 1, 1, 1), self.best_gradient, gradient)
             self.rises = torch.zeros_like(self.rises)
         climb = self.transport.seen_from(steepest(gradient) * self.step.view(-1, 1, 1, 1))
-        plan, self.prices = nearest_plan_with_room(self.transport, plan + climb, self.prices)
-        self.legal = legal(self.transport, plan, sweeps=SWEEPS, tol=TOLERANCE)
+        plan, self.prices = nearest_plan_with_room(self.stretched, plan + climb, self.prices)
+        self.settle(plan)
 
 
 @dataclass
@@ -113,19 +145,20 @@ class FrankWolfe(Ascent):
     prices: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.plan = self.legal
         self.prices = self.legal.new_zeros(self.transport.shape)
 
     def move(self, gradient: Tensor, values: Tensor) -> None:
         """One step."""
-        vertex = best_plan(self.transport, steepest(gradient) - self.prices)
+        vertex = best_plan(self.stretched, steepest(gradient) - self.prices)
         self.plan = torch.lerp(self.plan, vertex, 2 / (self.taken + 2))
         self.taken += 1
         if self.transport.room is not None:
             images = self.transport.arrived(self.plan)
             over = (images - self.transport.room.view_as(images)).clamp(-1, 1)
             self.prices = (self.prices + PRESSURE / math.sqrt(self.taken) * over).clamp_min(0)
-        self.legal = legal(self.transport, self.plan, sweeps=SWEEPS, tol=TOLERANCE)
+        self.settle(self.plan)
 
 
 ASCENTS: dict[str, type[Ascent]] = {

@@ -173,6 +173,40 @@ def test_stronger_than_attacks_that_are_repaired_only_at_the_end(digits_cnn, eps
     assert ours.sum() < theirs.sum()
 
 
+class Thresholded(nn.Module):
+    """As models defended against L-infinity see their inputs: nearly black and white, so that gradients come and go and plans go to and fro."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.model(torch.sigmoid(15 * (inputs - 0.5)))
+
+
+@pytest.mark.parametrize(
+    ("options", "spent", "left"),
+    [
+        ({"methods": "projected", "restarts": 1}, 0.99, 6),
+        ({"methods": "frank-wolfe", "restarts": 1}, 0.95, 4),
+        ({}, 0.99, 2),
+    ],
+    ids=["projected", "frank-wolfe", "all"],
+)
+def test_the_image_spends_the_budget_and_not_only_its_plan(digits_cnn, options, spent, left):
+    """By exact transport. Where plans kept what had become a detour the median was .91, .90 and .90, and of the 40 images 8, 5 and 3 were left."""
+    model = Thresholded(digits_cnn[1])
+    x = digits_cnn[2][:40]
+    with torch.no_grad():
+        y = model(x).argmax(1)
+    threat = ball(0.15)
+    adversarial = WassersteinAttack(threat, **options)(model, x, y)
+    found = wasserstein_feasibility(x, adversarial, threat)
+    assert found.feasible(0.15).all()
+    assert found.cost.median() > spent * 0.15
+    assert right(model, adversarial, y).sum() <= left
+
+
 def test_each_round_and_each_method_only_makes_it_worse(digits_cnn):
     _, model, x, y = digits_cnn
     x, y = x[:150], y[:150]

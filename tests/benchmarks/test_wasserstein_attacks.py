@@ -48,6 +48,24 @@ def test_images_that_were_wrong_before_are_nobodys_success():
     assert lead(ours, theirs).mean == pytest.approx(0.25)
 
 
+def test_what_images_spend_is_a_median_over_models():
+    from wasserstein_report import spending
+
+    def costs(resisting: list[float], thorough: list[float]) -> dict:
+        return {"resisting": resisting, "thorough": thorough}
+
+    groups = {
+        ("a", 0.1, "ours"): [costs([0.5, 1.0], [1.0]), costs([0.995], [0.999])],
+        ("a", 0.2, "ours"): [costs([], [0.9, 0.8]), costs([], [0.7])],
+        ("a", 0.1, "theirs"): [{}],
+    }
+    text = spending(groups, "ours")
+    assert "0.995 of eps or more in all 1 rows" in text
+    assert "these rows: 0.800 for a at 0.2." in text
+    groups.pop(("a", 0.2, "ours"))
+    assert "these rows: none." in spending(groups, "ours")
+
+
 def test_runs_and_goes_on_where_it_was(tmp_path, capsys):
     import wasserstein_attacks
 
@@ -58,6 +76,9 @@ def test_runs_and_goes_on_where_it_was(tmp_path, capsys):
     assert str(tmp_path) not in text
     assert (tmp_path / "wasserstein_attacks_digits.png").stat().st_size > 10_000
     assert all(each["feasible"] for each in result["cells"])
+    ours = [each for each in result["cells"] if each["attack"] == "ours"]
+    assert all(len(each["resisting"]) == len(each["broken"]) - sum(each["broken"]) for each in ours)
+    assert all(max(each["resisting"] + each["thorough"]) < 1 + 1e-5 for each in ours)
     left = {(each["eps"], each["attack"]): len(each["broken"]) - sum(each["broken"]) for each in result["cells"]}
     for (eps, _), count in left.items():
         assert left[eps, "ours"] <= count
