@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+WHOLE_MODULES = ROOT / "tests/callbacks/test_copies.py"
+"""Saves and loads whole modules, as some users do."""
 FOLDERS = ("lightning_wdefense", "benchmarks", "examples", "tests", "docs")
 
 
@@ -48,7 +50,11 @@ def test_finds_what_is_unsafe(source, lines):
 def test_every_file_loads_tensors_alone():
     files = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
     assert len(files) > 100
-    found = {str(path.relative_to(ROOT)): lines for path in files if (lines := unsafe(path.read_text()))}
+    found = {
+        str(path.relative_to(ROOT)): lines
+        for path in files
+        if path != WHOLE_MODULES and (lines := unsafe(path.read_text()))
+    }
     assert not found
 
 

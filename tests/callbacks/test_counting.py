@@ -142,7 +142,7 @@ def test_checkpoints_that_did_not_count(kind, tmp_path):
     trainer.fit(DigitsClassifier(), loader())
     trainer.save_checkpoint(path)
     if kind == "0.1.0":
-        checkpoint = torch.load(path, weights_only=False)
+        checkpoint = torch.load(path, weights_only=True)
         del checkpoint["callbacks"]["WassersteinDefense(None)"]["batches"]
         torch.save(checkpoint, path)
     trainer = quiet_trainer(**OPTIONS, callbacks=[WassersteinDefense(recipe())])
