@@ -174,9 +174,9 @@ def test_zero_weights_equal_removal(options):
 
 @pytest.mark.parametrize("reach", [None, 1.3])
 def test_points_of_no_weight_know_their_potential(reach):
-    """It answers that of the others, as every potential does, and is what a bit of weight there would cost."""
+    """It answers that of the others, as every potential does, and is what a bit of weight there would cost (among the others: padding)."""
     x, y, a, b = clouds(weighted=True)
-    b[:2] = 0
+    b[:2], y[:2] = 0, (x[:2] + x[2:4]) / 2
     b /= b.sum()
     result = sinkhorn(x, y, a, b, blur=0.5, reach=reach, **EXACT)
     eps, share = 0.5**2, 1.0 if reach is None else reach**2 / (reach**2 + 0.5**2)
