@@ -160,8 +160,13 @@ class TestLeavesAlone:
         assert int(module.net.norm.num_batches_tracked) == 4 * passes
 
     @pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt()])
-    def test_an_exception_leaves_the_module_unwrapped_and_its_modes(self, error):
+    @pytest.mark.parametrize("when", ["in a step", "before the first"])
+    def test_an_exception_leaves_the_module_unwrapped_and_its_modes(self, error, when):
         class Failing(DigitsClassifier):
+            def on_train_start(self):
+                if when == "before the first":
+                    raise error
+
             def training_step(self, batch, batch_idx):
                 if batch_idx == 2:
                     raise error
