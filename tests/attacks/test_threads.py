@@ -9,7 +9,6 @@ import random
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -17,6 +16,7 @@ import pytest
 import torch
 from support.attacks import ATTACK_CASES
 from support.modules import Nasty, Snapshot, batch, classifier
+from support.threads import one_core_each, restless
 from torch import nn
 
 from lightning_wdefense._frozen import frozen
@@ -40,10 +40,8 @@ OF_EACH_KIND = {
 
 @pytest.fixture(autouse=True)
 def _switch_often():
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-4)
-    yield
-    sys.setswitchinterval(interval)
+    with restless(1e-4):
+        yield
 
 
 class Slow(nn.Module):
@@ -66,7 +64,7 @@ def in_threads(calls):
         start.wait(PATIENCE)
         return call()
 
-    with ThreadPoolExecutor(len(calls)) as pool:
+    with one_core_each(len(calls)) as pool:
         return list(pool.map(run, calls, timeout=PATIENCE))
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import sys
+import contextlib
 import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from lightning.pytorch.trainer.connectors import data_connector
 from support.lightning_modules import DigitsClassifier, digits_loaders, quiet_trainer
+from support.threads import one_core_each, restless
 
 from lightning_wdefense import Recipe, RobustnessMonitor, ThreatModel, WassersteinDefense
 from lightning_wdefense.attacks import PGD
@@ -18,10 +19,21 @@ THREAT = ThreatModel(eps=0.2)
 
 @pytest.fixture(autouse=True)
 def _switch_often():
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-4)
-    yield
-    sys.setswitchinterval(interval)
+    with restless(1e-4):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _loaders_in_turn(monkeypatch):
+    """Lightning exchanges methods of the class DataLoader while it asks for one: two threads at once would fail in it."""
+    exchanged, lock = data_connector._replace_dunder_methods, threading.RLock()
+
+    @contextlib.contextmanager
+    def in_turn(*args):
+        with lock, exchanged(*args):
+            yield
+
+    monkeypatch.setattr(data_connector, "_replace_dunder_methods", in_turn)
 
 
 def run(recipe, awp=0.0):
@@ -53,7 +65,7 @@ def test_end_like_one_after_the_other(recipes):
         together.wait(20)
         return each()
 
-    with ThreadPoolExecutor(2) as pool:
+    with one_core_each(2) as pool:
         for (weights, measured), (expected, expected_measured) in zip(pool.map(start, runs), alone, strict=True):
             assert torch.equal(weights, expected)
             assert measured == expected_measured

@@ -4,12 +4,12 @@ import copy
 import functools
 import os
 import pickle
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from support.threads import one_core_each, restless
 
 from lightning_wdefense.metrics import TransportShift
 from lightning_wdefense.transport import (
@@ -283,15 +283,6 @@ def test_a_process_that_forks_in_the_middle():
         torch.set_float32_matmul_precision("highest")
 
 
-@pytest.fixture
-def restless():
-    """Threads take turns after every few instructions."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    yield
-    sys.setswitchinterval(before)
-
-
 FROM_THREADS = {
     "divergence": sinkhorn_divergence,
     "p=1": functools.partial(sinkhorn_divergence, p=1, relative_blur=0.05),
@@ -306,18 +297,19 @@ FROM_THREADS = {
 
 
 @pytest.mark.parametrize("function", FROM_THREADS.values(), ids=FROM_THREADS)
-def test_eight_threads_do_not_disturb_each_other(function, restless):
+def test_eight_threads_do_not_disturb_each_other(function):
     """Bit for bit, nor whoever draws random numbers, nor a thread in which the default dtype is another one."""
     rng = torch.Generator().manual_seed(0)
     pairs = [(torch.randn(60 + i, 5, generator=rng), torch.randn(50, 5, generator=rng)) for i in range(8)]
-    expected = [function(*pair) for pair in pairs]
     before, dtype = torch.get_rng_state(), torch.get_default_dtype()
-    try:
-        torch.set_default_dtype(torch.float64)
-        with ThreadPoolExecutor(8) as pool:
-            results = list(pool.map(lambda i: function(*pairs[i % 8]), range(16)))
-    finally:
-        torch.set_default_dtype(dtype)
+    with restless(1e-5):
+        expected = [function(*pair) for pair in pairs]
+        try:
+            torch.set_default_dtype(torch.float64)
+            with one_core_each(8) as pool:
+                results = list(pool.map(lambda i: function(*pairs[i % 8]), range(16)))
+        finally:
+            torch.set_default_dtype(dtype)
     assert all(torch.equal(result, expected[i % 8]) for i, result in enumerate(results))
     assert torch.equal(torch.get_rng_state(), before)
 
