@@ -55,7 +55,7 @@ class Iteration:
         )
         self._a = array(self.xp, kernel.a)
         # What has no weight stays where it is: a long step of it would shorten those of the others.
-        self._inverse_rho = None if self.rho is None else array(self.xp, torch.where(b > 0, 1 / self.rho, 0).to(b))
+        self._inverse_rho = None if self.rho is None else array(self.xp, (b > 0).to(b) / self.rho)
         self._tiny, self._root_tiny = (array(self.xp, b.new_tensor(tiny)) for tiny in (TINY, TINY**0.5))
 
     def log_step(self, g: Tensor, eps: float | Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
@@ -22,30 +23,36 @@ CASES = {
 }
 
 
-def run(example, folder, *arguments):
-    environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true", "COLUMNS": "120"}
-    command = [sys.executable, str(EXAMPLES / example), *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Runs an example, once in all, and returns its folder and output."""
+
+    @functools.cache
+    def run(example):
+        folder = tmp_path_factory.mktemp("example")
+        environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true", "COLUMNS": "120"}
+        command = [sys.executable, str(EXAMPLES / example), *CASES[example][0]]
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return folder, done.stdout
+
+    return run
 
 
 @pytest.mark.parametrize("example", CASES)
-def test_example_runs(example, tmp_path):
-    arguments, promised = CASES[example]
-    output = run(example, tmp_path, *arguments)
-    for pattern in promised:
+def test_example_runs(example, run):
+    folder, output = run(example)
+    for pattern in CASES[example][1]:
         assert re.search(pattern, output), output
     if example == "quickstart.py":
-        assert (tmp_path / "robustness.png").stat().st_size > 10_000
+        assert (folder / "robustness.png").stat().st_size > 10_000
 
 
 def test_every_example_is_listed():
     assert {path.name for path in EXAMPLES.glob("*.py")} == set(CASES)
 
 
-def test_defended_tabular_model_is_more_robust(tmp_path):
-    shares = {
-        name: float(share) for name, share in re.findall(r"(\w+): .*under PGD ([\d.]+)%", run("tabular.py", tmp_path))
-    }
+def test_defended_tabular_model_is_more_robust(run):
+    _, output = run("tabular.py")
+    shares = {name: float(share) for name, share in re.findall(r"(\w+): .*under PGD ([\d.]+)%", output)}
     assert shares["defended"] > shares["undefended"] + 10

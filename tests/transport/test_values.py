@@ -68,6 +68,15 @@ def test_unbalanced_value_is_that_of_pot():
 
 
 @pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("batch", [False, True], ids=["one", "batch"])
+def test_unbalanced_converges_to_the_accuracy_of_float64(batch, p):
+    """One constant in float32 would leave an error of 2e-8, whatever the tolerance."""
+    x, y, a, b = (each[None].expand(2, *each.shape) if batch else each for each in clouds(weighted=True))
+    result = sinkhorn(x, y, 1.5 * a, 0.8 * b, p=p, blur=0.5, reach=0.7, tol=1e-12, max_iter=100)
+    assert bool(torch.as_tensor(result.converged).all())
+
+
+@pytest.mark.parametrize("p", [1, 2])
 def test_unbalanced_divergence_is_that_of_its_definition(p):
     """With half of eps times the square of what one mass has more than the other (Séjourné et al., 2019)."""
     x, y, a, b = clouds(weighted=True)
