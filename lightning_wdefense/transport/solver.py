@@ -83,7 +83,8 @@ def solve(
             temperature, level_tol = eps * COOLING**level, max(tol, ENTRY) if level else tol
         else:
             height = levels.clamp(max=level)
-            temperature, level_tol = eps * COOLING**height, torch.where(height[:, 0] > 0, max(tol, ENTRY), tol)
+            temperature = eps * COOLING**height
+            level_tol = b.new_full(b.shape[:1], tol).masked_fill(height[:, 0] > 0, max(tol, ENTRY))
         patience = PATIENCE if level == warmest and reheatings < REHEATINGS else max_iter
         g, error, n = iteration.run(g, temperature, level_tol, max(1, max_iter - n_iter), patience)
         n_iter += n

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.threads import one_core_each
 from torch import nn
 
 from lightning_wdefense.transport import CriticTraining, WassersteinCritic, critic_distance
@@ -463,11 +464,8 @@ def in_two_threads(way, batches, average=True):
             half = [cloud[rank::2] for cloud in batch]
             steps[rank].append(trainings[rank].update(*half, average=mean if average else None).steps)
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with one_core_each(2) as pool:
+        list(pool.map(work, (0, 1)))
     return trainings, steps
 
 

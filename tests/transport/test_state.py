@@ -265,6 +265,21 @@ def test_the_first_thread_in_forbids_and_the_last_one_out_allows():
         torch.set_float32_matmul_precision("highest")
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"reach": 0.5}], ids=["balanced", "unbalanced"])
+def test_the_default_dtype_changes_nothing(options, dtype):
+    """Which Trainers of a "true" precision set while a step runs."""
+    x, y = (torch.randn(3, n, 4, generator=torch.Generator().manual_seed(n)) for n in (20, 15))
+    y[1] /= 10  # so that the problems of the batch take different numbers of temperatures
+    expected = sinkhorn_divergence(x, y, relative_blur=0.05, **options)
+    try:
+        torch.set_default_dtype(dtype)
+        found = sinkhorn_divergence(x, y, relative_blur=0.05, **options)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_process_that_forks_in_the_middle():
