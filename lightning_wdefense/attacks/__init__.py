@@ -2,7 +2,6 @@
 
 from lightning_wdefense.attacks.autoattack import AutoAttack
 from lightning_wdefense.attacks.base import Attack
-from lightning_wdefense.attacks.execution import Execution
 from lightning_wdefense.attacks.feasibility import wasserstein_feasibility
 from lightning_wdefense.attacks.feature_scattering import FeatureScattering
 from lightning_wdefense.attacks.fgsm import FGSM
@@ -17,6 +16,7 @@ from lightning_wdefense.attacks.threat import ThreatModel
 from lightning_wdefense.attacks.torchattack import TorchAttack
 from lightning_wdefense.attacks.wasserstein import WassersteinAttack
 from lightning_wdefense.attacks.worst_case import WorstCase, worst_case
+from lightning_wdefense.modules.execution import Execution
 
 __all__ = [
     "ATTACKS",

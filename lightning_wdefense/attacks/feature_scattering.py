@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lightning_wdefense.attacks.base import Attack, Problem
 from lightning_wdefense.attacks.losses import check_divergence, divergence_of
-from lightning_wdefense.attacks.outputs import check_logits, logit_rows
 from lightning_wdefense.attacks.threat import ThreatModel
+from lightning_wdefense.modules.outputs import check_logits, logit_rows
 from lightning_wdefense.transport import sinkhorn_divergence
 
 

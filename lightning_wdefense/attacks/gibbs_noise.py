@@ -12,8 +12,8 @@ from torch import Tensor
 from lightning_wdefense.attacks.base import Attack, Problem
 from lightning_wdefense.attacks.losses import AttackLoss, check_loss
 from lightning_wdefense.attacks.norms import per_sample, random_normal, random_uniform
-from lightning_wdefense.attacks.outputs import float32_or_better
 from lightning_wdefense.attacks.threat import ThreatModel
+from lightning_wdefense.modules.outputs import float32_or_better
 
 
 @dataclass(frozen=True)

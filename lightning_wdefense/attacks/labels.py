@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_wdefense.attacks.outputs import has_one_output, logits_of
+from lightning_wdefense.modules.outputs import has_one_output, logits_of
 
 IGNORED = -100
 """Label of elements (pixels) that belong to no class and count for nothing, as ``torch.nn.functional.cross_entropy`` has it."""

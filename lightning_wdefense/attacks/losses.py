@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_wdefense._names import unknown_name
 from lightning_wdefense.attacks.labels import counted, hard_labels
-from lightning_wdefense.attacks.outputs import float32_or_better, logits_of
+from lightning_wdefense.modules.outputs import float32_or_better, logits_of
 
 LossName = Literal["ce", "kl", "margin"]
 AttackLoss = LossName | Callable[[Any, Any], Tensor]

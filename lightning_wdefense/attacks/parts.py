@@ -10,7 +10,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from lightning_wdefense.attacks.outputs import tensor_of
+from lightning_wdefense.modules.outputs import tensor_of
 
 
 class OnParts:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from lightning_wdefense.attacks.base import Attack, Problem
-from lightning_wdefense.attacks.isolation import eager, module_of
 from lightning_wdefense.attacks.losses import AttackLoss, check_divergence, check_loss, divergence_of
 from lightning_wdefense.attacks.norms import per_sample
-from lightning_wdefense.attacks.outputs import float32_or_better, logit_rows
-from lightning_wdefense.attacks.recording import OUTPUTS, ForwardRecorder
 from lightning_wdefense.attacks.threat import ThreatModel
+from lightning_wdefense.modules.isolation import eager, module_of
+from lightning_wdefense.modules.outputs import float32_or_better, logit_rows
+from lightning_wdefense.modules.recording import OUTPUTS, ForwardRecorder
 from lightning_wdefense.transport import sinkhorn_divergence
 
 See = Callable[[Tensor], tuple[Any, Tensor]]

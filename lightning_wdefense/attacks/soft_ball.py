@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lightning_wdefense.attacks.base import Problem
 from lightning_wdefense.attacks.learned import LearnedAttack
-from lightning_wdefense.attacks.outputs import float32_or_better
 from lightning_wdefense.attacks.pgd import PGD
+from lightning_wdefense.modules.outputs import float32_or_better
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_wdefense._names import unknown_name
 from lightning_wdefense.attacks.norms import BALLS, Ball
-from lightning_wdefense.attacks.outputs import float32_or_better
+from lightning_wdefense.modules.outputs import float32_or_better
 
 Norm = Literal["linf", "l2", "wasserstein"]
 

@@ -19,10 +19,10 @@ from lightning_wdefense._dtype import default_dtype
 from lightning_wdefense._names import unknown_name
 from lightning_wdefense._seeding import alone_with_random_state
 from lightning_wdefense.attacks.base import Attack, Problem
-from lightning_wdefense.attacks.isolation import eager
 from lightning_wdefense.attacks.labels import class_labels, hard_labels
-from lightning_wdefense.attacks.outputs import logits_of
 from lightning_wdefense.attacks.threat import ThreatModel, check_threat
+from lightning_wdefense.modules.isolation import eager
+from lightning_wdefense.modules.outputs import logits_of
 
 MIN_CLASSES = {"APGDT": 4, "AutoAttack": 4}
 """The targeted DLR loss looks at the four largest logits."""

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from lightning_wdefense._batches import Batches, Key
 from lightning_wdefense._compat import Callback, LightningModule, Trainer, rank_zero_warn
 from lightning_wdefense._strategy import check_strategy
 from lightning_wdefense.attacks import ThreatModel
@@ -20,6 +19,7 @@ from lightning_wdefense.callbacks.support import attacked_model, check_automatic
 from lightning_wdefense.defenses.branch import Branch
 from lightning_wdefense.defenses.defense import UNTRAINED, Defense
 from lightning_wdefense.defenses.recipe import Recipe
+from lightning_wdefense.modules.batches import Batches, Key
 
 
 class WassersteinDefense(Callback):

@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from torchmetrics.metric import jit_distributed_available
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from lightning_wdefense._batches import Key
 from lightning_wdefense._compat import Trainer, rank_zero_warn
 from lightning_wdefense._names import resolved
 from lightning_wdefense.attacks import Attack, ThreatModel, worst_case
-from lightning_wdefense.attacks.outputs import logits_of
-from lightning_wdefense.attacks.recording import PENULTIMATE
 from lightning_wdefense.attacks.registry import evaluation_attacks
 from lightning_wdefense.callbacks.evaluation import EvaluationMonitor, Noise
 from lightning_wdefense.detection import DETECTORS, CriticScore, Detector, FeatureSqueezing, get_detector
 from lightning_wdefense.metrics import AUROC, Detectability
+from lightning_wdefense.modules.batches import Key
+from lightning_wdefense.modules.outputs import logits_of
+from lightning_wdefense.modules.recording import PENULTIMATE
 
 Detectors = Sequence[str | Detector] | Mapping[str, str | Detector]
 """Several detectors: names, detectors, or a mapping from names of your own to either."""

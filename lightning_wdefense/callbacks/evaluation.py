@@ -9,14 +9,14 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_wdefense._batches import Batches, Key
 from lightning_wdefense._compat import Callback, LightningModule, Trainer, dataloader_suffix, rank_zero_warn
 from lightning_wdefense._strategy import check_strategy
-from lightning_wdefense.attacks.isolation import eager, isolated
-from lightning_wdefense.attacks.recording import OUTPUTS, PENULTIMATE, ForwardRecorder
 from lightning_wdefense.callbacks.progress import RichProgress, TqdmProgress, attack_progress
 from lightning_wdefense.callbacks.schedule import evaluation_generator, is_due
 from lightning_wdefense.callbacks.support import attacked_model
+from lightning_wdefense.modules.batches import Batches, Key
+from lightning_wdefense.modules.isolation import eager, isolated
+from lightning_wdefense.modules.recording import OUTPUTS, PENULTIMATE, ForwardRecorder
 
 MeasuresT = TypeVar("MeasuresT")
 Noise = Callable[[], torch.Generator]

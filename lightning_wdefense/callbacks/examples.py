@@ -10,17 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_wdefense._batches import Batches, Key
 from lightning_wdefense._compat import Callback, LightningModule, Trainer, rank_zero_warn
 from lightning_wdefense._strategy import check_strategy
 from lightning_wdefense.attacks import Attack, ThreatModel
-from lightning_wdefense.attacks.isolation import isolated
 from lightning_wdefense.attacks.labels import class_labels, hard_labels
-from lightning_wdefense.attacks.outputs import logits_of, predictions
 from lightning_wdefense.attacks.registry import evaluation_attacks
 from lightning_wdefense.callbacks.pictures import Picture, log_pictures, shows_pictures
 from lightning_wdefense.callbacks.schedule import evaluation_generator, is_due
 from lightning_wdefense.callbacks.support import attacked_model
+from lightning_wdefense.modules.batches import Batches, Key
+from lightning_wdefense.modules.isolation import isolated
+from lightning_wdefense.modules.outputs import logits_of, predictions
 
 MIN_SIDE = 96
 """Smaller images are enlarged by a whole factor, so that they can be looked at."""

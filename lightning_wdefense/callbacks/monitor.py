@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_wdefense._batches import Key
 from lightning_wdefense._compat import Trainer
 from lightning_wdefense.attacks import Attack, ThreatModel, WorstCase, worst_case
-from lightning_wdefense.attacks.recording import PENULTIMATE
 from lightning_wdefense.attacks.registry import Attacks, evaluation_attacks
 from lightning_wdefense.callbacks.evaluation import EvaluationMonitor, Noise
 from lightning_wdefense.callbacks.measures import Measures
 from lightning_wdefense.callbacks.pictures import log_curve
 from lightning_wdefense.metrics import AccuracyCurve
+from lightning_wdefense.modules.batches import Key
+from lightning_wdefense.modules.recording import PENULTIMATE
 
 
 class RobustnessMonitor(EvaluationMonitor[Measures]):

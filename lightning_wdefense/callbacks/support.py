@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from lightning_wdefense._compat import LightningModule, MisconfigurationException
-from lightning_wdefense.attacks.recording import submodule
+from lightning_wdefense.modules.recording import submodule
 
 
 def attacked_model(pl_module: LightningModule, path: str | None) -> nn.Module:

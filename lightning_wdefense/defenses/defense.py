@@ -13,16 +13,16 @@ from torch import Tensor, nn
 
 from lightning_wdefense._guests import Guest
 from lightning_wdefense.attacks import LearnedAttack
-from lightning_wdefense.attacks.isolation import eager, isolated, own_pass
 from lightning_wdefense.attacks.labels import class_labels, counted, hard_labels
-from lightning_wdefense.attacks.outputs import predictions, tensor_of
-from lightning_wdefense.attacks.recording import ForwardRecorder, Recording
 from lightning_wdefense.defenses.branch import Branch
 from lightning_wdefense.defenses.critic import CriticDiscrepancy, LiveCritic
 from lightning_wdefense.defenses.discrepancies import Transport, get_discrepancy
 from lightning_wdefense.defenses.objective import combine
 from lightning_wdefense.defenses.recipe import Recipe
 from lightning_wdefense.defenses.weight_perturbation import WeightPerturbation
+from lightning_wdefense.modules.isolation import eager, isolated, own_pass
+from lightning_wdefense.modules.outputs import predictions, tensor_of
+from lightning_wdefense.modules.recording import ForwardRecorder, Recording
 
 UNTRAINED: dict[str, Any] = {"batches": 0, "multiplier": None, "critic": None}
 """The state of a defense that has seen no batch."""

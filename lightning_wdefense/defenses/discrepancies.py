@@ -13,9 +13,9 @@ from torch import Tensor
 from lightning_wdefense._names import unknown_name
 from lightning_wdefense.attacks.labels import class_labels, counted, hard_labels
 from lightning_wdefense.attacks.losses import elementwise_kl, kl_divergence
-from lightning_wdefense.attacks.outputs import float32_or_better, logits_of
 from lightning_wdefense.defenses.critic import CriticDiscrepancy
 from lightning_wdefense.detection.two_sample import multiscale_kernel
+from lightning_wdefense.modules.outputs import float32_or_better, logits_of
 from lightning_wdefense.transport import SinkhornDivergence, SlicedWasserstein, sinkhorn
 
 Discrepancy = Callable[[Tensor, Tensor, Any], Tensor] | CriticDiscrepancy

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_wdefense.attacks.labels import class_labels, counted, hard_labels
-from lightning_wdefense.attacks.outputs import float32_or_better, logits_of
 from lightning_wdefense.defenses.branch import Branch
 from lightning_wdefense.defenses.recipe import Recipe
+from lightning_wdefense.modules.outputs import float32_or_better, logits_of
 
 
 def runner_up(outputs: Any, labels: Any) -> Tensor:

@@ -11,20 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_wdefense._batches import Batches, Key
 from lightning_wdefense._compat import LightningModule
-from lightning_wdefense._frozen import frozen
 from lightning_wdefense._seeding import seeded_generator
 from lightning_wdefense._strategy import check_strategy
 from lightning_wdefense.attacks import Attack, ThreatModel, get_attack, worst_case
-from lightning_wdefense.attacks.isolation import isolated
-from lightning_wdefense.attacks.outputs import float32_or_better
 from lightning_wdefense.attacks.registry import evaluation_attacks
 from lightning_wdefense.defenses.branch import Branch
 from lightning_wdefense.defenses.critic import CriticDiscrepancy, LiveCritic
 from lightning_wdefense.defenses.generators import BoundedGenerator, generator_for
 from lightning_wdefense.defenses.purified import PurifiedClassifier
 from lightning_wdefense.defenses.recipe import mean_cross_entropy
+from lightning_wdefense.modules.batches import Batches, Key
+from lightning_wdefense.modules.frozen import frozen
+from lightning_wdefense.modules.isolation import isolated
+from lightning_wdefense.modules.outputs import float32_or_better
 
 _CHECKPOINT_KEY = "wasserstein_purifier"
 

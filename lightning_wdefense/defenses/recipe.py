@@ -25,10 +25,10 @@ from lightning_wdefense.attacks import (
     WassersteinAttack,
 )
 from lightning_wdefense.attacks.labels import class_labels
-from lightning_wdefense.attacks.outputs import float32_or_better, logits_of
 from lightning_wdefense.attacks.threat import check_threat
 from lightning_wdefense.defenses.critic import CriticDiscrepancy
 from lightning_wdefense.defenses.discrepancies import Discrepancy, get_discrepancy
+from lightning_wdefense.modules.outputs import float32_or_better, logits_of
 
 Branch = Literal["clean", "adversarial"]
 

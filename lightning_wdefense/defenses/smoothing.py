@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from lightning_wdefense._names import unknown_name
-from lightning_wdefense.attacks.isolation import isolated
-from lightning_wdefense.attacks.outputs import float32_or_better, logits_of
 from lightning_wdefense.attacks.threat import ThreatModel
 from lightning_wdefense.defenses.binomial import lower_bound, two_sided_p_value
 from lightning_wdefense.defenses.flows import apply_flow, laplace_noise
 from lightning_wdefense.metrics import AccuracyCurve, area_under_accuracy_curve
+from lightning_wdefense.modules.isolation import isolated
+from lightning_wdefense.modules.outputs import float32_or_better, logits_of
 
 Ground = Literal["euclidean", "manhattan"]
 

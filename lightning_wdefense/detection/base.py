@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_wdefense.attacks.outputs import float32_or_better
+from lightning_wdefense.modules.outputs import float32_or_better
 
 Features = Tensor | Sequence[Tensor]
 """What one layer, or each of several layers, shows of a batch: ``(N, ...)``."""

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_wdefense.attacks.isolation import isolated
-from lightning_wdefense.attacks.outputs import float32_or_better, logits_of
 from lightning_wdefense.attacks.threat import ThreatModel
 from lightning_wdefense.detection.base import Detector, Reads, read
+from lightning_wdefense.modules.isolation import isolated
+from lightning_wdefense.modules.outputs import float32_or_better, logits_of
 
 
 def reduce_bit_depth(data: Tensor, bits: int, bounds: tuple[float, float] = (0.0, 1.0)) -> Tensor:

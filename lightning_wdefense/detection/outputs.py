@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_wdefense.attacks.outputs import float32_or_better, logits_of
 from lightning_wdefense.detection.base import Detector, Reads
+from lightning_wdefense.modules.outputs import float32_or_better, logits_of
 
 
 def max_softmax_score(logits: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_wdefense._names import unknown_name
-from lightning_wdefense.attacks.outputs import float32_or_better
+from lightning_wdefense.modules.outputs import float32_or_better
 from lightning_wdefense.transport import sinkhorn_divergence
 from lightning_wdefense.transport.measures import read_measures
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_wdefense._frozen import frozen
 from lightning_wdefense._names import unknown_name
+from lightning_wdefense.modules.frozen import frozen
 from lightning_wdefense.transport.lipschitz import PENALISED, CriticNetwork, Lipschitz, constrain
 from lightning_wdefense.transport.precision import exact_products
 

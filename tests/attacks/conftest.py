@@ -1,16 +1,5 @@
 """Every test of the attacks starts from the same random state."""
 
-from __future__ import annotations
+from support.random_state import seeded_tests
 
-import random
-
-import numpy as np
-import pytest
-import torch
-
-
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
-    np.random.seed(0)
-    random.seed(0)
+__all__ = ["seeded_tests"]

@@ -14,7 +14,7 @@ from support.modules import batch, classifier
 from torch import nn
 
 from lightning_wdefense.attacks import FGSM, PGD, AutoAttack, GibbsNoise, ThreatModel, WassersteinAttack, worst_case
-from lightning_wdefense.attacks.outputs import ROWS, check_logits
+from lightning_wdefense.modules.outputs import ROWS, check_logits
 
 THREAT = ThreatModel(eps=0.2)
 

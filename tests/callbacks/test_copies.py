@@ -17,7 +17,7 @@ from torch import nn
 
 from lightning_wdefense import Recipe, RobustnessMonitor, ThreatModel, WassersteinDefense, WassersteinDefenseMixin
 from lightning_wdefense._guests import Guest
-from lightning_wdefense.attacks.recording import ForwardRecorder
+from lightning_wdefense.modules.recording import ForwardRecorder
 
 THREAT = ThreatModel(eps=0.2)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")

@@ -51,7 +51,7 @@ FAULTS = [
         "attacks/pgd.py",
         "        found[left] = data\n        return found",
         "        return found",
-        ("tests/attacks/test_execution.py::test_early_exit_leaves_each_sample_where_it_is_first_wrong",),
+        ("tests/modules/test_execution.py::test_early_exit_leaves_each_sample_where_it_is_first_wrong",),
     ),
     Fault(
         "N-FGSM's noise is not in units of eps",

@@ -68,16 +68,16 @@ FAULTS = [
     ),
     Fault(
         "modes are restored as the module's own",
-        "attacks/isolation.py",
+        "modules/isolation.py",
         "            submodule.training = training",
         "            submodule.training = module.training",
         NASTY,
     ),
-    Fault("written buffers are not restored", "attacks/module_state.py", "tensor.copy_(value)", "pass", NASTY),
-    Fault("NumPy's random state is not restored", "attacks/isolation.py", "np.random.set_state(numpy)", "pass", NASTY),
+    Fault("written buffers are not restored", "modules/module_state.py", "tensor.copy_(value)", "pass", NASTY),
+    Fault("NumPy's random state is not restored", "modules/isolation.py", "np.random.set_state(numpy)", "pass", NASTY),
     Fault(
         "the penultimate layer is the first linear one",
-        "attacks/recording.py",
+        "modules/recording.py",
         "return ran[-1]",
         "return ran[0]",
         ("tests/callbacks/test_defense.py::TestLoss::test_features_of_any_layer",),
@@ -127,9 +127,9 @@ FAULTS = [
     ),
     Fault(
         "a single logit stands for class 0",
-        "attacks/outputs.py",
+        "modules/outputs.py",
         "[torch.zeros_like(outputs), outputs]",
         "[outputs, torch.zeros_like(outputs)]",
-        ("tests/attacks/test_outputs.py::test_one_logit_is_two",),
+        ("tests/modules/test_outputs.py::test_one_logit_is_two",),
     ),
 ]

@@ -224,23 +224,23 @@ FAULTS = [
     # ------------------------------------------------------------------------------------------ batches
     Fault(
         "labels are looked for where inputs are",
-        "_batches.py",
+        "modules/batches.py",
         "else (1, LABEL_KEYS)",
         "else (0, LABEL_KEYS)",
-        ("tests/test_batches.py::test_read_and_replace",),
+        ("tests/modules/test_batches.py::test_read_and_replace",),
     ),
     Fault(
         "the user's batch is changed",
-        "_batches.py",
+        "modules/batches.py",
         "changed = copy.copy(batch)",
         "changed = batch",
-        ("tests/test_batches.py::test_read_and_replace",),
+        ("tests/modules/test_batches.py::test_read_and_replace",),
     ),
     Fault(
         "a position one past the end is taken for one",
-        "_batches.py",
+        "modules/batches.py",
         "-len(batch) <= key < len(batch)",
         "-len(batch) <= key <= len(batch)",
-        ("tests/test_batches.py::test_errors_list_what_is_there",),
+        ("tests/modules/test_batches.py::test_errors_list_what_is_there",),
     ),
 ]

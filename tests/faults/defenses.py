@@ -183,7 +183,7 @@ FAULTS = [
     ),
     Fault(
         "what was frozen is thawed",
-        "_frozen.py",
+        "modules/frozen.py",
         "parameter.requires_grad_(flag)",
         "parameter.requires_grad_(True)",
         (f"{PURIFIER}test_the_classifier_and_the_random_state_stay_as_they_were",),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_wdefense._batches import INPUT_KEYS, LABEL_KEYS, Batches
+from lightning_wdefense.modules.batches import INPUT_KEYS, LABEL_KEYS, Batches
 
 X, Y, NEW = torch.zeros(4, 3), torch.arange(4), torch.ones(4, 3)
 

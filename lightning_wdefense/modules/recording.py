@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from lightning_wdefense._guests import hook
 from lightning_wdefense._names import unknown_name
-from lightning_wdefense.attacks.isolation import eager, isolated, own_passes
-from lightning_wdefense.attacks.outputs import tensor_of
+from lightning_wdefense.modules.isolation import eager, isolated, own_passes
+from lightning_wdefense.modules.outputs import tensor_of
 
 OUTPUTS, PENULTIMATE = "outputs", "penultimate"
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from lightning_wdefense._exclusive import exclusive
 from lightning_wdefense._shared import Shared
-from lightning_wdefense.attacks.module_state import attributes_kept, buffers_kept
+from lightning_wdefense.modules.module_state import attributes_kept, buffers_kept
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_wdefense.attacks import PGD, ThreatModel, worst_case
-from lightning_wdefense.attacks.isolation import isolated, module_of
+from lightning_wdefense.modules.isolation import isolated, module_of
 
 CPU = torch.device("cpu")
 ATTACK = PGD(ThreatModel(eps=0.1), steps=2)

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from lightning_wdefense.attacks.activation import activation
+from lightning_wdefense.modules.activation import activation
 
 ROWS = 8
 """So many different rows that look like probabilities are evidence; a few logits may look so by chance."""

@@ -1,0 +1,1 @@
+"""How a user's module is run, watched, and left as it was; its batches."""
