@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -99,7 +101,9 @@ class WassersteinDefenseMixin:
         self.defense.load_state_dict(checkpoint.get(_CHECKPOINT_KEY, {}))
 
     @torch.compiler.disable  # the attack's loop stays eager; a compiled forward is called as such
-    def defend(self, inputs: Tensor, labels: Any, *, seed: int = 0) -> DefenseOutput:
+    def defend(
+        self, inputs: Tensor, labels: Any, *, forward: Callable[[Tensor], Any] | None = None, seed: int = 0
+    ) -> DefenseOutput:
         """Attack the batch and compute the recipe's loss on it.
 
         Under a recipe with ``awp`` the weights are moved when this returns, until the backward pass of the loss ends. Where that does not
@@ -108,14 +112,21 @@ class WassersteinDefenseMixin:
         Args:
             inputs: ``(N, ...)`` in model units.
             labels: whatever the attack and :meth:`task_loss` take.
+            forward: what maps the inputs to outputs, if not the module itself: a submodule (``self.discriminator``), or a callable that
+                gives the module its other arguments, ``lambda x: self(x, mask)``.
             seed: seeds the attack's noise, under a Trainer together with the epoch, the batch and the rank.
 
         Raises:
-            TypeError: if inputs or outputs are not what the attack needs.
+            TypeError: if inputs or outputs are not what the attack needs, such as a tuple of inputs.
             ValueError: if inputs or labels do not fit the threat model or the outputs.
             FloatingPointError: if a part of the loss is NaN or infinite; says which.
         """
         defense, recipe = self.defense, self.defense.recipe
+        if not isinstance(inputs, Tensor):
+            raise TypeError(
+                f"defend() attacks one tensor, got a {type(inputs).__name__}. Where the model takes several arguments, attack one and bind the "
+                "others: self.defend(x, labels, forward=lambda x: self(x, mask))."
+            )
         trainer = getattr(self, "_trainer", None)
         trainer = trainer if is_a(trainer, "Trainer") else None
         radius = 1.0 if trainer is None else _radius(defense, trainer)
@@ -123,24 +134,24 @@ class WassersteinDefenseMixin:
             seeded_generator(inputs.device, seed) if trainer is None else noise_generator(trainer, seed, inputs.device)
         )
         average = None if trainer is None else functools.partial(trainer.strategy.reduce, reduce_op="mean")
-        defense.recorder.attach(inputs)
+        passes = defense.passes(inputs, labels, forward and _bound(self, forward))
         adversarial = inputs
         if recipe.active:
-            adversarial = defense.adversarial(inputs, labels, radius=radius, generator=generator, average=average)
+            adversarial = defense.adversarial(passes, radius=radius, generator=generator, average=average)
         measured: dict[str, Any] = {}
         if trainer is not None and trainer.training and is_logging_step(trainer):
-            measured = defense.measure(inputs, adversarial, labels)
+            measured = defense.measure(passes, adversarial)
         if trainer is not None and recipe.awp > 0:
             restore_in_time(trainer, defense, defense.restore_weights)
-        with defense.perturbed_weights(inputs, adversarial, labels, self.task_loss) as until_backward:
-            clean: Branch | None = defense.forward(inputs) if recipe.needs("clean") else None
-            attacked: Branch | None = defense.forward(adversarial) if recipe.needs("adversarial") else None
+        with defense.perturbed_weights(passes, adversarial, self.task_loss) as until_backward:
+            clean: Branch | None = passes.run(inputs) if recipe.needs("clean") else None
+            attacked: Branch | None = passes.run(adversarial) if recipe.needs("adversarial") else None
             seen = clean if recipe.sees == "clean" else attacked
             assert seen is not None
             measured |= defense.learn(
                 clean, attacked, labels, generator=generator, average=average, measure=bool(measured)
             )
-            loss, logs = defense.combine(self.task_loss(seen.outputs, labels), clean, attacked, labels)
+            loss, logs = defense.combine(self.task_loss(seen.outputs, labels), clean, attacked, passes)
             until_backward(loss)
         return DefenseOutput(
             loss,
@@ -149,6 +160,13 @@ class WassersteinDefenseMixin:
             adversarial,
             {**logs, **measured, "eps": radius * recipe.eps, **defense.learned()},
         )
+
+
+def _bound(module: Any, forward: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    """A callable as a method of the module, by which whoever runs it knows what to leave as it was."""
+    if isinstance(forward, torch.nn.Module):
+        return forward
+    return MethodType(lambda _, inputs: forward(inputs), module)
 
 
 def _radius(defense: Defense, trainer: Any) -> float:

@@ -309,7 +309,7 @@ def test_perturbed_weights_come_back_after_an_error(where):
         if where == "in the loss":
             module.defend(images, labels)
         module.defense.recorder.attach(images)
-        with module.defense.perturbed_weights(images, images, labels) as until_backward:
+        with module.defense.perturbed_weights(module.defense.passes(images, labels), images) as until_backward:
             until_backward(module.task_loss(module(images), labels))
             raise RuntimeError(where)
 

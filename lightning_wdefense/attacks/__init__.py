@@ -9,6 +9,7 @@ from lightning_wdefense.attacks.gibbs_noise import GibbsNoise
 from lightning_wdefense.attacks.lagrangian import LagrangianAttack
 from lightning_wdefense.attacks.learned import LearnedAttack
 from lightning_wdefense.attacks.pgd import PGD
+from lightning_wdefense.attacks.places import Perturb
 from lightning_wdefense.attacks.registry import ATTACKS, get_attack
 from lightning_wdefense.attacks.sinkhorn import SinkhornAttack
 from lightning_wdefense.attacks.soft_ball import SoftBallPGD
@@ -29,6 +30,7 @@ __all__ = [
     "GibbsNoise",
     "LagrangianAttack",
     "LearnedAttack",
+    "Perturb",
     "SinkhornAttack",
     "SoftBallPGD",
     "ThreatModel",

@@ -57,6 +57,10 @@ class Attack(ABC):
         """Whether the results stay inside the threat's ball."""
         return True
 
+    def of_losses(self) -> Attack | None:
+        """The same attack on a model that returns its losses ``(N,)`` itself; ``None`` for one that needs the model's outputs."""
+        return None
+
     @abstractmethod
     def perturb(self, problem: Problem) -> Tensor:
         """Adversarial inputs in data units. The caller has isolated the model and clamps and converts the result."""
@@ -117,7 +121,16 @@ class Attack(ABC):
             if (self.threat.eps == 0 and self.bounded) or (samples is not None and len(samples) == 0):
                 return clean
             generator = generator or torch.Generator(inputs.device).manual_seed(self.seed)
-            problem = Problem(model, OnParts(run, clean), data, labels, box, self.threat, generator, inputs.dtype)
+            problem = Problem(
+                model,
+                OnParts(run, clean, whole=not getattr(model, "takes_parts", True)),
+                data,
+                labels,
+                box,
+                self.threat,
+                generator,
+                inputs.dtype,
+            )
             if samples is not None:
                 problem = problem.select(samples)
             adversarial = self.threat.to_model(problem.box.clamp(self.perturb(problem))).to(inputs.dtype).detach()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from lightning_wdefense.attacks.base import Attack, Problem
-from lightning_wdefense.attacks.losses import AttackLoss, check_loss
+from lightning_wdefense.attacks.losses import AttackLoss, check_loss, given_losses
 from lightning_wdefense.attacks.threat import ThreatModel
 
 
@@ -65,6 +65,10 @@ class FGSM(Attack):
     def bounded(self) -> bool:
         """Whether the results stay inside the threat's ball: not with noise."""
         return self.noise == 0
+
+    def of_losses(self) -> Attack | None:
+        """The same attack on a model that returns its losses itself."""
+        return replace(self, loss=given_losses) if self.loss in ("ce", "margin") else None
 
     def perturb(self, problem: Problem) -> Tensor:
         """One step from the clean (or noisy) inputs, in data units."""

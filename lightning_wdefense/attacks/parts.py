@@ -22,10 +22,11 @@ class OnParts:
     Args:
         run: takes inputs in model units.
         batch: the clean inputs ``(N, ...)``, in model units.
+        whole: never try a part.
     """
 
-    def __init__(self, run: Callable[[Tensor], Any], batch: Tensor) -> None:
-        self._run, self._batch, self._whole = run, batch, False
+    def __init__(self, run: Callable[[Tensor], Any], batch: Tensor, *, whole: bool = False) -> None:
+        self._run, self._batch, self._whole = run, batch, whole
 
     def __call__(self, inputs: Tensor) -> Any:
         """The outputs for a part, or for all of the batch."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from lightning_wdefense.attacks.base import Attack, Problem
-from lightning_wdefense.attacks.losses import AttackLoss, check_loss
+from lightning_wdefense.attacks.losses import AttackLoss, check_loss, given_losses
 from lightning_wdefense.attacks.norms import random_normal
 from lightning_wdefense.attacks.threat import ThreatModel
 
@@ -83,6 +83,10 @@ class PGD(Attack):
                 f'early_exit=True ends where a sample is misclassified, which loss={self.loss!r} does not say: use loss="ce" or '
                 '"margin", or early_exit=False.'
             )
+
+    def of_losses(self) -> Attack | None:
+        """The same attack on a model that returns its losses itself."""
+        return replace(self, loss=given_losses, early_exit=False) if self.loss in ("ce", "margin") else None
 
     def perturb(self, problem: Problem) -> Tensor:
         """The adversarial inputs, in data units."""

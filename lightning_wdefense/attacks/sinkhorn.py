@@ -161,7 +161,7 @@ class SinkhornAttack(Attack):
             return outputs, float32_or_better(recorder.features_of(outputs, recording, len(data))).flatten(1)
 
         with eager():
-            recorder.attach(self.threat.to_model(problem.data).to(problem.dtype), temporary=True)
+            recorder.attach(lambda: problem.outputs(problem.data), temporary=True)
             try:
                 yield watch
             finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, get_args
 
 import torch
@@ -19,7 +19,7 @@ from lightning_wdefense.attacks.local_transport import (
     square,
     without_rounding,
 )
-from lightning_wdefense.attacks.losses import AttackLoss, check_loss
+from lightning_wdefense.attacks.losses import AttackLoss, check_loss, given_losses
 from lightning_wdefense.attacks.nearest_plan import legal
 from lightning_wdefense.attacks.norms import per_sample, random_normal, random_uniform
 from lightning_wdefense.attacks.plan_ascent import ASCENTS, Ascent, Method
@@ -103,6 +103,10 @@ class WassersteinAttack(Attack):
     @property
     def _knows_fooled(self) -> bool:
         return self.loss in (None, "ce", "margin")
+
+    def of_losses(self) -> Attack | None:
+        """The same attack on a model that returns its losses itself."""
+        return replace(self, loss=given_losses, early_exit=False) if self._knows_fooled else None
 
     def perturb(self, problem: Problem) -> Tensor:
         """The adversarial inputs, in data units."""

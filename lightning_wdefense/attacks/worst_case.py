@@ -94,7 +94,7 @@ def worst_case(
         open_ = torch.ones(len(inputs), dtype=torch.bool, device=inputs.device) if whole else clean == target
         if samples is not None:
             open_ = open_ & samples
-        run = OnParts(model, inputs)
+        run = OnParts(model, inputs, whole=not getattr(model, "takes_parts", True))
         worst, latest, attacked = inputs.clone(), clean, open_.clone()
         broken = torch.zeros_like(open_)
         adversarial: dict[str, Tensor] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable
@@ -11,15 +12,19 @@ from typing import Any
 from lightning_wdefense._compat import Callback, LightningModule, Trainer, rank_zero_warn
 from lightning_wdefense._strategy import check_strategy
 from lightning_wdefense.attacks import ThreatModel
+from lightning_wdefense.attacks.places import Perturb
 from lightning_wdefense.attacks.threat import check_threat
 from lightning_wdefense.callbacks.interception import intercept_training_step
 from lightning_wdefense.callbacks.restoration import restore_in_time
 from lightning_wdefense.callbacks.schedule import batches_begun, is_logging_step, noise_generator, warmup_radius
-from lightning_wdefense.callbacks.support import attacked_model, check_automatic_optimization
+from lightning_wdefense.callbacks.support import attacked_model, check_automatic_optimization, check_returns_loss
+from lightning_wdefense.callbacks.way import Through, Way, check_through
 from lightning_wdefense.defenses.branch import Branch
 from lightning_wdefense.defenses.defense import UNTRAINED, Defense
 from lightning_wdefense.defenses.recipe import Recipe
-from lightning_wdefense.modules.batches import Batches, Key
+from lightning_wdefense.modules.batches import Batches, Inputs, Labels
+from lightning_wdefense.modules.outputs import Pick, picking
+from lightning_wdefense.modules.steps import Step, own_step
 
 
 class WassersteinDefense(Callback):
@@ -37,10 +42,18 @@ class WassersteinDefense(Callback):
         weight: replaces the recipe's weight of the discrepancy.
         features: replaces the recipe's: ``"outputs"``, ``"penultimate"``, or a dotted path to a submodule of the model.
         warmup_epochs: replaces the recipe's: epochs over which eps grows from 0 to the threat's.
+        through: ``"model"`` has the adversary take plain forward passes of the model, and the other branch one; ``"step"`` has it climb
+            the loss of ``training_step`` itself, whatever that does with the batch, and the other branch be one more call of it;
+            ``"auto"`` takes the first where a look at the first batch shows that both compute the same, else the second.
+        perturb: dotted path to a submodule, or a :class:`~lightning_wdefense.attacks.Perturb`, whose output is attacked in place of the
+            inputs: embeddings of tokens or categories. Its norm and eps are in units of that output (``bounds=None``).
         model: dotted path to the submodule that takes the inputs and returns logits, where ``training_step`` calls that
             (``self.net(x)``) and not the module itself.
-        inputs: position, key or attribute of the inputs in a batch; by default found by convention.
-        labels: the same for the labels.
+        inputs: where the inputs are in a batch: a position, key or attribute, a path (``"image.pixels"``, ``(0, 1)``), a list of several,
+            or a callable that gets (``f(batch)``) and sets (``f(batch, inputs)``) them; by default found by convention.
+        labels: the same for the labels, which only recipes that compare classes need.
+        outputs: key, position or callable that finds the logits in what the model returns; ``"logits"`` and ``"out"`` are found.
+        ignore_index: label of elements (pixels) that count for nothing, such as 255; beside it, -100 always is.
         seed: seeds the attack's noise, which depends only on it, the epoch, the batch and the rank.
         name: tells several of these callbacks apart, in the logs (``defense/{name}/``) and in checkpoints.
 
@@ -65,9 +78,13 @@ class WassersteinDefense(Callback):
         weight: float | None = None,
         features: str | None = None,
         warmup_epochs: float | None = None,
+        through: Through = "auto",
+        perturb: str | Perturb | None = None,
         model: str | None = None,
-        inputs: Key = None,
-        labels: Key = None,
+        inputs: Inputs = None,
+        labels: Labels = None,
+        outputs: Pick = None,
+        ignore_index: int | None = None,
         seed: int = 0,
         name: str | None = None,
     ) -> None:
@@ -75,8 +92,11 @@ class WassersteinDefense(Callback):
         self.recipe = resolve_recipe(
             recipe, threat, {key: value for key, value in changes.items() if value is not None}
         )
-        self.model, self.seed, self.name = model, seed, name
-        self._batches = Batches(inputs, labels)
+        self.model, self.seed, self.name, self.through = model, seed, name, through
+        self.perturb = Perturb(perturb) if isinstance(perturb, str) else perturb
+        check_through(through, self.perturb)
+        self._outputs, self._ignore_index, self._batches = outputs, ignore_index, Batches(inputs, labels)
+        self._way = self._new_way()
         self._undo: list[Callable[[], None]] = []
         self._defense: Defense | None = None
         self._learned: dict[str, Any] = {}
@@ -91,6 +111,7 @@ class WassersteinDefense(Callback):
         if stage != "fit":
             return
         self._restore()
+        self._way = self._new_way()
         if not batches_begun(trainer):  # a fit that goes on with the same trainer goes on with what was learned
             self._learned = {}
         check_automatic_optimization(pl_module)
@@ -117,9 +138,10 @@ class WassersteinDefense(Callback):
         return self.__dict__ | {"_undo": [], "_defense": None, "_learned": copy.deepcopy(self.state_dict())}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that model and features exist (not earlier: ``configure_model`` may make them)."""
+        """Check that model and features exist (not earlier: ``configure_model`` may make them), and that the step can be attacked."""
         if self.recipe.active:
             self._bind(pl_module)
+            check_returns_loss(own_step(pl_module, "training_step"))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the module back as it was."""
@@ -143,10 +165,16 @@ class WassersteinDefense(Callback):
 
     def _bind(self, pl_module: LightningModule) -> Defense:
         if self._defense is None:
-            self._defense = Defense(self.recipe, attacked_model(pl_module, self.model))
+            model = attacked_model(pl_module, self.model, needs_forward=self.through == "model")
+            self._defense = Defense(self.recipe, model, picking(self._outputs))
             self._defense.load_state_dict(self._learned)
             self._undo += [self._defense.recorder.detach, self._defense.restore_weights]
         return self._defense
+
+    def _new_way(self) -> Way:
+        threat = self.recipe.threat or ThreatModel()
+        options: dict[str, Any] = {"outputs": self._outputs, "ignore_index": self._ignore_index}
+        return Way(self.through, self._batches, threat, perturb=self.perturb, **options)
 
     def _restore(self) -> None:
         self._learned = self.state_dict()
@@ -164,38 +192,43 @@ class WassersteinDefense(Callback):
         **kwargs: Any,
     ) -> Any:
         recipe, defense = self.recipe, self._bind(pl_module)
+        own = Step(pl_module, own_step(pl_module, "training_step"), "training_step", args, kwargs)
+        found = self._way.passes(own, defense, batch)
+        if found is None:  # the user's way to skip a batch, before there was anything to look at
+            return step(batch, *args, **kwargs)
+        site, passes = found
         restore_in_time(trainer, defense, self._restore)
-        inputs, labels = self._batches.read(batch)
-        defense.recorder.attach(inputs)
         batches = defense.count_batch(trainer, batches_begun(trainer))
         radius = warmup_radius(trainer, recipe.warmup_epochs, batches)
-        generator = noise_generator(trainer, self.seed, inputs.device)
+        generator = noise_generator(trainer, self.seed, site.values.device)
         average = functools.partial(trainer.strategy.reduce, reduce_op="mean")
-        adversarial = defense.adversarial(inputs, labels, radius=radius, generator=generator, average=average)
-        measured = defense.measure(inputs, adversarial, labels) if is_logging_step(trainer) else {}
-        with defense.perturbed_weights(inputs, adversarial, labels) as until_backward:
-            with defense.watch(len(inputs)) as watch:
-                sees_clean = recipe.sees == "clean"
-                result = step(batch if sees_clean else self._batches.replace(batch, adversarial), *args, **kwargs)
+        adversarial = defense.adversarial(passes, radius=radius, generator=generator, average=average)
+        measured = defense.measure(passes, adversarial) if is_logging_step(trainer) else {}
+        with defense.perturbed_weights(passes, adversarial) as until_backward:
+            sees_clean = recipe.sees == "clean"
+            place = contextlib.nullcontext(batch) if sees_clean else site.moved(adversarial)
+            with passes.watch() as branch_of, place as seen_batch:
+                result = step(seen_batch, *args, **kwargs)
             loss = result["loss"] if isinstance(result, dict) else result
             if loss is None:  # the user's way to skip a batch
                 return result
-            seen = watch.branch()
+            seen = branch_of(result)
             other: Branch | None = None
             if recipe.needs("adversarial" if sees_clean else "clean"):
-                other = defense.forward(adversarial if sees_clean else inputs)
+                other = passes.run(adversarial if sees_clean else site.values)
             clean, attacked = (seen, other) if sees_clean else (other, seen)
+            classes = passes.classes(seen)
             measured |= defense.learn(
-                clean, attacked, labels, generator=generator, average=average, measure=bool(measured)
+                clean, attacked, classes, generator=generator, average=average, measure=bool(measured)
             )
-            total, logs = defense.combine(loss, clean, attacked, labels)
+            total, logs = defense.combine(loss, clean, attacked, passes)
             until_backward(total)
         if trainer.barebones:  # forbids logging, and would warn at every batch
             return {**result, "loss": total} if isinstance(result, dict) else total
         prefix = f"defense/{self.name}/" if self.name else "defense/"
         logs = {**logs, **measured, "eps": radius * recipe.eps, **defense.learned()}
         logged = {prefix + key: value for key, value in logs.items()}
-        pl_module.log_dict(logged, on_step=True, on_epoch=False, batch_size=len(inputs))
+        pl_module.log_dict(logged, on_step=True, on_epoch=False, batch_size=site.size)
         return {**result, "loss": total} if isinstance(result, dict) else total
 
 

@@ -25,17 +25,17 @@ class TrainingStepDispatcher(Guest):
     def __init__(self, module: LightningModule) -> None:
         self.host: LightningModule = module
         self._previous = module.__dict__.get("training_step", ABSENT)
-        self._original: Step = module.training_step
+        self.original: Step = module.training_step
         self._interceptors: list[Interceptor] = []
-        functools.update_wrapper(self, self._original, updated=())
+        functools.update_wrapper(self, self.original, updated=())
         # Lightning looks through __wrapped__ for the user's own signature and code.
-        self.__wrapped__ = inspect.unwrap(self._original)
+        self.__wrapped__ = inspect.unwrap(self.original)
         module.__dict__["training_step"] = self
         settle(module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own step, through all interceptors."""
-        step = self._original
+        step = self.original
         for interceptor in self._interceptors:
             step = functools.partial(interceptor, step)
         return step(*args, **kwargs)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
 from torch import nn
 
 from lightning_wdefense._compat import LightningModule, MisconfigurationException
 from lightning_wdefense.modules.recording import submodule
 
 
-def attacked_model(pl_module: LightningModule, path: str | None) -> nn.Module:
+def attacked_model(pl_module: LightningModule, path: str | None, *, needs_forward: bool = True) -> nn.Module:
     """The module itself, or its submodule at ``path``.
 
     Raises:
@@ -16,7 +22,7 @@ def attacked_model(pl_module: LightningModule, path: str | None) -> nn.Module:
     """
     if path is not None:
         return submodule(pl_module, path, "model")
-    if getattr(pl_module.forward, "__qualname__", "") == "LightningModule.forward":
+    if needs_forward and getattr(pl_module.forward, "__qualname__", "") == "LightningModule.forward":
         children = ", ".join(repr(name) for name, _ in pl_module.named_children()) or "none"
         raise ValueError(
             f"{type(pl_module).__name__} has no forward: name the submodule that takes the inputs and returns logits with "
@@ -36,3 +42,36 @@ def check_automatic_optimization(pl_module: LightningModule) -> None:
             "WassersteinDefense adds to the loss that training_step returns, which manual optimisation ignores: let "
             f"{type(pl_module).__name__} inherit WassersteinDefenseMixin and call self.defend(inputs, labels) instead."
         )
+
+
+def check_returns_loss(step: Callable[..., Any]) -> None:
+    """Refuse a step whose code returns nothing, or that draws its batches itself.
+
+    Raises:
+        MisconfigurationException: saying what to do.
+    """
+    function = inspect.unwrap(getattr(step, "__func__", step))
+    if "dataloader_iter" in inspect.signature(function).parameters:
+        raise MisconfigurationException(
+            "training_step(self, dataloader_iter) draws its batches itself, so the adversary cannot call it twice on one: write "
+            "training_step(self, batch, batch_idx)."
+        )
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):  # made at run time
+        return
+    if isinstance(tree.body[0], ast.FunctionDef) and not any(map(_returns, tree.body[0].body)):
+        raise MisconfigurationException(
+            f"{getattr(function, '__qualname__', 'training_step')} returns nothing, so there is no loss for the adversary to maximise (and none "
+            "for Lightning to minimise): return the loss as a tensor, or as the 'loss' of a dictionary."
+        )
+
+
+def _returns(node: ast.AST) -> bool:
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)):
+        return False
+    if isinstance(node, ast.Raise):
+        return True
+    if isinstance(node, ast.Return):
+        return not (node.value is None or (isinstance(node.value, ast.Constant) and node.value.value is None))
+    return any(map(_returns, ast.iter_child_nodes(node)))

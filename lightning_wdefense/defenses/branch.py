@@ -8,13 +8,14 @@ from torch import Tensor
 
 
 class Branch(NamedTuple):
-    """The model's view of one set of inputs: raw outputs, and features ``(N, ...)``.
+    """The model's view of one set of inputs: raw outputs, features ``(N, ...)``, and the loss of the user's own step.
 
-    Features are ``(N, 0)`` where the outputs hold no tensor, and the recipe compares none.
+    Features are ``(N, 0)`` where there are none, and the recipe compares none. There is no loss where it was a plain forward pass.
     """
 
     outputs: Any
     features: Tensor
+    loss: Tensor | None = None
 
     @property
     def finite(self) -> bool:

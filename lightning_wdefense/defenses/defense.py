@@ -18,11 +18,11 @@ from lightning_wdefense.defenses.branch import Branch
 from lightning_wdefense.defenses.critic import CriticDiscrepancy, LiveCritic
 from lightning_wdefense.defenses.discrepancies import Transport, get_discrepancy
 from lightning_wdefense.defenses.objective import combine
+from lightning_wdefense.defenses.passes import ModelPasses, Passes
 from lightning_wdefense.defenses.recipe import Recipe
 from lightning_wdefense.defenses.weight_perturbation import WeightPerturbation
-from lightning_wdefense.modules.isolation import eager, isolated, own_pass
-from lightning_wdefense.modules.outputs import predictions, tensor_of
-from lightning_wdefense.modules.recording import ForwardRecorder, Recording
+from lightning_wdefense.modules.outputs import predictions
+from lightning_wdefense.modules.recording import ForwardRecorder, trial_pass
 
 UNTRAINED: dict[str, Any] = {"batches": 0, "multiplier": None, "critic": None}
 """The state of a defense that has seen no batch."""
@@ -36,13 +36,14 @@ class Defense(Guest):
     Args:
         recipe: what to do.
         model: takes the inputs and returns logits.
+        pick: finds the outputs in what the model returns.
 
     Raises:
         ValueError: if the recipe's features name no submodule.
     """
 
-    def __init__(self, recipe: Recipe, model: nn.Module) -> None:
-        self.recipe, self.model, self.host = recipe, model, model
+    def __init__(self, recipe: Recipe, model: nn.Module, pick: Callable[[Any], Any] | None = None) -> None:
+        self.recipe, self.model, self.host, self.pick = recipe, model, model, pick
         self.batches: int | None = 0
         self._counted: tuple[int, int] | None = None
         self.multiplier: float | None = None
@@ -50,7 +51,7 @@ class Defense(Guest):
         self._discrepancy = None if recipe.discrepancy is None else get_discrepancy(recipe.discrepancy)
         if isinstance(self._discrepancy, CriticDiscrepancy):
             self.critic = LiveCritic(self._discrepancy)
-        self.recorder = ForwardRecorder(model, recipe.features)
+        self.recorder = ForwardRecorder(model, recipe.features, pick)
         self.perturbation = WeightPerturbation(model, recipe.awp)
 
     def left_behind(self) -> Any:
@@ -74,10 +75,15 @@ class Defense(Guest):
             self.batches += 1
         return self.batches
 
+    def passes(self, inputs: Tensor, labels: Any, model: Callable[[Tensor], Any] | None = None) -> ModelPasses:
+        """Plain forward passes of the model (or of a callable in its place) over a batch."""
+        run = model or self.model
+        self.recorder.attach(trial_pass(run, inputs))
+        return ModelPasses(run, self.recorder, inputs, labels, compares=self.recipe.compares, pick=self.pick)
+
     def adversarial(
         self,
-        inputs: Tensor,
-        labels: Any,
+        passes: Passes,
         *,
         radius: float = 1.0,
         generator: torch.Generator | None = None,
@@ -86,8 +92,7 @@ class Defense(Guest):
         """Adversarial inputs of the recipe's attack, from which a learned attack learns.
 
         Args:
-            inputs: ``(N, ...)`` in model units.
-            labels: of the batch.
+            passes: over the batch.
             radius: factor on the attack's eps (the warm-up).
             generator: source of the attack's noise.
             average: the mean of a scalar over all ranks, on which all of them learn the same.
@@ -95,9 +100,9 @@ class Defense(Guest):
         attack = self.recipe.attack_at(radius)
         if isinstance(attack, LearnedAttack) and self.multiplier is not None:
             attack = replace(attack, multiplier=self.multiplier)  # type: ignore[type-var]
-        adversarial = attack(self.model, inputs, labels, generator=generator, execution=self.recipe.execution)
+        adversarial = passes.attack(attack, generator=generator, execution=self.recipe.execution)
         if isinstance(attack, LearnedAttack):
-            displacement = attack.displacement(inputs, adversarial)
+            displacement = attack.displacement(passes.values, adversarial)
             self.multiplier = attack.updated_multiplier(displacement if average is None else average(displacement))
         return adversarial
 
@@ -152,17 +157,17 @@ class Defense(Guest):
 
     @contextlib.contextmanager
     def perturbed_weights(
-        self, inputs: Tensor, adversarial: Tensor, labels: Any, task_loss: Callable[[Any, Any], Tensor] | None = None
+        self, passes: Passes, adversarial: Tensor, task_loss: Callable[[Any, Any], Tensor] | None = None
     ) -> Iterator[Callable[[Tensor], None]]:
         """Where the recipe has ``awp``, the weights are moved uphill on its loss inside; buffers and random state are not.
 
         Costs the passes of a training step without the attack, in the model's own modes.
 
         Args:
-            inputs: ``(N, ...)`` in model units.
+            passes: over the batch.
             adversarial: the adversarial inputs.
-            labels: of the batch.
-            task_loss: ``(outputs, labels) -> scalar`` on what ``training_step`` sees; the recipe's by default.
+            task_loss: ``(outputs, labels) -> scalar`` on what ``training_step`` sees; the step's own where the passes go through it, else
+                the recipe's by default.
 
         Yields:
             A function of the step's loss, after which the weights come back at the end of its backward pass. Without that call, after an
@@ -179,13 +184,15 @@ class Defense(Guest):
         try:
             if recipe.awp > 0:
                 perturbation.undo()
-                with isolated(self.model, inputs.device, evaluation=False):
-                    clean = self.forward(inputs) if recipe.needs("clean") else None
-                    attacked = self.forward(adversarial) if recipe.needs("adversarial") else None
+                with passes.traceless(evaluation=False):
+                    clean = passes.run(passes.values) if recipe.needs("clean") else None
+                    attacked = passes.run(adversarial) if recipe.needs("adversarial") else None
                     seen = clean if recipe.sees == "clean" else attacked
                     assert seen is not None
-                    loss = (task_loss or recipe.task_loss)(seen.outputs, labels)
-                    perturbation.apply(self.combine(loss, clean, attacked, labels)[0])
+                    loss = seen.loss
+                    if loss is None:
+                        loss = (task_loss or recipe.task_loss)(seen.outputs, passes.labels)
+                    perturbation.apply(self.combine(loss, clean, attacked, passes)[0])
             yield until_backward
         except BaseException:
             waiting = False
@@ -195,10 +202,19 @@ class Defense(Guest):
                 perturbation.undo()
 
     def combine(
-        self, task_loss: Tensor, clean: Branch | None, adversarial: Branch | None, labels: Any
+        self, task_loss: Tensor, clean: Branch | None, adversarial: Branch | None, passes: Passes
     ) -> tuple[Tensor, dict[str, Any]]:
         """The training loss and its parts: see :func:`~lightning_wdefense.defenses.objective.combine`."""
-        return combine(self.recipe, task_loss, clean, adversarial, labels, self._measure)
+        seen = clean if clean is not None else adversarial
+        classes = passes.labels if seen is None else passes.classes(seen)
+        return combine(
+            self.recipe,
+            task_loss,
+            clean,
+            adversarial,
+            passes.labels,
+            lambda one, other, _: self._measure(one, other, classes),
+        )
 
     def _measure(self, clean: Branch, adversarial: Branch, labels: Any) -> Tensor:
         try:
@@ -215,31 +231,21 @@ class Defense(Guest):
         """Take perturbed weights back now: the backward pass failed, or never came."""
         self.perturbation.undo()
 
-    def forward(self, inputs: Tensor) -> Branch:
-        """A plain forward pass, in whatever mode the model is in."""
-        with own_pass(), self.watch(len(inputs)) as seen:
-            self.model(inputs)
-        return seen.branch()
-
-    @contextlib.contextmanager
-    def watch(self, size: int) -> Iterator[Watch]:
-        """Watch somebody else call the model once on ``size`` samples."""
-        with self.recorder.recording() as recording:
-            yield Watch(self, recording, size)
-
-    def measure(self, inputs: Tensor, adversarial: Tensor, labels: Any) -> dict[str, Tensor]:
+    def measure(self, passes: Passes, adversarial: Tensor) -> dict[str, Tensor]:
         """What the attack did, in eval mode and without a trace: accuracies, success, and the transport cost of the features.
 
-        Costs two forward passes. Accuracies are left out where the labels are not classes of the outputs, and the transport where there
-        are no features, or none that are finite.
+        Costs two passes. Accuracies are left out where the labels are not classes of the outputs, and the transport where there
+        are no features, or none that are finite. Through the step its own loss on both sides is measured as well.
         """
-        with isolated(self.model, inputs.device), eager():
-            clean, attacked = self.forward(inputs), self.forward(adversarial)
+        with passes.traceless():
+            clean, attacked = passes.run(passes.values), passes.run(adversarial)
         measured = {}
+        if clean.loss is not None and attacked.loss is not None:
+            measured |= {"clean_loss": clean.loss.detach(), "adversarial_loss": attacked.loss.detach()}
         if clean.features.numel() and clean.finite and attacked.finite:
             measured["transport_cost"] = Transport()(clean.features.detach(), attacked.features.detach())
         with contextlib.suppress(TypeError, ValueError):
-            target = hard_labels(class_labels(labels, clean.outputs, check_values=True))
+            target = hard_labels(class_labels(passes.labels, clean.outputs, check_values=True))
             counts = counted(target)
             right = (predictions(clean.outputs) == target)[counts]
             still = (predictions(attacked.outputs) == target)[counts]
@@ -247,42 +253,3 @@ class Defense(Guest):
             measured["adversarial_acc"] = still.float().mean()
             measured["attack_success"] = (right & ~still).sum() / right.sum().clamp_min(1)
         return measured
-
-
-class Watch:
-    """What was seen of the model during :meth:`Defense.watch`."""
-
-    def __init__(self, defense: Defense, recording: Recording, size: int) -> None:
-        self._defense, self._recording, self._size = defense, recording, size
-
-    def branch(self) -> Branch:
-        """Outputs and features of the one pass over the whole batch.
-
-        Raises:
-            RuntimeError: if the model did not run exactly once on the whole batch.
-            TypeError: if its outputs hold no tensor, which the recipe compares.
-        """
-        outputs, model = self._recording.outputs, self._defense.model
-        children = [name for name, child in model.named_children() if any(True for _ in child.parameters())]
-        hint = (
-            "Call the module itself (`self(x)`) once in training_step, or name the submodule that is called on the whole batch "
-            f"with model=; its submodules: {', '.join(map(repr, children)) or 'none'}."
-        )
-        if len(outputs) != 1:
-            raise RuntimeError(
-                f"The outputs of {type(model).__name__} could not be captured: its forward ran {len(outputs)} times during "
-                f"the step, where once was expected. {hint}"
-            )
-        try:
-            found = tensor_of(outputs[0])
-        except TypeError:
-            if self._defense.recipe.compares:
-                raise
-            return Branch(outputs[0], torch.empty(self._size, 0))
-        if found.ndim == 0 or len(found) != self._size:
-            raise RuntimeError(
-                f"The outputs of {type(model).__name__} could not be captured: their shape is {tuple(found.shape)}, but the "
-                f"batch has {self._size} samples. {hint}"
-            )
-        recorder = self._defense.recorder
-        return Branch(outputs[0], recorder.features_of(outputs[0], self._recording, self._size))

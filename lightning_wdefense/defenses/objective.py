@@ -54,7 +54,7 @@ def combine(
     if recipe.other_weight > 0:
         other = clean if recipe.sees == "adversarial" else adversarial
         assert other is not None
-        parts["other_loss"] = recipe.task_loss(other.outputs, labels)
+        parts["other_loss"] = recipe.task_loss(other.outputs, labels) if other.loss is None else other.loss
         loss = loss + recipe.other_weight * parts["other_loss"]
     if recipe.weight > 0:
         assert clean is not None

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 Key = int | str | None
+Inputs = Any
+Labels = Any
 
 INPUT_KEYS = ("image", "images", "x", "input", "inputs", "pixel_values")
 LABEL_KEYS = ("label", "labels", "y", "target", "targets")
@@ -24,7 +26,7 @@ class Batches:
     """
 
     def __init__(self, inputs: Key = None, labels: Key = None) -> None:
-        self.inputs, self.labels = inputs, labels
+        self._inputs, self._labels = inputs, labels
 
     def read(self, batch: Any) -> tuple[Tensor, Any]:
         """Inputs and labels of a batch.
@@ -41,8 +43,19 @@ class Batches:
             )
         return inputs, labels
 
+    def inputs(self, batch):
+        return [_get(batch, self._key(batch, "inputs"))]
+
+    def labels_or_none(self, batch):
+        try:
+            return self.read(batch)[1]
+        except (ValueError, TypeError):
+            return None
+
     def replace(self, batch: Any, inputs: Tensor) -> Any:
         """The same batch with other inputs; the given one is not changed."""
+        if isinstance(inputs, list):
+            (inputs,) = inputs
         key = self._key(batch, "inputs")
         if isinstance(batch, tuple):
             items = list(batch)
@@ -57,7 +70,7 @@ class Batches:
         return changed
 
     def _key(self, batch: Any, role: str) -> int | str:
-        key = getattr(self, role)
+        key = getattr(self, "_" + role)
         names = _names(batch)
         if key is not None:
             if _has(batch, key):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -15,25 +16,50 @@ ROWS = 8
 """So many different rows that look like probabilities are evidence; a few logits may look so by chance."""
 
 _LOGITS_HINT = (
-    "Return logits from forward (attacks run it in eval mode), or name the submodule that does with model=. Where nothing but the "
+    "Return logits from forward (attacks run it in eval mode), say where in the outputs they are with outputs= (a key, position or "
+    "callable), or name the submodule that returns them with model=. Where nothing but the "
     'attack reads outputs, as in recipe "pgd-at", its loss=callable(outputs, labels) that returns one loss a sample is given them '
     "as they are."
 )
 
 
 def tensor_of(outputs: Any) -> Tensor:
-    """The tensor in a model's outputs: the outputs themselves, or their ``logits`` (attribute or key).
+    """The tensor in a model's outputs: the outputs themselves, or their ``logits`` or ``out`` (attribute or key).
 
     Raises:
         TypeError: if there is none.
     """
-    if isinstance(outputs, Mapping) and "logits" in outputs:
-        outputs = outputs["logits"]
-    elif not isinstance(outputs, Tensor) and hasattr(outputs, "logits"):
-        outputs = outputs.logits
+    for name in ("logits", "out") if not isinstance(outputs, Tensor) else ():
+        if isinstance(outputs, Mapping) and name in outputs:
+            outputs = outputs[name]
+            break
+        if not isinstance(outputs, Mapping) and hasattr(outputs, name):
+            outputs = getattr(outputs, name)
+            break
     if not isinstance(outputs, Tensor):
         raise TypeError(f"The model's outputs are not logits but a {type(outputs).__name__}. {_LOGITS_HINT}")
     return outputs
+
+
+Pick = str | int | Callable[[Any], Any] | None
+
+
+def picking(pick: Pick) -> Callable[[Any], Any] | None:
+    """What finds outputs in what a model returns: by key, attribute or position, or by a callable; ``None`` for nothing to find."""
+    if pick is None or callable(pick):
+        return pick  # type: ignore[return-value]
+    return functools.partial(_pick, pick)
+
+
+def _pick(name: str | int, outputs: Any) -> Any:
+    try:
+        if isinstance(outputs, (Mapping, tuple, list)) and not (isinstance(name, str) and hasattr(outputs, name)):
+            return outputs[name]  # type: ignore[index]
+        return getattr(outputs, str(name))
+    except (KeyError, IndexError, TypeError, AttributeError):
+        there = list(outputs) if isinstance(outputs, Mapping) else type(outputs).__name__
+        there = f"a {type(outputs).__name__} of {len(outputs)}" if isinstance(outputs, (tuple, list)) else there
+        raise ValueError(f"outputs={name!r} leads nowhere in what the model returns: {there}.") from None
 
 
 def logits_of(outputs: Any) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,8 @@ from lightning_wdefense.modules.outputs import tensor_of
 
 OUTPUTS, PENULTIMATE = "outputs", "penultimate"
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
 
 @dataclass
 class Recording:
@@ -25,11 +27,13 @@ class Recording:
 
     Attributes:
         outputs: what each call of the model returned.
-        features: what the feature layer showed, ``(N, D)`` each time it ran.
+        features: what the feature layer showed each time it ran.
+        heads: what the last linear layer made of them, where its input is what is wanted.
     """
 
     outputs: list[Any] = field(default_factory=list)
-    features: list[Tensor] = field(default_factory=list)
+    features: list[Any] = field(default_factory=list)
+    heads: list[Any] = field(default_factory=list)
 
 
 class ForwardRecorder:
@@ -40,39 +44,45 @@ class ForwardRecorder:
 
     Args:
         model: the module whose outputs are wanted.
-        features: ``"outputs"``, ``"penultimate"`` (the input of the last linear layer that runs), or a dotted path to a
-            submodule of ``model``, whose output is taken.
+        features: ``"outputs"``, ``"penultimate"`` (the input of the last linear layer that runs, or without any that of the last
+            convolution, averaged over positions), or a dotted path to a submodule of ``model``, whose output is taken.
+        pick: finds the outputs in what the model returns.
 
     Raises:
         ValueError: if there is no such submodule, with the nearest ones.
     """
 
-    def __init__(self, model: nn.Module, features: str = OUTPUTS) -> None:
-        self.model, self.features = model, features
+    def __init__(self, model: nn.Module, features: str = OUTPUTS, pick: Callable[[Any], Any] | None = None) -> None:
+        self.model, self.features, self._pick = model, features, pick
         self._handles: list[Any] = []
         self._here = (
             threading.local()
         )  # backward passes on accelerators, with what checkpointing makes again, have threads of their own
         self._layer = None if features in (OUTPUTS, PENULTIMATE) else submodule(model, features, "features")
 
-    def attach(self, example: Tensor, *, temporary: bool = False) -> None:
+    def attach(self, example: Tensor | Callable[[], Any], *, temporary: bool = False, head: bool = False) -> None:
         """Register the hooks, once.
 
         Args:
-            example: a batch from which the penultimate layer is found.
+            example: a batch from which the penultimate layer is found, or what runs the model, without a trace.
             temporary: for passes inside :func:`eager` alone, so that compiled code need not be compiled again.
+            head: also record what the last linear layer returns.
         """
         if self._handles:
             return
-        if self.features == PENULTIMATE:
-            self._layer = _last_linear(self.model, example)
+        last: nn.Module | None = None
+        if self.features == PENULTIMATE or head:
+            last = last_linear(self.model, trial_pass(self.model, example) if isinstance(example, Tensor) else example)
+            self._layer = last if self.features == PENULTIMATE else self._layer
         self._handles.append(hook(self.model, self._saw_outputs))
         if self.features == PENULTIMATE:
             assert self._layer is not None
             self._handles.append(hook(self._layer, self._saw_input, before=True))
         elif self._layer is not None:
             self._handles.append(hook(self._layer, self._saw_features))
-        if self._layer is not None and not temporary:
+        if last is not None and head:
+            self._handles.append(hook(last, self._saw_head))
+        if (self._layer is not None or head) and not temporary:
             torch.compiler.reset()  # compiled code does not notice new hooks: what there is must be compiled again
 
     def detach(self) -> None:
@@ -121,7 +131,13 @@ class ForwardRecorder:
                 f"The features={self.features!r} have shape {tuple(found.shape)}, but the batch has {size} samples: they must "
                 "come one row a sample."
             )
-        return found if self.features == OUTPUTS else found.reshape(size, -1)
+        return found if self.features == OUTPUTS else self.rows(found)
+
+    def rows(self, features: Tensor) -> Tensor:
+        """What the layer showed as a cloud ``(M, D)``; of a convolution's input the mean over positions."""
+        if self.features == PENULTIMATE and not isinstance(self._layer, nn.Linear) and features.ndim > 2:
+            features = features.flatten(2).mean(2)
+        return features.reshape(len(features), -1)
 
     def _recorded(self) -> Recording | None:
         recording: Recording | None = getattr(self._here, "recording", None)
@@ -136,12 +152,17 @@ class ForwardRecorder:
     def _saw_outputs(self, module: nn.Module, args: Any, outputs: Any) -> None:
         recording = self._recorded()
         if recording is not None:
-            recording.outputs.append(outputs)
+            recording.outputs.append(outputs if self._pick is None else self._pick(outputs))
 
     def _saw_features(self, module: nn.Module, args: Any, outputs: Any) -> None:
         recording = self._recorded()
         if recording is not None:
             recording.features.append(outputs)
+
+    def _saw_head(self, module: nn.Module, args: Any, outputs: Any) -> None:
+        recording = self._recorded()
+        if recording is not None:
+            recording.heads.append(outputs)
 
     def _saw_input(self, module: nn.Module, args: Any) -> None:
         recording = self._recorded()
@@ -159,20 +180,37 @@ def submodule(model: nn.Module, path: str, argument: str) -> nn.Module:
     return known[path]
 
 
-def _last_linear(model: nn.Module, example: Tensor) -> nn.Module:
+def last_linear(model: nn.Module, run: Callable[[], Any]) -> nn.Module:
+    """The last ``nn.Linear`` that runs; without any, the last convolution.
+
+    Raises:
+        ValueError: if neither runs.
+    """
     ran: list[nn.Module] = []
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    linear = [module for module in model.modules() if isinstance(module, (nn.Linear, *CONVOLUTIONS))]
     handles = [hook(module, lambda module, args: ran.append(module), before=True) for module in linear]
     try:
-        with isolated(model, example.device), eager():
-            model(example.detach().clone())
+        with eager():
+            run()
     finally:
         for handle in handles:
             handle.remove()
-    if not ran:
-        layers = ", ".join(repr(name) for name, module in model.named_modules() if name and not list(module.children()))
-        raise ValueError(
-            f'features="penultimate" is the input of the last nn.Linear that runs, but {type(model).__name__} runs none: name a '
-            f"layer with features=. Its layers: {layers}."
-        )
-    return ran[-1]
+    for kind in (nn.Linear, CONVOLUTIONS):
+        for module in reversed(ran):
+            if isinstance(module, kind):
+                return module
+    layers = ", ".join(repr(name) for name, module in model.named_modules() if name and not list(module.children()))
+    raise ValueError(
+        f'features="penultimate" is the input of the last nn.Linear (or convolution) that runs, but {type(model).__name__} runs none: name '
+        f'a layer with features=, use features="outputs", or a recipe that needs no features (pgd-at, trades). Its layers: {layers}.'
+    )
+
+
+def trial_pass(model: Callable[[Tensor], Any], example: Tensor) -> Callable[[], Any]:
+    """A pass of the model over an example that leaves no trace."""
+
+    def run() -> None:
+        with isolated(model, example.device):
+            model(example.detach().clone())
+
+    return run

@@ -1,0 +1,247 @@
+"""A first look at a module's step: what it computes of a batch, and whether a plain forward pass is the same."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_wdefense._autograd import gradients
+from lightning_wdefense.attacks.labels import class_labels, counted, hard_labels
+from lightning_wdefense.attacks.places import Site
+from lightning_wdefense.modules.isolation import eager
+from lightning_wdefense.modules.outputs import float32_or_better, has_one_output, logits_of, tensor_of
+from lightning_wdefense.modules.plain_state import iterators_of
+from lightning_wdefense.modules.recording import CONVOLUTIONS
+from lightning_wdefense.modules.silence import loss_of
+from lightning_wdefense.modules.steps import Noise, Step
+
+Source = Literal["model", "head"]
+
+SAME = 1e-3
+"""Relative difference below which two losses of one batch are one."""
+
+SHARE = 0.9
+"""Share of the samples whose loss must fall in the logit of their own class, more than in any other, for logits to be a classifier's."""
+
+
+@dataclass
+class Look:
+    """What was seen of a step.
+
+    Attributes:
+        noise: how the step is to be run: in eval mode, or, where it returns no loss there, in its own modes without noise.
+        loss: of the clean batch; ``None`` where the step returns none.
+        depends: whether the loss has a gradient in the adversary's values.
+        plain: whether the model ran once, on these values alone, so that a plain forward pass computes the same outputs.
+        outputs: where a classifier's outputs are found: what the model returned, or the last linear layer; ``None`` where
+            neither is a classifier's.
+        model_ran: how often the model ran, on the whole batch.
+        why: in words, why a plain forward pass is not the same computation.
+    """
+
+    noise: Noise = "off"
+    loss: float | None = None
+    depends: bool = False
+    plain: bool = False
+    outputs: Source | None = None
+    model_ran: int = 0
+    why: str = ""
+    _calls: list[tuple[Any, Any, Any]] = field(default_factory=list)
+
+
+def first_look(
+    step: Step,
+    site: Site,
+    labels: Any,
+    model: nn.Module | None,
+    pick: Callable[[Any], Any],
+) -> Look:
+    """Run the step twice on a clean batch, without a trace, and see what it does.
+
+    Args:
+        step: the step.
+        site: the batch, and what the adversary moves in it.
+        labels: of the batch; ``None`` where there are none.
+        model: whose outputs are watched.
+        pick: finds the outputs in what the model returns.
+
+    Raises:
+        ValueError: if the step draws on an iterator, which nobody can put back.
+        Exception: whatever the step raises.
+    """
+    failed: Exception | None = None
+    look = Look()
+    noises: tuple[Noise, ...] = ("off", "training") if step.module.training else ("off",)
+    for noise in noises:
+        try:
+            look = _look(step, site, labels, model, pick, noise)
+        except StopIteration as error:
+            raise _consumed(step) from error
+        except ConsumedError:
+            raise
+        except Exception as error:
+            failed = error
+            continue
+        failed = None
+        if look.loss is not None:
+            break
+    if failed is not None:
+        raise failed
+    return look
+
+
+def _look(
+    step: Step, site: Site, labels: Any, model: nn.Module | None, pick: Callable[[Any], Any], noise: Noise
+) -> Look:
+    look, heads = Look(noise), list[Any]()
+    with eager(), step.rehearsal(site.values.device, noise):
+        values = site.values.detach().clone()
+        if values.is_floating_point():
+            values.requires_grad_()
+        with _watching(step.module, model, look._calls, heads), site.moved(values) as batch:
+            loss = loss_of(step(batch))
+        if loss is None:
+            return look
+        loss = loss if loss.ndim == 0 else loss.mean()
+        look.loss = float(loss.detach())
+        look.depends = (
+            values.requires_grad and loss.requires_grad and gradients(loss, [values], retain_graph=True)[0] is not None
+        )
+        look.model_ran = len(look._calls)
+        look.why = _difference(look._calls, values, model)
+        look.plain = not look.why
+        look.outputs = _classifier(look._calls, heads, labels, loss, pick, len(site.values))
+        look._calls.clear()
+        with site.moved(site.values.detach().clone()) as batch:
+            again = step.loss(batch)
+    if again is None or abs(float(again.detach().mean()) - look.loss) > SAME * (1e-6 + abs(look.loss)):
+        iterators = iterators_of(step.module)
+        if iterators:
+            raise _consumed(step)
+    return look
+
+
+class ConsumedError(ValueError):
+    """The step draws on something that is gone after a call."""
+
+
+def _consumed(step: Step) -> ConsumedError:
+    found = ", ".join(f"self.{name} (a {kind})" for name, kind in iterators_of(step.module).items()) or "an iterator"
+    return ConsumedError(
+        f"{step.name} of {type(step.module).__name__} draws on {found}, which is consumed at each call, so that the step is no function of "
+        "its batch and cannot be attacked through. Let the trainer draw the data instead: Trainer.fit(module, CombinedLoader({'labelled': "
+        "..., 'unlabelled': ...})), and name what is attacked with inputs='labelled.0'."
+    )
+
+
+@contextlib.contextmanager
+def _watching(module: nn.Module, model: nn.Module | None, calls: list[Any], heads: list[Any]) -> Iterator[None]:
+    inside = [0]  # a model may call itself
+
+    def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
+        inside[0] += 1
+        if inside[0] == 1:
+            kept = [each.detach().clone() if isinstance(each, Tensor) else each for each in args]
+            calls.append([kept, dict(kwargs), None])
+
+    def leave(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        inside[0] -= 1
+        if inside[0] == 0:
+            calls[-1][2] = output
+
+    def head(layer: nn.Module, args: Any, output: Any) -> None:
+        heads.append((layer, output))
+
+    handles = []
+    if model is not None:
+        handles += [
+            model.register_forward_pre_hook(enter, with_kwargs=True),
+            model.register_forward_hook(leave, with_kwargs=True),
+        ]
+    for each in module.modules():
+        if isinstance(each, (nn.Linear, *CONVOLUTIONS)):
+            handles.append(each.register_forward_hook(head))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _difference(calls: list[Any], values: Tensor, model: nn.Module | None) -> str:
+    """Why a plain forward pass over the values is another computation; empty where it is the same."""
+    name = "the module" if model is None else type(model).__name__
+    if len(calls) != 1:
+        return f"{name} was called {len(calls)} times in the step, where a plain forward pass is one call"
+    args, kwargs, _ = calls[0]
+    if kwargs or len(args) != 1:
+        given = ", ".join([f"{len(args)} positional", *map(repr, kwargs)])
+        return f"{name} was called with other arguments beside the inputs ({given})"
+    (received,) = args
+    if not isinstance(received, Tensor):
+        return f"{name} was called on a {type(received).__name__}, not on the batch's tensor"
+    if received.shape != values.shape:
+        return (
+            f"{name} was called on inputs of shape {tuple(received.shape)}, but the batch holds {tuple(values.shape)}"
+        )
+    if not torch.equal(received, values.detach().to(received.dtype)):
+        return f"{name} was called on other values than the batch's: the step changes them first"
+    return ""
+
+
+def _classifier(
+    calls: list[Any], heads: list[Any], labels: Any, loss: Tensor, pick: Callable[[Any], Any], size: int
+) -> Source | None:
+    if len(calls) >= 1:
+        with contextlib.suppress(Exception):
+            if is_classification(pick(calls[0][2]), labels, loss):
+                return "model"
+    linear = [each for each in heads if isinstance(each[0], nn.Linear)] or heads
+    if linear and is_classification(linear[-1][1], labels, loss):
+        return "head"
+    return None
+
+
+def is_classification(outputs: Any, labels: Any, loss: Tensor) -> bool:
+    """Whether this loss is a classifier's, of these outputs as logits and these labels as classes: measured, not guessed from shapes.
+
+    It is if it is their cross-entropy; or if adding a constant to all logits of a sample does not change it, and it falls in the logit of
+    the sample's own class more than in any other (label smoothing, class weights, focal and margin losses).
+
+    Args:
+        outputs: with the loss's graph.
+        labels: of the batch.
+        loss: a scalar.
+    """
+    try:
+        labels = class_labels(labels, outputs, check_values=True)
+        values = tensor_of(outputs)
+        logits = logits_of(outputs)
+    except (TypeError, ValueError):
+        return False
+    with torch.no_grad():
+        target = labels.to(float32_or_better(logits).dtype) if labels.is_floating_point() else labels
+        entropy = F.cross_entropy(float32_or_better(logits), target)
+    if abs(float(entropy) - float(loss.detach())) <= SAME * (1e-6 + abs(float(entropy))):
+        return True
+    if has_one_output(outputs) or not values.requires_grad:
+        return False
+    (slope,) = gradients(loss, [values], retain_graph=True)
+    if slope is None:
+        return False
+    rows = float32_or_better(slope).movedim(1, -1).flatten(0, -2)
+    classes = hard_labels(labels).flatten()
+    size = rows.abs().sum(1)
+    seen = (size > 0) & counted(classes)
+    if not bool(seen.any()):
+        return False
+    rows, classes, size = rows[seen], classes[seen], size[seen]
+    invariant = bool((rows.sum(1).abs() <= SAME * 10 * size).all())
+    falls = (rows.argmin(1) == classes).float().mean()
+    return invariant and float(falls) >= SHARE

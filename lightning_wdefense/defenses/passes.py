@@ -1,0 +1,273 @@
+"""How a defense runs a batch: by plain forward passes of the model, or through the module's own step."""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_wdefense.attacks.base import Attack
+from lightning_wdefense.attacks.first_look import Look
+from lightning_wdefense.attacks.places import Site
+from lightning_wdefense.attacks.through_step import attack_step, whole_loss
+from lightning_wdefense.defenses.branch import Branch
+from lightning_wdefense.modules.execution import Execution
+from lightning_wdefense.modules.isolation import eager, isolated, own_pass
+from lightning_wdefense.modules.outputs import tensor_of
+from lightning_wdefense.modules.random_state import RandomState
+from lightning_wdefense.modules.recording import OUTPUTS, ForwardRecorder, Recording
+from lightning_wdefense.modules.steps import Step
+
+
+class Passes(ABC):
+    """One batch, and the passes over it that a recipe needs.
+
+    Attributes:
+        values: what the adversary moves, ``(N, ...)``.
+        labels: of the batch.
+    """
+
+    values: Tensor
+    labels: Any
+
+    @abstractmethod
+    def attack(
+        self, attack: Attack, *, generator: torch.Generator | None = None, execution: Execution | None = None
+    ) -> Tensor:
+        """The values that the attack finds."""
+
+    @abstractmethod
+    def run(self, values: Tensor) -> Branch:
+        """A pass of ours over these values, with a graph, in the module's own modes."""
+
+    @abstractmethod
+    def traceless(self, *, evaluation: bool = True) -> contextlib.AbstractContextManager[Any]:
+        """Inside, passes leave no trace, in eval mode or in the module's own modes."""
+
+    @abstractmethod
+    def watch(self) -> contextlib.AbstractContextManager[Callable[[Any], Branch]]:
+        """Watch the user's own step; what is yielded makes the branch of the step's result."""
+
+    def classes(self, branch: Branch) -> Any:
+        """The labels for a discrepancy between features of this branch."""
+        return self.labels
+
+
+class ModelPasses(Passes):
+    """Plain forward passes of a model.
+
+    Args:
+        model: takes the inputs and returns logits.
+        recorder: of the model, attached.
+        inputs: ``(N, ...)`` in model units.
+        labels: of the batch.
+        compares: whether the outputs must hold a tensor.
+        pick: finds the outputs in what the model returns, for the attack.
+    """
+
+    def __init__(
+        self,
+        model: Callable[[Tensor], Any],
+        recorder: ForwardRecorder,
+        inputs: Tensor,
+        labels: Any,
+        *,
+        compares: bool = True,
+        pick: Callable[[Any], Any] | None = None,
+    ) -> None:
+        self.model, self._recorder, self.values, self.labels = model, recorder, inputs, labels
+        self._compares, self._pick = compares, pick
+
+    def attack(
+        self, attack: Attack, *, generator: torch.Generator | None = None, execution: Execution | None = None
+    ) -> Tensor:
+        """The inputs that the attack finds."""
+        model = self.model if self._pick is None else Picked(self.model, self._pick)
+        return attack(model, self.values, self.labels, generator=generator, execution=execution)
+
+    def run(self, values: Tensor) -> Branch:
+        """A plain forward pass."""
+        with own_pass(), self._recorder.recording() as recording:
+            outputs = self.model(values)
+        if self.model is not self._recorder.model:
+            recording.outputs = [outputs if self._pick is None else self._pick(outputs)]
+        return self._branch(recording)
+
+    def traceless(self, *, evaluation: bool = True) -> contextlib.AbstractContextManager[Any]:
+        """Isolated from the user's module."""
+        return _isolated_eager(self.model, self.values.device, evaluation)
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[Callable[[Any], Branch]]:
+        """Watch somebody else call the model once on the whole batch."""
+        with self._recorder.recording() as recording:
+            yield lambda result: self._branch(recording)
+
+    def _branch(self, recording: Recording) -> Branch:
+        """Outputs and features of the one pass over the whole batch.
+
+        Raises:
+            RuntimeError: if the model did not run exactly once on the whole batch.
+            TypeError: if its outputs hold no tensor, which the recipe compares.
+        """
+        outputs, model, size = recording.outputs, self._recorder.model, len(self.values)
+        children = [name for name, child in model.named_children() if any(True for _ in child.parameters())]
+        hint = (
+            "Call the module itself (`self(x)`) once in training_step, or name the submodule that is called on the whole batch "
+            f"with model=; its submodules: {', '.join(map(repr, children)) or 'none'}. Or let the adversary go through the step: "
+            'WassersteinDefense(..., through="step").'
+        )
+        if len(outputs) != 1:
+            raise RuntimeError(
+                f"The outputs of {type(model).__name__} could not be captured: its forward ran {len(outputs)} times during "
+                f"the step, where once was expected. {hint}"
+            )
+        try:
+            found = tensor_of(outputs[0])
+        except TypeError:
+            if self._compares:
+                raise
+            return Branch(outputs[0], torch.empty(size, 0))
+        if found.ndim == 0 or len(found) != size:
+            raise RuntimeError(
+                f"The outputs of {type(model).__name__} could not be captured: their shape is {tuple(found.shape)}, but the "
+                f"batch has {size} samples. {hint}"
+            )
+        return Branch(outputs[0], self._recorder.features_of(outputs[0], recording, size))
+
+
+class StepPasses(Passes):
+    """Calls of the module's own step.
+
+    Args:
+        step: the step.
+        site: the batch, and what the adversary moves of it.
+        labels: of the batch; ``None`` where there are none.
+        look: what a first look at the step saw.
+        recorder: of the module, attached.
+        compares: whether the recipe compares outputs or features.
+    """
+
+    def __init__(
+        self, step: Step, site: Site, labels: Any, look: Look, recorder: ForwardRecorder, *, compares: bool
+    ) -> None:
+        self._step, self._site, self._look, self._recorder = step, site, look, recorder
+        self.values, self.labels, self._compares = site.values, labels, compares
+        self._random = RandomState(self.values.device)
+
+    def attack(
+        self, attack: Attack, *, generator: torch.Generator | None = None, execution: Execution | None = None
+    ) -> Tensor:
+        """The values that the attack finds through the step."""
+        return attack_step(
+            attack,
+            self._step,
+            self._site,
+            noise=self._look.noise,
+            recorder=self._recorder,
+            read=self.read if self._has_outputs else None,
+            labels=self.labels,
+            generator=generator,
+            execution=execution,
+        )
+
+    def moved(self, values: Tensor) -> contextlib.AbstractContextManager[Any]:
+        """The batch with these values."""
+        return self._site.moved(values)
+
+    def run(self, values: Tensor) -> Branch:
+        """One more call of the step: where the user's own began, it draws the same noise."""
+        if self._step.ready:  # in a rehearsal
+            with self.moved(values) as batch, self._recorder.recording() as recording:
+                loss = whole_loss(self._step, batch)
+            return self._branch(recording, loss)
+        with own_pass(), self._step.once_more(self._random) as call, self.moved(values) as batch:
+            with self._recorder.recording() as recording:
+                result = call(batch)
+        return self.branch_of(recording, result)
+
+    def traceless(self, *, evaluation: bool = True) -> contextlib.AbstractContextManager[Any]:
+        """A rehearsal of the step."""
+        return self._step.rehearsal(self.values.device, self._look.noise if evaluation else "own")
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[Callable[[Any], Branch]]:
+        """Watch the user's own call of the step."""
+        with self._recorder.recording() as recording:
+            yield lambda result: self.branch_of(recording, result)
+
+    def classes(self, branch: Branch) -> Any:
+        """The labels, once for each time that the samples were seen; where they are no classes, all rows are of one."""
+        labels, rows = self.labels, len(branch.features)
+        if isinstance(labels, Tensor) and labels.ndim and len(labels) and rows % len(labels) == 0:
+            soft = labels.is_floating_point()
+            by_sample = labels.ndim == 1 + soft or labels.numel() == len(labels)
+            if by_sample and (not soft or self._look.outputs is not None):
+                return torch.cat([labels] * (rows // len(labels)))
+        return torch.zeros(rows, dtype=torch.long, device=branch.features.device)
+
+    def read(self, recording: Recording) -> Any:
+        """The model's outputs in a pass: what it returned, or what the last linear layer did; of several calls the first."""
+        if recording.outputs:
+            return recording.outputs[0]
+        return recording.heads[-1]
+
+    @property
+    def _has_outputs(self) -> bool:
+        return self._look.outputs is not None or self._look.model_ran > 0
+
+    def branch_of(self, recording: Recording, result: Any) -> Branch:
+        """What a call of the step showed."""
+        loss = result.get("loss") if isinstance(result, dict) else result
+        if isinstance(loss, Tensor) and loss.ndim:
+            loss = loss.mean()
+        return self._branch(recording, loss)
+
+    def _branch(self, recording: Recording, loss: Tensor | None) -> Branch:
+        outputs = self.read(recording) if recording.outputs or recording.heads else None
+        if not self._compares:
+            return Branch(outputs, torch.empty(len(self.values), 0), loss)
+        if self._recorder.features == OUTPUTS:
+            if outputs is None:
+                raise RuntimeError(
+                    f"The recipe compares the model's outputs, and none were found in the {self._step.name} of "
+                    f"{type(self._step.module).__name__}: name the submodule that returns them with model=, or compare features instead: "
+                    'features="penultimate", or a dotted path.'
+                )
+            return Branch(outputs, tensor_of(outputs), loss)
+        return Branch(outputs, self._features(recording), loss)
+
+    def _features(self, recording: Recording) -> Tensor:
+        found = [self._recorder.rows(each) for each in recording.features if isinstance(each, Tensor)]
+        if not found:
+            raise ValueError(
+                f"The layer of features={self._recorder.features!r} did not run in {self._step.name}, or returned no tensor: name one that "
+                "does with features=."
+            )
+        return torch.cat(found) if len({each.shape[1] for each in found}) == 1 else found[-1]
+
+
+class Picked:
+    """A model whose outputs are picked from what it returns."""
+
+    def __init__(self, model: Callable[[Tensor], Any], pick: Callable[[Any], Any]) -> None:
+        self._model, self._pick = model, pick
+        self.__self__ = model if isinstance(model, nn.Module) else getattr(model, "__self__", None)
+
+    def __call__(self, inputs: Tensor) -> Any:
+        """The picked outputs."""
+        return self._pick(self._model(inputs))
+
+
+@contextlib.contextmanager
+def _isolated_eager(model: Callable[..., Any], device: torch.device, evaluation: bool) -> Iterator[None]:
+    with isolated(model, device, evaluation=evaluation):
+        if evaluation:
+            with eager():
+                yield
+        else:
+            yield

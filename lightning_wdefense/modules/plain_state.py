@@ -1,0 +1,192 @@
+"""What a user's own step may change in its module besides parameters and modes, put back as often as wanted."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+LARGEST = 2**22
+"""Elements of a tensor or an array whose values are kept; a larger one is a data set. Of a metric all are kept."""
+
+LONGEST = 10_000
+"""Entries of a container in an object that is no module; a longer one is a data set."""
+
+_REFILLED = frozenset({list, dict, OrderedDict, defaultdict, deque, set, Counter})
+_LEAVES = frozenset({int, float, str, bool, bytes, complex, type(None)})
+_LIBRARIES = frozenset(
+    {"torch", "lightning", "pytorch_lightning", "torchmetrics", "numpy", "builtins", "wandb", "lightning_wdefense"}
+)
+_LOOKED_AFTER = frozenset({"training", "_buffers"})
+
+
+class PlainState:
+    """The plain attributes of a module and its submodules: counters, containers, metrics' states, caches, generators; and its buffers.
+
+    Attributes are put back as they were, lists, dicts, sets and deques filled with what was in them, tensors given their values.
+    Metrics are found also in plain containers. Of an object that is no module (an average that the step updates) the attributes are
+    kept; what is deeper inside, and what lies outside of Python (files), is not.
+
+    Args:
+        module: the user's.
+        buffers: also keep the buffers.
+    """
+
+    def __init__(self, module: nn.Module, *, buffers: bool = True) -> None:
+        self._owners: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._containers: list[tuple[Any, Any]] = []
+        self._values: list[list[Any]] = []
+        self._generators: list[tuple[Any, Any]] = []
+        self._seen: set[int] = set()
+        self._inference: list[tuple[dict[str, Any], str, Tensor]] = []
+        for each in module.modules():
+            self._keep_module(each, buffers)
+
+    def restore(self) -> None:
+        """Put everything back."""
+        for container, content in self._containers:
+            if not _same(container, content):
+                container.clear()
+                container.extend(content) if isinstance(container, (list, deque)) else container.update(content)
+        for attributes, found in self._owners:
+            for name in attributes.keys() - found.keys() - _LOOKED_AFTER:
+                del attributes[name]
+            for name, value in found.items():
+                if attributes.get(name, self) is not value:
+                    attributes[name] = value
+        with torch.no_grad():
+            for kept in self._values:
+                value, copy, version, required = kept
+                if isinstance(value, np.ndarray):
+                    value[...] = copy
+                elif value._version != version:  # only what was written: a graph may have saved the others
+                    if value.requires_grad and not required and not value._is_view():
+                        value.detach_()
+                    value.copy_(copy)
+                    kept[2] = value._version
+        for generator, state in self._generators:
+            _set_state(generator, state)
+
+    def usable(self) -> None:
+        """Put copies in place of inference tensors, which code outside of ``inference_mode`` cannot write to."""
+        for attributes, name, copy in self._inference:
+            attributes[name] = copy.clone()
+
+    def _keep_module(self, module: nn.Module, buffers: bool) -> None:
+        if id(module) in self._seen:
+            return
+        self._seen.add(id(module))
+        attributes = vars(module)
+        if buffers or isinstance(module, Metric):
+            self._keep_attributes(module._buffers, all_values=isinstance(module, Metric))
+        self._keep_attributes(module._modules, inside=False)
+        if type(module).__module__.split(".")[0] != "torch":  # whose own change nothing but buffers
+            self._keep_attributes(attributes, all_values=isinstance(module, Metric))
+
+    def _keep_attributes(self, attributes: dict[str, Any], *, all_values: bool = False, inside: bool = True) -> None:
+        found = {name: value for name, value in attributes.items() if name not in _LOOKED_AFTER}
+        self._owners.append((attributes, found))
+        for name, value in found.items() if inside else ():
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+                if value.is_inference():
+                    self._inference.append((attributes, name, value))
+                elif value.grad_fn is None and (all_values or value.numel() <= LARGEST):
+                    self._keep_value(value)
+            elif name[:1] != "_" or name not in _OF_EVERY_MODULE:
+                self._keep(value, deep=True)
+
+    def _keep_value(self, value: Tensor) -> None:
+        if id(value) not in self._seen:
+            self._seen.add(id(value))
+            self._values.append([value, value.detach().clone(), value._version, value.requires_grad])
+
+    def _keep(self, value: Any, *, deep: bool) -> None:
+        """Take note of a container, a metric, a generator or an object, and of what is in it."""
+        kind = type(value)
+        if kind in _LEAVES or isinstance(value, (Tensor, type)) or id(value) in self._seen:
+            return
+        if isinstance(value, nn.Module):
+            if isinstance(value, Metric):
+                for each in value.modules():
+                    self._keep_module(each, buffers=True)
+            return
+        if kind in _REFILLED or kind is tuple:
+            if not deep and len(value) > LONGEST:
+                return
+            self._seen.add(id(value))
+            if kind in _REFILLED:
+                self._containers.append((value, value.copy()))
+            for each in _parts(value):
+                self._keep(each, deep=deep)
+        elif isinstance(value, np.ndarray) and value.dtype != object and value.size <= LARGEST:
+            self._seen.add(id(value))
+            self._values.append([value, value.copy(), 0, False])
+        elif isinstance(value, (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)):
+            self._seen.add(id(value))
+            self._generators.append((value, _get_state(value)))
+        elif deep and kind.__module__.split(".")[0] not in _LIBRARIES and isinstance(vars_of(value), dict):
+            self._seen.add(id(value))
+            attributes = vars_of(value)
+            self._owners.append((attributes, dict(attributes)))
+            for each in list(attributes.values()):
+                if isinstance(each, Tensor) and not each.is_inference() and each.grad_fn is None:
+                    if each.numel() <= LARGEST:
+                        self._keep_value(each)
+                else:
+                    self._keep(each, deep=False)
+
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+def vars_of(value: Any) -> dict[str, Any] | None:
+    """The attributes of a plain object; ``None`` of what has none of its own."""
+    attributes = getattr(value, "__dict__", None)
+    return attributes if type(attributes) is dict and not callable(value) else None
+
+
+def iterators_of(module: nn.Module) -> dict[str, str]:
+    """Plain attributes that are consumed by being read, such as ``iter(loader)``, by name, with their types."""
+    return {
+        f"{name}.{key}" if name else key: type(value).__name__
+        for name, each in module.named_modules()
+        for key, value in vars(each).items()
+        if isinstance(value, Iterator)
+    }
+
+
+def _parts(container: Any) -> Iterable[Any]:
+    return container.values() if isinstance(container, dict) else container
+
+
+def _same(container: Any, content: Any) -> bool:
+    if len(container) != len(content):
+        return False
+    if isinstance(container, set):
+        return bool(container == content)
+    if isinstance(container, dict):
+        return all(key in container and container[key] is value for key, value in content.items())
+    return all(one is other for one, other in zip(container, content, strict=True))
+
+
+def _get_state(generator: Any) -> Any:
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    return generator.get_state()
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    else:
+        generator.set_state(state)

@@ -1,0 +1,36 @@
+"""The global random states, so that the same code draws the same again."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+
+class RandomState:
+    """The random states of Python, numpy, the CPU and a device at one moment.
+
+    Args:
+        device: where the module runs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._accelerator: Any = None if device.type in ("cpu", "meta") else getattr(torch, device.type)
+        self._device = device
+        self._states = (
+            random.getstate(),
+            np.random.get_state(),
+            torch.get_rng_state(),
+            None if self._accelerator is None else self._accelerator.get_rng_state(device),
+        )
+
+    def restore(self) -> None:
+        """Have the same drawn from here on."""
+        python, numpy, cpu, accelerator = self._states
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if accelerator is not None:
+            self._accelerator.set_rng_state(accelerator, self._device)

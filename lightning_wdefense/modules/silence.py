@@ -1,0 +1,192 @@
+"""Nothing that a module's step logs or steps gets out: not to the trainer, its loggers, its optimizers."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+from lightning_wdefense._compat import LightningModule, Trainer, is_a
+
+Logged = dict[str, Any]
+
+
+@contextlib.contextmanager
+def logging_to(trainer: Trainer, results: Any) -> Iterator[None]:
+    """Inside, ``self.log`` writes to this collection of results, and the loggers take nothing."""
+    connector, loop = trainer._logger_connector, _loop_of(trainer)
+    before, current, loggers = loop._results, connector._current_fx, trainer.loggers
+    loop._results, trainer.loggers = results, [SilentLogger(each) for each in loggers]  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        loop._results, connector._current_fx, trainer.loggers = before, current, loggers
+
+
+@contextlib.contextmanager
+def silenced(module: LightningModule, fx: str) -> Iterator[Logged]:
+    """Inside, code of the module runs as its hook ``fx``, and what it logs and steps goes nowhere.
+
+    Args:
+        module: the user's.
+        fx: such as ``"training_step"``.
+
+    Yields:
+        The last value of each key that was logged, with its graph.
+    """
+    trainer = getattr(module, "_trainer", None)
+    logged: Logged = {}
+    with contextlib.ExitStack() as stack:
+        modules = [each for each in module.modules() if isinstance(each, type(module)) or is_a(each, "LightningModule")]
+        for each in modules:
+            stack.enter_context(_in_place_of(each, _of_no_effect(each)))
+        if is_a(trainer, "Trainer"):
+            stack.enter_context(running(module, fx))
+            stack.enter_context(logging_to(trainer, results_to(logged)))
+        else:
+            for each in modules:
+                stack.enter_context(_in_place_of(each, _logs_to(logged)))
+        yield logged
+
+
+@contextlib.contextmanager
+def running(module: LightningModule, fx: str) -> Iterator[None]:
+    """Inside, ``self.log`` believes itself in the hook ``fx``."""
+    before = module._current_fx_name
+    module._current_fx_name = fx
+    try:
+        yield
+    finally:
+        module._current_fx_name = before
+
+
+def results_to(logged: Logged) -> Any:
+    """Lightning's collection of results that keeps nothing but the last value of each key, there."""
+
+    class Nowhere(result_collection()):  # type: ignore[misc]
+        def log(self, fx: str, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+            logged[name] = value
+
+    return Nowhere(training=False)
+
+
+def result_collection() -> Any:
+    """Lightning's class of the results that an epoch logs."""
+    package = Trainer.__module__.split(".trainer")[0]
+    return sys.modules[f"{package}.trainer.connectors.logger_connector.result"]._ResultCollection  # type: ignore[attr-defined]
+
+
+def _loop_of(trainer: Trainer) -> Any:
+    """The loop whose results ``self.log`` writes to at this moment."""
+    loop: Any = trainer._active_loop
+    if hasattr(loop, "epoch_loop"):
+        loop = loop.epoch_loop if trainer.training else loop.epoch_loop.val_loop
+    return loop
+
+
+class SilentLogger:
+    """Looks like a logger and can be read like it, but whatever is logged to it or to its experiment is dropped."""
+
+    def __init__(self, logger: Any) -> None:
+        self._logger = logger
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        return type(self._logger)
+
+    @property
+    def experiment(self) -> Nothing:
+        """Takes every call and every attribute."""
+        return Nothing()
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._logger, name)
+        return Nothing() if callable(found) else found
+
+
+class Nothing:
+    """Every attribute, item and result of it is nothing again."""
+
+    def __getattr__(self, name: str) -> Nothing:
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Nothing:
+        return self
+
+    def __getitem__(self, key: Any) -> Nothing:
+        return self
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+
+class Still:
+    """An optimizer or a scheduler that can be read, and does nothing."""
+
+    _STILL = frozenset({"step", "zero_grad", "load_state_dict", "add_param_group", "toggle_model"})
+
+    def __init__(self, moving: Any) -> None:
+        self.__dict__["_moving"] = moving
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        return type(self._moving)
+
+    def __getattr__(self, name: str) -> Any:
+        return _nothing if name in self._STILL else getattr(self._moving, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        pass
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _of_no_effect(module: LightningModule) -> dict[str, Callable[..., Any]]:
+    """What a step may call of its LightningModule that moves something, each without effect."""
+
+    def still(name: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            found = getattr(type(module), name)(module, *args, **kwargs)
+            return [Still(each) for each in found] if isinstance(found, list) else found and Still(found)
+
+        return call
+
+    nothing = ("manual_backward", "backward", "toggle_optimizer", "untoggle_optimizer", "clip_gradients", "print")
+    return {name: still(name) for name in ("optimizers", "lr_schedulers")} | dict.fromkeys(nothing, _nothing)
+
+
+def _logs_to(logged: Logged) -> dict[str, Callable[..., Any]]:
+    def log(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        logged[name] = value
+
+    def log_dict(dictionary: Any, *args: Any, **kwargs: Any) -> None:
+        logged.update(dictionary)
+
+    return {"log": log, "log_dict": log_dict}
+
+
+@contextlib.contextmanager
+def _in_place_of(module: LightningModule, functions: dict[str, Callable[..., Any]]) -> Iterator[None]:
+    absent = object()
+    attributes = vars(module)
+    before = {name: attributes.get(name, absent) for name in functions}
+    attributes.update(functions)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is absent:
+                attributes.pop(name, None)
+            else:
+                attributes[name] = value
+
+
+def loss_of(result: Any) -> Tensor | None:
+    """The loss in what a step returned, if there is one."""
+    loss = result.get("loss") if isinstance(result, dict) else result
+    return loss if isinstance(loss, Tensor) else None

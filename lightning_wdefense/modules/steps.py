@@ -1,0 +1,133 @@
+"""A module's own step as a function of its batch, which can be called as often as wanted and leaves no trace."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_wdefense._compat import LightningModule
+from lightning_wdefense._guests import Guest
+from lightning_wdefense.modules.isolation import isolated
+from lightning_wdefense.modules.plain_state import PlainState
+from lightning_wdefense.modules.random_state import RandomState
+from lightning_wdefense.modules.silence import Logged, loss_of, silenced
+
+Noise = Literal["off", "training", "own"]
+
+_NORMS = (nn.modules.batchnorm._NormBase,)
+_DROPOUTS = (nn.modules.dropout._DropoutNd,)
+
+
+class Step:
+    """``training_step`` (or another step) of a module, on one batch after another, without a trace.
+
+    Inside of :meth:`rehearsal` each call finds the module as it was at the beginning, draws the same random numbers, and gives the
+    same loss for the same batch. Nothing is logged, no metric, optimizer, buffer or container has moved afterwards. What lies
+    outside of Python cannot be undone: files, prints, calls of ``wandb`` itself.
+
+    Args:
+        module: the user's.
+        function: its step, as a callable without hooks of ours.
+        name: of the hook, such as ``"training_step"``.
+        arguments: what the step is given besides the batch.
+        options: likewise, by name.
+    """
+
+    def __init__(
+        self,
+        module: LightningModule,
+        function: Callable[..., Any],
+        name: str,
+        arguments: tuple[Any, ...] = (),
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        self.module, self.name = module, name
+        self._function, self._arguments, self._options = function, arguments, options or {}
+        self._state: PlainState | None = None
+        self._random: RandomState | None = None
+        self._training: list[nn.Module] = []
+        self.logged: Logged = {}
+
+    @property
+    def ready(self) -> bool:
+        """Whether it is inside of a rehearsal."""
+        return self._state is not None
+
+    @contextlib.contextmanager
+    def rehearsal(self, device: torch.device, noise: Noise = "off") -> Iterator[None]:
+        """Inside, the step may be called; the module is then as in :func:`isolated`, differentiable in its inputs.
+
+        Args:
+            device: of the batch.
+            noise: ``"off"`` for eval mode; ``"training"`` for the modules' own modes, but with dropout off and norms in eval mode: some
+                models compute no loss in eval mode; ``"own"`` for the modules' own modes.
+        """
+        module = self.module
+        training = [
+            each
+            for each in module.modules()
+            if each.training and not isinstance(each, (*_NORMS, *_DROPOUTS)) and noise == "training"
+        ]
+        with isolated(module, device, evaluation=noise != "own"), silenced(module, self.name) as logged:
+            state = PlainState(module)
+            state.usable()
+            before = self._state, self._random, self._training, self.logged
+            self._state, self._random = state, RandomState(device)
+            self._training, self.logged = training, logged
+            try:
+                yield
+            finally:
+                self._state, self._random, self._training, self.logged = before
+                state.restore()
+
+    def __call__(self, batch: Any) -> Any:
+        """What the step returns for this batch."""
+        assert self._state is not None and self._random is not None, "call it inside of rehearsal()"
+        self._state.restore()
+        self._state.usable()
+        self._random.restore()
+        self.logged.clear()
+        modes = [each.training for each in self._training]
+        for each in self._training:
+            each.training = True
+        try:
+            return self._function(batch, *self._arguments, **self._options)
+        finally:
+            for each, mode in zip(self._training, modes, strict=True):
+                each.training = mode
+
+    def loss(self, batch: Any) -> Tensor | None:
+        """The loss of this batch; ``None`` where the step returns none."""
+        return loss_of(self(batch))
+
+    @contextlib.contextmanager
+    def once_more(self, random: RandomState) -> Iterator[Callable[[Any], Any]]:
+        """Inside, one more call in the module's own modes, with a graph: parameters and buffers see it, nothing else does.
+
+        Args:
+            random: where the user's own call began to draw; afterwards the random states are as they are now.
+        """
+        module = self.module
+        with silenced(module, self.name):
+            state, now = PlainState(module, buffers=False), RandomState(random._device)
+            random.restore()
+            try:
+                yield lambda batch: self._function(batch, *self._arguments, **self._options)
+            finally:
+                state.restore()
+                now.restore()
+
+
+def own_step(module: LightningModule, name: str) -> Callable[..., Any]:
+    """A module's step without hooks of ours, and uncompiled: what it runs may be compiled."""
+    function = vars(module).get(name)
+    while isinstance(function, Guest) and hasattr(function, "original"):
+        function = function.original
+    context = getattr(module, "_compiler_ctx", None)
+    if context is not None and f"original_{name}" in context:
+        function = context[f"original_{name}"]
+    return getattr(module, name) if function is None else function
