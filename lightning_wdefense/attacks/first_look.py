@@ -18,7 +18,6 @@ from lightning_wdefense.modules.isolation import eager
 from lightning_wdefense.modules.outputs import float32_or_better, has_one_output, logits_of, tensor_of
 from lightning_wdefense.modules.plain_state import iterators_of
 from lightning_wdefense.modules.recording import CONVOLUTIONS
-from lightning_wdefense.modules.silence import loss_of
 from lightning_wdefense.modules.steps import Noise, Step
 
 Source = Literal["model", "head"]
@@ -77,7 +76,7 @@ def first_look(
     """
     failed: Exception | None = None
     look = Look()
-    noises: tuple[Noise, ...] = ("off", "training") if step.module.training else ("off",)
+    noises: tuple[Noise, ...] = ("off", "training") if step.name == "training_step" else ("off",)
     for noise in noises:
         try:
             look = _look(step, site, labels, model, pick, noise)
@@ -105,7 +104,7 @@ def _look(
         if values.is_floating_point():
             values.requires_grad_()
         with _watching(step.module, model, look._calls, heads), site.moved(values) as batch:
-            loss = loss_of(step(batch))
+            loss = step.loss(batch)
         if loss is None:
             return look
         loss = loss if loss.ndim == 0 else loss.mean()
@@ -211,8 +210,9 @@ def _classifier(
 def is_classification(outputs: Any, labels: Any, loss: Tensor) -> bool:
     """Whether this loss is a classifier's, of these outputs as logits and these labels as classes: measured, not guessed from shapes.
 
-    It is if it is their cross-entropy; or if adding a constant to all logits of a sample does not change it, and it falls in the logit of
-    the sample's own class more than in any other (label smoothing, class weights, focal and margin losses).
+    It is if it is their cross-entropy; or if it falls in the logit of the sample's own class more than in any other, and either does not change
+    when a constant is added to all logits of a sample (label smoothing, class weights, focal and margin losses), or rises in all others
+    (one logit against the rest).
 
     Args:
         outputs: with the loss's graph.
@@ -242,6 +242,9 @@ def is_classification(outputs: Any, labels: Any, loss: Tensor) -> bool:
     if not bool(seen.any()):
         return False
     rows, classes, size = rows[seen], classes[seen], size[seen]
-    invariant = bool((rows.sum(1).abs() <= SAME * 10 * size).all())
-    falls = (rows.argmin(1) == classes).float().mean()
-    return invariant and float(falls) >= SHARE
+    own = rows.gather(1, classes.unsqueeze(1)).squeeze(1)
+    falls = (own < 0) & (rows.argmin(1) == classes)
+    invariant = bool((rows.sum(1).abs() <= 10 * SAME * size).all())
+    others = size + own  # the sum of the others' slopes, if none of them is negative
+    against_the_rest = bool((((rows >= 0).sum(1) == rows.shape[1] - 1) & (others > 0))[falls].all())
+    return float(falls.float().mean()) >= SHARE and (invariant or against_the_rest)

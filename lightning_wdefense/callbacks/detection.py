@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics.metric import jit_distributed_available
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_wdefense._compat import Trainer, rank_zero_warn
 from lightning_wdefense._names import resolved
 from lightning_wdefense.attacks import Attack, ThreatModel, worst_case
+from lightning_wdefense.attacks.places import Perturb
 from lightning_wdefense.attacks.registry import evaluation_attacks
 from lightning_wdefense.callbacks.evaluation import EvaluationMonitor, Noise
+from lightning_wdefense.callbacks.subject import Subject
+from lightning_wdefense.callbacks.way import Through
 from lightning_wdefense.detection import DETECTORS, CriticScore, Detector, FeatureSqueezing, get_detector
 from lightning_wdefense.metrics import AUROC, Detectability
-from lightning_wdefense.modules.batches import Key
-from lightning_wdefense.modules.outputs import logits_of
+from lightning_wdefense.modules.batches import Inputs, Labels
+from lightning_wdefense.modules.outputs import Pick, logits_of
 from lightning_wdefense.modules.recording import PENULTIMATE
 
 Detectors = Sequence[str | Detector] | Mapping[str, str | Detector]
@@ -84,8 +86,12 @@ class DetectionMonitor(EvaluationMonitor[Stores]):
             logged again.
         max_batches: measure only the first batches of each dataloader.
         model: dotted path to the submodule that takes the inputs and returns logits, if not the module itself.
-        inputs: position, key or attribute of the inputs in a batch; by default found by convention.
+        through: as for :class:`RobustnessMonitor`; so are the next ones.
+        perturb: the submodule whose output is attacked in place of the inputs.
+        inputs: where the inputs are in a batch.
         labels: the same for the labels.
+        outputs: where in what the model returns the logits are.
+        dataloaders: indices of the dataloaders whose batches are attacked.
         seed: seeds the attack's noise, the same in every epoch.
         progress: show a progress bar where the attack takes more than a few seconds.
         name: tells several monitors apart, in the logs (``{stage}/{name}/...``) and in checkpoints.
@@ -114,9 +120,13 @@ class DetectionMonitor(EvaluationMonitor[Stores]):
         features: str = PENULTIMATE,
         every_n_epochs: int = 1,
         max_batches: int | None = None,
+        through: Through = "auto",
+        perturb: str | Perturb | None = None,
         model: str | None = None,
-        inputs: Key = None,
-        labels: Key = None,
+        inputs: Inputs = None,
+        labels: Labels = None,
+        outputs: Pick = None,
+        dataloaders: Sequence[int] | None = None,
         seed: int = 0,
         progress: bool = True,
         name: str | None = None,
@@ -126,8 +136,12 @@ class DetectionMonitor(EvaluationMonitor[Stores]):
             max_batches=max_batches,
             features=features,
             model=model,
+            through=through,
+            perturb=perturb,
             inputs=inputs,
             labels=labels,
+            outputs=outputs,
+            dataloaders=dataloaders,
             seed=seed,
             progress=progress,
             name=name,
@@ -140,11 +154,29 @@ class DetectionMonitor(EvaluationMonitor[Stores]):
         """Empty stores for one dataloader."""
         return Stores(self.detectors, device)
 
-    def measure(self, measures: Stores, model: nn.Module, inputs: Tensor, labels: Any, noise: Noise) -> None:
+    @property
+    def _threat(self) -> ThreatModel:
+        return self.threat
+
+    def check(self, subject: Subject) -> None:
+        """Refuse a batch whose labels are not classes of the outputs.
+
+        Raises:
+            ValueError: saying so.
+        """
+        if not subject.classifies:
+            raise ValueError(
+                "DetectionMonitor judges classifiers, and the labels of the batch are not seen to be classes of the model's outputs: say where the "
+                'logits are with outputs= or model=, and through="model" for a plain pass of it.'
+            )
+
+    def measure(self, measures: Stores, subject: Subject, noise: Noise) -> None:
         """Attack every second sample, and keep what the detectors read of the batch."""
+        inputs, labels, model = subject.inputs, subject.labels, subject.model
         judged = (torch.arange(len(inputs), device=inputs.device) + measures.samples) % 2 == 1
         measures.samples += len(inputs)
-        result = worst_case(model, self.attack, inputs, labels, samples=judged, generator=noise, on_attack=self.show)
+        attacks = {name: subject.fitted(attack) for name, attack in self.attack.items()}
+        result = worst_case(model, attacks, inputs, labels, samples=judged, generator=noise, on_attack=self.show)
         if result.labels.ndim > 1:
             raise ValueError(
                 f"DetectionMonitor judges samples of one class each, but there are labels of shape {tuple(result.labels.shape)}."
@@ -153,7 +185,7 @@ class DetectionMonitor(EvaluationMonitor[Stores]):
         right, broken = result.attacked, result.attacked & (predicted != result.labels)
         clean = inputs.detach().clone()
         # Whole batches, since not every model takes a part of one.
-        before, after = self.observe(model, clean, result.inputs)
+        before, after = self.observe(subject, clean, result.inputs)
         for samples, (outputs, features), mask in (
             (measures.learn, before, ~judged),
             (measures.clean, before, right),

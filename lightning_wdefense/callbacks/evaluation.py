@@ -7,16 +7,21 @@ from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_wdefense._compat import Callback, LightningModule, Trainer, dataloader_suffix, rank_zero_warn
+from lightning_wdefense._compat import Callback, LightningModule, Trainer, dataloader_suffix
 from lightning_wdefense._strategy import check_strategy
+from lightning_wdefense.attacks.places import Perturb
+from lightning_wdefense.attacks.threat import ThreatModel
 from lightning_wdefense.callbacks.progress import RichProgress, TqdmProgress, attack_progress
 from lightning_wdefense.callbacks.schedule import evaluation_generator, is_due
+from lightning_wdefense.callbacks.shadow import Shadow
+from lightning_wdefense.callbacks.subject import Observed, Subject
 from lightning_wdefense.callbacks.support import attacked_model
-from lightning_wdefense.modules.batches import Batches, Key
-from lightning_wdefense.modules.isolation import eager, isolated
-from lightning_wdefense.modules.recording import OUTPUTS, PENULTIMATE, ForwardRecorder
+from lightning_wdefense.callbacks.way import EvaluationWay, Through, check_through
+from lightning_wdefense.modules.batches import Batches, Inputs, Labels, map_tensors
+from lightning_wdefense.modules.outputs import Pick
+from lightning_wdefense.modules.recording import OUTPUTS, ForwardRecorder
 
 MeasuresT = TypeVar("MeasuresT")
 Noise = Callable[[], torch.Generator]
@@ -34,8 +39,13 @@ class EvaluationMonitor(Callback, Generic[MeasuresT]):
         max_batches: measure only the first batches of each dataloader.
         features: where features are taken from; ``None`` for nowhere.
         model: dotted path to the submodule that takes the inputs and returns logits, if not the module itself.
-        inputs: position, key or attribute of the inputs in a batch.
+        through: how the adversary gets at the model, see :class:`~lightning_wdefense.callbacks.way.EvaluationWay`.
+        perturb: the submodule whose output is attacked, if it is not the inputs.
+        inputs: where the inputs are in a batch.
         labels: the same for the labels.
+        outputs: where in what the model returns its logits are.
+        ignore_index: label of elements that count for nothing.
+        dataloaders: indices of those whose batches are attacked; ``None`` for all that can be.
         seed: seeds the attacks' noise.
         progress: show a progress bar.
         name: tells several monitors apart.
@@ -53,8 +63,13 @@ class EvaluationMonitor(Callback, Generic[MeasuresT]):
         max_batches: int | None,
         features: str | None,
         model: str | None,
-        inputs: Key,
-        labels: Key,
+        through: Through,
+        perturb: str | Perturb | None,
+        inputs: Inputs,
+        labels: Labels,
+        outputs: Pick,
+        ignore_index: int | None = None,
+        dataloaders: Sequence[int] | None = None,
         seed: int,
         progress: bool,
         name: str | None,
@@ -64,8 +79,14 @@ class EvaluationMonitor(Callback, Generic[MeasuresT]):
         if max_batches is not None and max_batches < 1:
             raise ValueError(f"max_batches must be at least 1, or None for all, got {max_batches}.")
         self.every_n_epochs, self.max_batches, self.features = every_n_epochs, max_batches, features
-        self.model, self.seed, self.progress, self.name = model, seed, progress, name
-        self._batches = Batches(inputs, labels)
+        self.model, self.seed, self.progress, self.name, self.through = model, seed, progress, name, through
+        self.perturb = Perturb(perturb) if isinstance(perturb, str) else perturb
+        check_through(through, self.perturb)
+        self.dataloaders = None if dataloaders is None else tuple(dataloaders)
+        self.ignore_index = ignore_index
+        self._batches, self._outputs = Batches(inputs, labels), outputs
+        self._way = self._new_way()
+        self._shadow: Shadow | None = None
         self._measures: dict[int, MeasuresT] = {}
         self._last: dict[str, dict[str, float]] = {}
         self._epoch: int | None = None
@@ -75,9 +96,22 @@ class EvaluationMonitor(Callback, Generic[MeasuresT]):
     def new_measures(self, device: torch.device) -> MeasuresT:
         """What is kept of one dataloader, still empty."""
 
+    @property
     @abstractmethod
-    def measure(self, measures: MeasuresT, model: nn.Module, inputs: Tensor, labels: Any, noise: Noise) -> None:
-        """Attack a batch and add to the measures; gradients are off, and ``noise`` makes the batch's generator anew."""
+    def _threat(self) -> ThreatModel:
+        """What the attacker may do."""
+
+    @abstractmethod
+    def check(self, subject: Subject) -> None:
+        """Refuse, in the sanity check, a batch that cannot be measured."""
+
+    @abstractmethod
+    def measure(self, measures: MeasuresT, subject: Subject, noise: Noise) -> Tensor | None:
+        """Attack a batch and add to the measures; gradients are off, and ``noise`` makes the batch's generator anew.
+
+        Returns:
+            The attacked values, on which the module's own evaluation is to run once more; ``None`` for no such run.
+        """
 
     @abstractmethod
     def compute(self, measures: MeasuresT, trainer: Trainer, key: Callable[[str], str]) -> dict[str, float]:
@@ -98,7 +132,7 @@ class EvaluationMonitor(Callback, Generic[MeasuresT]):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is in no evaluation: it has no progress bar and nothing half measured.
-        return self.__dict__ | {"_bar": None, "_measures": {}}
+        return self.__dict__ | {"_bar": None, "_measures": {}, "_shadow": None, "_way": self._new_way()}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check early that the strategy leaves the model whole."""
@@ -106,7 +140,8 @@ class EvaluationMonitor(Callback, Generic[MeasuresT]):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check before the first epoch what is needed only after it."""
-        self._recorder(attacked_model(pl_module, self.model))
+        self._way = self._new_way()
+        self._check_features(pl_module)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start afresh."""
@@ -115,6 +150,18 @@ class EvaluationMonitor(Callback, Generic[MeasuresT]):
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start afresh."""
         self._start(trainer, pl_module, trainer.num_test_batches)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Take note of the module before its own evaluation changes it."""
+        self._cast_shadow(trainer, pl_module, "validation")
+
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Take note of the module before its own evaluation changes it."""
+        self._cast_shadow(trainer, pl_module, "test")
 
     def on_validation_batch_end(
         self,
@@ -126,7 +173,7 @@ class EvaluationMonitor(Callback, Generic[MeasuresT]):
         dataloader_idx: int = 0,
     ) -> None:
         """Measure on the batch."""
-        self._measure(trainer, pl_module, batch, batch_idx, dataloader_idx)
+        self._measure(trainer, pl_module, batch, batch_idx, dataloader_idx, "validation")
 
     def on_test_batch_end(
         self,
@@ -138,7 +185,7 @@ class EvaluationMonitor(Callback, Generic[MeasuresT]):
         dataloader_idx: int = 0,
     ) -> None:
         """Measure on the batch."""
-        self._measure(trainer, pl_module, batch, batch_idx, dataloader_idx)
+        self._measure(trainer, pl_module, batch, batch_idx, dataloader_idx, "test")
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what was measured."""
@@ -152,27 +199,9 @@ class EvaluationMonitor(Callback, Generic[MeasuresT]):
         """Close the progress bar and drop what was half measured."""
         self._close()
 
-    def observe(self, model: nn.Module, *batches: Tensor) -> list[tuple[Any, Tensor]]:
-        """The outputs and features ``(N, D)`` of passes in eval mode that leave no trace.
-
-        Where ``"penultimate"`` features are wanted of a model without a linear layer, its outputs are taken, with a warning.
-        """
-        if not batches:
-            return []
-        try:
-            recorder = self._recorder(model)
-            recorder.attach(batches[0], temporary=True)
-        except ValueError:
-            if self.features != PENULTIMATE:
-                raise
-            rank_zero_warn("The model runs no nn.Linear, so its outputs are taken for features.")
-            self.features = OUTPUTS
-            return self.observe(model, *batches)
-        try:
-            with isolated(model, batches[0].device), eager():
-                return [recorder.observe(batch.detach().clone()) for batch in batches]  # the model may work in place
-        finally:
-            recorder.detach()
+    def observe(self, subject: Subject, *batches: Tensor) -> Observed:
+        """The outputs and features ``(N, D)`` of passes in eval mode that leave no trace."""
+        return subject.observe(OUTPUTS if self.features is None else self.features, *batches)
 
     def show(self, attack: str, left: Tensor) -> None:
         """Say on the progress bar that another attack is done, and which samples are left."""
@@ -183,34 +212,60 @@ class EvaluationMonitor(Callback, Generic[MeasuresT]):
         self._close()
         if trainer.sanity_checking or not is_due(trainer, self._epoch, self.every_n_epochs):
             return
-        self._recorder(attacked_model(pl_module, self.model))
+        self._check_features(pl_module)
         limit = float("inf") if self.max_batches is None else self.max_batches
         total = sum(min(limit, batches) for batches in num_batches) * self.attacks_a_batch
         self._bar = attack_progress(trainer, total, show=self.progress)
 
+    def _cast_shadow(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._bar is not None and self._shadow is None:
+            self._shadow = Shadow(trainer, pl_module, stage)
+
     def _measure(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int, stage: str
     ) -> None:
-        if self._bar is None or (self.max_batches is not None and batch_idx >= self.max_batches):
+        sanity = trainer.sanity_checking
+        if not sanity and (self._bar is None or (self.max_batches is not None and batch_idx >= self.max_batches)):
             return
-        inputs, labels = self._batches.read(batch)
-
-        def noise() -> torch.Generator:
-            return evaluation_generator(trainer, self.seed, batch_idx, dataloader_idx, inputs.device)
-
+        if self.dataloaders is not None and dataloader_idx not in self.dataloaders:
+            return
+        loaders = trainer.num_sanity_val_batches if sanity else trainer.num_val_batches
+        loaders = trainer.num_test_batches if stage == "test" else loaders
+        place = batch_idx, dataloader_idx if len(loaders) > 1 else None
         # Evaluation loops run under inference_mode, where even a metric's state could not be used again.
         with torch.inference_mode(False), torch.no_grad(), trainer.precision_plugin.forward_context():
+            batch = map_tensors(batch, lambda each: each.clone() if each.is_inference() else each)
+            model = attacked_model(pl_module, self.model, needs_forward=self.through == "model")
+            subject = self._way.subject(pl_module, model, self._threat, stage, batch, place)
+            if subject is None:
+                return
+            if sanity:
+                self.check(subject)
+                return
+            inputs = subject.inputs
+
+            def noise() -> torch.Generator:
+                return evaluation_generator(trainer, self.seed, batch_idx, dataloader_idx, inputs.device)
+
             if dataloader_idx not in self._measures:
                 self._measures[dataloader_idx] = self.new_measures(inputs.device)
-            self.measure(self._measures[dataloader_idx], attacked_model(pl_module, self.model), inputs, labels, noise)
+            self.check(subject)
+            with subject.ready(), torch.no_grad():
+                attacked = self.measure(self._measures[dataloader_idx], subject, noise)
+            if attacked is not None and self._shadow is not None:
+                with subject.site.moved(attacked) as moved:
+                    self._shadow.step(moved, *place)
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule, stage: str, num_batches: Sequence[float]) -> None:
+        self._way.check()
         if trainer.sanity_checking:
             return
         if self._bar is not None:
             prefix = f"{stage}/{self.name}/" if self.name else f"{stage}/"
             values: dict[str, float] = {}
             for index in range(len(num_batches)):
+                if self._leaves_out("test" if stage == "test" else "validation", index):
+                    continue
                 # Every rank takes part in the reduction, also one whose share of the data was empty.
                 measures = self._measures.get(index) or self.new_measures(pl_module.device)
                 suffix = dataloader_suffix(index) if len(num_batches) > 1 else ""
@@ -219,6 +274,9 @@ class EvaluationMonitor(Callback, Generic[MeasuresT]):
                     return prefix + short + suffix
 
                 values |= {key(short): value for short, value in self.compute(measures, trainer, key).items()}
+            if self._shadow is not None:
+                prefix = f"robust/{self.name}/" if self.name else "robust/"
+                values |= {prefix + key: value for key, value in self._shadow.finish().items()}
             self._last[stage] = values
             if stage == "val":
                 self._epoch = trainer.current_epoch
@@ -226,10 +284,18 @@ class EvaluationMonitor(Callback, Generic[MeasuresT]):
         # The values are the same on every rank already; sync_dist only keeps Lightning from warning that they are not.
         pl_module.log_dict(self._last[stage], sync_dist=True, add_dataloader_idx=False)
 
-    def _recorder(self, model: nn.Module) -> ForwardRecorder:
-        return ForwardRecorder(model, OUTPUTS if self.features is None else self.features)
+    def _leaves_out(self, stage: str, index: int) -> bool:
+        return self._way.is_left_out(stage, index) or (self.dataloaders is not None and index not in self.dataloaders)
+
+    def _check_features(self, pl_module: LightningModule) -> None:
+        model = attacked_model(pl_module, self.model, needs_forward=self.through == "model")
+        ForwardRecorder(model, OUTPUTS if self.features is None else self.features)
+
+    def _new_way(self) -> EvaluationWay:
+        options: dict[str, Any] = {"outputs": self._outputs, "ignore_index": self.ignore_index}
+        return EvaluationWay(self.through, self._batches, perturb=self.perturb, **options)
 
     def _close(self) -> None:
         if self._bar is not None:
             self._bar.close()
-        self._bar, self._measures = None, {}
+        self._bar, self._measures, self._shadow = None, {}, None

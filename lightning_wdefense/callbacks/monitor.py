@@ -6,16 +6,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_wdefense._compat import Trainer
+from lightning_wdefense._compat import Trainer, rank_zero_warn
 from lightning_wdefense.attacks import Attack, ThreatModel, WorstCase, worst_case
+from lightning_wdefense.attacks.places import Perturb
 from lightning_wdefense.attacks.registry import Attacks, evaluation_attacks
 from lightning_wdefense.callbacks.evaluation import EvaluationMonitor, Noise
 from lightning_wdefense.callbacks.measures import Measures
 from lightning_wdefense.callbacks.pictures import log_curve
-from lightning_wdefense.metrics import AccuracyCurve
-from lightning_wdefense.modules.batches import Key
+from lightning_wdefense.callbacks.subject import StepSubject, Subject
+from lightning_wdefense.callbacks.way import Through
+from lightning_wdefense.metrics import AccuracyCurve, TransportShift
+from lightning_wdefense.modules.batches import Inputs, Labels
+from lightning_wdefense.modules.outputs import Pick
 from lightning_wdefense.modules.recording import PENULTIMATE
 
 
@@ -25,11 +29,17 @@ class RobustnessMonitor(EvaluationMonitor[Measures]):
     Logged at the end of each epoch, with ``{stage}`` ``val`` or ``test``, on every logger and for ``ModelCheckpoint`` and
     ``EarlyStopping`` to monitor (adversarial training overfits: choose the epoch by ``val/robust_acc``):
 
+    - ``robust/{key}``, for each key that the module's own ``validation_step`` or ``test_step`` logs (and its hooks at the end of the batch and of
+      the epoch): the same metric, of the attacked batches: ``self.log("val_acc", ...)`` gives ``robust/val_acc``;
     - ``{stage}/clean_acc``; ``{stage}/robust_acc``, the per-sample worst case over all attacks;
     - ``{stage}/robust_acc_{attack}``, what is left after that attack, in the order given;
     - ``{stage}/attack_success``, the share of what was right on clean inputs that the attacks broke;
     - with ``epsilons`` also ``{stage}/auac``, the area under the accuracy curve, and the curve as a picture;
     - ``{stage}/transport_shift``, the Sinkhorn divergence between clean and adversarial features of the attacked samples.
+
+    Accuracies are logged where the labels were seen to be classes of the outputs: by the module's own loss, at the first batch (in the sanity
+    check). Elsewhere the loss of the module's own step is attacked, and ``{stage}/clean_loss``, ``{stage}/robust_loss`` and
+    ``{stage}/robust_loss_{attack}`` stand in their place.
 
     Several dataloaders are told apart as Lightning does, by ``/dataloader_idx_{i}``. Values are reduced over all ranks.
 
@@ -47,9 +57,16 @@ class RobustnessMonitor(EvaluationMonitor[Measures]):
         ignore_index: label of pixels that count for nothing, such as 255; beside it, -100 always is.
         features: where the transport shift is measured: ``"penultimate"``, ``"outputs"``, a dotted path, or ``None``
             to leave it out.
+        through: ``"model"`` attacks by plain forward passes; ``"step"`` through the module's own step, whatever that does with the batch;
+            ``"auto"`` takes the first where a look at the first batch shows that both compute the same, else the second.
+        perturb: dotted path to a submodule, or a :class:`~lightning_wdefense.attacks.Perturb`, whose output is attacked in place of the
+            inputs.
         model: dotted path to the submodule that takes the inputs and returns logits, if not the module itself.
-        inputs: position, key or attribute of the inputs in a batch; by default found by convention.
+        inputs: where the inputs are in a batch: a position, key or attribute, a path (``"image.pixels"``, ``(0, 1)``), a list of several,
+            or a callable that gets and sets them; by default found by convention.
         labels: the same for the labels.
+        outputs: key, position or callable that finds the logits in what the model returns; ``"logits"`` and ``"out"`` are found.
+        dataloaders: indices of the dataloaders whose batches are attacked; by default all that can be, the others with a warning.
         seed: seeds the attacks' noise, the same in every epoch.
         progress: show a progress bar where attacks take more than a few seconds.
         name: tells several monitors apart, in the logs (``{stage}/{name}/...``) and in checkpoints.
@@ -79,9 +96,13 @@ class RobustnessMonitor(EvaluationMonitor[Measures]):
         independent: bool = False,
         ignore_index: int | None = None,
         features: str | None = PENULTIMATE,
+        through: Through = "auto",
+        perturb: str | Perturb | None = None,
         model: str | None = None,
-        inputs: Key = None,
-        labels: Key = None,
+        inputs: Inputs = None,
+        labels: Labels = None,
+        outputs: Pick = None,
+        dataloaders: Sequence[int] | None = None,
         seed: int = 0,
         progress: bool = True,
         name: str | None = None,
@@ -91,14 +112,18 @@ class RobustnessMonitor(EvaluationMonitor[Measures]):
             max_batches=max_batches,
             features=features,
             model=model,
+            through=through,
+            perturb=perturb,
             inputs=inputs,
             labels=labels,
+            outputs=outputs,
+            ignore_index=ignore_index,
+            dataloaders=dataloaders,
             seed=seed,
             progress=progress,
             name=name,
         )
         self.threat, self.attacks, self.independent = threat, evaluation_attacks(attacks, threat), independent
-        self.ignore_index = ignore_index
         self.epsilons = None if epsilons is None else (0.0, *sorted({float(eps) for eps in epsilons} - {0.0}))
         self.attacks_a_batch = len(self.attacks) * (1 + len(set(self.epsilons or ()) - {0.0, threat.eps}))
         self.curves: dict[str, AccuracyCurve] = {}
@@ -110,26 +135,78 @@ class RobustnessMonitor(EvaluationMonitor[Measures]):
         """Fresh metrics for one dataloader."""
         return Measures.of(tuple(self.attacks), self.epsilons, shift=self.features is not None).to(device)
 
-    def measure(self, measures: Measures, model: nn.Module, inputs: Tensor, labels: Any, noise: Noise) -> None:
+    @property
+    def _threat(self) -> ThreatModel:
+        return self.threat
+
+    def check(self, subject: Subject) -> None:
+        """Refuse attacks that need a classifier where there is none.
+
+        Raises:
+            ValueError: naming them.
+        """
+        if subject.classifies:
+            return
+        for name, attack in self.attacks.items():
+            if attack.of_losses() is None:
+                raise ValueError(
+                    f"The attack {name!r} reads logits, and the labels of the batch are not seen to be classes of the outputs (measured: the loss "
+                    'does not fall in the logit of the own class): attack the loss of the step with attacks=["pgd"], or say where the logits are '
+                    'with outputs= or model=, and through="model" for a plain pass of it.'
+                )
+        if self.epsilons is not None:
+            rank_zero_warn("epsilons= draws the curve of an accuracy; for the loss of this step it is left out.")
+
+    def measure(self, measures: Measures, subject: Subject, noise: Noise) -> Tensor:
         """Attack the batch."""
+        if isinstance(subject, StepSubject) and not subject.classifies:
+            return self._measure_loss(measures, subject, noise)
 
         def run(attacks: Mapping[str, Attack], **options: Any) -> WorstCase:
             options |= {"ignore_index": self.ignore_index, "generator": noise, "on_attack": self.show}
-            return worst_case(model, attacks, inputs, labels, **options)
+            fitted = {name: subject.fitted(attack) for name, attack in attacks.items()}
+            return worst_case(subject.model, fitted, subject.inputs, subject.labels, **options)
 
         result = run(self.attacks, independent=self.independent)
+        measures.classified.update(len(result.labels))
         measures.accuracy.update(result.clean, result.adversarial, result.labels)
         measures.success.update(result.clean, result.worst, result.labels)
         if measures.curve is not None:
             measures.curve.update(self._curve(run, result), result.labels)
         if measures.shift is not None and result.attacked.any():
             # The whole batch, since not every model takes a part of one.
-            (_, clean), (_, moved) = self.observe(model, inputs, result.inputs)
+            (_, clean), (_, moved) = self.observe(subject, subject.inputs, result.inputs)
             clean, moved = clean[result.attacked], moved[result.attacked]
-            # A model that diverged has no features to measure; that is no reason to end its run.
-            finite = clean.isfinite().all(1) & moved.isfinite().all(1)
-            if finite.any():
-                measures.shift.update(clean[finite], moved[finite])
+            self._add_shift(measures.shift, clean, moved)
+        return result.inputs
+
+    def _measure_loss(self, measures: Measures, subject: StepSubject, noise: Noise) -> Tensor:
+        """Attack the step's own loss, which is one for the whole batch: the attack that raises it most counts."""
+        size = subject.site.size
+        clean = subject.loss(subject.inputs)
+        measures.losses["clean_loss"].update(clean, size)
+        worst, largest = subject.inputs, clean
+        for name, attack in self.attacks.items():
+            found = subject.attack(attack, noise())
+            loss = subject.loss(found)
+            measures.losses[f"robust_loss_{name}"].update(loss, size)
+            if not loss <= largest:
+                worst, largest = found, loss
+            assert self._bar is not None
+            self._bar.advance(f"{name}: loss {clean:.3g} to {loss:.3g}")
+        measures.losses["robust_loss"].update(largest, size)
+        if measures.shift is not None:
+            (_, before), (_, after) = self.observe(subject, subject.inputs, worst)
+            self._add_shift(measures.shift, before, after)
+        return worst
+
+    def _add_shift(self, shift: TransportShift, clean: Tensor, moved: Tensor) -> None:
+        # A model that diverged has no features to measure; that is no reason to end its run.
+        if len(clean) != len(moved):
+            return
+        finite = clean.isfinite().all(1) & moved.isfinite().all(1)
+        if finite.any():
+            shift.update(clean[finite], moved[finite])
 
     def compute(self, measures: Measures, trainer: Trainer, key: Callable[[str], str]) -> dict[str, float]:
         """The metrics' values; also draws the curve."""

@@ -6,21 +6,28 @@ import warnings
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from lightning_wdefense._compat import LightningModule, rank_zero_warn
 from lightning_wdefense._names import unknown_name
 from lightning_wdefense.attacks.base import Attack
 from lightning_wdefense.attacks.first_look import ConsumedError, Look, first_look
-from lightning_wdefense.attacks.labels import ignoring
+from lightning_wdefense.attacks.labels import class_labels, ignoring
 from lightning_wdefense.attacks.places import InputSite, Perturb, Site
 from lightning_wdefense.attacks.threat import ThreatModel
+from lightning_wdefense.callbacks.shadow import step_arguments
+from lightning_wdefense.callbacks.subject import ModelSubject, StepSubject, Subject
 from lightning_wdefense.defenses.defense import Defense
 from lightning_wdefense.defenses.passes import Passes, StepPasses
 from lightning_wdefense.modules.batches import Batches
+from lightning_wdefense.modules.isolation import isolated
 from lightning_wdefense.modules.outputs import Pick, picking
-from lightning_wdefense.modules.steps import Step
+from lightning_wdefense.modules.steps import Noise, Step, own_step
 
 Through = Literal["auto", "model", "step"]
+
+Place = tuple[int, int | None]
+"""Index of a batch, and of its dataloader where there are several."""
 
 
 def check_through(through: str, perturb: Perturb | None) -> None:
@@ -125,8 +132,8 @@ class Way:
                 return None
         if self.plain:
             inputs, labels = self._batches.read(batch)
-            site = InputSite(self._batches, batch, self._threat)
-            return site, defense.passes(inputs, ignoring(labels, self._ignore_index) if self._ignore_index else labels)
+            plain = InputSite(self._batches, batch, self._threat)
+            return plain, defense.passes(inputs, ignoring(labels, self._ignore_index) if self._ignore_index else labels)
         assert self.look is not None
         site, look = self.site(step, batch), self.look
         recorder = defense.recorder
@@ -159,6 +166,144 @@ def _device(module: Any) -> torch.device:
     return device if isinstance(device, torch.device) else torch.device("cpu")
 
 
-def batch_device(batch: Any, default: torch.device) -> torch.device:
-    """Where the first tensor of a batch lives."""
-    return batch.device if isinstance(batch, Tensor) else default
+class EvaluationWay:
+    """The way through a module's evaluation, chosen at the first batch of each dataloader.
+
+    What is climbed is the loss that the evaluation's own step returns, else the one it logs (a key with ``loss`` in it), else that of
+    ``training_step`` on the batch: the first of them that depends on the inputs.
+
+    Args:
+        through: ``"auto"``, or one of the two.
+        batches: finds inputs and labels.
+        perturb: the submodule whose output is attacked, if it is not the inputs.
+        outputs: where in what the model returns its outputs are.
+        ignore_index: label of elements that count for nothing.
+    """
+
+    def __init__(
+        self,
+        through: Through,
+        batches: Batches,
+        *,
+        perturb: Perturb | None = None,
+        outputs: Pick = None,
+        ignore_index: int | None = None,
+    ) -> None:
+        self.through, self._batches, self._perturb = through, batches, perturb
+        self._outputs, self._ignore_index = outputs, ignore_index
+        self._seen: dict[tuple[str, int], tuple[str, Look] | Literal["model"] | None] = {}
+        self._refused: ValueError | None = None
+
+    def subject(
+        self, module: LightningModule, model: nn.Module, threat: ThreatModel, stage: str, batch: Any, place: Place
+    ) -> Subject | None:
+        """A batch as it is attacked; ``None`` for one that cannot be.
+
+        Args:
+            module: the user's.
+            model: takes the inputs and returns logits.
+            threat: the threat model.
+            stage: ``"validation"`` or ``"test"``.
+            batch: the batch.
+            place: indices of the batch and of its dataloader, where there are several.
+        """
+        key = stage, place[1] or 0
+        if key not in self._seen:
+            try:
+                self._seen[key] = self._examine(module, model, threat, stage, batch, place)
+            except ValueError as error:
+                if place[1] is None:
+                    raise
+                self._seen[key], self._refused = None, error
+                rank_zero_warn(f"{error} It is left out; name those that are attacked with dataloaders=[0].")
+        found = self._seen[key]
+        if found is None:
+            return None
+        if found == "model":
+            _, labels = self._batches.read(batch)
+            return ModelSubject(model, InputSite(self._batches, batch, threat), labels, self._outputs)
+        name, look = found
+        step = _step(module, name, place)
+        site = self._site(step, batch, threat, look.noise)
+        return StepSubject(step, site, self._labels(batch), look, model, self._outputs)
+
+    def is_left_out(self, stage: str, dataloader_idx: int) -> bool:
+        """Whether the batches of a dataloader cannot be attacked."""
+        return (stage, dataloader_idx) in self._seen and self._seen[stage, dataloader_idx] is None
+
+    def check(self) -> None:
+        """Refuse to go on where no dataloader can be attacked.
+
+        Raises:
+            ValueError: the last reason.
+        """
+        if self._refused is not None and not any(self._seen.values()):
+            raise self._refused
+
+    def _labels(self, batch: Any) -> Any:
+        return self._batches.labels_or_none(batch)
+
+    def _site(self, step: Step, batch: Any, threat: ThreatModel, noise: Noise) -> Site:
+        if self._perturb is None:
+            return InputSite(self._batches, batch, threat)
+
+        def run() -> None:
+            with step.rehearsal(_device(step.module), noise):
+                step(batch)
+
+        return self._perturb.site(step.module, batch, threat, run)
+
+    def _examine(
+        self, module: LightningModule, model: nn.Module, threat: ThreatModel, stage: str, batch: Any, place: Place
+    ) -> tuple[str, Look] | Literal["model"] | None:
+        if self.through == "model":
+            return "model"
+        pick = picking(self._outputs) or (lambda outputs: outputs)
+        labels = ignoring(self._labels(batch), self._ignore_index)
+        reasons, looks = [], []
+        for name in (f"{stage}_step", "training_step"):
+            step = _step(module, name, place)
+            try:
+                site = self._site(step, batch, threat, "off")
+                look = first_look(step, site, labels, model, pick)
+            except Exception as error:
+                reasons.append(f"{name} failed on the batch ({type(error).__name__}: {error})")
+                continue
+            looks.append(look)
+            if look.loss is None:
+                reasons.append(f"{name} returned and logged no loss")
+            elif not look.depends:
+                reasons.append(
+                    f"the loss of {name} does not depend on {'the inputs' if self._perturb is None else 'perturb='}"
+                )
+            elif self.through == "auto" and self._perturb is None and look.plain and look.outputs == "model":
+                return "model"
+            else:
+                return name, look
+        if self.through == "auto" and self._perturb is None and self._fits(model, batch, looks):
+            return "model"
+        raise ValueError(
+            f"A batch of the {stage} dataloader {place[1] or 0} cannot be attacked: {'; '.join(reasons)}. Return the loss from {stage}_step, or "
+            "log it under a key with 'loss' in it; name the inputs with inputs=, or for token ids the submodule that embeds them with perturb=."
+        )
+
+    def _fits(self, model: nn.Module, batch: Any, looks: list[Look]) -> bool:
+        """Whether, for want of a loss, a plain pass may be taken: none of the steps was seen to run the model on anything else."""
+        if any(look.model_ran and not look.plain for look in looks):
+            return False
+        try:
+            inputs, labels = self._batches.read(batch)
+            with isolated(model, inputs.device), torch.no_grad():
+                class_labels(
+                    ignoring(labels, self._ignore_index),
+                    (picking(self._outputs) or (lambda o: o))(model(inputs.clone())),
+                )
+        except Exception:
+            return False
+        return True
+
+
+def _step(module: LightningModule, name: str, place: Place) -> Step:
+    function = own_step(module, name)
+    arguments = step_arguments(function, place[0], None if name == "training_step" else place[1])
+    return Step(module, function, name, arguments)

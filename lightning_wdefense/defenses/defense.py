@@ -239,12 +239,14 @@ class Defense(Guest):
         """
         with passes.traceless():
             clean, attacked = passes.run(passes.values), passes.run(adversarial)
-        measured = {}
+        measured: dict[str, Tensor] = {}
         if clean.loss is not None and attacked.loss is not None:
             measured |= {"clean_loss": clean.loss.detach(), "adversarial_loss": attacked.loss.detach()}
         if clean.features.numel() and clean.finite and attacked.finite:
             measured["transport_cost"] = Transport()(clean.features.detach(), attacked.features.detach())
         with contextlib.suppress(TypeError, ValueError):
+            if not passes.classifies:
+                return measured
             target = hard_labels(class_labels(passes.labels, clean.outputs, check_values=True))
             counts = counted(target)
             right = (predictions(clean.outputs) == target)[counts]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_wdefense.attacks.base import Attack
 from lightning_wdefense.attacks.first_look import Look
@@ -17,7 +17,7 @@ from lightning_wdefense.attacks.through_step import attack_step, whole_loss
 from lightning_wdefense.defenses.branch import Branch
 from lightning_wdefense.modules.execution import Execution
 from lightning_wdefense.modules.isolation import eager, isolated, own_pass
-from lightning_wdefense.modules.outputs import tensor_of
+from lightning_wdefense.modules.outputs import Picked, tensor_of
 from lightning_wdefense.modules.random_state import RandomState
 from lightning_wdefense.modules.recording import OUTPUTS, ForwardRecorder, Recording
 from lightning_wdefense.modules.steps import Step
@@ -51,6 +51,11 @@ class Passes(ABC):
     @abstractmethod
     def watch(self) -> contextlib.AbstractContextManager[Callable[[Any], Branch]]:
         """Watch the user's own step; what is yielded makes the branch of the step's result."""
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the outputs may be read as logits."""
+        return True
 
     def classes(self, branch: Branch) -> Any:
         """The labels for a discrepancy between features of this branch."""
@@ -185,9 +190,9 @@ class StepPasses(Passes):
             with self.moved(values) as batch, self._recorder.recording() as recording:
                 loss = whole_loss(self._step, batch)
             return self._branch(recording, loss)
-        with own_pass(), self._step.once_more(self._random) as call, self.moved(values) as batch:
-            with self._recorder.recording() as recording:
-                result = call(batch)
+        once_more = self._step.once_more(self._random)
+        with own_pass(), once_more as call, self.moved(values) as batch, self._recorder.recording() as recording:
+            result = call(batch)
         return self.branch_of(recording, result)
 
     def traceless(self, *, evaluation: bool = True) -> contextlib.AbstractContextManager[Any]:
@@ -210,9 +215,14 @@ class StepPasses(Passes):
                 return torch.cat([labels] * (rows // len(labels)))
         return torch.zeros(rows, dtype=torch.long, device=branch.features.device)
 
+    @property
+    def classifies(self) -> bool:
+        """Whether the outputs were seen to be logits of the labels."""
+        return self._look.outputs is not None
+
     def read(self, recording: Recording) -> Any:
         """The model's outputs in a pass: what it returned, or what the last linear layer did; of several calls the first."""
-        if recording.outputs:
+        if recording.outputs and self._look.outputs != "head":
             return recording.outputs[0]
         return recording.heads[-1]
 
@@ -249,18 +259,6 @@ class StepPasses(Passes):
                 "does with features=."
             )
         return torch.cat(found) if len({each.shape[1] for each in found}) == 1 else found[-1]
-
-
-class Picked:
-    """A model whose outputs are picked from what it returns."""
-
-    def __init__(self, model: Callable[[Tensor], Any], pick: Callable[[Any], Any]) -> None:
-        self._model, self._pick = model, pick
-        self.__self__ = model if isinstance(model, nn.Module) else getattr(model, "__self__", None)
-
-    def __call__(self, inputs: Tensor) -> Any:
-        """The picked outputs."""
-        return self._pick(self._model(inputs))
 
 
 @contextlib.contextmanager

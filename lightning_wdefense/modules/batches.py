@@ -128,3 +128,10 @@ def _describe(batch: Any, names: list[Any]) -> str:
 
 def _brief(item: Any) -> str:
     return f"tensor {tuple(item.shape)}" if torch.is_tensor(item) else type(item).__name__
+
+
+def map_tensors(batch: Any, function: Any) -> Any:
+    """Temporary."""
+    from lightning_utilities.core.apply_func import apply_to_collection
+
+    return apply_to_collection(batch, Tensor, function)

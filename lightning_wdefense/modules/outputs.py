@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_wdefense.modules.activation import activation
 
@@ -49,6 +49,18 @@ def picking(pick: Pick) -> Callable[[Any], Any] | None:
     if pick is None or callable(pick):
         return pick  # type: ignore[return-value]
     return functools.partial(_pick, pick)
+
+
+class Picked:
+    """A model whose outputs are picked from what it returns."""
+
+    def __init__(self, model: Callable[[Tensor], Any], pick: Callable[[Any], Any]) -> None:
+        self._model, self._pick = model, pick
+        self.__self__ = model if isinstance(model, nn.Module) else getattr(model, "__self__", None)
+
+    def __call__(self, inputs: Tensor) -> Any:
+        """The picked outputs."""
+        return self._pick(self._model(inputs))
 
 
 def _pick(name: str | int, outputs: Any) -> Any:

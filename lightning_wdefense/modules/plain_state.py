@@ -130,9 +130,11 @@ class PlainState:
         elif isinstance(value, (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)):
             self._seen.add(id(value))
             self._generators.append((value, _get_state(value)))
-        elif deep and kind.__module__.split(".")[0] not in _LIBRARIES and isinstance(vars_of(value), dict):
-            self._seen.add(id(value))
+        elif deep and kind.__module__.split(".")[0] not in _LIBRARIES:
             attributes = vars_of(value)
+            if attributes is None:
+                return
+            self._seen.add(id(value))
             self._owners.append((attributes, dict(attributes)))
             for each in list(attributes.values()):
                 if isinstance(each, Tensor) and not each.is_inference() and each.grad_fn is None:

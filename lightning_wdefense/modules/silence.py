@@ -37,19 +37,30 @@ def silenced(module: LightningModule, fx: str) -> Iterator[Logged]:
     Yields:
         The last value of each key that was logged, with its graph.
     """
-    trainer = getattr(module, "_trainer", None)
+    trainer: Any = getattr(module, "_trainer", None)
     logged: Logged = {}
     with contextlib.ExitStack() as stack:
-        modules = [each for each in module.modules() if isinstance(each, type(module)) or is_a(each, "LightningModule")]
-        for each in modules:
-            stack.enter_context(_in_place_of(each, _of_no_effect(each)))
+        stack.enter_context(still(module))
         if is_a(trainer, "Trainer"):
             stack.enter_context(running(module, fx))
             stack.enter_context(logging_to(trainer, results_to(logged)))
         else:
-            for each in modules:
+            for each in _lightning_modules(module):
                 stack.enter_context(_in_place_of(each, _logs_to(logged)))
         yield logged
+
+
+@contextlib.contextmanager
+def still(module: LightningModule) -> Iterator[None]:
+    """Inside, what a module calls of its optimizers, schedulers and manual optimisation has no effect."""
+    with contextlib.ExitStack() as stack:
+        for each in _lightning_modules(module):
+            stack.enter_context(_in_place_of(each, _of_no_effect(each)))
+        yield
+
+
+def _lightning_modules(module: LightningModule) -> list[Any]:
+    return [each for each in module.modules() if is_a(each, "LightningModule")]
 
 
 @contextlib.contextmanager
@@ -93,8 +104,8 @@ class SilentLogger:
     def __init__(self, logger: Any) -> None:
         self._logger = logger
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
         return type(self._logger)
 
     @property
@@ -114,6 +125,7 @@ class Nothing:
         return self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Nothing:
+        """Nothing."""
         return self
 
     def __getitem__(self, key: Any) -> Nothing:
@@ -131,8 +143,8 @@ class Still:
     def __init__(self, moving: Any) -> None:
         self.__dict__["_moving"] = moving
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
         return type(self._moving)
 
     def __getattr__(self, name: str) -> Any:

@@ -70,7 +70,9 @@ class Step:
         training = [
             each
             for each in module.modules()
-            if each.training and not isinstance(each, (*_NORMS, *_DROPOUTS)) and noise == "training"
+            if (each.training or not module.training)
+            and not isinstance(each, (*_NORMS, *_DROPOUTS))
+            and noise == "training"
         ]
         with isolated(module, device, evaluation=noise != "own"), silenced(module, self.name) as logged:
             state = PlainState(module)
@@ -86,7 +88,8 @@ class Step:
 
     def __call__(self, batch: Any) -> Any:
         """What the step returns for this batch."""
-        assert self._state is not None and self._random is not None, "call it inside of rehearsal()"
+        assert self._state is not None, "call it inside of rehearsal()"
+        assert self._random is not None
         self._state.restore()
         self._state.usable()
         self._random.restore()
@@ -101,8 +104,15 @@ class Step:
                 each.training = mode
 
     def loss(self, batch: Any) -> Tensor | None:
-        """The loss of this batch; ``None`` where the step returns none."""
-        return loss_of(self(batch))
+        """The loss of this batch: what the step returns, or, of another than ``training_step``, logs under a key with ``loss`` in it."""
+        loss = loss_of(self(batch))
+        if loss is not None and loss.ndim and self.name != "training_step":
+            loss = None  # predictions, more likely
+        if loss is None and self.name != "training_step":
+            for key, value in self.logged.items():
+                if "loss" in key.lower() and isinstance(value, Tensor) and value.requires_grad:
+                    return value
+        return loss
 
     @contextlib.contextmanager
     def once_more(self, random: RandomState) -> Iterator[Callable[[Any], Any]]:
