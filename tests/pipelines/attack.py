@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from pipelines.pipeline import Inputs, tensors
 from torch import Tensor, nn
 
 from lightning_wdefense import ThreatModel
-from pipelines.pipeline import Inputs, tensors
 
 
 def ascend(loss: Callable[[Inputs], Tensor], inputs: Inputs, threat: ThreatModel, steps: int, seed: int = 0) -> Inputs:
@@ -25,7 +25,9 @@ def ascend(loss: Callable[[Inputs], Tensor], inputs: Inputs, threat: ThreatModel
             value = loss(found[0] if isinstance(inputs, Tensor) else found).sum()
         moved = []
         for x, center, gradient in zip(found, clean, torch.autograd.grad(value, found), strict=True):
-            moved.append(_project(x + size / threat.eps * _unit(x, threat) * _direction(gradient, threat), center, threat))
+            moved.append(
+                _project(x + size / threat.eps * _unit(x, threat) * _direction(gradient, threat), center, threat)
+            )
         found = moved
     found = [x.detach() for x in found]
     return found[0] if isinstance(inputs, Tensor) else found

@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from support.lightning_modules import digits
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
-
-from support.lightning_modules import digits
 
 TRAIN, VAL = 600, 200
 

@@ -32,11 +32,13 @@ class Pipeline:
             outputs of the submodule ``arguments["perturb"]``.
         threat: what the attacker may do.
         arguments: what the user must say to our callbacks beside the recipe and the threat; ``{}`` for an untouched pipeline.
+        monitor_arguments: what to the monitor, where validation batches look different.
         metric: the user's own key of validation; ``None`` where nothing is logged.
         better: the direction of the score.
         train_loss, train_inputs: where training batches look different.
         tolerance: of the monitor's value beside the test's own attack: absolute, or a share of it where lower is better.
-        gain: what adversarial training must gain in the score under the test's own attack, in the score's units.
+        gain: what adversarial training must gain in the score under the test's own attack: absolute, or a share of the plain
+            module's where lower is better. About half of what training by hand gains (``calibrate.py``).
         epochs: of every training.
         trainer: the user's own options of the Trainer.
         defended: the module that defends itself by the mixin, instead of the callback.
@@ -53,12 +55,13 @@ class Pipeline:
     clean_inputs: Callable[[Any, Any], Inputs] = lambda module, batch: batch[0]
     threat: ThreatModel = BOX
     arguments: dict[str, Any] = field(default_factory=dict)
+    monitor_arguments: dict[str, Any] | None = None
     metric: str | None = "val_acc"
     better: Literal["higher", "lower"] = "higher"
     train_loss: Callable[[Any, Any, Any], Tensor] | None = None
     train_inputs: Callable[[Any, Any], Inputs] | None = None
     tolerance: float = 0.06
-    gain: float = 0.05
+    gain: float = 0.1
     epochs: int = 10
     trainer: dict[str, Any] = field(default_factory=dict)
     defended: Callable[[], Any] | None = None
@@ -69,8 +72,8 @@ class Pipeline:
         return self.name
 
     def improvement(self, before: float, after: float) -> float:
-        """How much better the second score is."""
-        return after - before if self.better == "higher" else before - after
+        """How much better the second score is: absolute, or as a share of the first where lower is better."""
+        return after - before if self.better == "higher" else (before - after) / abs(before)
 
     def agrees(self, measured: float, true: float) -> bool:
         """Whether the monitor's value is the test's own."""

@@ -15,5 +15,7 @@ FILES = [
     "similarity",
     "teachers",
     "control",
+    "libraries",
+    "refused",
 ]
 PIPELINES = [pipeline for file in FILES for pipeline in importlib.import_module(f"pipelines.zoo.{file}").PIPELINES]

@@ -6,11 +6,10 @@ from typing import Any, NamedTuple
 
 import lightning as L
 import torch
-from torch import Tensor
-
 from pipelines.attack import attacked
 from pipelines.pipeline import Pipeline, tensors
 from support.lightning_modules import quiet_trainer
+from torch import Tensor
 
 
 class Run(NamedTuple):
@@ -47,7 +46,9 @@ class ByHand(L.Callback):
     def __init__(self, pipeline: Pipeline, steps: int = 5) -> None:
         self.pipeline, self.steps, self.hook = pipeline, steps, None
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         if trainer.current_epoch == 0:
             return
         path = self.pipeline.arguments.get("perturb")

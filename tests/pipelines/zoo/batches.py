@@ -9,13 +9,12 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities import CombinedLoader
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
-
 from pipelines.data import dictionaries, digit_loaders, generator, loaders, stack
 from pipelines.pipeline import Pipeline, accuracy, classifier
 from pipelines.zoo.classification import Plain, mlp
 from support.lightning_modules import digits
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 
 class DictBatch(Plain):
@@ -269,6 +268,7 @@ PIPELINES = [
         train_loss=two_train_loss,
         train_inputs=lambda module, batch: [batch["a"][0], batch["b"][0]],
         arguments={"inputs": ["a.0", "b.0"]},
+        monitor_arguments={},
     ),
     classifier("unlabelled_second_loader", UnlabelledSecond, second_unlabelled),
     Pipeline(

@@ -7,14 +7,14 @@ from typing import Any
 import lightning as L
 import torch
 import torch.nn.functional as F
+from pipelines.data import digit_loaders, loaders
+from pipelines.pipeline import Pipeline, classifier
+from support.lightning_modules import digits
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from lightning_wdefense import ThreatModel
-from pipelines.data import digit_loaders, loaders
-from pipelines.pipeline import Pipeline, classifier
-from support.lightning_modules import digits
 
 
 def mlp(outputs: int = 10, inputs: int = 64, width: int = 64) -> nn.Sequential:
@@ -423,7 +423,5 @@ PIPELINES = [
     classifier("fully_convolutional", FullyConvolutional, digit_loaders),
     classifier("fixed_batch_size", SqueezesBatch, digit_loaders),
     classifier("no_step_logging", Plain, digit_loaders, trainer={"log_every_n_steps": 0}),
-    classifier(
-        "barebones", Plain, digit_loaders, metric=None, trainer={"barebones": True}
-    ),
+    classifier("barebones", Plain, digit_loaders, metric=None, trainer={"barebones": True}),
 ]

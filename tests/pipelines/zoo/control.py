@@ -7,12 +7,12 @@ from typing import Any
 import lightning as L
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-from lightning_wdefense import Recipe, ThreatModel, WassersteinDefenseMixin
 from pipelines.data import dictionaries, digit_loaders, generator, loaders
 from pipelines.pipeline import Pipeline
 from pipelines.zoo.classification import mlp
+from torch import Tensor, nn
+
+from lightning_wdefense import Recipe, ThreatModel, WassersteinDefenseMixin
 
 STATES = ThreatModel(eps=0.2, bounds=None)
 

@@ -7,11 +7,13 @@ from typing import Any
 import lightning as L
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
 from pipelines.data import generator, loaders
 from pipelines.pipeline import Pipeline, regressor
 from support.lightning_modules import digits
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_wdefense import ThreatModel
 
 IGNORED = 255
 
@@ -19,7 +21,7 @@ IGNORED = 255
 class Segmenter(L.LightningModule):
     def __init__(self):
         super().__init__()
-        self.net = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 2, 3, padding=1))
+        self.net = nn.Sequential(nn.Conv2d(1, 16, 5, padding=2), nn.ReLU(), nn.Conv2d(16, 2, 5, padding=2))
         self.criterion = nn.CrossEntropyLoss(ignore_index=IGNORED)
 
     def forward(self, x):
@@ -70,13 +72,18 @@ class Denoiser(L.LightningModule):
         return torch.optim.Adam(self.parameters(), 5e-3)
 
 
-def mask_loaders(batch_size: int = 200) -> tuple[Any, Any]:
-    """What is bright, but for noise and the first row, which no-one labelled."""
-    images, _ = digits()
-    mask = (images[:, 0] > 0.4).long()
-    mask[:, 0] = IGNORED
-    noisy = (images + 0.05 * torch.randn(images.shape, generator=generator())).clamp(0, 1)
-    return loaders(noisy, mask, batch_size=batch_size)
+def mask_loaders() -> tuple[Any, Any]:
+    """A bright square with a faint texture on a noisy ground; no-one labelled the first rows."""
+    draw = generator()
+    rows, columns = torch.arange(16)[:, None], torch.arange(16)
+    corner, side = torch.randint(0, 9, (2, 400, 1, 1), generator=draw), torch.randint(5, 9, (400, 1, 1), generator=draw)
+    down, right = rows - corner[0], columns - corner[1]
+    mask = ((down >= 0) & (down < side) & (right >= 0) & (right < side)).long()
+    texture = 0.12 * (1 - 2 * ((rows + columns) % 2))
+    images = 0.3 + 0.35 * mask + texture * mask + 0.15 * torch.randn(mask.shape, generator=draw)
+    mask[:, :2] = IGNORED
+    train, val = (TensorDataset(images[i:j, None].clamp(0, 1), mask[i:j]) for i, j in ((0, 300), (300, 400)))
+    return DataLoader(train, 50, shuffle=True), DataLoader(val, 100)
 
 
 def noisy_loaders() -> tuple[Any, Any]:
@@ -97,7 +104,8 @@ PIPELINES = [
         pixel_loss,
         lambda module, batch, x: mean_iou(module.net(x), batch[1]).item(),
         metric="val_miou",
+        threat=ThreatModel(eps=0.12),
         epochs=15,
     ),
-    regressor("image_to_image", Denoiser, noisy_loaders, task="restoration"),
+    regressor("image_to_image", Denoiser, noisy_loaders, task="restoration", epochs=20),
 ]

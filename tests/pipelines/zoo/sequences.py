@@ -7,12 +7,12 @@ from typing import Any
 import lightning as L
 import torch
 import torch.nn.functional as F
+from pipelines.data import generator, loaders, stack
+from pipelines.pipeline import Pipeline, classifier, regressor
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from lightning_wdefense import ThreatModel
-from pipelines.data import generator, loaders, stack
-from pipelines.pipeline import Pipeline, classifier, regressor
 
 UNBOUNDED = ThreatModel(eps=0.2, bounds=None)
 

@@ -7,13 +7,13 @@ from typing import Any
 import lightning as L
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-from lightning_wdefense import ThreatModel
 from pipelines.data import digit_loaders, generator, loaders, stack
 from pipelines.pipeline import Pipeline, accuracy
 from pipelines.zoo.classification import mlp
 from support.lightning_modules import digits
+from torch import Tensor, nn
+
+from lightning_wdefense import ThreatModel
 
 
 class Embedder(L.LightningModule):

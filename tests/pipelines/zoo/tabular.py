@@ -8,13 +8,13 @@ from typing import Any
 import lightning as L
 import torch
 import torch.nn.functional as F
+from pipelines.data import dictionaries, generator, loaders, stack
+from pipelines.pipeline import Pipeline, classifier, regressor
 from torch import Tensor, nn
 
 from lightning_wdefense import ThreatModel
-from pipelines.data import dictionaries, generator, loaders, stack
-from pipelines.pipeline import Pipeline, classifier, regressor
 
-UNBOUNDED = ThreatModel(eps=0.3, bounds=None)
+UNBOUNDED = ThreatModel(eps=0.2, bounds=None)
 
 
 class Regressor(L.LightningModule):
@@ -138,11 +138,12 @@ class GraphClassifier(L.LightningModule):
 NODES = 6
 
 
-def table(noise: float = 0.1) -> tuple[Tensor, Tensor]:
-    """Twenty columns; the target is the mean of many weak ones and a strong one that is noisy."""
+def table() -> tuple[Tensor, Tensor]:
+    """The first column tells the target roughly, with a large amplitude; the others tell it precisely, with a small one."""
     draw = generator()
-    x = torch.randn(800, 20, generator=draw)
-    y = 2 * x[:, 0] * x[:, 1].sign() + 0.5 * x[:, 2:].sum(1) + noise * torch.randn(800, generator=draw)
+    y = 2 * torch.randn(800, generator=draw)
+    x = 0.15 * y[:, None] + 0.15 * torch.randn(800, 20, generator=draw)
+    x[:, 0] = y + 0.5 * torch.randn(800, generator=draw)
     return x, y
 
 
@@ -237,7 +238,7 @@ PIPELINES = [
         labels=lambda batch: batch["target"],
         task="tabular",
         clean_inputs=lambda module, batch: batch["numbers"],
-        threat=UNBOUNDED,
+        threat=ThreatModel(eps=0.3, bounds=None),
         arguments={"inputs": "numbers"},
     ),
     classifier(
@@ -248,6 +249,6 @@ PIPELINES = [
         labels=lambda batch: batch.y,
         task="graphs",
         clean_inputs=lambda module, batch: batch.x,
-        threat=UNBOUNDED,
+        threat=ThreatModel(eps=0.5, bounds=None),
     ),
 ]

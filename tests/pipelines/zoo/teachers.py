@@ -9,13 +9,12 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities import CombinedLoader
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
-
 from pipelines.data import digit_loaders
 from pipelines.pipeline import Pipeline, classifier
 from pipelines.zoo.classification import Plain, mlp
 from support.lightning_modules import digits, trained_classifier
+from torch import Tensor
+from torch.utils.data import DataLoader
 
 
 class Distillation(Plain):
@@ -145,5 +144,6 @@ PIPELINES = [
         train_loss=labelled_loss,
         train_inputs=lambda module, batch: batch["labelled"][0],
         arguments={"inputs": "labelled.0"},
+        monitor_arguments={},
     ),
 ]

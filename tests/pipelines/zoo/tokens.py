@@ -8,11 +8,11 @@ from typing import Any
 import lightning as L
 import torch
 import torch.nn.functional as F
+from pipelines.data import dictionaries, generator, loaders
+from pipelines.pipeline import classifier
 from torch import Tensor, nn
 
 from lightning_wdefense import ThreatModel
-from pipelines.data import dictionaries, generator, loaders
-from pipelines.pipeline import classifier
 
 WORDS, LENGTH, PADDING = 40, 12, 0
 
@@ -106,7 +106,8 @@ PIPELINES = [
         logits=lambda module, batch, x: module.net(x.mean(1)),
         task="text",
         clean_inputs=lambda module, batch: module.emb(batch[0]),
-        threat=ThreatModel(eps=0.3, bounds=None),
+        epochs=15,
+        threat=ThreatModel(eps=0.15, bounds=None),
         arguments={"perturb": "emb"},
     ),
     classifier(

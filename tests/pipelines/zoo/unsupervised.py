@@ -7,12 +7,13 @@ from typing import Any
 import lightning as L
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
-
 from pipelines.data import TRAIN, VAL, digit_loaders
 from pipelines.pipeline import Pipeline
 from support.lightning_modules import digits
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_wdefense import ThreatModel
 
 
 def coder(inputs: int, outputs: int) -> nn.Sequential:
@@ -101,12 +102,14 @@ def unsupervised(name: str, make: Any, loaders: Any, loss: Any = reconstruction,
         lambda module, batch, x: loss(module, batch, x).mean().item(),
         better="lower",
         tolerance=0.15,
-        **({"metric": "val_loss"} | options),
+        **({"metric": "val_loss", "threat": ThreatModel(eps=0.2), "epochs": 20} | options),
     )
 
 
 PIPELINES = [
     unsupervised("autoencoder", AutoEncoder, digit_loaders),
-    unsupervised("denoising_autoencoder", DenoisingAutoEncoder, image_loaders, clean_inputs=lambda module, batch: batch),
+    unsupervised(
+        "denoising_autoencoder", DenoisingAutoEncoder, image_loaders, clean_inputs=lambda module, batch: batch
+    ),
     unsupervised("vae", VAE, digit_loaders, elbo, metric="val_elbo"),
 ]
