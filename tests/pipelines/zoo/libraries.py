@@ -147,7 +147,7 @@ def boxes_loaders() -> tuple[Any, Any]:
 
 def few_digits() -> tuple[Any, Any]:
     (images, labels), batch = digits(), 50
-    train, val = (TensorDataset(images[i:j], labels[i:j]) for i, j in ((0, 300), (600, 680)))
+    train, val = (TensorDataset(images[i:j], labels[i:j]) for i, j in ((0, 400), (600, 700)))
     return DataLoader(train, batch, shuffle=True), DataLoader(val, batch)
 
 
@@ -211,6 +211,7 @@ PIPELINES = [
         segmentation_loss,
         lambda module, batch, x: mean_iou(module.model(x)["out"], batch[1]).item(),
         metric="val_miou",
+        threat=ThreatModel(eps=0.15),
         epochs=12,
     ),
     Pipeline(

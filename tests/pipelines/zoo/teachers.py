@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from pipelines.data import digit_loaders
 from pipelines.pipeline import Pipeline, classifier
 from pipelines.zoo.classification import Plain, mlp
+from pipelines.zoo.similarity import view_loaders
 from support.lightning_modules import digits, trained_classifier
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -67,22 +68,22 @@ class BYOL(L.LightningModule):
         self.target = copy.deepcopy(self.online).requires_grad_(False)
         self.register_buffer("steps", torch.tensor(0))
 
-    def apart(self, x):
-        view = x.roll(1, dims=-1)
+    def apart(self, first, second):
         with torch.no_grad():
-            target = F.normalize(self.target(view), dim=1)
-        return 2 - 2 * (F.normalize(self.predictor(self.online(x)), dim=1) * target).sum(1).mean()
+            target = F.normalize(self.target(second), dim=1)
+        return 2 - 2 * (F.normalize(self.predictor(self.online(first)), dim=1) * target).sum(1).mean()
 
     def training_step(self, batch, batch_idx):
-        x, _ = batch
+        first, second, _ = batch
         with torch.no_grad():
             self.steps += 1
             for slow, fast in zip(self.target.parameters(), self.online.parameters(), strict=True):
                 slow.lerp_(fast, 0.01)
-        return self.apart(x)
+        return self.apart(first, second)
 
     def validation_step(self, batch, batch_idx):
-        self.log("val_apart", self.apart(batch[0]))
+        first, second, _ = batch
+        self.log("val_apart", self.apart(first, second))
 
     def configure_optimizers(self):
         return torch.optim.Adam([*self.online.parameters(), *self.predictor.parameters()], 2e-3)
@@ -118,7 +119,7 @@ def labelled_loss(module: Any, batch: Any, x: Tensor) -> Tensor:
 
 
 def apart(module: Any, batch: Any, x: Tensor) -> Tensor:
-    target = F.normalize(module.target(x.roll(1, dims=-1)), dim=1).detach()
+    target = F.normalize(module.target(batch[1]), dim=1).detach()
     return 2 - 2 * F.cosine_similarity(module.predictor(module.online(x)), target)
 
 
@@ -129,7 +130,7 @@ PIPELINES = [
         "byol",
         "self-supervised",
         BYOL,
-        digit_loaders,
+        lambda: view_loaders(nested=False),
         apart,
         lambda module, batch, x: apart(module, batch, x).mean().item(),
         metric="val_apart",
