@@ -23,7 +23,7 @@ def test_score_by_hand_is_what_the_module_logs(pipeline: Pipeline) -> None:
 
 
 @over(DEFENDABLE)
-def test_own_attack_hurts_the_plain_module(pipeline: Pipeline) -> None:
+def test_own_attack_hurts(pipeline: Pipeline) -> None:
     require(pipeline)
     run = plain(pipeline.name)
     clean, robust = scores(pipeline, run.module, run.loader)

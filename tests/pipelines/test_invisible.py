@@ -37,7 +37,7 @@ def trace(pipeline: Pipeline, *callbacks: L.Callback) -> dict[str, Any]:
     }
 
 
-@over(DEFENDABLE)
+@over([pipeline for pipeline in DEFENDABLE if pipeline.defended is None])
 def test_standard_recipe_and_monitor_leave_no_trace(pipeline: Pipeline) -> None:
     require(pipeline)
     monitor_arguments = pipeline.arguments if pipeline.monitor_arguments is None else pipeline.monitor_arguments

@@ -252,6 +252,7 @@ PIPELINES = [
         meta_loaders,
         logits=lambda module, batch, x: module(x, batch[1]),
         labels=lambda batch: batch[2],
+        gain=0.06,
     ),
     classifier(
         "nested_inputs",
@@ -260,6 +261,7 @@ PIPELINES = [
         logits=lambda module, batch, x: module(x, batch[0][1]),
         clean_inputs=lambda module, batch: batch[0][0],
         arguments={"inputs": (0, 0)},
+        gain=0.06,
     ),
     classifier(
         "two_train_loaders",
@@ -270,7 +272,7 @@ PIPELINES = [
         arguments={"inputs": ["a.0", "b.0"]},
         monitor_arguments={},
     ),
-    classifier("unlabelled_second_loader", UnlabelledSecond, second_unlabelled),
+    classifier("unlabelled_second_loader", UnlabelledSecond, second_unlabelled, gain=0.08),
     Pipeline(
         "two_tasks",
         "multi-task",
@@ -279,5 +281,6 @@ PIPELINES = [
         two_task_loss,
         lambda module, batch, x: accuracy(module.digit(module.body(x)), batch[1]),
         metric="val_digit_acc",
+        gain=0.05,
     ),
 ]

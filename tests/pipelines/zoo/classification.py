@@ -401,23 +401,31 @@ PIPELINES = [
     classifier(
         "viewed_in_step", ViewedInStep, digit_loaders, logits=lambda module, batch, x: module.net(x.reshape(len(x), 64))
     ),
-    classifier("normalised_data", Plain, normalised_loaders, threat=ThreatModel(eps=0.1, mean=MEAN, std=STD)),
-    Pipeline("sigmoid_bce", "classification", SigmoidForward, binary_loaders, sigmoid_loss, sigmoid_score),
+    classifier(
+        "normalised_data", Plain, normalised_loaders, threat=ThreatModel(eps=0.1, mean=MEAN, std=STD), gain=0.09
+    ),
+    Pipeline("sigmoid_bce", "classification", SigmoidForward, binary_loaders, sigmoid_loss, sigmoid_score, gain=0.21),
     classifier("log_softmax_nll", LogSoftmax, digit_loaders),
-    Pipeline("multi_label", "multi-label", MultiLabel, multilabel_loaders, multilabel_loss, multilabel_score),
-    classifier("class_weights", lambda: WithCriterion(weight=torch.linspace(0.5, 1.5, 10)), digit_loaders),
-    classifier("label_smoothing", lambda: WithCriterion(label_smoothing=0.1), digit_loaders),
+    Pipeline(
+        "multi_label", "multi-label", MultiLabel, multilabel_loaders, multilabel_loss, multilabel_score, gain=0.05
+    ),
+    classifier("class_weights", lambda: WithCriterion(weight=torch.linspace(0.5, 1.5, 10)), digit_loaders, gain=0.08),
+    classifier("label_smoothing", lambda: WithCriterion(label_smoothing=0.1), digit_loaders, gain=0.08),
     classifier("focal_loss", Focal, digit_loaders),
     classifier("loss_in_dict", LossInDict, digit_loaders),
     classifier("appends_outputs", AppendsOutputs, digit_loaders),
     classifier("metric_collection", LogsMetricObjects, digit_loaders),
     classifier("metric_compute", ComputesMetrics, digit_loaders),
     classifier("dropout_batchnorm", DropoutBatchNorm, digit_loaders),
-    classifier("mixup_in_step", MixupInStep, digit_loaders),
-    classifier("augments_in_step", AugmentsInStep, digit_loaders),
-    classifier("r_drop", RDrop, digit_loaders),
+    classifier("mixup_in_step", MixupInStep, digit_loaders, gain=0.07),
+    classifier("augments_in_step", AugmentsInStep, digit_loaders, gain=0.07),
+    classifier("r_drop", RDrop, digit_loaders, gain=0.06),
     classifier(
-        "auxiliary_head", AuxiliaryHead, digit_loaders, logits=lambda module, batch, x: module.top(module.stem(x))
+        "auxiliary_head",
+        AuxiliaryHead,
+        digit_loaders,
+        logits=lambda module, batch, x: module.top(module.stem(x)),
+        gain=0.08,
     ),
     classifier("frozen_backbone", FrozenBackbone, digit_loaders),
     classifier("fully_convolutional", FullyConvolutional, digit_loaders),

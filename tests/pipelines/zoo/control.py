@@ -136,6 +136,7 @@ PIPELINES = [
         metric="val_td",
         better="lower",
         tolerance=0.15,
+        gain=0.21,
     ),
     Pipeline(
         "gan_by_mixin",
@@ -146,6 +147,7 @@ PIPELINES = [
         lambda module, batch, x: (module.discriminator(x).argmax(1) == 1).float().mean().item(),
         metric=None,
         defended=DefendedGAN,
+        gain=0.37,
     ),
     Pipeline("gan_by_callback", "GAN", GAN, digit_loaders, refused="WassersteinDefenseMixin"),
 ]

@@ -106,6 +106,7 @@ PIPELINES = [
         metric="val_miou",
         threat=ThreatModel(eps=0.12),
         epochs=15,
+        gain=0.04,
     ),
-    regressor("image_to_image", Denoiser, noisy_loaders, task="restoration", epochs=20),
+    regressor("image_to_image", Denoiser, noisy_loaders, task="restoration", epochs=20, gain=0.07),
 ]

@@ -213,6 +213,7 @@ PIPELINES = [
         metric="val_miou",
         threat=ThreatModel(eps=0.15),
         epochs=12,
+        gain=0.02,
     ),
     Pipeline(
         "torchvision_detection",
@@ -223,6 +224,7 @@ PIPELINES = [
         lambda module, batch, x: best_iou(module.model(x), batch[1]).item(),
         metric="val_iou",
         epochs=8,
+        gain=0.24,
     ),
     Pipeline(
         "lightning_boring",
@@ -236,6 +238,7 @@ PIPELINES = [
         metric=None,
         better="lower",
         epochs=2,
+        gain=0.17,
     ),
     Pipeline(
         "lightning_lstm",

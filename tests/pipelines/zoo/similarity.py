@@ -179,6 +179,7 @@ PIPELINES = [
         better="lower",
         tolerance=0.15,
         threat=ThreatModel(eps=0.08),
+        gain=0.06,
     ),
     Pipeline(
         "siamese",
@@ -191,6 +192,7 @@ PIPELINES = [
         threat=ThreatModel(eps=0.06),
         arguments={"inputs": [0, 1]},
         epochs=15,
+        gain=0.26,
     ),
     Pipeline(
         "arcface",
@@ -199,6 +201,7 @@ PIPELINES = [
         digit_loaders,
         arcface_loss,
         lambda module, batch, x: accuracy(module.cosines(x), batch[1]),
+        gain=0.17,
     ),
     Pipeline(
         "simclr",
@@ -212,5 +215,6 @@ PIPELINES = [
         better="lower",
         tolerance=0.15,
         arguments={"inputs": [(0, 0), (0, 1)]},
+        gain=0.08,
     ),
 ]

@@ -202,8 +202,8 @@ def ordinal_loss(module: Any, batch: Any, x: Tensor) -> Tensor:
 
 
 PIPELINES = [
-    regressor("regression", Regressor, regression_loaders, threat=UNBOUNDED, epochs=20),
-    regressor("regression_unit", UnitRegressor, unit_loaders, threat=UNBOUNDED, epochs=15),
+    regressor("regression", Regressor, regression_loaders, threat=UNBOUNDED, epochs=20, gain=0.41),
+    regressor("regression_unit", UnitRegressor, unit_loaders, threat=UNBOUNDED, epochs=15, gain=0.35),
     Pipeline(
         "quantile_regression",
         "regression",
@@ -216,6 +216,7 @@ PIPELINES = [
         better="lower",
         tolerance=0.15,
         epochs=15,
+        gain=0.33,
     ),
     Pipeline(
         "ordinal_regression",
@@ -229,6 +230,7 @@ PIPELINES = [
         better="lower",
         tolerance=0.15,
         epochs=15,
+        gain=0.33,
     ),
     classifier(
         "mixed_columns",
@@ -250,5 +252,6 @@ PIPELINES = [
         task="graphs",
         clean_inputs=lambda module, batch: batch.x,
         threat=ThreatModel(eps=0.5, bounds=None),
+        gain=0.22,
     ),
 ]

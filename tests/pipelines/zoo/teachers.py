@@ -125,7 +125,9 @@ def apart(module: Any, batch: Any, x: Tensor) -> Tensor:
 
 PIPELINES = [
     classifier("distillation", Distillation, digit_loaders),
-    classifier("mean_teacher", MeanTeacher, digit_loaders, logits=lambda module, batch, x: module.average(x)),
+    classifier(
+        "mean_teacher", MeanTeacher, digit_loaders, logits=lambda module, batch, x: module.average(x), gain=0.09
+    ),
     Pipeline(
         "byol",
         "self-supervised",
@@ -146,5 +148,6 @@ PIPELINES = [
         train_inputs=lambda module, batch: batch["labelled"][0],
         arguments={"inputs": "labelled.0"},
         monitor_arguments={},
+        gain=0.09,
     ),
 ]

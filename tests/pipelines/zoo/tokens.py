@@ -120,5 +120,6 @@ PIPELINES = [
         clean_inputs=lambda module, batch: module.model.embeddings(batch["input_ids"]),
         threat=ThreatModel("l2", eps=1.5, bounds=None),
         arguments={"perturb": "model.embeddings"},
+        gain=0.15,
     ),
 ]

@@ -109,7 +109,11 @@ def unsupervised(name: str, make: Any, loaders: Any, loss: Any = reconstruction,
 PIPELINES = [
     unsupervised("autoencoder", AutoEncoder, digit_loaders),
     unsupervised(
-        "denoising_autoencoder", DenoisingAutoEncoder, image_loaders, clean_inputs=lambda module, batch: batch
+        "denoising_autoencoder",
+        DenoisingAutoEncoder,
+        image_loaders,
+        clean_inputs=lambda module, batch: batch,
+        gain=0.07,
     ),
-    unsupervised("vae", VAE, digit_loaders, elbo, metric="val_elbo"),
+    unsupervised("vae", VAE, digit_loaders, elbo, metric="val_elbo", gain=0.08),
 ]
