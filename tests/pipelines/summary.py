@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -36,11 +37,12 @@ def verdict(pipeline: Pipeline) -> tuple[str, str]:
 
 
 def refusal(pipeline: Pipeline) -> tuple[str, str]:
-    """Whether it is refused, and with which words."""
+    """Whether it is refused with the words that help."""
     try:
         defended(pipeline)
     except Exception as error:
-        return REFUSED, f"  {type(error).__name__}: {str(error)[:90]}"
+        said = f"  {type(error).__name__}: {str(error)[:90]!r}"
+        return (REFUSED if re.search(pipeline.refused, str(error)) else "FAILED"), said
     return "FAILED", "  not refused"
 
 

@@ -26,7 +26,7 @@ class Detached(FrozenBackbone):
         return self.net(features)
 
 
-class ConsumesIterator(Plain):
+class SecondDraw(Plain):
     """Draws its second batch by itself."""
 
     def on_train_start(self):
@@ -44,7 +44,7 @@ PIPELINES = [
     Pipeline("no_loss", "classification", NoLoss, digit_loaders, refused="loss"),
     Pipeline("detached_inputs", "classification", Detached, digit_loaders, refused="(?s)depend.*(no_grad|detach)"),
     Pipeline("integer_inputs", "text", BagOfEmbeddings, sentence_loaders, threat=TEXT, refused="perturb="),
-    Pipeline("consumed_iterator", "classification", ConsumesIterator, digit_loaders, refused="(?i)iterator"),
+    Pipeline("consumed_iterator", "classification", SecondDraw, digit_loaders, refused="(?i)iterator"),
     Pipeline(
         "inputs_nowhere",
         "classification",
