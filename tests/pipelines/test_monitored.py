@@ -1,0 +1,34 @@
+"""The user's own metric under attack is what an attack that is not ours finds."""
+
+from __future__ import annotations
+
+import lightning as L
+from pipelines.attack import scores
+from pipelines.pipeline import Pipeline
+from pipelines.runs import MONITORED, over, plain, require
+from support.lightning_modules import quiet_trainer
+
+from lightning_wdefense import RobustnessMonitor
+
+
+def monitored(pipeline: Pipeline) -> dict[str, float]:
+    """What a validation of the trained plain module logs with the monitor."""
+    run = plain(pipeline.name)
+    L.seed_everything(0, verbose=False)
+    module = pipeline.make()
+    module.load_state_dict(run.module.state_dict())
+    arguments = pipeline.arguments if pipeline.monitor_arguments is None else pipeline.monitor_arguments
+    trainer = quiet_trainer(**pipeline.trainer, callbacks=[RobustnessMonitor(pipeline.threat, **arguments)])
+    trainer.validate(module, run.val, verbose=False)
+    return {key: float(value) for key, value in trainer.callback_metrics.items()}
+
+
+@over(MONITORED)
+def test_own_metric_under_attack(pipeline: Pipeline) -> None:
+    require(pipeline)
+    logged, run = monitored(pipeline), plain(pipeline.name)
+    clean, robust = scores(pipeline, run.module, run.loader)
+    measured = logged[f"robust/{pipeline.metric}"]
+    assert abs(logged[pipeline.metric] - clean) <= 1e-4 * max(abs(clean), 1)
+    assert pipeline.improvement(measured, clean) > 0
+    assert pipeline.agrees(measured, robust), f"{measured:.4f} by the monitor, {robust:.4f} by hand"
