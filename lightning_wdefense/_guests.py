@@ -57,12 +57,12 @@ class Guest:
 class Hook(Guest):
     """A forward hook or pre-hook."""
 
-    def __init__(self, host: nn.Module, function: Callable[..., None]) -> None:
+    def __init__(self, host: nn.Module, function: Callable[..., Any]) -> None:
         self.host, self._function = host, function
 
-    def __call__(self, *args: Any) -> None:
-        """Look, and change nothing."""
-        self._function(*args)
+    def __call__(self, *args: Any) -> Any:
+        """Look, and change nothing; or return another output."""
+        return self._function(*args)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return _does_nothing
@@ -87,10 +87,15 @@ class HookHandle:
         depart(self._host)
 
 
-def hook(module: nn.Module, function: Callable[..., None], *, before: bool = False) -> HookHandle:
-    """Let ``function(module, args, outputs)`` see each forward pass; with ``before``, ``function(module, args)`` its inputs."""
+def hook(
+    module: nn.Module, function: Callable[..., Any], *, before: bool = False, keywords: bool = False
+) -> HookHandle:
+    """Let ``function(module, args, outputs)`` see each forward pass; with ``before``, ``function(module, args)`` its inputs.
+
+    With ``keywords`` it is given the keyword arguments as well, after the others. What it returns of a pass takes the outputs' place.
+    """
     register = module.register_forward_pre_hook if before else module.register_forward_hook
-    handle = HookHandle(module, register(Hook(module, function)))
+    handle = HookHandle(module, register(Hook(module, function), with_kwargs=keywords))
     settle(module)
     return handle
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_wdefense._autograd import gradients
+from lightning_wdefense._guests import hook
 from lightning_wdefense.attacks.labels import class_labels, counted, hard_labels
 from lightning_wdefense.attacks.places import Site
 from lightning_wdefense.modules.isolation import eager
@@ -119,10 +120,9 @@ def _look(
         look._calls.clear()
         with site.moved(site.values.detach().clone()) as batch:
             again = step.loss(batch)
-    if again is None or abs(float(again.detach().mean()) - look.loss) > SAME * (1e-6 + abs(look.loss)):
-        iterators = iterators_of(step.module)
-        if iterators:
-            raise _consumed(step)
+    moved = again is None or abs(float(again.detach().mean()) - look.loss) > SAME * (1e-6 + abs(look.loss))
+    if moved and iterators_of(step.module):
+        raise _consumed(step)
     return look
 
 
@@ -159,13 +159,10 @@ def _watching(module: nn.Module, model: nn.Module | None, calls: list[Any], head
 
     handles = []
     if model is not None:
-        handles += [
-            model.register_forward_pre_hook(enter, with_kwargs=True),
-            model.register_forward_hook(leave, with_kwargs=True),
-        ]
+        handles += [hook(model, enter, before=True, keywords=True), hook(model, leave, keywords=True)]
     for each in module.modules():
         if isinstance(each, (nn.Linear, *CONVOLUTIONS)):
-            handles.append(each.register_forward_hook(head))
+            handles.append(hook(each, head))
     try:
         yield
     finally:
@@ -228,7 +225,10 @@ def is_classification(outputs: Any, labels: Any, loss: Tensor) -> bool:
     with torch.no_grad():
         target = labels.to(float32_or_better(logits).dtype) if labels.is_floating_point() else labels
         entropy = F.cross_entropy(float32_or_better(logits), target)
-    if abs(float(entropy) - float(loss.detach())) <= SAME * (1e-6 + abs(float(entropy))):
+    if not bool(loss.isfinite()):  # it has diverged, and so have they
+        return not bool(entropy.isfinite())
+    same = max(SAME, 4 * torch.finfo(values.dtype).eps, 4 * torch.finfo(loss.dtype).eps)
+    if abs(float(entropy) - float(loss.detach())) <= same * (1e-6 + abs(float(entropy))):
         return True
     if has_one_output(outputs) or not values.requires_grad:
         return False
@@ -244,7 +244,7 @@ def is_classification(outputs: Any, labels: Any, loss: Tensor) -> bool:
     rows, classes, size = rows[seen], classes[seen], size[seen]
     own = rows.gather(1, classes.unsqueeze(1)).squeeze(1)
     falls = (own < 0) & (rows.argmin(1) == classes)
-    invariant = bool((rows.sum(1).abs() <= 10 * SAME * size).all())
+    invariant = bool((rows.sum(1).abs() <= 10 * same * size).all())
     others = size + own  # the sum of the others' slopes, if none of them is negative
     against_the_rest = bool((((rows >= 0).sum(1) == rows.shape[1] - 1) & (others > 0))[falls].all())
     return float(falls.float().mean()) >= SHARE and (invariant or against_the_rest)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_wdefense._guests import hook
 from lightning_wdefense.attacks.threat import ThreatModel
 from lightning_wdefense.modules.batches import Batches
 from lightning_wdefense.modules.outputs import float32_or_better
@@ -134,7 +135,7 @@ class OutputSite(Site):
         def move(module: nn.Module, args: Any, output: Tensor) -> Tensor:
             return output + delta.to(output.dtype)
 
-        handle = self._module.register_forward_hook(move)
+        handle = hook(self._module, move)
         try:
             yield self._batch
         finally:
@@ -182,7 +183,7 @@ class Perturb:
         """
         module = submodule(root, self.path, "perturb")
         seen: list[tuple[Any, Any]] = []
-        handle = module.register_forward_hook(lambda _, args, output: seen.append((args, output)))
+        handle = hook(module, lambda _, args, output: seen.append((args, output)))
         try:
             run()
         finally:

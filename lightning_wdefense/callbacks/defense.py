@@ -193,12 +193,12 @@ class WassersteinDefense(Callback):
     ) -> Any:
         recipe, defense = self.recipe, self._bind(pl_module)
         own = Step(pl_module, own_step(pl_module, "training_step"), "training_step", args, kwargs)
+        restore_in_time(trainer, defense, self._restore)
+        batches = defense.count_batch(trainer, batches_begun(trainer))
         found = self._way.passes(own, defense, batch)
         if found is None:  # the user's way to skip a batch, before there was anything to look at
             return step(batch, *args, **kwargs)
         site, passes = found
-        restore_in_time(trainer, defense, self._restore)
-        batches = defense.count_batch(trainer, batches_begun(trainer))
         radius = warmup_radius(trainer, recipe.warmup_epochs, batches)
         generator = noise_generator(trainer, self.seed, site.values.device)
         average = functools.partial(trainer.strategy.reduce, reduce_op="mean")

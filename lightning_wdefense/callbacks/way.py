@@ -6,7 +6,7 @@ import warnings
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_wdefense._compat import LightningModule, rank_zero_warn
 from lightning_wdefense._names import unknown_name
@@ -150,15 +150,18 @@ class Way:
         if self._perturb is not None:
             return f"{who}the output of perturb={self._perturb.path!r}: name a submodule that it depends on, without detach() behind it."
         if not site.values.is_floating_point():
-            return (
-                f"{who}the inputs differentiably: they are integers ({site.values.dtype}), such as token ids or categorical columns. Attack the "
-                'output of the layer that embeds them, perturb="path.to.the.embedding", with ThreatModel(norm="l2", eps=..., bounds=None), '
-                "or convert integer images with x.float() / 255."
-            )
+            return f"{who}the inputs differentiably. {_integers(site.values)}"
         return (
             f"{who}the inputs: is there a detach(), a no_grad() block, an argmax, or a cast to integers on the way? Or are these not the "
             "inputs that the model reads: name those with inputs=, or the submodule whose output is to be attacked with perturb=."
         )
+
+
+def _integers(values: Tensor) -> str:
+    return (
+        f"The inputs are integers ({values.dtype}). Of token ids or categorical columns attack the output of the layer that embeds them, "
+        'perturb="path.to.the.embedding", with ThreatModel(norm="l2", eps=..., bounds=None); convert integer images with x.float() / 255.'
+    )
 
 
 def _device(module: Any) -> torch.device:
@@ -192,7 +195,7 @@ class EvaluationWay:
         self.through, self._batches, self._perturb = through, batches, perturb
         self._outputs, self._ignore_index = outputs, ignore_index
         self._seen: dict[tuple[str, int], tuple[str, Look] | Literal["model"] | None] = {}
-        self._refused: ValueError | None = None
+        self._refused: TypeError | ValueError | None = None
 
     def subject(
         self, module: LightningModule, model: nn.Module, threat: ThreatModel, stage: str, batch: Any, place: Place
@@ -211,7 +214,7 @@ class EvaluationWay:
         if key not in self._seen:
             try:
                 self._seen[key] = self._examine(module, model, threat, stage, batch, place)
-            except ValueError as error:
+            except (TypeError, ValueError) as error:
                 if place[1] is None:
                     raise
                 self._seen[key], self._refused = None, error
@@ -260,31 +263,37 @@ class EvaluationWay:
             return "model"
         pick = picking(self._outputs) or (lambda outputs: outputs)
         labels = ignoring(self._labels(batch), self._ignore_index)
-        reasons, looks = [], []
+        reasons: list[str] = []
+        looks: list[Look] = []
+        site: Site | None = None
         for name in (f"{stage}_step", "training_step"):
             step = _step(module, name, place)
             try:
                 site = self._site(step, batch, threat, "off")
                 look = first_look(step, site, labels, model, pick)
             except Exception as error:
+                if site is None and self._perturb is None:
+                    raise  # the batch's own fault
                 reasons.append(f"{name} failed on the batch ({type(error).__name__}: {error})")
                 continue
             looks.append(look)
             if look.loss is None:
                 reasons.append(f"{name} returned and logged no loss")
             elif not look.depends:
-                reasons.append(
-                    f"the loss of {name} does not depend on {'the inputs' if self._perturb is None else 'perturb='}"
-                )
+                reasons.append(f"the loss of {name} does not depend on what is to be attacked")
             elif self.through == "auto" and self._perturb is None and look.plain and look.outputs == "model":
                 return "model"
             else:
                 return name, look
         if self.through == "auto" and self._perturb is None and self._fits(model, batch, looks):
             return "model"
+        what = f"A batch of the {stage} dataloader {place[1] or 0} cannot be attacked: {'; '.join(reasons)}."
+        if site is not None and not site.values.is_floating_point():
+            raise TypeError(f"{what} {_integers(site.values)}")
+        if labels is None:
+            self._batches.read(batch)  # or it says what it knows labels by
         raise ValueError(
-            f"A batch of the {stage} dataloader {place[1] or 0} cannot be attacked: {'; '.join(reasons)}. Return the loss from {stage}_step, or "
-            "log it under a key with 'loss' in it; name the inputs with inputs=, or for token ids the submodule that embeds them with perturb=."
+            f"{what} Return the loss from {stage}_step, or log it under a key with 'loss' in it; or name what is attacked with inputs= or perturb=."
         )
 
     def _fits(self, model: nn.Module, batch: Any, looks: list[Look]) -> bool:

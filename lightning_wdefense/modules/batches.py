@@ -2,123 +2,211 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
-Key = int | str | None
-Inputs = Any
-Labels = Any
+from lightning_wdefense.modules.paths import Path, at, get, listed, map_tensors, names_of, put, resolve, tensor_paths
+
+__all__ = ["INPUT_KEYS", "LABEL_KEYS", "Batches", "Inputs", "Key", "Labels", "map_tensors"]
+
+Key = int | str | tuple[int | str, ...] | None
+"""A position, key or attribute, or a path to it: ``"image.pixels"``, ``(0, 1)``."""
+
+Inputs = Key | list[int | str | tuple[int | str, ...]] | Callable[..., Any]
+"""A key or path, a list of several, or what gets (``f(batch)``) and sets (``f(batch, inputs)``) them."""
+
+Labels = Key | Callable[[Any], Any]
+"""A key or path, or what gets them."""
 
 INPUT_KEYS = ("image", "images", "x", "input", "inputs", "pixel_values")
 LABEL_KEYS = ("label", "labels", "y", "target", "targets")
 
 
 class Batches:
-    """Reads batches that are tuples, lists, mappings, or objects with attributes.
+    """Reads batches that are tuples, lists, mappings, or objects with attributes, at any depth.
+
+    By convention the inputs are what has a usual name, else what is at position 0 of a tuple or list; a batch that is a tensor is its own
+    input. Where that is a container, they are all tensors in it if these are alike (views, images), else the same is looked for inside
+    of it. Of a mapping or a list of batches, as ``CombinedLoader`` makes them, they are the inputs of each.
 
     Args:
-        inputs: key, position or attribute of the inputs; ``None`` for a usual name or else, in tuples and lists, position 0.
+        inputs: where the inputs are; ``None`` for the convention.
         labels: the same for the labels; ``None`` for a usual name or position 1.
     """
 
-    def __init__(self, inputs: Key = None, labels: Key = None) -> None:
+    def __init__(self, inputs: Inputs = None, labels: Labels = None) -> None:
         self._inputs, self._labels = inputs, labels
 
     def read(self, batch: Any) -> tuple[Tensor, Any]:
-        """Inputs and labels of a batch.
+        """Inputs and labels of a batch with one tensor of inputs.
 
         Raises:
             TypeError: if the inputs are not a tensor.
+            ValueError: if they are not found, or are several; lists what is there.
+        """
+        found, labels = self.inputs(batch), self.labels(batch)
+        if len(found) != 1:
+            raise ValueError(
+                f"The batch, {_describe(batch)}, has {len(found)} tensors of inputs, where one is needed: name it with inputs=."
+            )
+        return found[0], labels
+
+    def inputs(self, batch: Any) -> list[Tensor]:
+        """All tensors of inputs, in the order of the batch.
+
+        Raises:
+            TypeError: if what is found is not a tensor.
+            ValueError: if nothing is found; lists what is there.
+        """
+        if callable(self._inputs):
+            found = self._inputs(batch)
+            found = list(found) if isinstance(found, (list, tuple)) else [found]
+        else:
+            found = [at(batch, path) for path in self._paths(batch)]
+        for each in found:
+            if not isinstance(each, Tensor):
+                raise TypeError(
+                    f"The inputs of the batch are a {type(each).__name__}, not a tensor. Name theirs with inputs=."
+                )
+        return found
+
+    def labels(self, batch: Any) -> Any:
+        """The labels of a batch.
+
+        Raises:
             ValueError: if they are not found; lists what is there.
         """
-        inputs = _get(batch, self._key(batch, "inputs"))
-        labels = _get(batch, self._key(batch, "labels"))
-        if not isinstance(inputs, Tensor):
-            raise TypeError(
-                f"The inputs of the batch are a {type(inputs).__name__}, not a tensor. Name theirs with inputs=."
+        found, path = self._find_labels(batch)
+        if not found:
+            raise ValueError(
+                f"No labels were recognised in the batch, {_describe(batch)}: name theirs with labels=. Known by "
+                f"convention: position 1 of a tuple or list, or {', '.join(LABEL_KEYS)}."
             )
-        return inputs, labels
+        return self._labels(batch) if callable(self._labels) else at(batch, path)
 
-    def inputs(self, batch):
-        return [_get(batch, self._key(batch, "inputs"))]
+    def labels_or_none(self, batch: Any) -> Any:
+        """The labels, or ``None`` where none are named and none are recognised.
 
-    def labels_or_none(self, batch):
-        try:
-            return self.read(batch)[1]
-        except (ValueError, TypeError):
-            return None
+        Raises:
+            ValueError: if they are named, and are not there.
+        """
+        return self.labels(batch) if self._find_labels(batch)[0] else None
 
-    def replace(self, batch: Any, inputs: Tensor) -> Any:
+    def replace(self, batch: Any, inputs: Tensor | list[Tensor]) -> Any:
         """The same batch with other inputs; the given one is not changed."""
-        if isinstance(inputs, list):
-            (inputs,) = inputs
-        key = self._key(batch, "inputs")
-        if isinstance(batch, tuple):
-            items = list(batch)
-            items[key if isinstance(key, int) else batch._fields.index(key)] = inputs  # type: ignore[attr-defined]
-            return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
-        before = _get(batch, key)
-        changed = copy.copy(batch)
-        _set(changed, key, inputs)
-        if _get(batch, key) is not before:  # the copy shares what holds its values
-            _set(batch, key, before)
-            _set(changed := copy.deepcopy(batch), key, inputs)
-        return changed
+        several = inputs if isinstance(inputs, list) else [inputs]
+        if callable(self._inputs):
+            as_found = self._inputs(batch)
+            if isinstance(as_found, (list, tuple)):
+                return self._inputs(batch, type(as_found)(several))
+            return self._inputs(batch, several[0])
+        for path, each in zip(self._paths(batch), several, strict=True):
+            batch = put(batch, path, each)
+        return batch
 
-    def _key(self, batch: Any, role: str) -> int | str:
-        key = getattr(self, "_" + role)
-        names = _names(batch)
-        if key is not None:
-            if _has(batch, key):
-                return key
-            raise ValueError(f"{role}={key!r} names nothing in the batch, {_describe(batch, names)}.")
-        position, usual = (0, INPUT_KEYS) if role == "inputs" else (1, LABEL_KEYS)
-        for name in usual:
+    def _paths(self, batch: Any) -> list[Path]:
+        if self._inputs is not None:
+            keys = self._inputs if isinstance(self._inputs, list) else [self._inputs]
+            return [path for key in keys for path in _leaves(batch, self._named(batch, "inputs", key))]
+        found = _conventional(batch)
+        if found is None:
+            raise ValueError(
+                f"No inputs were recognised in the batch, {_describe(batch)}: name theirs with inputs=. Known by "
+                f"convention: position 0 of a tuple or list, or {', '.join(INPUT_KEYS)}."
+            )
+        return found
+
+    def _find_labels(self, batch: Any) -> tuple[bool, Path]:
+        if callable(self._labels):
+            return True, ()
+        if self._labels is not None:
+            return True, self._named(batch, "labels", self._labels)
+        names = names_of(batch)
+        for name in LABEL_KEYS:
             if name in names:
-                return name
-        if isinstance(batch, (tuple, list)) and len(batch) > position:
-            return position
+                return True, (name,)
+        if isinstance(batch, (tuple, list)) and len(batch) > 1:
+            return True, (1,)
+        return False, ()
+
+    @staticmethod
+    def _named(batch: Any, role: str, key: Any) -> Path:
+        path = resolve(batch, key)
+        if path is not None:
+            return path
+        is_path = isinstance(key, tuple) or (isinstance(key, str) and "." in key)
+        there = listed(batch)
         raise ValueError(
-            f"No {role} were recognised in the batch, {_describe(batch, names)}: name theirs with {role}=. Known by "
-            f"convention: position {position} of a tuple or list, or {', '.join(usual)}."
+            f"{role}={key!r} {'leads nowhere in' if is_path else 'names nothing in'} the batch, {_describe(batch)}."
+            + (f" There are: {there}." if there else "")
         )
 
 
-def _names(batch: Any) -> list[Any]:
-    if isinstance(batch, Mapping):
-        return list(batch)
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return list(batch._fields)
-    if isinstance(batch, (tuple, list, Tensor)):
-        return []
-    slots = [name for cls in reversed(type(batch).__mro__) for name in getattr(cls, "__slots__", ())]
-    return [name for name in dict.fromkeys((*slots, *getattr(batch, "__dict__", ()))) if name[:1] != "_"]
+def _conventional(batch: Any) -> list[Path] | None:
+    """The paths of the inputs by convention; ``None`` where there are none."""
+    if isinstance(batch, Tensor):
+        return [()]
+    names = names_of(batch)
+    key: Any = next((name for name in INPUT_KEYS if name in names), None)
+    if key is None and isinstance(batch, (tuple, list)) and len(batch):
+        if not isinstance(batch[0], Tensor) and _all_batches(list(batch)):
+            return _of_each(batch, range(len(batch)))
+        key = 0
+    if key is None:
+        if isinstance(batch, Mapping) and _all_batches(list(batch.values())):
+            return _of_each(batch, list(batch))
+        return None
+    found = get(batch, key)
+    if isinstance(found, Tensor) or not isinstance(found, (tuple, list, Mapping)):
+        return [(key,)]
+    inside = list(found.values()) if isinstance(found, Mapping) else list(found)
+    if _is_views(inside):
+        return [(key, *path) for path in tensor_paths(found)]
+    deeper = _conventional(found)
+    return [(key,)] if deeper is None else [(key, *path) for path in deeper]
 
 
-def _has(batch: Any, key: int | str) -> bool:
-    if isinstance(batch, (tuple, list)) and isinstance(key, int):
-        return -len(batch) <= key < len(batch)
-    return key in _names(batch)
+def _of_each(batch: Any, keys: Any) -> list[Path] | None:
+    found: list[Path] = []
+    for key in keys:
+        paths = _conventional(get(batch, key))
+        if paths is None:
+            return None
+        found += [(key, *path) for path in paths]
+    return found
 
 
-def _get(batch: Any, key: int | str) -> Any:
-    if isinstance(batch, Mapping) or (isinstance(batch, (tuple, list)) and isinstance(key, int)):
-        return batch[key]  # type: ignore[index]
-    return getattr(batch, str(key))
+def _all_batches(values: list[Any]) -> bool:
+    """Whether each is a batch by itself: inputs beside something else."""
+    return len(values) > 1 and all(
+        isinstance(each, (tuple, list, Mapping))
+        and len(each) > 1
+        and _conventional(each) is not None
+        and not _is_views(each)
+        for each in values
+    )
 
 
-def _set(batch: Any, key: int | str, value: Any) -> None:
-    if isinstance(batch, (list, Mapping)):
-        batch[key] = value  # type: ignore[index]
-    else:
-        object.__setattr__(batch, str(key), value)  # also where the dataclass is frozen
+def _is_views(values: Any) -> bool:
+    """Whether these are floating-point tensors of as many dimensions, two or more: views of one thing, or a list of images."""
+    found = list(values.values()) if isinstance(values, Mapping) else list(values)
+    tensors = [each for each in found if isinstance(each, Tensor) and each.is_floating_point() and each.ndim > 1]
+    return len(found) > 0 and len(tensors) == len(found) and len({each.ndim for each in tensors}) == 1
 
 
-def _describe(batch: Any, names: list[Any]) -> str:
+def _leaves(batch: Any, path: Path) -> list[Path]:
+    found = at(batch, path)
+    return (
+        [path + leaf for leaf in tensor_paths(found)]
+        if isinstance(found, (tuple, list, Mapping)) and tensor_paths(found)
+        else [path]
+    )
+
+
+def _describe(batch: Any) -> str:
+    names = names_of(batch)
     if isinstance(batch, Tensor):
         return f"which is one tensor of shape {tuple(batch.shape)}"
     if isinstance(batch, (tuple, list)) and not names:
@@ -127,11 +215,4 @@ def _describe(batch: Any, names: list[Any]) -> str:
 
 
 def _brief(item: Any) -> str:
-    return f"tensor {tuple(item.shape)}" if torch.is_tensor(item) else type(item).__name__
-
-
-def map_tensors(batch: Any, function: Any) -> Any:
-    """Temporary."""
-    from lightning_utilities.core.apply_func import apply_to_collection
-
-    return apply_to_collection(batch, Tensor, function)
+    return f"tensor {tuple(item.shape)}" if isinstance(item, Tensor) else type(item).__name__

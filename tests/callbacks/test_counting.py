@@ -110,7 +110,7 @@ def test_without_step_logging_nothing_is_measured(options):
     passes = []
     module = Silent()
     module.register_forward_hook(lambda *args: passes.append(1))
-    callbacks = [WassersteinDefense(Recipe(FGSM(THREAT), warmup_epochs=0))]
+    callbacks = [WassersteinDefense(Recipe(FGSM(THREAT), warmup_epochs=0), through="model")]
     quiet = {"accelerator": "cpu", "max_epochs": 1, "limit_train_batches": 2, "callbacks": callbacks, **options}
     L.Trainer(**quiet, **({} if "barebones" in options else {"logger": False, "enable_checkpointing": False})).fit(
         module, loader()

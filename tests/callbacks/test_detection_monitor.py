@@ -223,14 +223,20 @@ def test_too_few_samples_of_a_class_are_a_warning():
     assert math.isnan(values["val/auroc_mahalanobis"])
 
 
-def test_a_network_without_linear_layers_is_watched_at_its_outputs():
-    class Convolutional(DigitsClassifier):
-        def __init__(self):
-            super().__init__()
-            self.net = torch.nn.Sequential(torch.nn.Conv2d(1, 10, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+class Bare(DigitsClassifier):
+    """Has neither a linear layer nor a convolution."""
 
-    torch.manual_seed(0)
-    module = Convolutional()
+    def __init__(self):
+        super().__init__()
+        del self.net
+        self.matrix = torch.nn.Parameter(torch.randn(64, 10, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x):
+        return x.flatten(1) @ self.matrix
+
+
+def test_a_network_without_layers_is_watched_at_its_outputs():
+    module = Bare()
     with pytest.warns(UserWarning, match=r"no nn\.Linear.*outputs"):
         values = evaluate(watch(), module)
     assert values == pytest.approx(evaluate(watch(features="outputs"), module), nan_ok=True)

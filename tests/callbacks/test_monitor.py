@@ -88,7 +88,7 @@ def by_hand() -> dict[str, float]:
 @pytest.mark.parametrize(("stage", "prefix"), [("validate", "val"), ("test", "test")])
 def test_values_under_inference_mode(by_hand, stage, prefix):
     values = evaluate(RobustnessMonitor(THREAT, {"fgsm": "fgsm", "strong": SIGN_PGD}), stage=stage)
-    values.pop(f"{prefix}/loss")
+    assert values.pop(f"robust/{prefix}/loss") > values.pop(f"{prefix}/loss")
     assert values == {
         f"{prefix}/clean_acc": pytest.approx(by_hand["clean"]),
         f"{prefix}/robust_acc": pytest.approx(by_hand["both"]),
@@ -300,14 +300,20 @@ def test_shift_of_a_named_layer():
     assert values["val/transport_shift"] == pytest.approx(expected.item(), rel=1e-3)
 
 
-def test_a_network_without_linear_layers_is_measured_on_its_outputs():
-    class Convolutional(DigitsClassifier):
-        def __init__(self):
-            super().__init__()
-            self.net = nn.Sequential(nn.Conv2d(1, 10, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+class Bare(DigitsClassifier):
+    """Has neither a linear layer nor a convolution."""
 
-    torch.manual_seed(0)
-    module = Convolutional()
+    def __init__(self):
+        super().__init__()
+        del self.net
+        self.matrix = nn.Parameter(torch.randn(64, 10, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x):
+        return x.flatten(1) @ self.matrix
+
+
+def test_a_network_without_layers_is_measured_on_its_outputs():
+    module = Bare()
     monitor = RobustnessMonitor(THREAT, ["fgsm"])
     with pytest.warns(UserWarning, match=r"no nn\.Linear.*outputs"):
         values = evaluate(monitor, module)

@@ -93,16 +93,16 @@ class Indifferent(DigitsClassifier):
 EVALUATION = {
     "no-labels": (lambda x, y: {"image": x, "digit": y}, Indifferent, {}, ValueError, "No labels.*'image', 'digit'.*labels="),
     "no-inputs": (lambda x, y: {"pixels": x, "label": y}, Indifferent, {}, ValueError, "No inputs.*'pixels', 'label'.*inputs="),
-    "one-tensor": (lambda x, y: x, Indifferent, {}, ValueError, r"No inputs.*one tensor of shape \(16, 1, 8, 8\)"),
+    "one-tensor": (lambda x, y: x, Indifferent, {}, ValueError, r"No labels.*one tensor of shape \(16, 1, 8, 8\)"),
     "wrong-key": (lambda x, y: {"image": x, "label": y}, Indifferent, {"labels": "digit"}, ValueError, "labels='digit' names nothing.*'image', 'label'"),
-    "nested": (lambda x, y: ([x, x], y), Indifferent, {}, TypeError, r"a list, not a tensor.*inputs="),
+    "nested": (lambda x, y: ([x, x], y), Indifferent, {}, ValueError, r"cannot be attacked.*training_step failed.*inputs="),
     "normalised": (lambda x, y: (x, y), NormalisedDigits, {}, ValueError, r"mean and std are not set.*ThreatModel\(mean="),
     "probabilities": (lambda x, y: (x, y), Probabilities, {}, ValueError, "look like probabilities"),
-    "no-forward": (lambda x, y: (x, y), HeadlessDigitsClassifier, {}, ValueError, "has no forward.*model=.*'net'"),
+    "no-forward": (lambda x, y: (x, y), HeadlessDigitsClassifier, {"through": "model"}, ValueError, "has no forward.*model=.*'net'"),
     "unknown-model": (lambda x, y: (x, y), DigitsClassifier, {"model": "nett"}, ValueError, "model=.*'nett'.*Did you mean 'net'"),
     "unknown-layer": (lambda x, y: (x, y), DigitsClassifier, {"features": "net.hiden"}, ValueError, "'net.hiden'.*Did you mean 'net.hidden'"),
     "wrong-labels": (lambda x, y: (x, y + 5), Indifferent, {}, ValueError, r"labels run from .* to 14.*10 classes"),
-    "integer-images": (lambda x, y: ((x * 255).byte(), y), Indifferent, {}, TypeError, r"torch.uint8.*x\.float\(\) / 255"),
+    "integer-images": (lambda x, y: ((x * 255).byte(), y), Indifferent, {}, TypeError, r"torch.uint8.*perturb=.*x\.float\(\) / 255"),
 }  # fmt: skip
 
 

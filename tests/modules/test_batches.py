@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from collections import OrderedDict, UserDict, namedtuple
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
@@ -11,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_wdefense.modules.batches import INPUT_KEYS, LABEL_KEYS, Batches
+from lightning_wdefense.modules.batches import INPUT_KEYS, LABEL_KEYS, Batches, map_tensors
 
 X, Y, NEW = torch.zeros(4, 3), torch.arange(4), torch.ones(4, 3)
 
@@ -178,7 +180,7 @@ def test_given_names(batch, inputs, labels):
 @pytest.mark.parametrize(
     ("batch", "options", "message"),
     [
-        (X, {}, r"No inputs were recognised.*one tensor of shape \(4, 3\).*inputs="),
+        (X, {}, r"No labels were recognised.*one tensor of shape \(4, 3\).*labels="),
         ((X,), {}, r"No labels were recognised.*a tuple of 1 \(tensor \(4, 3\)\).*labels="),
         ({"scan": X, "label": Y}, {}, "No inputs were recognised.*a dict with 'scan', 'label'.*inputs=.*pixel_values"),
         ({"image": X, "grade": Y}, {}, "No labels were recognised.*'image', 'grade'.*labels="),
@@ -198,7 +200,83 @@ def test_errors_list_what_is_there(batch, options, message):
         Batches(**options).read(batch)
 
 
-@pytest.mark.parametrize("inputs", [[X, X], "text", None])
+@pytest.mark.parametrize("inputs", [{"deep": 1}, "text", None])
 def test_inputs_that_are_no_tensor(inputs):
     with pytest.raises(TypeError, match=rf"The inputs of the batch are a {type(inputs).__name__}.*inputs="):
         Batches().read((inputs, Y))
+
+
+BOTH = {"a": (X, Y), "b": (NEW, Y)}
+
+PATHS = [
+    # batch, inputs=, what is found
+    ({"image": {"pixels": X, "size": 3}, "label": Y}, "image.pixels", [X]),
+    ({"image.pixels": X, "label": Y}, "image.pixels", [X]),  # a name that holds a dot
+    (((NEW, X), Y), (0, 1), [X]),
+    (((NEW, X), Y), "0.1", [X]),
+    (((NEW, X), Y), (0, -1), [X]),
+    (BOTH, "b.0", [NEW]),
+    (BOTH, ("b", 0), [NEW]),
+    (BOTH, ["a.0", ("b", 0)], [X, NEW]),
+    (Named(0, Plain(X, Y), Y), "image.image", [X]),
+    ([{"scan": X}, Y], "0.scan", [X]),
+    ({"views": [X, NEW], "label": Y}, "views", [X, NEW]),
+    ((X, Y), lambda batch, new=None: batch[0] if new is None else (new, batch[1]), [X]),
+    # by convention
+    (X, None, [X]),
+    ([X], None, [X]),
+    (((X, Y), Y), None, [X]),
+    (([X, NEW], Y), None, [X, NEW]),
+    (BOTH, None, [X, NEW]),
+    ([(X, Y), (NEW, Y)], None, [X, NEW]),
+    ({"image": {"pixel_values": X}, "label": Y}, None, [X]),
+]
+
+
+@pytest.mark.parametrize(("batch", "inputs", "expected"), PATHS)
+def test_inputs_at_any_depth(batch, inputs, expected):
+    batches = Batches(inputs)
+    found = batches.inputs(batch)
+    assert [id(each) for each in found] == [id(each) for each in expected]
+    new = [torch.randn(2) for _ in found]
+    changed = batches.replace(batch, new)
+    assert [id(each) for each in batches.inputs(changed)] == [id(each) for each in new]
+    assert [id(each) for each in batches.inputs(batch)] == [id(each) for each in expected]
+    assert type(changed) is (torch.Tensor if isinstance(batch, torch.Tensor) else type(batch))
+
+
+@pytest.mark.parametrize(("batch", "key"), [(BOTH, "a.2"), (BOTH, ("c", 0)), (((X, NEW), Y), (0, 2)), (BOTH, "a.0.z")])
+def test_a_path_that_leads_nowhere_lists_those_that_lead_somewhere(batch, key):
+    with pytest.raises(ValueError, match="leads nowhere in the batch.*There are: ") as caught:
+        Batches(key).inputs(batch)
+    listed = re.findall(r"('[^']*'|\([^()]*\)) \(", str(caught.value).split("There are: ")[1])
+    assert len(listed) >= 3
+    for path in listed:
+        assert isinstance(Batches(ast.literal_eval(path)).inputs(batch)[0], torch.Tensor)
+
+
+def test_labels_by_path_and_callable():
+    assert Batches(labels="a.1").labels(BOTH) is Y
+    assert Batches(labels=lambda batch: batch["b"][1]).labels(BOTH) is Y
+    assert Batches().labels_or_none(BOTH) is None
+    assert Batches().labels_or_none(X) is None
+    with pytest.raises(ValueError, match="labels='c' names nothing"):
+        Batches(labels="c").labels_or_none(BOTH)
+
+
+def test_several_tensors_are_not_one():
+    with pytest.raises(ValueError, match="has 2 tensors of inputs"):
+        Batches(labels="a.1").read(BOTH)
+
+
+def test_every_tensor_of_a_batch():
+    batch = {"a": (X, "text"), "b": Frozen(1, X, Y), "c": [NEW, None], "d": Slotted(X, Y)}
+    changed = map_tensors(batch, lambda each: each + 1)
+    assert torch.equal(changed["a"][0], X + 1)
+    assert changed["a"][1] == "text"
+    assert torch.equal(changed["b"].x, X + 1)
+    assert torch.equal(changed["c"][0], NEW + 1)
+    assert batch["a"][0] is X
+    assert batch["b"].x is X
+    shared = {"loader": object(), "x": X}
+    assert map_tensors(shared, lambda each: each) is shared

@@ -1,0 +1,160 @@
+"""Where things are in whatever a dataloader yields, and how to put others there without changing it."""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Path = tuple[int | str, ...]
+
+SHOWN = 20
+"""So many paths are listed at most in a message."""
+
+
+def names_of(batch: Any) -> list[Any]:
+    """Keys of a mapping, fields of a named tuple, public attributes of an object."""
+    if isinstance(batch, Mapping):
+        return list(batch)
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return list(batch._fields)
+    if isinstance(batch, (tuple, list, Tensor)):
+        return []
+    slots = [name for cls in reversed(type(batch).__mro__) for name in getattr(cls, "__slots__", ())]
+    return [name for name in dict.fromkeys((*slots, *getattr(batch, "__dict__", ()))) if str(name)[:1] != "_"]
+
+
+def has(batch: Any, key: int | str) -> bool:
+    """Whether there is something under a key, at a position, or as an attribute."""
+    if isinstance(batch, (tuple, list)) and isinstance(key, int):
+        return -len(batch) <= key < len(batch)
+    return key in names_of(batch) or (isinstance(key, str) and isinstance(getattr(type(batch), key, None), property))
+
+
+def get(batch: Any, key: int | str) -> Any:
+    """What is there."""
+    if isinstance(batch, Mapping) or (isinstance(batch, (tuple, list)) and isinstance(key, int)):
+        return batch[key]  # type: ignore[index]
+    return getattr(batch, str(key))
+
+
+def resolve(batch: Any, key: int | str | tuple[Any, ...]) -> Path | None:
+    """The path that a key, a dotted string or a tuple means in this batch; ``None`` where it leads nowhere."""
+    if isinstance(key, tuple):
+        path: Path = ()
+        for each in key:
+            found = resolve(at(batch, path), each)
+            if found is None:
+                return None
+            path += found
+        return path
+    if has(batch, key):
+        return (key,)
+    if isinstance(key, str):
+        if isinstance(batch, (tuple, list)) and key.lstrip("-").isdigit():
+            return resolve(batch, int(key))
+        if isinstance(batch, Mapping) and key.lstrip("-").isdigit() and int(key) in batch:
+            return (int(key),)
+        for end in range(len(key) - 1, 0, -1):  # the longest name that there is, for names may hold dots
+            if key[end] == "." and (head := resolve(batch, key[:end])) is not None:
+                rest = resolve(at(batch, head), key[end + 1 :])
+                if rest is not None:
+                    return head + rest
+    return None
+
+
+def at(batch: Any, path: Path) -> Any:
+    """What a path leads to."""
+    for key in path:
+        batch = get(batch, key)
+    return batch
+
+
+def put(batch: Any, path: Path, value: Any) -> Any:
+    """The same batch with another value there; only what is along the path is copied."""
+    if not path:
+        return value
+    key, value = path[0], put(get(batch, path[0]), path[1:], value)
+    if isinstance(batch, tuple):
+        items = list(batch)
+        items[key if isinstance(key, int) else batch._fields.index(key)] = value  # type: ignore[attr-defined]
+        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
+    before = get(batch, key)
+    changed = copy.copy(batch)
+    _set(changed, key, value)
+    if get(batch, key) is not before:  # the copy shares what holds its values
+        _set(batch, key, before)
+        _set(changed := copy.deepcopy(batch), key, value)
+    return changed
+
+
+def _set(batch: Any, key: int | str, value: Any) -> None:
+    if isinstance(batch, (list, Mapping)):
+        batch[key] = value  # type: ignore[index]
+    else:
+        try:
+            object.__setattr__(batch, str(key), value)  # also where the dataclass is frozen
+        except AttributeError:  # a property with a setter of its own
+            setattr(batch, str(key), value)
+
+
+def tensor_paths(batch: Any) -> list[Path]:
+    """The paths of all tensors in a batch."""
+    return [path for path, _ in _walk(batch, (), set())]
+
+
+def written(path: Path) -> str:
+    """A path as one may write it: a number, or a dotted string where it can be one."""
+    if len(path) == 1:
+        return repr(path[0])
+    if all(isinstance(key, int) for key in path) or any("." in str(key) for key in path):
+        return repr(path)
+    return repr(".".join(map(str, path)))
+
+
+def listed(batch: Any) -> str:
+    """The tensors that there are in a batch, by path, for a message."""
+    found = [(written(path), value) for path, value in _walk(batch, (), set()) if path]
+    shown = [f"{path} {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}" for path, value in found[:SHOWN]]
+    return ", ".join(shown) + ", ..." * (len(found) > SHOWN)
+
+
+def map_tensors(batch: Any, function: Callable[[Tensor], Any]) -> Any:
+    """The same batch with the function applied to each tensor in it; what holds no tensor is shared.
+
+    Args:
+        batch: tensors in tuples, lists, mappings, and objects with attributes, at any depth.
+        function: of a tensor.
+    """
+    for path in tensor_paths(batch):
+        value = at(batch, path)
+        changed = function(value)
+        if changed is not value:
+            batch = put(batch, path, changed)
+    return batch
+
+
+def _walk(value: Any, path: Path, seen: set[int]) -> Iterator[tuple[Path, Tensor]]:
+    if isinstance(value, Tensor):
+        yield path, value
+        return
+    if isinstance(value, (str, bytes, int, float, type, nn.Module, types.FunctionType, types.MethodType, type(None))):
+        return
+    if isinstance(value, (torch.dtype, torch.device)) or id(value) in seen:
+        return
+    seen = seen | {id(value)}
+    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
+        for index, each in enumerate(value):
+            yield from _walk(each, (*path, index), seen)
+        return
+    for name in names_of(value):
+        if has(value, name):
+            try:
+                each = get(value, name)
+            except (AttributeError, KeyError):  # a slot that is empty
+                continue
+            yield from _walk(each, (*path, name), seen)
