@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import operator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -41,7 +42,8 @@ class Look:
         plain: whether the model ran once, on these values alone, so that a plain forward pass computes the same outputs.
         outputs: where a classifier's outputs are found: what the model returned, or the last linear layer; ``None`` where
             neither is a classifier's.
-        model_ran: how often the model ran, on the whole batch.
+        pick: finds the logits in the model's outputs, where they are a part of them.
+        model_ran: how often the model ran.
         why: in words, why a plain forward pass is not the same computation.
     """
 
@@ -50,6 +52,7 @@ class Look:
     depends: bool = False
     plain: bool = False
     outputs: Source | None = None
+    pick: Callable[[Any], Any] | None = None
     model_ran: int = 0
     why: str = ""
     _calls: list[tuple[Any, Any, Any]] = field(default_factory=list)
@@ -116,7 +119,9 @@ def _look(
         look.model_ran = len(look._calls)
         look.why = _difference(look._calls, values, model)
         look.plain = not look.why
-        look.outputs = _classifier(look._calls, heads, labels, loss, pick, len(site.values))
+        look.outputs, look.pick = _classifier(look._calls, heads, labels, loss, pick)
+        if look.pick is not None:
+            look.plain, look.why = False, f"{type(model).__name__} returns several outputs"
         look._calls.clear()
         with site.moved(site.values.detach().clone()) as batch:
             again = step.loss(batch)
@@ -192,16 +197,25 @@ def _difference(calls: list[Any], values: Tensor, model: nn.Module | None) -> st
 
 
 def _classifier(
-    calls: list[Any], heads: list[Any], labels: Any, loss: Tensor, pick: Callable[[Any], Any], size: int
-) -> Source | None:
-    if len(calls) >= 1:
-        with contextlib.suppress(Exception):
-            if is_classification(pick(calls[0][2]), labels, loss):
-                return "model"
+    calls: list[Any], heads: list[Any], labels: Any, loss: Tensor, pick: Callable[[Any], Any]
+) -> tuple[Source | None, Callable[[Any], Any] | None]:
+    """Where a classifier's logits are: in what the model returned (the first part of it that they are), or in the last linear layer's."""
+    if calls:
+        outputs = pick(calls[0][2])
+        if is_classification(outputs, labels, loss):
+            return "model", None
+        keys = (
+            list(outputs)
+            if isinstance(outputs, Mapping)
+            else range(len(outputs) if isinstance(outputs, (tuple, list)) else 0)
+        )
+        for key in keys:
+            if isinstance(outputs[key], Tensor) and is_classification(outputs[key], labels, loss):
+                return "model", operator.itemgetter(key)
     linear = [each for each in heads if isinstance(each[0], nn.Linear)] or heads
     if linear and is_classification(linear[-1][1], labels, loss):
-        return "head"
-    return None
+        return "head", None
+    return None, None
 
 
 def is_classification(outputs: Any, labels: Any, loss: Tensor) -> bool:

@@ -172,4 +172,6 @@ class StepSubject(Subject):
     def _read(self, recording: Any) -> Any:
         if self.look.outputs == "head":
             return recording.heads[-1]
-        return recording.outputs[0] if recording.outputs else None
+        if not recording.outputs:
+            return None
+        return recording.outputs[0] if self.look.pick is None else self.look.pick(recording.outputs[0])

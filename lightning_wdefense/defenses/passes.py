@@ -223,7 +223,8 @@ class StepPasses(Passes):
     def read(self, recording: Recording) -> Any:
         """The model's outputs in a pass: what it returned, or what the last linear layer did; of several calls the first."""
         if recording.outputs and self._look.outputs != "head":
-            return recording.outputs[0]
+            outputs = recording.outputs[0]
+            return outputs if self._look.pick is None else self._look.pick(outputs)
         return recording.heads[-1]
 
     @property

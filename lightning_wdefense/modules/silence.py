@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_wdefense._compat import LightningModule, Trainer, is_a
+from lightning_wdefense._guests import ABSENT, Guest, depart, settle
 
 Logged = dict[str, Any]
 
@@ -182,20 +183,41 @@ def _logs_to(logged: Logged) -> dict[str, Callable[..., Any]]:
     return {"log": log, "log_dict": log_dict}
 
 
+class _InPlace(Guest):
+    """A function in place of one of the module's methods, which copies of the module do not have."""
+
+    def __init__(self, host: LightningModule, name: str, function: Callable[..., Any]) -> None:
+        self.host, self._name, self._function = host, name, function
+        self._previous = vars(host).get(name, ABSENT)
+        vars(host)[name] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(*args, **kwargs)
+
+    def left_behind(self) -> Any:
+        return self._previous
+
+    def in_a_copy(self, host: Any) -> Any:
+        return getattr(type(host), self._name).__get__(host)
+
+    def restore(self) -> None:
+        """Put the module's own back."""
+        if self._previous is ABSENT:
+            vars(self.host).pop(self._name, None)
+        else:
+            vars(self.host)[self._name] = self._previous
+
+
 @contextlib.contextmanager
 def _in_place_of(module: LightningModule, functions: dict[str, Callable[..., Any]]) -> Iterator[None]:
-    absent = object()
-    attributes = vars(module)
-    before = {name: attributes.get(name, absent) for name in functions}
-    attributes.update(functions)
+    guests = [_InPlace(module, name, function) for name, function in functions.items()]
+    settle(module)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is absent:
-                attributes.pop(name, None)
-            else:
-                attributes[name] = value
+        for guest in guests:
+            guest.restore()
+        depart(module)
 
 
 def loss_of(result: Any) -> Tensor | None:

@@ -686,7 +686,7 @@ ERRORS = {
     "labels of wrong shape": (defend, batches(lambda x, y: (x, y[:-1])), ValueError, r"labels have shape \(31,\)"),
     "no inputs": (defend, batches(lambda x, y: {"foo": x, "label": y}), ValueError, "'foo'.*inputs="),
     "no labels": (defend, batches(lambda x, y: {"image": x, "bar": y}), ValueError, "'bar'.*labels="),
-    "only inputs": (defend, batches(lambda x, y: x), ValueError, "one tensor.*inputs="),
+    "only inputs": (defend, batches(lambda x, y: x), ValueError, "one tensor.*labels="),
     "unnamed submodule": (
         lambda: defend("trades", through="model"),
         lambda: DigitsClassifier(calls="net"),

@@ -95,7 +95,7 @@ EVALUATION = {
     "no-inputs": (lambda x, y: {"pixels": x, "label": y}, Indifferent, {}, ValueError, "No inputs.*'pixels', 'label'.*inputs="),
     "one-tensor": (lambda x, y: x, Indifferent, {}, ValueError, r"No labels.*one tensor of shape \(16, 1, 8, 8\)"),
     "wrong-key": (lambda x, y: {"image": x, "label": y}, Indifferent, {"labels": "digit"}, ValueError, "labels='digit' names nothing.*'image', 'label'"),
-    "nested": (lambda x, y: ([x, x], y), Indifferent, {}, ValueError, r"cannot be attacked.*training_step failed.*inputs="),
+    "nested": (lambda x, y: ([x, x], y), Indifferent, {}, ValueError, r"(?s)cannot be attacked.*training_step failed.*inputs="),
     "normalised": (lambda x, y: (x, y), NormalisedDigits, {}, ValueError, r"mean and std are not set.*ThreatModel\(mean="),
     "probabilities": (lambda x, y: (x, y), Probabilities, {}, ValueError, "look like probabilities"),
     "no-forward": (lambda x, y: (x, y), HeadlessDigitsClassifier, {"through": "model"}, ValueError, "has no forward.*model=.*'net'"),

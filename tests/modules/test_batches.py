@@ -238,7 +238,7 @@ def test_inputs_at_any_depth(batch, inputs, expected):
     batches = Batches(inputs)
     found = batches.inputs(batch)
     assert [id(each) for each in found] == [id(each) for each in expected]
-    new = [torch.randn(2) for _ in found]
+    new = [torch.randn(4, 3) for _ in found]
     changed = batches.replace(batch, new)
     assert [id(each) for each in batches.inputs(changed)] == [id(each) for each in new]
     assert [id(each) for each in batches.inputs(batch)] == [id(each) for each in expected]
@@ -247,10 +247,10 @@ def test_inputs_at_any_depth(batch, inputs, expected):
 
 @pytest.mark.parametrize(("batch", "key"), [(BOTH, "a.2"), (BOTH, ("c", 0)), (((X, NEW), Y), (0, 2)), (BOTH, "a.0.z")])
 def test_a_path_that_leads_nowhere_lists_those_that_lead_somewhere(batch, key):
-    with pytest.raises(ValueError, match="leads nowhere in the batch.*There are: ") as caught:
+    with pytest.raises(ValueError, match=r"leads nowhere in the batch.*There are: ") as caught:
         Batches(key).inputs(batch)
     listed = re.findall(r"('[^']*'|\([^()]*\)) \(", str(caught.value).split("There are: ")[1])
-    assert len(listed) >= 3
+    assert len(listed) >= 2
     for path in listed:
         assert isinstance(Batches(ast.literal_eval(path)).inputs(batch)[0], torch.Tensor)
 
