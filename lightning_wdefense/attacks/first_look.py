@@ -43,7 +43,10 @@ class Look:
         outputs: where a classifier's outputs are found: what the model returned, or the last linear layer; ``None`` where
             neither is a classifier's.
         pick: finds the logits in the model's outputs, where they are a part of them.
+        rows: of those logits.
         model_ran: how often the model ran.
+        tensor: whether it returned one tensor.
+        head_ran: whether a linear layer ran.
         why: in words, why a plain forward pass is not the same computation.
     """
 
@@ -53,7 +56,10 @@ class Look:
     plain: bool = False
     outputs: Source | None = None
     pick: Callable[[Any], Any] | None = None
+    rows: int = 0
     model_ran: int = 0
+    tensor: bool = False
+    head_ran: bool = False
     why: str = ""
     _calls: list[tuple[Any, Any, Any]] = field(default_factory=list)
 
@@ -109,17 +115,19 @@ def _look(
             values.requires_grad_()
         with _watching(step.module, model, look._calls, heads), site.moved(values) as batch:
             loss = step.loss(batch)
+        look.model_ran, look.head_ran = len(look._calls), bool(heads)
+        look.tensor = bool(look._calls) and isinstance(pick(look._calls[0][2]), Tensor)
+        look.why = _difference(look._calls, values, model)
+        look.plain = not look.why
         if loss is None:
+            look._calls.clear()
             return look
         loss = loss if loss.ndim == 0 else loss.mean()
         look.loss = float(loss.detach())
         look.depends = (
             values.requires_grad and loss.requires_grad and gradients(loss, [values], retain_graph=True)[0] is not None
         )
-        look.model_ran = len(look._calls)
-        look.why = _difference(look._calls, values, model)
-        look.plain = not look.why
-        look.outputs, look.pick = _classifier(look._calls, heads, labels, loss, pick)
+        look.outputs, look.pick, look.rows = _classifier(look._calls, heads, labels, loss, pick)
         if look.pick is not None:
             look.plain, look.why = False, f"{type(model).__name__} returns several outputs"
         look._calls.clear()
@@ -198,12 +206,12 @@ def _difference(calls: list[Any], values: Tensor, model: nn.Module | None) -> st
 
 def _classifier(
     calls: list[Any], heads: list[Any], labels: Any, loss: Tensor, pick: Callable[[Any], Any]
-) -> tuple[Source | None, Callable[[Any], Any] | None]:
+) -> tuple[Source | None, Callable[[Any], Any] | None, int]:
     """Where a classifier's logits are: in what the model returned (the first part of it that they are), or in the last linear layer's."""
     if calls:
         outputs = pick(calls[0][2])
         if is_classification(outputs, labels, loss):
-            return "model", None
+            return "model", None, len(tensor_of(outputs))
         keys = (
             list(outputs)
             if isinstance(outputs, Mapping)
@@ -211,11 +219,11 @@ def _classifier(
         )
         for key in keys:
             if isinstance(outputs[key], Tensor) and is_classification(outputs[key], labels, loss):
-                return "model", operator.itemgetter(key)
+                return "model", operator.itemgetter(key), len(outputs[key])
     linear = [each for each in heads if isinstance(each[0], nn.Linear)] or heads
     if linear and is_classification(linear[-1][1], labels, loss):
-        return "head", None
-    return None, None
+        return "head", None, len(linear[-1][1])
+    return None, None, 0
 
 
 def is_classification(outputs: Any, labels: Any, loss: Tensor) -> bool:

@@ -159,7 +159,8 @@ class ThreatModel:
         if not data.is_floating_point():
             raise TypeError(
                 f"The inputs are {data.dtype}; an attack needs floating-point inputs. Convert integer images with "
-                "x.float() / 255 (and give ThreatModel the mean= and std= of any normalisation)."
+                "x.float() / 255 (and give ThreatModel the mean= and std= of any normalisation). Token ids and categorical columns are "
+                'attacked where they are embedded: perturb="path.to.the.embedding" in the callbacks.'
             )
         least, most = torch.stack(torch.aminmax(data)).tolist() if data.numel() else (0.0, 0.0)
         if self.bounds is None:

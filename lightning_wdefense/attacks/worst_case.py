@@ -57,6 +57,7 @@ def worst_case(
     labels: Any,
     *,
     independent: bool = False,
+    everyone: bool = False,
     samples: Tensor | None = None,
     ignore_index: int | None = None,
     generator: Callable[[], torch.Generator] | None = None,
@@ -70,6 +71,7 @@ def worst_case(
         inputs: ``(N, ...)`` in model units.
         labels: class indices or soft labels. With one label an element (segmentation) every attack runs on all samples.
         independent: run each attack on all samples that the model gets right, not only on what is left.
+        everyone: have the first attack move also the samples that were wrong before, for measures other than accuracy.
         samples: which samples may be attacked, a boolean mask ``(N,)``; ``None`` for all.
         ignore_index: label of elements (pixels) that count for nothing; beside it, -100 always is. The attacks are given -100 for it.
         generator: makes the source of noise for each attack; ``None`` for each attack's own seed.
@@ -100,6 +102,8 @@ def worst_case(
         adversarial: dict[str, Tensor] = {}
         for name, attack in attacks.items():
             chosen = (open_ if independent or whole else open_ & ~broken).nonzero().squeeze(1)
+            if everyone and not adversarial:
+                chosen = torch.arange(len(inputs), device=inputs.device)
             predicted = (clean if independent or whole else latest).clone()
             if len(chosen):
                 noise = generator() if generator is not None else None

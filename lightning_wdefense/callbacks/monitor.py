@@ -10,6 +10,8 @@ from torch import Tensor
 
 from lightning_wdefense._compat import Trainer, rank_zero_warn
 from lightning_wdefense.attacks import Attack, ThreatModel, WorstCase, worst_case
+from lightning_wdefense.attacks.labels import ignoring
+from lightning_wdefense.attacks.norms import per_sample
 from lightning_wdefense.attacks.places import Perturb
 from lightning_wdefense.attacks.registry import Attacks, evaluation_attacks
 from lightning_wdefense.callbacks.evaluation import EvaluationMonitor, Noise
@@ -167,7 +169,8 @@ class RobustnessMonitor(EvaluationMonitor[Measures]):
             fitted = {name: subject.fitted(attack) for name, attack in attacks.items()}
             return worst_case(subject.model, fitted, subject.inputs, subject.labels, **options)
 
-        result = run(self.attacks, independent=self.independent)
+        whole = isinstance(subject, StepSubject)
+        result = run(self.attacks, independent=self.independent, everyone=whole)
         measures.classified.update(len(result.labels))
         measures.accuracy.update(result.clean, result.adversarial, result.labels)
         measures.success.update(result.clean, result.worst, result.labels)
@@ -178,7 +181,16 @@ class RobustnessMonitor(EvaluationMonitor[Measures]):
             (_, clean), (_, moved) = self.observe(subject, subject.inputs, result.inputs)
             clean, moved = clean[result.attacked], moved[result.attacked]
             self._add_shift(measures.shift, clean, moved)
-        return result.inputs
+        return result.inputs if whole else self._complete(subject, result, noise)
+
+    def _complete(self, subject: Subject, result: WorstCase, noise: Noise) -> Tensor:
+        """The worst inputs, of those samples as well that were wrong before: the module's own metrics may be others than accuracy."""
+        first = next(iter(self.attacks.values()))
+        if first.of_losses() is None or bool(result.attacked.all()):
+            return result.inputs
+        labels = ignoring(subject.labels, self.ignore_index)
+        found = first(subject.model, subject.inputs, labels, generator=noise(), samples=~result.attacked)
+        return torch.where(per_sample(result.attacked, found), result.inputs, found)
 
     def _measure_loss(self, measures: Measures, subject: StepSubject, noise: Noise) -> Tensor:
         """Attack the step's own loss, which is one for the whole batch: the attack that raises it most counts."""

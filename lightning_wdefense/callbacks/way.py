@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -284,7 +285,7 @@ class EvaluationWay:
             elif self.through == "auto" and self._perturb is None and look.plain and look.outputs == "model":
                 return "model"
             else:
-                return name, look
+                return self._evaluated(looks, stage, name, len(site.values))
         if self.through == "auto" and self._perturb is None and self._fits(model, batch, looks):
             return "model"
         what = f"A batch of the {stage} dataloader {place[1] or 0} cannot be attacked: {'; '.join(reasons)}."
@@ -295,6 +296,23 @@ class EvaluationWay:
         raise ValueError(
             f"{what} Return the loss from {stage}_step, or log it under a key with 'loss' in it; or name what is attacked with inputs= or perturb=."
         )
+
+    def _evaluated(self, looks: list[Look], stage: str, name: str, rows: int) -> tuple[str, Look] | Literal["model"]:
+        """The step to go through: the evaluation's own, where the logits that the loss of ``training_step`` showed are seen in it as well.
+
+        What ``training_step`` does besides, such as augmenting, is no part of the evaluation.
+        """
+        own, look = looks[0], looks[-1]
+        if name != "training_step" or len(looks) < 2 or look.outputs is None or look.rows != rows:
+            return name, look
+        if look.outputs == "model":
+            if not own.model_ran:
+                return name, look
+            pick = None if own.tensor else look.pick
+            if own.plain and pick is None and self.through == "auto" and self._perturb is None:
+                return "model"
+            return f"{stage}_step", replace(look, noise=own.noise, pick=pick)
+        return (name, look) if own.model_ran or not own.head_ran else (f"{stage}_step", replace(look, noise=own.noise))
 
     def _fits(self, model: nn.Module, batch: Any, looks: list[Look]) -> bool:
         """Whether, for want of a loss, a plain pass may be taken: none of the steps was seen to run the model on anything else."""

@@ -10,10 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
 
 LARGEST = 2**22
 """Elements of a tensor or an array whose values are kept; a larger one is a data set. Of a metric all are kept."""
+
+MOST = 2**26
+"""Elements of all parameters together, 256 MiB of float32, whose values are kept; of larger models those of frozen ones, if they are no more."""
 
 LONGEST = 10_000
 """Entries of a container in an object that is no module; a longer one is a data set."""
@@ -27,9 +31,9 @@ _LOOKED_AFTER = frozenset({"training", "_buffers"})
 
 
 class PlainState:
-    """The plain attributes of a module and its submodules: counters, containers, metrics' states, caches, generators; and its buffers.
+    """The plain attributes of a module and its submodules: counters, containers, metrics' states, caches, generators; buffers; parameters.
 
-    Attributes are put back as they were, lists, dicts, sets and deques filled with what was in them, tensors given their values.
+    A step may move parameters itself, as those of an average of the model. Attributes are put back as they were, lists, dicts, sets and deques filled with what was in them, tensors given their values.
     Metrics are found also in plain containers. Of an object that is no module (an average that the step updates) the attributes are
     kept; what is deeper inside, and what lies outside of Python (files), is not.
 
@@ -47,6 +51,7 @@ class PlainState:
         self._inference: list[tuple[dict[str, Any], str, Tensor]] = []
         for each in module.modules():
             self._keep_module(each, buffers)
+        self._keep_parameters(list(module.parameters()))
 
     def restore(self) -> None:
         """Put everything back."""
@@ -66,7 +71,7 @@ class PlainState:
                 if isinstance(value, np.ndarray):
                     value[...] = copy
                 elif value._version != version:  # only what was written: a graph may have saved the others
-                    if value.requires_grad and not required and not value._is_view():
+                    if value.requires_grad and not required and not value._is_view() and value.grad_fn is not None:
                         value.detach_()
                     value.copy_(copy)
                     kept[2] = value._version
@@ -77,6 +82,15 @@ class PlainState:
         """Put copies in place of inference tensors, which code outside of ``inference_mode`` cannot write to."""
         for attributes, name, copy in self._inference:
             attributes[name] = copy.clone()
+
+    def _keep_parameters(self, parameters: list[nn.Parameter]) -> None:
+        for kept in (parameters, [each for each in parameters if not each.requires_grad]):
+            if any(is_lazy(each) for each in kept):
+                return
+            if sum(each.numel() for each in kept) <= MOST:
+                for each in kept:
+                    self._keep_value(each)
+                return
 
     def _keep_module(self, module: nn.Module, buffers: bool) -> None:
         if id(module) in self._seen:

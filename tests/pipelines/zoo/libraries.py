@@ -201,7 +201,7 @@ def boring_loss(module: Any, batch: Any, x: Tensor) -> Tensor:
 
 
 PIPELINES = [
-    classifier("torchvision_resnet", TorchvisionClassifier, few_digits, epochs=5),
+    classifier("torchvision_resnet", TorchvisionClassifier, few_digits, epochs=8),
     classifier("timm_resnet", TimmClassifier, digit_loaders, epochs=4, needs="timm"),
     Pipeline(
         "torchvision_segmentation",
