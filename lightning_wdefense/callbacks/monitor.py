@@ -150,7 +150,7 @@ class RobustnessMonitor(EvaluationMonitor[Measures]):
         if subject.classifies:
             return
         for name, attack in self.attacks.items():
-            if attack.of_losses() is None:
+            if attack.of_losses() is None and not (callable(getattr(attack, "loss", None)) and subject.has_outputs):
                 raise ValueError(
                     f"The attack {name!r} reads logits, and the labels of the batch are not seen to be classes of the outputs (measured: the loss "
                     'does not fall in the logit of the own class): attack the loss of the step with attacks=["pgd"], or say where the logits are '
@@ -196,6 +196,7 @@ class RobustnessMonitor(EvaluationMonitor[Measures]):
         """Attack the step's own loss, which is one for the whole batch: the attack that raises it most counts."""
         size = subject.site.size
         clean = subject.loss(subject.inputs)
+        measures.attacked.update(size)
         measures.losses["clean_loss"].update(clean, size)
         worst, largest = subject.inputs, clean
         for name, attack in self.attacks.items():

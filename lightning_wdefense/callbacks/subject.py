@@ -32,12 +32,14 @@ class Subject:
         labels: of the batch.
         model: a callable from inputs to outputs, which attacks are given, inside of :meth:`ready`.
         classifies: whether the labels are classes of the outputs; otherwise there is only the step's loss.
+        has_outputs: whether outputs are seen at all.
     """
 
     site: Site
     labels: Any
     model: Callable[[Tensor], Any]
     classifies: bool = True
+    has_outputs: bool = True
 
     @property
     def inputs(self) -> Tensor:
@@ -106,6 +108,7 @@ class StepSubject(Subject):
         self.step, self.site, self.labels, self.look = step, site, labels, look
         self._module, self._pick = model, picking(outputs)
         self.classifies = look.outputs is not None and look.rows == len(site.values)
+        self.has_outputs = look.model_ran > 0
         self._recorder = self._recorded(OUTPUTS)
         self.model = StepModel(step, site, self._recorder, self._read if self.classifies else None)
 
@@ -129,7 +132,7 @@ class StepSubject(Subject):
                 self.site,
                 noise=self.look.noise,
                 recorder=self._recorder,
-                read=None,
+                read=(lambda recording: recording.outputs[0]) if self.has_outputs else None,
                 labels=self.labels,
                 generator=generator,
             )

@@ -174,7 +174,7 @@ class StepPasses(Passes):
             self._site,
             noise=self._look.noise,
             recorder=self._recorder,
-            read=self.read if self._has_outputs else None,
+            read=self._read_for(attack),
             labels=self.labels,
             generator=generator,
             execution=execution,
@@ -227,9 +227,11 @@ class StepPasses(Passes):
             return outputs if self._look.pick is None else self._look.pick(outputs)
         return recording.heads[-1]
 
-    @property
-    def _has_outputs(self) -> bool:
-        return self._look.outputs is not None or self._look.model_ran > 0
+    def _read_for(self, attack: Attack) -> Callable[[Recording], Any] | None:
+        """How the attack is given outputs: a loss of the user's own all that the model returned, others the logits."""
+        if self._look.model_ran and callable(getattr(attack, "loss", None)):
+            return lambda recording: recording.outputs[0]
+        return self.read if self._look.outputs is not None or self._look.model_ran else None
 
     def branch_of(self, recording: Recording, result: Any) -> Branch:
         """What a call of the step showed."""

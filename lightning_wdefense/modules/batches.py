@@ -197,12 +197,12 @@ def _is_views(values: Any) -> bool:
 
 
 def _leaves(batch: Any, path: Path) -> list[Path]:
+    """The inputs in what a path leads to: all of a container whose tensors are alike, else those of the batch that it is."""
     found = at(batch, path)
-    return (
-        [path + leaf for leaf in tensor_paths(found)]
-        if isinstance(found, (tuple, list, Mapping)) and tensor_paths(found)
-        else [path]
-    )
+    if not isinstance(found, (tuple, list, Mapping)):
+        return [path]
+    deeper = [(*leaf,) for leaf in tensor_paths(found)] if _is_views(found) else _conventional(found)
+    return [path] if deeper is None else [path + leaf for leaf in deeper]
 
 
 def _describe(batch: Any) -> str:

@@ -42,12 +42,11 @@ def silenced(module: LightningModule, fx: str) -> Iterator[Logged]:
     logged: Logged = {}
     with contextlib.ExitStack() as stack:
         stack.enter_context(still(module))
+        for each in _lightning_modules(module):  # Lightning's own would take the graph from what is logged
+            stack.enter_context(_in_place_of(each, _logs_to(logged)))
         if is_a(trainer, "Trainer"):
             stack.enter_context(running(module, fx))
-            stack.enter_context(logging_to(trainer, results_to(logged)))
-        else:
-            for each in _lightning_modules(module):
-                stack.enter_context(_in_place_of(each, _logs_to(logged)))
+            stack.enter_context(logging_to(trainer, nowhere()))
         yield logged
 
 
@@ -75,12 +74,12 @@ def running(module: LightningModule, fx: str) -> Iterator[None]:
         module._current_fx_name = before
 
 
-def results_to(logged: Logged) -> Any:
-    """Lightning's collection of results that keeps nothing but the last value of each key, there."""
+def nowhere() -> Any:
+    """Lightning's collection of results that keeps nothing."""
 
     class Nowhere(result_collection()):  # type: ignore[misc]
-        def log(self, fx: str, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-            logged[name] = value
+        def log(self, *args: Any, **kwargs: Any) -> None:
+            pass
 
     return Nowhere(training=False)
 

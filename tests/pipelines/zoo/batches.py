@@ -282,5 +282,6 @@ PIPELINES = [
         lambda module, batch, x: accuracy(module.digit(module.body(x)), batch[1]),
         metric="val_digit_acc",
         gain=0.05,
+        tolerance=0.1,
     ),
 ]
