@@ -10,8 +10,6 @@ from torch import Tensor
 
 from lightning_wdefense._compat import Trainer, rank_zero_warn
 from lightning_wdefense.attacks import Attack, ThreatModel, WorstCase, worst_case
-from lightning_wdefense.attacks.labels import ignoring
-from lightning_wdefense.attacks.norms import per_sample
 from lightning_wdefense.attacks.places import Perturb
 from lightning_wdefense.attacks.registry import Attacks, evaluation_attacks
 from lightning_wdefense.callbacks.evaluation import EvaluationMonitor, Noise
@@ -48,7 +46,8 @@ class RobustnessMonitor(EvaluationMonitor[Measures]):
     Args:
         threat: what the attacker may do.
         attacks: names, attacks, or a mapping from names of your own to them. They run in this order, each only on the
-            samples that the ones before left right. PGD is for watching training; no claim of robustness should rest on
+            samples that the ones before left right (the first, if it follows gradients, on all, for the sake of metrics other than
+            accuracy). PGD is for watching training; no claim of robustness should rest on
             less than ``"autoattack"``.
         every_n_epochs: measure only every so many training epochs (the first validation always); in between the last values are
             logged again, so that monitored keys never go missing (``EarlyStopping`` counts those epochs in its patience).
@@ -169,8 +168,9 @@ class RobustnessMonitor(EvaluationMonitor[Measures]):
             fitted = {name: subject.fitted(attack) for name, attack in attacks.items()}
             return worst_case(subject.model, fitted, subject.inputs, subject.labels, **options)
 
-        whole = isinstance(subject, StepSubject)
-        result = run(self.attacks, independent=self.independent, everyone=whole)
+        # The module's own metrics may be others than accuracy, so samples that were wrong before are moved as well.
+        by_gradient = next(iter(self.attacks.values())).of_losses() is not None
+        result = run(self.attacks, independent=self.independent, everyone=by_gradient)
         measures.classified.update(len(result.labels))
         measures.accuracy.update(result.clean, result.adversarial, result.labels)
         measures.success.update(result.clean, result.worst, result.labels)
@@ -181,16 +181,7 @@ class RobustnessMonitor(EvaluationMonitor[Measures]):
             (_, clean), (_, moved) = self.observe(subject, subject.inputs, result.inputs)
             clean, moved = clean[result.attacked], moved[result.attacked]
             self._add_shift(measures.shift, clean, moved)
-        return result.inputs if whole else self._complete(subject, result, noise)
-
-    def _complete(self, subject: Subject, result: WorstCase, noise: Noise) -> Tensor:
-        """The worst inputs, of those samples as well that were wrong before: the module's own metrics may be others than accuracy."""
-        first = next(iter(self.attacks.values()))
-        if first.of_losses() is None or bool(result.attacked.all()):
-            return result.inputs
-        labels = ignoring(subject.labels, self.ignore_index)
-        found = first(subject.model, subject.inputs, labels, generator=noise(), samples=~result.attacked)
-        return torch.where(per_sample(result.attacked, found), result.inputs, found)
+        return result.inputs
 
     def _measure_loss(self, measures: Measures, subject: StepSubject, noise: Noise) -> Tensor:
         """Attack the step's own loss, which is one for the whole batch: the attack that raises it most counts."""

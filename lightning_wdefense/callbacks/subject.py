@@ -139,7 +139,7 @@ class StepSubject(Subject):
 
     def loss(self, values: Tensor) -> float:
         """The step's own loss at these values."""
-        with self.site.moved(values) as batch, torch.no_grad():
+        with self.site.moved(values) as batch, torch.enable_grad():  # by its graph a logged loss is known
             loss = self.step.loss(batch)
         return float("nan") if loss is None else float(loss.detach().float().mean())
 
