@@ -137,10 +137,10 @@ class EvaluationMonitor(Callback, Generic[MeasuresT]):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check early that the strategy leaves the model whole."""
         check_strategy(trainer, type(self).__name__)
+        self._way = self._new_way()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check before the first epoch what is needed only after it."""
-        self._way = self._new_way()
         self._check_features(pl_module)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -17,10 +17,12 @@ from lightning_wdefense.attacks.labels import class_labels, hard_labels
 from lightning_wdefense.attacks.registry import evaluation_attacks
 from lightning_wdefense.callbacks.pictures import Picture, log_pictures, shows_pictures
 from lightning_wdefense.callbacks.schedule import evaluation_generator, is_due
+from lightning_wdefense.callbacks.subject import StepSubject, Subject
 from lightning_wdefense.callbacks.support import attacked_model
-from lightning_wdefense.modules.batches import Batches, Key
-from lightning_wdefense.modules.isolation import isolated
-from lightning_wdefense.modules.outputs import logits_of, predictions
+from lightning_wdefense.callbacks.way import EvaluationWay, Through, check_through
+from lightning_wdefense.modules.batches import Batches, Inputs, Labels, map_tensors
+from lightning_wdefense.modules.outputs import Pick, logits_of, predictions
+from lightning_wdefense.modules.recording import OUTPUTS
 
 MIN_SIDE = 96
 """Smaller images are enlarged by a whole factor, so that they can be looked at."""
@@ -41,8 +43,10 @@ class AdversarialExampleLogger(Callback):
         every_n_epochs: show them only every so many training epochs (in the first validation always).
         class_names: names of the classes for the captions.
         model: dotted path to the submodule that takes the inputs and returns logits, if not the module itself.
-        inputs: position, key or attribute of the inputs in a batch; by default found by convention.
+        through: as for :class:`RobustnessMonitor`; so are the next ones.
+        inputs: where the inputs are in a batch.
         labels: the same for the labels.
+        outputs: where in what the model returns the logits are.
         seed: seeds the attack's noise.
 
     Raises:
@@ -62,9 +66,11 @@ class AdversarialExampleLogger(Callback):
         samples: int = 8,
         every_n_epochs: int = 1,
         class_names: Sequence[str] | None = None,
+        through: Through = "auto",
         model: str | None = None,
-        inputs: Key = None,
-        labels: Key = None,
+        inputs: Inputs = None,
+        labels: Labels = None,
+        outputs: Pick = None,
         seed: int = 0,
     ) -> None:
         for name, value in (("samples", samples), ("every_n_epochs", every_n_epochs)):
@@ -72,17 +78,20 @@ class AdversarialExampleLogger(Callback):
                 raise ValueError(f"{name} must be at least 1, got {value}.")
         (self.attack,) = evaluation_attacks([attack], threat).values()
         self.threat, self.samples, self.every_n_epochs, self.class_names = threat, samples, every_n_epochs, class_names
-        self.model, self.seed = model, seed
-        self._batches = Batches(inputs, labels)
+        check_through(through, None)
+        self.model, self.seed, self.through = model, seed, through
+        self._batches, self._outputs = Batches(inputs, labels), outputs
+        self._way = EvaluationWay(through, self._batches, outputs=outputs)
         self._epoch: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check early that the strategy leaves the model whole."""
         check_strategy(trainer, "AdversarialExampleLogger")
+        self._way = EvaluationWay(self.through, self._batches, outputs=self._outputs)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check before the first epoch what is needed only after it."""
-        attacked_model(pl_module, self.model)
+        attacked_model(pl_module, self.model, needs_forward=self.through == "model")
 
     def on_validation_batch_end(
         self,
@@ -120,42 +129,68 @@ class AdversarialExampleLogger(Callback):
         """Before the first epoch, see that the model's classes have names."""
         if self.class_names is None or not shows_pictures(trainer):
             return
-        inputs, _ = self._batches.read(batch)
-        model = attacked_model(pl_module, self.model)
-        with torch.inference_mode(False), trainer.precision_plugin.forward_context(), isolated(model, inputs.device):
-            self._check_names(logits_of(model(inputs.detach().clone()[:1])).shape[1])
+        with torch.inference_mode(False), trainer.precision_plugin.forward_context():
+            subject = self._subject(pl_module, "validation", batch, None)
+            with subject.ready():
+                ((outputs, _),) = subject.observe(OUTPUTS, subject.inputs)
+            if subject.classifies:
+                self._check_names(logits_of(outputs).shape[1])
 
     def _show(
         self, trainer: Trainer, pl_module: LightningModule, stage: str, batch: Any, batch_idx: int, dataloader_idx: int
     ) -> None:
         if batch_idx or dataloader_idx or not shows_pictures(trainer):
             return
-        inputs, labels = self._batches.read(batch)
-        if inputs.ndim != 4 or inputs.shape[1] not in (1, 3, 4):
-            rank_zero_warn(
-                f"AdversarialExampleLogger shows images (N, C, H, W) of 1, 3 or 4 channels; inputs of shape {tuple(inputs.shape)} are "
-                "not shown."
-            )
-            return
-        shown = torch.arange(min(self.samples, len(inputs)), device=inputs.device)
-        model = attacked_model(pl_module, self.model)
+        loaders = trainer.num_val_batches if stage == "val" else trainer.num_test_batches
         with torch.inference_mode(False), trainer.precision_plugin.forward_context():
+            name = "validation" if stage == "val" else "test"
+            subject = self._subject(pl_module, name, batch, dataloader_idx if len(loaders) > 1 else None)
+            inputs = subject.inputs
+            if inputs.ndim != 4 or inputs.shape[1] not in (1, 3, 4):
+                rank_zero_warn(
+                    "AdversarialExampleLogger shows images (N, C, H, W) of 1, 3 or 4 channels; inputs of shape "
+                    f"{tuple(inputs.shape)} are not shown."
+                )
+                return
+            shown = torch.arange(min(self.samples, len(inputs)), device=inputs.device)
             generator = evaluation_generator(trainer, self.seed, batch_idx, dataloader_idx, inputs.device)
-            attacked = self.attack(model, inputs, labels, generator=generator, samples=shown)
-            clean = inputs.detach().clone()
-            with isolated(model, inputs.device):
-                # Whole batches, since not every model takes a part of one; and copies, since it may work in place.
-                outputs, attacked_outputs = model(clean.clone()), model(attacked.clone())
-                target = hard_labels(class_labels(labels.detach().clone(), outputs))[shown]
-                self._check_names(logits_of(outputs).shape[1])
-                before, after = (_verdicts(each)[: len(shown)] for each in (outputs, attacked_outputs))
-            clean, attacked = clean[shown], attacked[shown]
-        captions = [
+            if subject.classifies:
+                attacked, captions = self._classified(subject, shown, generator)
+            else:
+                attacked, captions = self._by_loss(subject, shown, generator)
+            clean, attacked = inputs.detach()[shown], attacked[shown]
+        pictures = triptychs(self.threat.to_data(clean.float()), self.threat.to_data(attacked.float()), self.threat)
+        log_pictures(trainer, f"{stage}/adversarial_examples", pictures, captions)
+
+    def _subject(self, pl_module: LightningModule, stage: str, batch: Any, dataloader_idx: int | None) -> Subject:
+        batch = map_tensors(batch, lambda each: each.clone() if each.is_inference() else each)
+        model = attacked_model(pl_module, self.model, needs_forward=self.through == "model")
+        subject = self._way.subject(pl_module, model, self.threat, stage, batch, (0, dataloader_idx))
+        assert subject is not None  # the first dataloader's
+        return subject
+
+    def _classified(self, subject: Subject, shown: Tensor, generator: torch.Generator) -> tuple[Tensor, list[str]]:
+        """The attacked inputs, and what the classifier says of those that are shown."""
+        inputs, labels, attack = subject.inputs, subject.labels, subject.fitted(self.attack)
+        with subject.ready():
+            attacked = attack(subject.model, inputs, labels, generator=generator, samples=shown)
+            # Whole batches, since not every model takes a part of one.
+            (outputs, _), (attacked_outputs, _) = subject.observe(OUTPUTS, inputs, attacked)
+        target = hard_labels(class_labels(labels.detach().clone(), outputs))[shown]
+        self._check_names(logits_of(outputs).shape[1])
+        before, after = (_verdicts(each)[: len(shown)] for each in (outputs, attacked_outputs))
+        return attacked, [
             f"label {self._class(label)}; clean: {self._class(was)} ({sure:.0%}); attacked: {self._class(now)} ({sure_now:.0%})"
             for label, (was, sure), (now, sure_now) in zip(target.tolist(), before, after, strict=True)
         ]
-        pictures = triptychs(self.threat.to_data(clean.float()), self.threat.to_data(attacked.float()), self.threat)
-        log_pictures(trainer, f"{stage}/adversarial_examples", pictures, captions)
+
+    def _by_loss(self, subject: Subject, shown: Tensor, generator: torch.Generator) -> tuple[Tensor, list[str]]:
+        """The attacked inputs, and the loss of the whole batch, where there are no classes."""
+        assert isinstance(subject, StepSubject)
+        attacked = subject.attack(self.attack, generator)
+        with subject.ready():
+            clean, worst = subject.loss(subject.inputs), subject.loss(attacked)
+        return attacked, [f"loss of the batch: {clean:.3g}; attacked: {worst:.3g}"] * len(shown)
 
     def _class(self, index: int) -> str:
         if index < 0:
