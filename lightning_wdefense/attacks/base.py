@@ -123,7 +123,7 @@ class Attack(ABC):
             generator = generator or torch.Generator(inputs.device).manual_seed(self.seed)
             problem = Problem(
                 model,
-                OnParts(run, clean, whole=not getattr(model, "takes_parts", True)),
+                OnParts(run, clean, whole=execution.whole or not getattr(model, "takes_parts", True)),
                 data,
                 labels,
                 box,

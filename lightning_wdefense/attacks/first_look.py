@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ from lightning_wdefense._autograd import gradients
 from lightning_wdefense._guests import hook
 from lightning_wdefense.attacks.labels import class_labels, counted, hard_labels
 from lightning_wdefense.attacks.places import Site
-from lightning_wdefense.modules.isolation import eager
+from lightning_wdefense.modules.isolation import eager, isolated
 from lightning_wdefense.modules.outputs import float32_or_better, has_one_output, logits_of, tensor_of
 from lightning_wdefense.modules.plain_state import iterators_of
 from lightning_wdefense.modules.recording import CONVOLUTIONS
@@ -136,7 +138,34 @@ def _look(
     moved = again is None or abs(float(again.detach().mean()) - look.loss) > SAME * (1e-6 + abs(look.loss))
     if moved and iterators_of(step.module):
         raise _consumed(step)
+    if moved and np.isfinite(look.loss):
+        warnings.warn(
+            f"{step.name} of {type(step.module).__name__} gave two losses for one batch, {look.loss:.6g} and "
+            f"{'none' if again is None else format(float(again.detach().mean()), '.6g')}: it draws on something that cannot be put back (a random "
+            "source of its own, state outside of the module), so the adversary climbs a hill that moves.",
+            stacklevel=2,
+        )
     return look
+
+
+def part_differs(model: nn.Module, values: Tensor, pick: Callable[[Any], Any]) -> str:
+    """Why a part of a batch is not run as in the whole: the model fails on it, or its outputs are others; empty where they are the same."""
+    half = len(values) // 2
+    if half == 0:
+        return ""
+    with eager(), isolated(model, values.device), torch.no_grad():
+        whole = tensor_of(pick(model(values.clone())))[:half]
+        try:
+            part = tensor_of(pick(model(values[:half].clone())))
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+    if part.shape != whole.shape:
+        return f"outputs of shape {tuple(part.shape)} for {half} samples"
+    largest = float(whole.float().abs().max()) if whole.numel() else 0.0
+    apart = float((part.float() - whole.float()).abs().max()) if whole.numel() else 0.0
+    if apart > 16 * max(SAME, torch.finfo(whole.dtype).eps) * largest:
+        return "its outputs for a sample depend on the others of the batch"
+    return ""
 
 
 class ConsumedError(ValueError):

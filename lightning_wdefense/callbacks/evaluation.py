@@ -13,12 +13,13 @@ from lightning_wdefense._compat import Callback, LightningModule, Trainer, datal
 from lightning_wdefense._strategy import check_strategy
 from lightning_wdefense.attacks.places import Perturb
 from lightning_wdefense.attacks.threat import ThreatModel
+from lightning_wdefense.callbacks.evaluation_way import EvaluationWay
 from lightning_wdefense.callbacks.progress import RichProgress, TqdmProgress, attack_progress
 from lightning_wdefense.callbacks.schedule import evaluation_generator, is_due
 from lightning_wdefense.callbacks.shadow import Shadow
 from lightning_wdefense.callbacks.subject import Observed, Subject
 from lightning_wdefense.callbacks.support import attacked_model
-from lightning_wdefense.callbacks.way import EvaluationWay, Through, check_through
+from lightning_wdefense.callbacks.way import Through, check_through
 from lightning_wdefense.modules.batches import Batches, Inputs, Labels, map_tensors
 from lightning_wdefense.modules.outputs import Pick
 from lightning_wdefense.modules.recording import OUTPUTS, ForwardRecorder

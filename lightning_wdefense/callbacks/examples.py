@@ -15,11 +15,12 @@ from lightning_wdefense._strategy import check_strategy
 from lightning_wdefense.attacks import Attack, ThreatModel
 from lightning_wdefense.attacks.labels import class_labels, hard_labels
 from lightning_wdefense.attacks.registry import evaluation_attacks
+from lightning_wdefense.callbacks.evaluation_way import EvaluationWay
 from lightning_wdefense.callbacks.pictures import Picture, log_pictures, shows_pictures
 from lightning_wdefense.callbacks.schedule import evaluation_generator, is_due
 from lightning_wdefense.callbacks.subject import StepSubject, Subject
 from lightning_wdefense.callbacks.support import attacked_model
-from lightning_wdefense.callbacks.way import EvaluationWay, Through, check_through
+from lightning_wdefense.callbacks.way import Through, check_through
 from lightning_wdefense.modules.batches import Batches, Inputs, Labels, map_tensors
 from lightning_wdefense.modules.outputs import Pick, logits_of, predictions
 from lightning_wdefense.modules.recording import OUTPUTS

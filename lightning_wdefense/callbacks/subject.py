@@ -68,12 +68,16 @@ class ModelSubject(Subject):
         site: the batch.
         labels: of the batch.
         outputs: finds the logits in what the model returns.
+        takes_parts: whether the model may be run on a part of a batch.
     """
 
-    def __init__(self, model: nn.Module, site: Site, labels: Any, outputs: Any = None) -> None:
+    def __init__(
+        self, model: nn.Module, site: Site, labels: Any, outputs: Any = None, *, takes_parts: bool = True
+    ) -> None:
         self._module, self._pick = model, picking(outputs)
         self.site, self.labels = site, labels
-        self.model = model if self._pick is None else Picked(model, self._pick)
+        plain = self._pick is None and takes_parts
+        self.model = model if plain else Picked(model, self._pick, takes_parts=takes_parts)
 
     def observe(self, features: str, *batches: Tensor) -> Observed:
         """Where ``"penultimate"`` features are wanted of a model without a linear layer, its outputs are taken, with a warning."""

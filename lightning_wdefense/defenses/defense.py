@@ -75,11 +75,15 @@ class Defense(Guest):
             self.batches += 1
         return self.batches
 
-    def passes(self, inputs: Tensor, labels: Any, model: Callable[[Tensor], Any] | None = None) -> ModelPasses:
-        """Plain forward passes of the model (or of a callable in its place) over a batch."""
+    def passes(
+        self, inputs: Tensor, labels: Any, model: Callable[[Tensor], Any] | None = None, *, whole: bool = False
+    ) -> ModelPasses:
+        """Plain forward passes of the model (or of a callable in its place) over a batch, never over a part of it where it is ``whole``."""
         run = model or self.model
         self.recorder.attach(trial_pass(run, inputs))
-        return ModelPasses(run, self.recorder, inputs, labels, compares=self.recipe.compares, pick=self.pick)
+        return ModelPasses(
+            run, self.recorder, inputs, labels, compares=self.recipe.compares, pick=self.pick, whole=whole
+        )
 
     def adversarial(
         self,

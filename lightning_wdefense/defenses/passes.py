@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -72,6 +73,7 @@ class ModelPasses(Passes):
         labels: of the batch.
         compares: whether the outputs must hold a tensor.
         pick: finds the outputs in what the model returns, for the attack.
+        whole: never run a part of the batch.
     """
 
     def __init__(
@@ -83,7 +85,9 @@ class ModelPasses(Passes):
         *,
         compares: bool = True,
         pick: Callable[[Any], Any] | None = None,
+        whole: bool = False,
     ) -> None:
+        self._whole = whole
         self.model, self._recorder, self.values, self.labels = model, recorder, inputs, labels
         self._compares, self._pick = compares, pick
 
@@ -92,6 +96,8 @@ class ModelPasses(Passes):
     ) -> Tensor:
         """The inputs that the attack finds."""
         model = self.model if self._pick is None else Picked(self.model, self._pick)
+        if self._whole:
+            execution = replace(execution or Execution(), whole=True)
         return attack(model, self.values, self.labels, generator=generator, execution=execution)
 
     def run(self, values: Tensor) -> Branch:

@@ -129,6 +129,12 @@ class Recipe:
         """Whether a term of the loss reads what the model returned, and not only the user's own step."""
         return self.weight > 0 or self.other_weight > 0 or self.margin_weight > 0
 
+    @property
+    def compares_classes(self) -> bool:
+        """Whether a term of the loss, or the attack, reads outputs as logits of classes."""
+        by_divergence = self.weight > 0 and self.discrepancy in ("kl", "weighted-kl")
+        return by_divergence or self.margin_weight > 0 or getattr(self.attack, "loss", None) == "kl"
+
     def attack_at(self, radius: float) -> Attack:
         """The attack with its eps multiplied by ``radius`` (the warm-up), and its steps as well where they ramp."""
         attack = self.attack

@@ -38,6 +38,8 @@ class Execution:
             gradients are compiled, not the weights'. Modules that are compiled already, or scripted, run as they are. Attacks
             of torchattacks run it eagerly, since they may walk a graph twice. Hooks are those that the module has when it is
             compiled first, as always with ``torch.compile``.
+        whole: never run the model on a part of a batch, where early exit, restarts or several attacks leave some samples: for models whose
+            outputs of a sample depend on the others. The callbacks find that out by themselves.
 
     Raises:
         ValueError: if there is no such precision.
@@ -59,6 +61,7 @@ class Execution:
     precision: Literal["bf16"] | None = None
     channels_last: bool = False
     compile: bool = False
+    whole: bool = False
 
     def __post_init__(self) -> None:
         if self.precision not in (None, "bf16"):

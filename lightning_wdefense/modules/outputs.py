@@ -52,15 +52,24 @@ def picking(pick: Pick) -> Callable[[Any], Any] | None:
 
 
 class Picked:
-    """A model whose outputs are picked from what it returns."""
+    """A model whose outputs are picked from what it returns.
 
-    def __init__(self, model: Callable[[Tensor], Any], pick: Callable[[Any], Any]) -> None:
-        self._model, self._pick = model, pick
+    Args:
+        model: the model.
+        pick: finds the outputs; ``None`` for all of them.
+        takes_parts: whether it may be run on a part of a batch.
+    """
+
+    def __init__(
+        self, model: Callable[[Tensor], Any], pick: Callable[[Any], Any] | None, *, takes_parts: bool = True
+    ) -> None:
+        self._model, self._pick, self.takes_parts = model, pick, takes_parts
         self.__self__ = model if isinstance(model, nn.Module) else getattr(model, "__self__", None)
 
     def __call__(self, inputs: Tensor) -> Any:
         """The picked outputs."""
-        return self._pick(self._model(inputs))
+        outputs = self._model(inputs)
+        return outputs if self._pick is None else self._pick(outputs)
 
 
 def _pick(name: str | int, outputs: Any) -> Any:

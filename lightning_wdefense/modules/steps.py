@@ -80,11 +80,16 @@ class Step:
             before = self._state, self._random, self._training, self.logged
             self._state, self._random = state, RandomState(device)
             self._training, self.logged = training, logged
+            gradients = [(parameter, parameter.grad) for parameter in module.parameters()]
+            for parameter, _ in gradients:  # a step may call backward() itself
+                parameter.grad = None
             try:
                 yield
             finally:
                 self._state, self._random, self._training, self.logged = before
                 state.restore()
+                for parameter, gradient in gradients:
+                    parameter.grad = gradient
 
     def __call__(self, batch: Any) -> Any:
         """What the step returns for this batch."""

@@ -1,6 +1,6 @@
 """The table of planted faults, a module or two for each folder of the package; read by ``planted_faults.py``."""
 
-from faults import attack_kinds, attacks, callbacks, defenses, detection, metrics, transport
+from faults import attack_kinds, attacks, callbacks, defenses, detection, metrics, steps, transport
 from faults.fault import Fault
 
 FAULTS: list[Fault] = [
@@ -10,6 +10,7 @@ FAULTS: list[Fault] = [
     *defenses.FAULTS,
     *detection.FAULTS,
     *metrics.FAULTS,
+    *steps.FAULTS,
     *transport.FAULTS,
 ]
 

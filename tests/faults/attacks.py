@@ -78,8 +78,8 @@ FAULTS = [
     Fault(
         "the penultimate layer is the first linear one",
         "modules/recording.py",
-        "return ran[-1]",
-        "return ran[0]",
+        "for module in reversed(ran):",
+        "for module in ran:",
         ("tests/callbacks/test_defense.py::TestLoss::test_features_of_any_layer",),
     ),
     # ------------------------------------------------------------------------------ threat, norms, losses

@@ -51,8 +51,8 @@ FAULTS = [
     Fault(
         "the step sees the other branch",
         "callbacks/defense.py",
-        "batch if sees_clean else self._batches.replace(batch, adversarial)",
-        "self._batches.replace(batch, adversarial) if sees_clean else batch",
+        "contextlib.nullcontext(batch) if sees_clean else site.moved(adversarial)",
+        "site.moved(adversarial) if sees_clean else contextlib.nullcontext(batch)",
         (f"{DEFENSE}TestLoss::test_equals_the_formula[pgd-at]",),
     ),
     Fault(
@@ -131,9 +131,9 @@ FAULTS = [
     ),
     Fault(
         "the recorder's hooks stay on the model",
-        "callbacks/evaluation.py",
-        "recorder.detach()",
-        "pass",
+        "callbacks/subject.py",
+        "return [recorder.observe(batch.detach().clone()) for batch in batches]  # the model may work in place\n        finally:\n            recorder.detach()",
+        "return [recorder.observe(batch.detach().clone()) for batch in batches]\n        finally:\n            pass",
         ("tests/callbacks/test_monitor_invisible.py",),
     ),
     Fault(
@@ -225,20 +225,20 @@ FAULTS = [
     Fault(
         "labels are looked for where inputs are",
         "modules/batches.py",
-        "else (1, LABEL_KEYS)",
-        "else (0, LABEL_KEYS)",
+        "return True, (1,)",
+        "return True, (0,)",
         ("tests/modules/test_batches.py::test_read_and_replace",),
     ),
     Fault(
         "the user's batch is changed",
-        "modules/batches.py",
+        "modules/paths.py",
         "changed = copy.copy(batch)",
         "changed = batch",
         ("tests/modules/test_batches.py::test_read_and_replace",),
     ),
     Fault(
         "a position one past the end is taken for one",
-        "modules/batches.py",
+        "modules/paths.py",
         "-len(batch) <= key < len(batch)",
         "-len(batch) <= key <= len(batch)",
         ("tests/modules/test_batches.py::test_errors_list_what_is_there",),
