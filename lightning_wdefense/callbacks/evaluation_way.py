@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from lightning_wdefense._compat import LightningModule, rank_zero_warn
+from lightning_wdefense._compat import LightningModule, is_a, rank_zero_warn
 from lightning_wdefense.attacks.first_look import Look, first_look
 from lightning_wdefense.attacks.labels import class_labels, ignoring
 from lightning_wdefense.attacks.places import InputSite, Perturb, Site
@@ -133,7 +133,9 @@ class EvaluationWay:
         reasons: list[str] = []
         looks: list[Look] = []
         site: Site | None = None
-        for name in (f"{stage}_step", "training_step"):
+        # A step that optimises or defends by itself says nothing of what an evaluation computes.
+        by_itself = not module.automatic_optimization or is_a(module, "WassersteinDefenseMixin")
+        for name in (f"{stage}_step", "training_step")[: 1 if by_itself else 2]:
             step = _step(module, name, place)
             try:
                 site = self._site(step, batch, threat, "off")
