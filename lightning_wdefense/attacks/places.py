@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from lightning_wdefense._guests import hook
 from lightning_wdefense.attacks.threat import ThreatModel
 from lightning_wdefense.modules.batches import Batches
+from lightning_wdefense.modules.isolation import eager
 from lightning_wdefense.modules.outputs import float32_or_better
+from lightning_wdefense.modules.paths import at, resolve
 from lightning_wdefense.modules.recording import submodule
 
 
@@ -137,7 +139,8 @@ class OutputSite(Site):
 
         handle = hook(self._module, move)
         try:
-            yield self._batch
+            with eager():  # what was compiled before does not notice the hook
+                yield self._batch
         finally:
             handle.remove()
 
@@ -149,7 +152,7 @@ class Perturb:
     Args:
         path: dotted path to the submodule, which must run once in the step and return a floating-point tensor ``(N, ...)``.
         by: ``"sample"`` for a ball around each sample's whole output, ``"token"`` for one around each vector of its last dimension.
-        padding: key of a mask in the batch ``(N, T)``, true or 1 where there is a token; what is padding is left alone. By default
+        padding: key, position or path of a mask in the batch ``(N, T)``, true or 1 where there is a token; what is padding is left alone. By default
             ``attention_mask`` or ``mask``, where the batch has it; the ``padding_idx`` of an ``nn.Embedding`` is heeded besides.
 
     References:
@@ -162,7 +165,7 @@ class Perturb:
 
     path: str
     by: Literal["sample", "token"] = "sample"
-    padding: str | None = None
+    padding: str | int | tuple[int | str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.by not in ("sample", "token"):
@@ -183,9 +186,14 @@ class Perturb:
         """
         module = submodule(root, self.path, "perturb")
         seen: list[tuple[Any, Any]] = []
-        handle = hook(module, lambda _, args, output: seen.append((args, output)))
+
+        def see(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            seen.append(((*args, *kwargs.values()), output))
+
+        handle = hook(module, see, keywords=True)
         try:
-            run()
+            with eager():
+                run()
         finally:
             handle.remove()
         if len(seen) != 1:
@@ -206,16 +214,23 @@ class Perturb:
         if isinstance(module, nn.Embedding) and module.padding_idx is not None:
             free = args[0] != module.padding_idx
         mask = _mask(batch, self.padding)
-        if mask is not None and mask.shape == output.shape[: mask.ndim]:
+        fits = mask is not None and mask.shape == output.shape[: mask.ndim]
+        if mask is not None and self.padding is not None and not fits:
+            raise ValueError(
+                f"padding={self.padding!r} has shape {tuple(mask.shape)}, which does not fit the output of perturb={self.path!r}, "
+                f"{tuple(output.shape)}: name a mask of its first dimensions, true where there is a token."
+            )
+        if mask is not None and fits:
             free = mask.bool() if free is None else free & mask.bool()
         if free is None:
             return None
         return free.reshape(*free.shape, *[1] * (output.ndim - free.ndim))
 
 
-def _mask(batch: Any, key: str | None) -> Tensor | None:
+def _mask(batch: Any, key: str | int | tuple[int | str, ...] | None) -> Tensor | None:
     for name in ("attention_mask", "mask") if key is None else (key,):
-        found = batch.get(name) if isinstance(batch, Mapping) else getattr(batch, name, None)
+        path = resolve(batch, name)
+        found = None if path is None else at(batch, path)
         if isinstance(found, Tensor):
             return found
     if key is not None:
