@@ -20,6 +20,9 @@ from lightning_wdefense.modules.outputs import float32_or_better
 from lightning_wdefense.modules.paths import at, resolve
 from lightning_wdefense.modules.recording import submodule
 
+CHANNELS = (1, 3, 4)
+"""So many channels make a tensor of three dimensions, in a list of which nothing else tells, an image and not a batch of sequences."""
+
 
 class Site(ABC):
     """One batch, and what of it the adversary may move.
@@ -56,7 +59,7 @@ class InputSite(Site):
         self._inputs = [each.detach() for each in batches.inputs(batch)]
         self.threat, self._rows = threat, False
         self.size = len(self._inputs) if self._samples else len(self._inputs[0])
-        if len(self._inputs) == 1:
+        if len(self._inputs) == 1 and not self._samples:
             self.values = self._inputs[0]
         elif len({each.shape[1:] for each in self._inputs}) == 1 and not self._samples:
             self.values = torch.cat(self._inputs)
@@ -70,14 +73,24 @@ class InputSite(Site):
 
     @cached_property
     def _samples(self) -> bool:
-        """Whether each tensor is one sample: images (C, H, W), or sequences of different lengths."""
-        first = self._inputs[0]
-        if len(self._inputs) == 1:
+        """Whether each tensor is one sample: images (C, H, W), or sequences of different lengths, in one list."""
+        count, lengths, dimensions = len(self._inputs), [len(each) for each in self._inputs], self._inputs[0].ndim
+        if dimensions < 2 or not self._in_a_list:
             return False
         labels = self._batches.labels_or_none(self._batch)
-        if isinstance(labels, Tensor) and labels.ndim and all(len(each) == len(labels) for each in self._inputs):
-            return False
-        return first.ndim == 3 or len({len(each) for each in self._inputs}) > 1
+        known = len(labels) if isinstance(labels, (list, tuple)) or (isinstance(labels, Tensor) and labels.ndim) else 0
+        if known:
+            by_sample, by_tensor = known == count, set(lengths) == {known} and isinstance(labels, Tensor)
+            if by_sample != by_tensor:
+                return by_sample
+        return len(set(lengths)) > 1 or (dimensions == 3 and lengths[0] in CHANNELS)
+
+    @property
+    def _in_a_list(self) -> bool:
+        if callable(self._batches._inputs):
+            return isinstance(self._batches._inputs(self._batch), (list, tuple))
+        paths = self._batches._paths(self._batch)
+        return len({path[:-1] for path in paths}) == 1 and len(paths[0]) > 1 and isinstance(paths[0][-1], int)
 
     def _batched(self, each: Tensor) -> Tensor:
         return each.unsqueeze(0) if self._samples else each
@@ -88,7 +101,7 @@ class InputSite(Site):
         yield self._batches.replace(self._batch, self._unpacked(values))
 
     def _unpacked(self, values: Tensor) -> list[Tensor]:
-        if len(self._inputs) == 1:
+        if not self._rows and len(self._inputs) == 1:
             return [values]
         found, start = [], 0
         for each in self._inputs:
