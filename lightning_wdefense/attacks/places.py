@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -15,8 +15,13 @@ from torch import Tensor, nn
 from lightning_wdefense._guests import hook
 from lightning_wdefense.attacks.threat import ThreatModel
 from lightning_wdefense.modules.batches import Batches
+from lightning_wdefense.modules.isolation import eager
 from lightning_wdefense.modules.outputs import float32_or_better
+from lightning_wdefense.modules.paths import at, resolve
 from lightning_wdefense.modules.recording import submodule
+
+CHANNELS = (1, 3, 4)
+"""So many channels make a tensor of three dimensions, in a list of which nothing else tells, an image and not a batch of sequences."""
 
 
 class Site(ABC):
@@ -54,7 +59,7 @@ class InputSite(Site):
         self._inputs = [each.detach() for each in batches.inputs(batch)]
         self.threat, self._rows = threat, False
         self.size = len(self._inputs) if self._samples else len(self._inputs[0])
-        if len(self._inputs) == 1:
+        if len(self._inputs) == 1 and not self._samples:
             self.values = self._inputs[0]
         elif len({each.shape[1:] for each in self._inputs}) == 1 and not self._samples:
             self.values = torch.cat(self._inputs)
@@ -68,14 +73,24 @@ class InputSite(Site):
 
     @cached_property
     def _samples(self) -> bool:
-        """Whether each tensor is one sample: images (C, H, W), or sequences of different lengths."""
-        first = self._inputs[0]
-        if len(self._inputs) == 1:
+        """Whether each tensor is one sample: images (C, H, W), or sequences of different lengths, in one list."""
+        count, lengths, dimensions = len(self._inputs), [len(each) for each in self._inputs], self._inputs[0].ndim
+        if dimensions < 2 or not self._in_a_list:
             return False
         labels = self._batches.labels_or_none(self._batch)
-        if isinstance(labels, Tensor) and labels.ndim and all(len(each) == len(labels) for each in self._inputs):
-            return False
-        return first.ndim == 3 or len({len(each) for each in self._inputs}) > 1
+        known = len(labels) if isinstance(labels, (list, tuple)) or (isinstance(labels, Tensor) and labels.ndim) else 0
+        if known:
+            by_sample, by_tensor = known == count, set(lengths) == {known} and isinstance(labels, Tensor)
+            if by_sample != by_tensor:
+                return by_sample
+        return len(set(lengths)) > 1 or (dimensions == 3 and lengths[0] in CHANNELS)
+
+    @property
+    def _in_a_list(self) -> bool:
+        if callable(self._batches._inputs):
+            return isinstance(self._batches._inputs(self._batch), (list, tuple))
+        paths = self._batches._paths(self._batch)
+        return len({path[:-1] for path in paths}) == 1 and len(paths[0]) > 1 and isinstance(paths[0][-1], int)
 
     def _batched(self, each: Tensor) -> Tensor:
         return each.unsqueeze(0) if self._samples else each
@@ -86,7 +101,7 @@ class InputSite(Site):
         yield self._batches.replace(self._batch, self._unpacked(values))
 
     def _unpacked(self, values: Tensor) -> list[Tensor]:
-        if len(self._inputs) == 1:
+        if not self._rows and len(self._inputs) == 1:
             return [values]
         found, start = [], 0
         for each in self._inputs:
@@ -137,7 +152,8 @@ class OutputSite(Site):
 
         handle = hook(self._module, move)
         try:
-            yield self._batch
+            with eager():  # what was compiled before does not notice the hook
+                yield self._batch
         finally:
             handle.remove()
 
@@ -149,7 +165,7 @@ class Perturb:
     Args:
         path: dotted path to the submodule, which must run once in the step and return a floating-point tensor ``(N, ...)``.
         by: ``"sample"`` for a ball around each sample's whole output, ``"token"`` for one around each vector of its last dimension.
-        padding: key of a mask in the batch ``(N, T)``, true or 1 where there is a token; what is padding is left alone. By default
+        padding: key, position or path of a mask in the batch ``(N, T)``, true or 1 where there is a token; what is padding is left alone. By default
             ``attention_mask`` or ``mask``, where the batch has it; the ``padding_idx`` of an ``nn.Embedding`` is heeded besides.
 
     References:
@@ -162,7 +178,7 @@ class Perturb:
 
     path: str
     by: Literal["sample", "token"] = "sample"
-    padding: str | None = None
+    padding: str | int | tuple[int | str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.by not in ("sample", "token"):
@@ -183,9 +199,14 @@ class Perturb:
         """
         module = submodule(root, self.path, "perturb")
         seen: list[tuple[Any, Any]] = []
-        handle = hook(module, lambda _, args, output: seen.append((args, output)))
+
+        def see(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            seen.append(((*args, *kwargs.values()), output))
+
+        handle = hook(module, see, keywords=True)
         try:
-            run()
+            with eager():
+                run()
         finally:
             handle.remove()
         if len(seen) != 1:
@@ -206,16 +227,23 @@ class Perturb:
         if isinstance(module, nn.Embedding) and module.padding_idx is not None:
             free = args[0] != module.padding_idx
         mask = _mask(batch, self.padding)
-        if mask is not None and mask.shape == output.shape[: mask.ndim]:
+        fits = mask is not None and mask.shape == output.shape[: mask.ndim]
+        if mask is not None and self.padding is not None and not fits:
+            raise ValueError(
+                f"padding={self.padding!r} has shape {tuple(mask.shape)}, which does not fit the output of perturb={self.path!r}, "
+                f"{tuple(output.shape)}: name a mask of its first dimensions, true where there is a token."
+            )
+        if mask is not None and fits:
             free = mask.bool() if free is None else free & mask.bool()
         if free is None:
             return None
         return free.reshape(*free.shape, *[1] * (output.ndim - free.ndim))
 
 
-def _mask(batch: Any, key: str | None) -> Tensor | None:
+def _mask(batch: Any, key: str | int | tuple[int | str, ...] | None) -> Tensor | None:
     for name in ("attention_mask", "mask") if key is None else (key,):
-        found = batch.get(name) if isinstance(batch, Mapping) else getattr(batch, name, None)
+        path = resolve(batch, name)
+        found = None if path is None else at(batch, path)
         if isinstance(found, Tensor):
             return found
     if key is not None:

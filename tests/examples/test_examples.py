@@ -20,6 +20,7 @@ CASES = {
     "wandb_logging.py": ([], [r"Most robust epoch: .*\.ckpt"]),
     "purifier.py": (["--fast"], [r"no purifier.*%", r"trained as usual.*%", r"trained through.*%"]),
     "tabular.py": ([], [r"undefended: clean \d", r"defended: clean \d"]),
+    "text.py": (["--fast"], [r"plain, mean: clean \d", r"defended, mean: clean \d", r"gained: clean [+-]"]),
 }
 
 
@@ -56,3 +57,10 @@ def test_defended_tabular_model_is_more_robust(run):
     _, output = run("tabular.py")
     shares = {name: float(share) for name, share in re.findall(r"(\w+): .*under PGD ([\d.]+)%", output)}
     assert shares["defended"] > shares["undefended"] + 10
+
+
+def test_defended_text_classifier_is_more_robust(run):
+    """By the example's own attack."""
+    _, output = run("text.py")
+    shares = {name: float(share) for name, share in re.findall(r"(\w+), mean: .*under attack ([\d.]+)%", output)}
+    assert shares["defended"] > shares["plain"] + 5
