@@ -7,7 +7,11 @@ from faults.fault import Fault
 INVISIBLE = "tests/pipelines/test_invisible.py::test_standard_recipe_and_monitor_leave_no_trace"
 GAIN = "tests/pipelines/test_defended.py::test_gain"
 MONITORED = "tests/pipelines/test_monitored.py::test_own_metric_under_attack"
-STEPS, SHADOW, THROUGH = "tests/modules/test_steps.py", "tests/callbacks/test_shadow.py", "tests/callbacks/test_through.py"
+STEPS, SHADOW, THROUGH = (
+    "tests/modules/test_steps.py",
+    "tests/callbacks/test_shadow.py",
+    "tests/callbacks/test_through.py",
+)
 
 FAULTS = [
     # -------------------------------------------------------------------------------- the step as a function
@@ -46,7 +50,13 @@ FAULTS = [
         "",
         (THROUGH,),
     ),
-    Fault("loggers take what the attack logs", "modules/silence.py", "[SilentLogger(each) for each in loggers]", "loggers", (STEPS,)),
+    Fault(
+        "loggers take what the attack logs",
+        "modules/silence.py",
+        "[SilentLogger(each) for each in loggers]",
+        "loggers",
+        (STEPS,),
+    ),
     Fault(
         "schedulers are stepped by the attack",
         "modules/silence.py",
