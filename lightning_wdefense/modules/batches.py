@@ -29,7 +29,7 @@ class Batches:
 
     By convention the inputs are what has a usual name, else what is at position 0 of a tuple or list; a batch that is a tensor is its own
     input. Where that is a container, they are all tensors in it if these are alike (views, images), else the same is looked for inside
-    of it. Of a mapping or a list of batches, as ``CombinedLoader`` makes them, they are the inputs of each.
+    of it. Without a usual name they are the only tensor that is floating-point and has two dimensions or more. Of a mapping or a list of batches, as ``CombinedLoader`` makes them, they are the inputs of each.
 
     Args:
         inputs: where the inputs are; ``None`` for the convention.
@@ -157,7 +157,7 @@ def _conventional(batch: Any) -> list[Path] | None:
     if key is None:
         if isinstance(batch, Mapping) and _all_batches(list(batch.values())):
             return _of_each(batch, list(batch))
-        return None
+        return _only_floats(batch, names)
     found = get(batch, key)
     if isinstance(found, Tensor) or not isinstance(found, (tuple, list, Mapping)):
         return [(key,)]
@@ -166,6 +166,17 @@ def _conventional(batch: Any) -> list[Path] | None:
         return [(key, *path) for path in tensor_paths(found)]
     deeper = _conventional(found)
     return [(key,)] if deeper is None else [(key, *path) for path in deeper]
+
+
+def _only_floats(batch: Any, names: list[Any]) -> list[Path] | None:
+    """Of named tensors the one that can be moved at all, if there is just one: floating-point, of two dimensions or more, and no mask."""
+    found = [
+        name
+        for name in names
+        if isinstance(value := get(batch, name), Tensor) and value.is_floating_point() and value.ndim > 1
+        if name not in LABEL_KEYS and "mask" not in str(name) and "weight" not in str(name)
+    ]
+    return [(found[0],)] if len(found) == 1 else None
 
 
 def _of_each(batch: Any, keys: Any) -> list[Path] | None:

@@ -684,7 +684,7 @@ ERRORS = {
     "integer images": (defend, batches(lambda x, y: ((x * 255).byte(), y)), TypeError, r"x\.float\(\) / 255"),
     "labels out of range": (defend, batches(lambda x, y: (x, y + 5)), ValueError, "labels must lie in 0..9"),
     "labels of wrong shape": (defend, batches(lambda x, y: (x, y[:-1])), ValueError, r"labels have shape \(31,\)"),
-    "no inputs": (defend, batches(lambda x, y: {"foo": x, "label": y}), ValueError, "'foo'.*inputs="),
+    "no inputs": (defend, batches(lambda x, y: {"foo": x, "baz": x, "label": y}), ValueError, "'foo'.*inputs="),
     "no labels": (defend, batches(lambda x, y: {"image": x, "bar": y}), ValueError, "'bar'.*labels="),
     "only inputs": (defend, batches(lambda x, y: x), ValueError, "one tensor.*labels="),
     "unnamed submodule": (

@@ -92,7 +92,7 @@ class Indifferent(DigitsClassifier):
 
 EVALUATION = {
     "no-labels": (lambda x, y: {"image": x, "digit": y}, Indifferent, {}, ValueError, "No labels.*'image', 'digit'.*labels="),
-    "no-inputs": (lambda x, y: {"pixels": x, "label": y}, Indifferent, {}, ValueError, "No inputs.*'pixels', 'label'.*inputs="),
+    "no-inputs": (lambda x, y: {"pixels": x, "depths": x, "label": y}, Indifferent, {}, ValueError, "No inputs.*'pixels', 'depths', 'label'.*inputs="),
     "one-tensor": (lambda x, y: x, Indifferent, {}, ValueError, r"No labels.*one tensor of shape \(16, 1, 8, 8\)"),
     "wrong-key": (lambda x, y: {"image": x, "label": y}, Indifferent, {"labels": "digit"}, ValueError, "labels='digit' names nothing.*'image', 'label'"),
     "nested": (lambda x, y: ([x, x], y), Indifferent, {}, ValueError, r"(?s)cannot be attacked.*training_step failed.*inputs="),

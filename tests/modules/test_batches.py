@@ -182,7 +182,11 @@ def test_given_names(batch, inputs, labels):
     [
         (X, {}, r"No labels were recognised.*one tensor of shape \(4, 3\).*labels="),
         ((X,), {}, r"No labels were recognised.*a tuple of 1 \(tensor \(4, 3\)\).*labels="),
-        ({"scan": X, "label": Y}, {}, "No inputs were recognised.*a dict with 'scan', 'label'.*inputs=.*pixel_values"),
+        (
+            {"scan": X, "mri": X, "label": Y},
+            {},
+            "No inputs were recognised.*a dict with 'scan', 'mri', 'label'.*inputs=.*pixel_values",
+        ),
         ({"image": X, "grade": Y}, {}, "No labels were recognised.*'image', 'grade'.*labels="),
         ({}, {}, "No inputs were recognised.*nothing in it"),
         (None, {}, "No inputs were recognised.*NoneType"),
@@ -230,6 +234,7 @@ PATHS = [
     (BOTH, None, [X, NEW]),
     ([(X, Y), (NEW, Y)], None, [X, NEW]),
     ({"image": {"pixel_values": X}, "label": Y}, None, [X]),
+    ({"scan": X, "ids": Y, "attention_mask": torch.ones(4, 3), "label": Y}, None, [X]),
 ]
 
 

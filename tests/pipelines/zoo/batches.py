@@ -260,7 +260,6 @@ PIPELINES = [
         lambda: meta_loaders(nested=True),
         logits=lambda module, batch, x: module(x, batch[0][1]),
         clean_inputs=lambda module, batch: batch[0][0],
-        arguments={"inputs": (0, 0)},
         gain=0.06,
     ),
     classifier(
@@ -269,7 +268,6 @@ PIPELINES = [
         two_train_loaders,
         train_loss=two_train_loss,
         train_inputs=lambda module, batch: [batch["a"][0], batch["b"][0]],
-        arguments={"inputs": ["a.0", "b.0"]},
         monitor_arguments={},
     ),
     classifier("unlabelled_second_loader", UnlabelledSecond, second_unlabelled, gain=0.08),

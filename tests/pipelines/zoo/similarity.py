@@ -214,7 +214,6 @@ PIPELINES = [
         metric="val_contrast",
         better="lower",
         tolerance=0.15,
-        arguments={"inputs": [(0, 0), (0, 1)]},
         gain=0.08,
     ),
 ]

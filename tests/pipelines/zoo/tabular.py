@@ -241,7 +241,6 @@ PIPELINES = [
         task="tabular",
         clean_inputs=lambda module, batch: batch["numbers"],
         threat=ThreatModel(eps=0.3, bounds=None),
-        arguments={"inputs": "numbers"},
     ),
     classifier(
         "graph",
