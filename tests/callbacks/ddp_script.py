@@ -6,11 +6,13 @@ import sys
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from lightning import seed_everything
 from support.learned import plain
 from support.lightning_modules import DigitsClassifier, digits_loaders, quiet_trainer
+from torchmetrics import Accuracy
 
-from lightning_wdefense import Recipe, ThreatModel, WassersteinDefense, WassersteinDefenseMixin
+from lightning_wdefense import Recipe, RobustnessMonitor, ThreatModel, WassersteinDefense, WassersteinDefenseMixin
 from lightning_wdefense.attacks import PGD
 from lightning_wdefense.defenses import ResidualGenerator, WassersteinPurifier
 
@@ -42,6 +44,32 @@ class Defended(WassersteinDefenseMixin, DigitsClassifier):
         return self.defend(*batch).loss
 
 
+class Normalising(DigitsClassifier):
+    """Normalises in its steps, and logs a metric's object and a mean of its own."""
+
+    def __init__(self, batch_norm):
+        super().__init__(batch_norm=batch_norm)
+        self.accuracy = Accuracy("multiclass", num_classes=10)
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net((batch[0] - 0.3) / 0.4), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        logits = self.net((batch[0] - 0.3) / 0.4)
+        self.accuracy(logits, batch[1])
+        self.log("accuracy", self.accuracy)
+        self.log("right", (logits.argmax(1) == batch[1]).float().mean(), sync_dist=True)
+
+
+def monitored():
+    """A validation of each rank's half."""
+    seed_everything(0, verbose=False)
+    attack = PGD(THREAT, steps=3, random_start=False)
+    trainer = quiet_trainer(strategy="ddp", devices=2, callbacks=[RobustnessMonitor(THREAT, [attack])])
+    trainer.validate(Normalising(True), digits_loaders()[1], verbose=False)
+    return {key: float(value) for key, value in trainer.callback_metrics.items()}
+
+
 def purifier():
     """Twenty steps of a purifier before a classifier whose parameters all require gradients."""
     seed_everything(0, verbose=False)
@@ -58,26 +86,28 @@ def purifier():
 def main(folder, *recipes):
     results = {}
     for case in recipes:
-        name = case.removeprefix("mixin:")
+        name = case.removeprefix("mixin:").removeprefix("step:")
         seed_everything(0, verbose=False)
         recipe = Recipe.named(name.removesuffix("+awp"), THREAT, awp=0.01 * name.endswith("+awp"), warmup_epochs=0)
         if name == "pgd-at":
             recipe = replace(recipe, attack=Recording(THREAT, steps=2))
-        defense = WassersteinDefense(recipe)
-        module = DigitsClassifier(batch_norm=True) if name == case else Defended(recipe)
+        by_mixin = case.startswith("mixin:")
+        defense = WassersteinDefense(recipe, through="step" if case.startswith("step:") else "auto")
+        module = Defended(recipe) if by_mixin else (Normalising if case.startswith("step:") else DigitsClassifier)(True)
         trainer = quiet_trainer(
             strategy="ddp",
             devices=2,
             limit_train_batches=3,
-            callbacks=[defense] if name == case else [],
+            callbacks=[] if by_mixin else [defense],
             log_every_n_steps=1,
             max_epochs=7 if name == "critic" else 1,
         )
         trainer.fit(module, digits_loaders(shuffle=False)[0])
         parameters = torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
-        learned = defense if name == case else module.defense
+        learned = module.defense if by_mixin else defense
         results[case] = {"weights": parameters, "learned": plain(learned.state_dict())}
     results["purifier"] = purifier()
+    results["monitor"] = monitored()
     results["perturbations"] = torch.stack(Recording.made)
     torch.save(results, f"{folder}/{trainer.global_rank}.pt")
 

@@ -14,6 +14,7 @@ from lightning_wdefense.defenses import RECIPES
 
 TESTS = Path(__file__).parents[1]
 CASES = [*(name for name in RECIPES if name != "standard"), "trades+awp", "udr+awp", "mixin:udr", "mixin:critic"]
+CASES += ["step:pgd-at", "step:trades", "step:class-transport", "step:udr", "step:pgd-at+awp"]
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +53,13 @@ def test_ranks_hold_the_same_purifier_and_critic(ranks):
     first, second = (rank["purifier"] for rank in ranks)
     assert first == second
     assert first["learned"]["wasserstein_purifier"]["critic"]["batches"] == 20
+
+
+def test_the_monitor_reduces_the_users_own_metrics_over_ranks(ranks):
+    first, second = (rank["monitor"] for rank in ranks)
+    assert first == second
+    # Both of them are of all samples, as the monitor's own is.
+    assert first["robust/accuracy"] == pytest.approx(first["val/robust_acc"])
+    assert first["robust/right"] == pytest.approx(first["val/robust_acc"])
+    assert first["accuracy"] == pytest.approx(first["val/clean_acc"])
+    assert first["robust/accuracy"] < first["accuracy"]

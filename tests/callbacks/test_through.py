@@ -1,0 +1,303 @@
+"""Which way is chosen, and that both ways are one where they compute the same."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.lightning_modules import DigitsClassifier, digits, digits_loaders, quiet_trainer
+from torch import nn
+
+from lightning_wdefense import Recipe, RobustnessMonitor, ThreatModel, WassersteinDefense
+from lightning_wdefense.attacks import PGD
+from lightning_wdefense.attacks.first_look import first_look
+from lightning_wdefense.attacks.places import InputSite
+from lightning_wdefense.defenses import RECIPES
+from lightning_wdefense.modules.batches import Batches
+from lightning_wdefense.modules.steps import Step, own_step
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+THREAT = ThreatModel(eps=0.1)
+IMAGES, LABELS = (part[:32] for part in digits())
+
+
+def module_with(step, forward=None, outputs=10):
+    class Module(DigitsClassifier):
+        def __init__(self):
+            torch.manual_seed(0)
+            super().__init__()
+            self.net.head = nn.Linear(32, outputs)
+            self.extra = nn.Linear(64, 10)
+
+        def training_step(self, batch, batch_idx):
+            return step(self, *batch)
+
+    if forward is not None:
+        Module.forward = forward
+    return Module()
+
+
+def ce(logits, y, **options):
+    return F.cross_entropy(logits, y, **options)
+
+
+BITS = torch.stack([(LABELS >> bit) & 1 for bit in range(4)], 1).float()
+EVEN = (LABELS % 2).float()
+WEIGHTS = torch.linspace(0.5, 2, 10)
+LOOKS = {
+    # step, forward, outputs of the head, labels: is it a plain pass; where are the logits
+    "plain": (lambda m, x, y: ce(m(x), y), None, 10, LABELS, True, "model"),
+    "label smoothing": (lambda m, x, y: ce(m(x), y, label_smoothing=0.1), None, 10, LABELS, True, "model"),
+    "class weights": (lambda m, x, y: ce(m(x), y, weight=WEIGHTS), None, 10, LABELS, True, "model"),
+    "focal": (
+        lambda m, x, y: ((1 - (-ce(m(x), y, reduction="none")).exp()) ** 2 * ce(m(x), y, reduction="none")).mean(),
+        None,
+        10,
+        LABELS,
+        False,  # it runs the model twice
+        "model",
+    ),
+    "margin": (lambda m, x, y: F.multi_margin_loss(m(x), y, margin=50.0), None, 10, LABELS, True, "model"),
+    "with a penalty": (lambda m, x, y: ce(m(x), y) + m.net.head.weight.square().sum(), None, 10, LABELS, True, "model"),
+    "soft labels": (lambda m, x, y: ce(m(x), y), None, 10, F.one_hot(LABELS, 10).float(), True, "model"),
+    "one logit": (
+        lambda m, x, y: F.binary_cross_entropy_with_logits(m(x)[:, 0], y),
+        None,
+        1,
+        EVEN,
+        True,
+        "model",
+    ),
+    "log-softmax": (
+        lambda m, x, y: F.nll_loss(m(x), y),
+        lambda m, x: m.net(x).log_softmax(1),
+        10,
+        LABELS,
+        True,
+        "model",
+    ),
+    "dictionary": (lambda m, x, y: ce(m(x)["out"], y), lambda m, x: {"out": m.net(x)}, 10, LABELS, True, "model"),
+    "tuple": (lambda m, x, y: ce(m(x)[0], y), lambda m, x: (m.net(x), x), 10, LABELS, False, "model"),
+    "auxiliary": (
+        lambda m, x, y: ce(m(x)[1], y) + 0.3 * ce(m(x)[0], y),
+        lambda m, x: (m.extra(x.flatten(1)), m.net(x)),
+        10,
+        LABELS,
+        False,
+        "model",
+    ),
+    "normalised": (lambda m, x, y: ce(m((x - 0.3) / 0.4), y), None, 10, LABELS, False, "model"),
+    "flattened": (
+        lambda m, x, y: ce(m(x.flatten(1)), y),
+        lambda m, x: m.net(x.view(-1, 1, 8, 8)),
+        10,
+        LABELS,
+        False,
+        "model",
+    ),
+    "keyword": (lambda m, x, y: ce(m(x=x), y), None, 10, LABELS, False, "model"),
+    "other argument": (lambda m, x, y: ce(m(x, 1.0), y), lambda m, x, s: m.net(x) * s, 10, LABELS, False, "model"),
+    "twice": (lambda m, x, y: ce(m(x), y) + (m(x) - m(x.flip(-1))).square().mean(), None, 10, LABELS, False, "model"),
+    "submodule": (lambda m, x, y: ce(m.net(x), y), None, 10, LABELS, False, "head"),
+    "backbone, head": (lambda m, x, y: ce(m.net.head(m.net[:-1](x)), y), None, 10, LABELS, False, "head"),
+    "sigmoid": (
+        lambda m, x, y: F.binary_cross_entropy(m(x)[:, 0], y),
+        lambda m, x: m.net(x).sigmoid(),
+        1,
+        EVEN,
+        True,
+        "head",
+    ),
+    "multi-label": (lambda m, x, y: F.binary_cross_entropy_with_logits(m(x), y), None, 4, BITS, True, None),
+    "regression": (lambda m, x, y: F.mse_loss(m(x)[:, 0], y), None, 1, LABELS / 9, True, None),
+    "regression on 0 and 1": (lambda m, x, y: F.mse_loss(m(x)[:, 0], y), None, 1, EVEN, True, None),
+    "embeddings": (
+        lambda m, x, y: (torch.cdist(m(x), m(x)) - (y[:, None] != y).float()).square().mean(),
+        None,
+        16,
+        LABELS,
+        False,
+        None,
+    ),
+    "autoencoder": (lambda m, x, y: F.mse_loss(m(x), x.flatten(1)), None, 64, LABELS, True, None),
+    "diverged": (lambda m, x, y: ce(m(x) * torch.nan, y), lambda m, x: m.net(x) * torch.nan, 10, LABELS, True, "model"),
+}
+
+
+@pytest.mark.parametrize("case", LOOKS)
+def test_first_look(case):
+    step, forward, outputs, labels, plain, source = LOOKS[case]
+    module = module_with(step, forward, outputs)
+    site = InputSite(Batches(), (IMAGES, labels), THREAT)
+    own = Step(module, own_step(module, "training_step"), "training_step", (0,))
+    look = first_look(own, site, labels, module, lambda outputs: outputs)
+    assert (look.plain, look.outputs) == (plain, source), look.why
+    assert look.depends
+    if case == "auxiliary":  # the first part that is a classifier's
+        assert look.pick is not None
+    if not plain:
+        assert look.why
+
+
+class Caught(PGD):
+    """Keeps what it found."""
+
+    found: list = []  # noqa: RUF012
+
+    def perturb(self, problem):
+        adversarial = super().perturb(problem)
+        self.found.append(adversarial.clone())
+        return adversarial
+
+
+def trained(recipe, through, module=DigitsClassifier, **options):
+    Caught.found.clear()
+    torch.manual_seed(0)
+    made = module()
+    defense = WassersteinDefense(recipe, through=through)
+    trainer = quiet_trainer(callbacks=[defense], **{"max_epochs": 1, "limit_train_batches": 4, **options})
+    trainer.fit(made, digits_loaders(shuffle=False)[0])
+    return made, list(Caught.found), {key: float(value) for key, value in trainer.callback_metrics.items()}
+
+
+def weights(module):
+    return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+
+
+def test_both_ways_find_the_same_inputs():
+    recipe = Recipe(Caught(THREAT, steps=5), warmup_epochs=0)
+    (one, by_model, _), (other, by_step, logged) = (trained(recipe, through) for through in ("model", "step"))
+    fresh = DigitsClassifier()
+    torch.manual_seed(0)
+    fresh = DigitsClassifier()
+    labels = digits()[1]
+    with torch.no_grad():
+        losses = [F.cross_entropy(fresh(found[0]), labels[:32]) for found in (by_model, by_step)]
+    assert float((losses[0] - losses[1]).abs()) < 1e-4
+    assert losses[0] > F.cross_entropy(fresh(IMAGES), LABELS) + 0.01
+    torch.testing.assert_close(weights(one), weights(other), atol=2e-3, rtol=0)
+    assert logged["defense/adversarial_loss"] > logged["defense/clean_loss"]
+
+
+STEP_RECIPES = [name for name in RECIPES if name not in ("standard", "sinkhorn-dro")]
+
+
+@pytest.mark.parametrize("name", STEP_RECIPES)
+def test_every_recipe_is_the_same_either_way(name):
+    """From the same start, in one batch, up to what restarts and rounding make of the attack."""
+    recipe = Recipe.named(name, THREAT, warmup_epochs=0)
+    runs = [trained(recipe, through, limit_train_batches=1, log_every_n_steps=1) for through in ("model", "step")]
+    first, second = (run[2] for run in runs)
+    for key in ("defense/task_loss", "defense/discrepancy", "defense/margin_loss", "defense/loss"):
+        if key in first:
+            assert second[key] == pytest.approx(first[key], rel=2e-2, abs=1e-4), key
+
+
+def test_weights_are_perturbed_through_the_step_as_well():
+    recipe = Recipe.named("pgd-at", THREAT, awp=0.01, warmup_epochs=0)
+    one, other = (trained(recipe, through, limit_train_batches=2)[0] for through in ("model", "step"))
+    torch.testing.assert_close(weights(one), weights(other), atol=2e-3, rtol=0)
+
+
+class Norm(DigitsClassifier):
+    def __init__(self):
+        super().__init__(batch_norm=True)
+
+
+def test_both_branches_feed_batch_norm_through_the_step():
+    recipe = Recipe.named("trades", THREAT, warmup_epochs=0)
+    one, other = (trained(recipe, through, module=Norm)[0] for through in ("model", "step"))
+    assert one.net.norm.num_batches_tracked == other.net.norm.num_batches_tracked == 8
+    torch.testing.assert_close(one.net.norm.running_mean, other.net.norm.running_mean, atol=1e-3, rtol=0)
+
+
+class Mixing(DigitsClassifier):
+    """MixUp in the step."""
+
+    drawn: list = []  # noqa: RUF012
+
+    def training_step(self, batch, batch_idx):
+        order, share = torch.randperm(len(batch[0])), float(torch.rand(()))
+        self.drawn.append((self.training, share, tuple(order.tolist())))
+        x = share * batch[0] + (1 - share) * batch[0][order]
+        return share * ce(self(x), batch[1]) + (1 - share) * ce(self(x), batch[1][order])
+
+
+def test_the_step_draws_alike_in_the_attack_and_in_both_branches():
+    Mixing.drawn.clear()
+    trained(Recipe.named("trades", THREAT, warmup_epochs=0), "auto", module=Mixing, limit_train_batches=2)
+    own = [draw[1:] for draw in Mixing.drawn if draw[0]]
+    assert len(own) == 4  # twice a batch
+    assert own[0] == own[1] != own[2] == own[3]
+    assert {draw[1:] for draw in Mixing.drawn} == set(own)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"accumulate_grad_batches": 2},
+        {"precision": "bf16-mixed"},
+        {"precision": "bf16-true"},
+        {"gradient_clip_val": 0.1},
+    ],
+    ids=str,
+)
+def test_under_the_trainers_options(options):
+    recipe = Recipe(Caught(THREAT, steps=3), warmup_epochs=0)
+    module, found, _ = trained(recipe, "step", **options)
+    images = digits()[0][:128].split(32)
+    assert len(found) == 4
+    for clean, moved in zip(images, found, strict=True):
+        assert (moved.float() - clean).abs().max() == pytest.approx(0.1, abs=4e-3)
+    assert weights(module).isfinite().all()
+
+
+@pytest.mark.parametrize("part", ["module", "net"])
+def test_compiled(part):
+    def make():
+        module = Norm()
+        if part == "net":
+            module.net = torch.compile(module.net, backend="eager")
+            return module
+        return torch.compile(module, backend="eager")
+
+    plain, compiled = (
+        trained(Recipe.named("alp-features", THREAT, warmup_epochs=0), "step", module=made, limit_train_batches=2)[0]
+        for made in (Norm, make)
+    )
+    torch.testing.assert_close(weights(plain), weights(getattr(compiled, "_orig_mod", compiled)), atol=2e-3, rtol=0)
+
+
+def test_the_users_metrics_count_once(tmp_path):
+    class Counting(DigitsClassifier):
+        def __init__(self):
+            super().__init__()
+            self.calls, self.losses = 0, []
+
+        def training_step(self, batch, batch_idx):
+            self.calls += 1
+            loss = super().training_step(batch, batch_idx)
+            self.losses.append(loss.item())
+            return loss
+
+    module, _, logged = trained(Recipe.named("trades", THREAT, warmup_epochs=0), "step", module=Counting)
+    assert module.calls == len(module.losses) == 4
+    assert logged["train/loss"] == pytest.approx(module.losses[-1])
+    assert "training_step" not in vars(module)
+    copy.deepcopy(module)
+
+
+def test_by_hand_and_by_the_monitor():
+    """Through the step, the monitor counts what plain passes count."""
+    torch.manual_seed(0)
+    module = DigitsClassifier()
+    values = []
+    for through in ("model", "step"):
+        monitor = RobustnessMonitor(THREAT, ["pgd"], through=through, epsilons=[0.05])
+        (logged,) = quiet_trainer(callbacks=[monitor]).validate(module, digits_loaders()[1], verbose=False)
+        values.append(logged)
+    assert values[0].keys() == values[1].keys()
+    for key, value in values[0].items():
+        assert values[1][key] == pytest.approx(value, rel=1e-2, abs=1e-2), key
