@@ -45,7 +45,7 @@ class Look:
         outputs: where a classifier's outputs are found: what the model returned, or the last linear layer; ``None`` where
             neither is a classifier's.
         pick: finds the logits in the model's outputs, where they are a part of them.
-        rows: of those logits.
+        by_sample: whether there is one row of those logits for each of the values.
         model_ran: how often the model ran.
         tensor: whether it returned one tensor.
         head_ran: whether a linear layer ran.
@@ -58,7 +58,7 @@ class Look:
     plain: bool = False
     outputs: Source | None = None
     pick: Callable[[Any], Any] | None = None
-    rows: int = 0
+    by_sample: bool = False
     model_ran: int = 0
     tensor: bool = False
     head_ran: bool = False
@@ -129,7 +129,8 @@ def _look(
         look.depends = (
             values.requires_grad and loss.requires_grad and gradients(loss, [values], retain_graph=True)[0] is not None
         )
-        look.outputs, look.pick, look.rows = _classifier(look._calls, heads, labels, loss, pick)
+        look.outputs, look.pick, rows = _classifier(look._calls, heads, labels, loss, pick)
+        look.by_sample = rows == len(values)
         if look.pick is not None:
             look.plain, look.why = False, f"{type(model).__name__} returns several outputs"
         look._calls.clear()

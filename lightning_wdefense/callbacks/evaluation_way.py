@@ -153,7 +153,7 @@ class EvaluationWay:
             elif self.through == "auto" and self._perturb is None and look.plain and look.outputs == "model":
                 return Plain(keeps_whole(model, site.values, picking(self._outputs)))
             else:
-                found = self._evaluated(looks, stage, name, len(site.values))
+                found = self._evaluated(looks, stage, name)
                 return found or Plain(keeps_whole(model, site.values, picking(self._outputs)))
         if self.through == "auto" and self._perturb is None and self._fits(model, batch, looks):
             return Plain(False)
@@ -166,13 +166,13 @@ class EvaluationWay:
             f"{what} Return the loss from {stage}_step, or log it under a key with 'loss' in it; or name what is attacked with inputs= or perturb=."
         )
 
-    def _evaluated(self, looks: list[Look], stage: str, name: str, rows: int) -> tuple[str, Look] | None:
+    def _evaluated(self, looks: list[Look], stage: str, name: str) -> tuple[str, Look] | None:
         """The step to go through: the evaluation's own, where the logits that the loss of ``training_step`` showed are seen in it as well; ``None`` for plain passes.
 
         What ``training_step`` does besides, such as augmenting, is no part of the evaluation.
         """
         own, look = looks[0], looks[-1]
-        if name != "training_step" or len(looks) < 2 or look.outputs is None or look.rows != rows:
+        if name != "training_step" or len(looks) < 2 or look.outputs is None or not look.by_sample:
             return name, look
         if look.outputs == "model":
             if not own.model_ran:

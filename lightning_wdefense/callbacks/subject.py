@@ -111,7 +111,7 @@ class StepSubject(Subject):
     def __init__(self, step: Step, site: Site, labels: Any, look: Look, model: nn.Module, outputs: Any = None) -> None:
         self.step, self.site, self.labels, self.look = step, site, labels, look
         self._module, self._pick = model, picking(outputs)
-        self.classifies = look.outputs is not None and look.rows == len(site.values)
+        self.classifies = look.outputs is not None and look.by_sample
         self.has_outputs = look.model_ran > 0
         self._recorder = self._recorded(OUTPUTS)
         self.model = StepModel(step, site, self._recorder, self._read if self.classifies else None)

@@ -196,7 +196,8 @@ class Defense(Guest):
                     loss = seen.loss
                     if loss is None:
                         loss = (task_loss or recipe.task_loss)(seen.outputs, passes.labels)
-                    perturbation.apply(self.combine(loss, clean, attacked, passes)[0])
+                    steps = perturbation.uphill(self.combine(loss, clean, attacked, passes)[0])
+                perturbation.apply(steps)  # out here, where nobody takes moved weights for a trace
             yield until_backward
         except BaseException:
             waiting = False

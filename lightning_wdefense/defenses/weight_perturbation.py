@@ -26,11 +26,11 @@ class WeightPerturbation:
         self.model, self.size = model, size
         self._kept: list[tuple[nn.Parameter, Tensor]] = []
 
-    def apply(self, loss: Tensor) -> None:
-        """Perturb the weights towards a larger ``loss``; weights that it does not depend on stay."""
-        self.undo()
+    def uphill(self, loss: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
+        """By how much each weight moves towards a larger ``loss``; weights that it does not depend on stay."""
         weights = [weight for weight in self.model.parameters() if weight.requires_grad and weight.ndim > 1]
         directions = gradients(loss, weights) if weights else ()
+        steps = []
         with torch.no_grad():
             for weight, gradient in zip(weights, directions, strict=True):
                 if gradient is None:
@@ -38,8 +38,16 @@ class WeightPerturbation:
                 length = gradient.norm()
                 # A zero gradient, or one that overflowed, gives no direction. No branch: that would wait for the device.
                 scale = torch.nan_to_num(self.size * weight.norm() / length, nan=0.0, posinf=0.0)
+                steps.append((weight, torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0) * scale))
+        return steps
+
+    def apply(self, steps: list[tuple[nn.Parameter, Tensor]]) -> None:
+        """Move the weights."""
+        self.undo()
+        with torch.no_grad():
+            for weight, step in steps:
                 self._kept.append((weight, weight.detach().clone()))
-                weight.add_(torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0) * scale)
+                weight.add_(step)
 
     def undo_after(self, loss: Tensor) -> bool:
         """Take the weights back as soon as the backward pass of ``loss`` ends; returns whether there can be one."""

@@ -89,7 +89,7 @@ def main(folder, *recipes):
         name = case.removeprefix("mixin:").removeprefix("step:")
         seed_everything(0, verbose=False)
         recipe = Recipe.named(name.removesuffix("+awp"), THREAT, awp=0.01 * name.endswith("+awp"), warmup_epochs=0)
-        if name == "pgd-at":
+        if case == "pgd-at":
             recipe = replace(recipe, attack=Recording(THREAT, steps=2))
         by_mixin = case.startswith("mixin:")
         defense = WassersteinDefense(recipe, through="step" if case.startswith("step:") else "auto")

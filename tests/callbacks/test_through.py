@@ -168,7 +168,8 @@ def weights(module):
 
 def test_both_ways_find_the_same_inputs():
     recipe = Recipe(Caught(THREAT, steps=5), warmup_epochs=0)
-    (one, by_model, _), (other, by_step, logged) = (trained(recipe, through) for through in ("model", "step"))
+    runs = [trained(recipe, through, log_every_n_steps=1) for through in ("model", "step")]
+    (one, by_model, _), (other, by_step, logged) = runs
     fresh = DigitsClassifier()
     torch.manual_seed(0)
     fresh = DigitsClassifier()
@@ -196,9 +197,14 @@ def test_every_recipe_is_the_same_either_way(name):
 
 
 def test_weights_are_perturbed_through_the_step_as_well():
-    recipe = Recipe.named("pgd-at", THREAT, awp=0.01, warmup_epochs=0)
-    one, other = (trained(recipe, through, limit_train_batches=2)[0] for through in ("model", "step"))
-    torch.testing.assert_close(weights(one), weights(other), atol=2e-3, rtol=0)
+    def losses(size):
+        recipe = Recipe.named("pgd-at", THREAT, awp=size, warmup_epochs=0)
+        runs = [trained(recipe, through, limit_train_batches=1) for through in ("model", "step")]
+        return [run[2]["defense/loss"] for run in runs]
+
+    by_model, by_step = losses(0.05)
+    assert by_step == pytest.approx(by_model, rel=1e-3)
+    assert by_step > losses(0.0)[1] + 0.01
 
 
 class Norm(DigitsClassifier):
@@ -301,3 +307,22 @@ def test_by_hand_and_by_the_monitor():
     assert values[0].keys() == values[1].keys()
     for key, value in values[0].items():
         assert values[1][key] == pytest.approx(value, rel=1e-2, abs=1e-2), key
+
+
+def test_the_last_smaller_batch_counts_through_the_step():
+    class Normalising(DigitsClassifier):
+        def validation_step(self, batch, batch_idx):
+            logits = self.net((batch[0] - 0.3) / 0.4)
+            self.log("val_loss", ce(logits, batch[1]), batch_size=len(batch[1]))
+            self.log("accuracy", (logits.argmax(1) == batch[1]).float().mean(), batch_size=len(batch[1]))
+
+    torch.manual_seed(0)
+    module = Normalising()
+    images, labels = digits()
+    with torch.no_grad():
+        labels = module.net((images[:20] - 0.3) / 0.4).argmax(1)
+    labels[16:] = (labels[16:] + 1) % 10
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images[:20], labels), 8)
+    (logged,) = quiet_trainer(callbacks=[RobustnessMonitor(THREAT)]).validate(module, loader, verbose=False)
+    assert logged["val/clean_acc"] == pytest.approx(0.8) == logged["accuracy"]
+    assert logged["robust/accuracy"] == pytest.approx(logged["val/robust_acc"])
