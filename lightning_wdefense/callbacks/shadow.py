@@ -34,7 +34,8 @@ class Shadow:
         self._trainer, self._module, self._stage = trainer, module, stage
         self._results = result_collection()(training=False)
         self._state = PlainState(module)
-        self._loaders: set[int | None] = set()
+        self._loader: int | None = None
+        self._values: dict[str, Tensor] = {}
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -48,9 +49,11 @@ class Shadow:
         """
         module, name = self._module, f"{self._stage}_step"
         function = own_step(module, name)
-        self._loaders.add(dataloader_idx)
         with self._alive(_device(batch, module.device)):
             results = self._results
+            if dataloader_idx != self._loader:
+                self._collect()  # as Lightning does, before a metric goes on with another dataloader
+            self._loader = dataloader_idx
             results.batch, results.batch_size, results.dataloader_idx = batch, None, dataloader_idx
             with running(module, name):
                 output = function(batch, *step_arguments(function, batch_idx, dataloader_idx))
@@ -62,14 +65,16 @@ class Shadow:
     @torch.no_grad()
     def finish(self) -> dict[str, float]:
         """End the epoch, and take what was logged over it, by the module's own keys."""
-        values: dict[str, Any] = {}
         with self._alive(self._module.device):
+            self._collect()
             self._results.dataloader_idx = None
             self._hook(f"on_{self._stage}_epoch_end")
-            for index in (None, *sorted(each for each in self._loaders if each is not None)):
-                self._results.dataloader_idx = index
-                values |= self._results.metrics(on_step=False)["callback"]
-        return {key: float(value) for key, value in values.items()}
+            self._values |= self._results.metrics(on_step=False)["callback"]
+        return {key: float(value) for key, value in self._values.items()}
+
+    def _collect(self) -> None:
+        self._results.dataloader_idx = self._loader
+        self._values |= self._results.metrics(on_step=False)["callback"]
 
     def _hook(self, name: str, *arguments: Any) -> None:
         with running(self._module, name):
