@@ -219,6 +219,11 @@ class Perturb:
             raise ValueError(
                 f"perturb={self.path!r} returns {found}, where a floating-point tensor (N, ...) is needed: name another submodule."
             )
+        if threat.bounds is not None and not bool(((output >= threat.bounds[0]) & (output <= threat.bounds[1])).all()):
+            raise ValueError(
+                f"The output of perturb={self.path!r} lies outside of the threat model's bounds {threat.bounds}, which are those of inputs: use "
+                'ThreatModel(norm="l2", eps=..., bounds=None), with eps in units of that output.'
+            )
         free = self._free(module, args, output, batch)
         return OutputSite(module, output, batch, threat, free=free, by_token=self.by == "token")
 

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from lightning_wdefense._compat import Callback, LightningModule, Trainer, rank_zero_warn
 from lightning_wdefense._strategy import check_strategy
 from lightning_wdefense.attacks import ThreatModel
@@ -24,6 +26,7 @@ from lightning_wdefense.defenses.defense import UNTRAINED, Defense
 from lightning_wdefense.defenses.recipe import Recipe
 from lightning_wdefense.modules.batches import Batches, Inputs, Labels
 from lightning_wdefense.modules.outputs import Pick, picking
+from lightning_wdefense.modules.paths import map_tensors
 from lightning_wdefense.modules.steps import Step, own_step
 
 
@@ -208,6 +211,7 @@ class WassersteinDefense(Callback):
             sees_clean = recipe.sees == "clean"
             place = contextlib.nullcontext(batch) if sees_clean else site.moved(adversarial)
             with passes.watch() as branch_of, place as seen_batch:
+                seen_batch = seen_batch if sees_clean else map_tensors(seen_batch, torch.clone)
                 result = step(seen_batch, *args, **kwargs)
             loss = result["loss"] if isinstance(result, dict) else result
             if loss is None:  # the user's way to skip a batch

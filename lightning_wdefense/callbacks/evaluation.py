@@ -88,6 +88,7 @@ class EvaluationMonitor(Callback, Generic[MeasuresT]):
         self._batches, self._outputs = Batches(inputs, labels), outputs
         self._way = self._new_way()
         self._shadow: Shadow | None = None
+        self._clean: Any = None
         self._measures: dict[int, MeasuresT] = {}
         self._last: dict[str, dict[str, float]] = {}
         self._epoch: int | None = None
@@ -133,7 +134,7 @@ class EvaluationMonitor(Callback, Generic[MeasuresT]):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is in no evaluation: it has no progress bar and nothing half measured.
-        return self.__dict__ | {"_bar": None, "_measures": {}, "_shadow": None, "_way": self._new_way()}
+        return self.__dict__ | {"_bar": None, "_measures": {}, "_shadow": None, "_clean": None, "_way": self._new_way()}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check early that the strategy leaves the model whole."""
@@ -156,13 +157,13 @@ class EvaluationMonitor(Callback, Generic[MeasuresT]):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Take note of the module before its own evaluation changes it."""
-        self._cast_shadow(trainer, pl_module, "validation")
+        self._before_step(trainer, pl_module, batch, batch_idx, "validation")
 
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Take note of the module before its own evaluation changes it."""
-        self._cast_shadow(trainer, pl_module, "test")
+        self._before_step(trainer, pl_module, batch, batch_idx, "test")
 
     def on_validation_batch_end(
         self,
@@ -218,9 +219,17 @@ class EvaluationMonitor(Callback, Generic[MeasuresT]):
         total = sum(min(limit, batches) for batches in num_batches) * self.attacks_a_batch
         self._bar = attack_progress(trainer, total, show=self.progress)
 
-    def _cast_shadow(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def _before_step(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, stage: str
+    ) -> None:
         if self._bar is not None and self._shadow is None:
             self._shadow = Shadow(trainer, pl_module, stage)
+        self._clean = None
+        if (self._bar is not None or trainer.sanity_checking) and not (
+            self.max_batches is not None and batch_idx >= self.max_batches
+        ):
+            with torch.inference_mode(False):  # where the copies can be differentiated
+                self._clean = map_tensors(batch, torch.clone)  # the step may write to its batch
 
     def _measure(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int, stage: str
@@ -234,8 +243,8 @@ class EvaluationMonitor(Callback, Generic[MeasuresT]):
         loaders = trainer.num_test_batches if stage == "test" else loaders
         place = batch_idx, dataloader_idx if len(loaders) > 1 else None
         # Evaluation loops run under inference_mode, where even a metric's state could not be used again.
+        batch, self._clean = self._clean, None
         with torch.inference_mode(False), torch.no_grad(), trainer.precision_plugin.forward_context():
-            batch = map_tensors(batch, lambda each: each.clone() if each.is_inference() else each)
             model = attacked_model(pl_module, self.model, needs_forward=self.through == "model")
             subject = self._way.subject(pl_module, model, self._threat, stage, batch, place)
             if subject is None:
@@ -299,4 +308,4 @@ class EvaluationMonitor(Callback, Generic[MeasuresT]):
     def _close(self) -> None:
         if self._bar is not None:
             self._bar.close()
-        self._bar, self._measures, self._shadow = None, {}, None
+        self._bar, self._measures, self._shadow, self._clean = None, {}, None, None

@@ -84,6 +84,7 @@ class AdversarialExampleLogger(Callback):
         self._batches, self._outputs = Batches(inputs, labels), outputs
         self._way = EvaluationWay(through, self._batches, outputs=outputs)
         self._epoch: int | None = None
+        self._clean: Any = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check early that the strategy leaves the model whole."""
@@ -93,6 +94,18 @@ class AdversarialExampleLogger(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check before the first epoch what is needed only after it."""
         attacked_model(pl_module, self.model, needs_forward=self.through == "model")
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Keep the first batch: the step may write to it."""
+        self._keep(trainer, batch, batch_idx, dataloader_idx)
+
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Keep the first batch: the step may write to it."""
+        self._keep(trainer, batch, batch_idx, dataloader_idx)
 
     def on_validation_batch_end(
         self,
@@ -105,9 +118,9 @@ class AdversarialExampleLogger(Callback):
     ) -> None:
         """Show the first batch."""
         if trainer.sanity_checking:
-            self._foresee(trainer, pl_module, batch)
+            self._foresee(trainer, pl_module)
         elif is_due(trainer, self._epoch, self.every_n_epochs):
-            self._show(trainer, pl_module, "val", batch, batch_idx, dataloader_idx)
+            self._show(trainer, pl_module, "val", batch_idx, dataloader_idx)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember which epoch was shown."""
@@ -124,11 +137,17 @@ class AdversarialExampleLogger(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Show the first batch."""
-        self._show(trainer, pl_module, "test", batch, batch_idx, dataloader_idx)
+        self._show(trainer, pl_module, "test", batch_idx, dataloader_idx)
 
-    def _foresee(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+    def _keep(self, trainer: Trainer, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
+        if not batch_idx and not dataloader_idx and shows_pictures(trainer):
+            with torch.inference_mode(False):  # where the copies can be differentiated
+                self._clean = map_tensors(batch, torch.clone)
+
+    def _foresee(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Before the first epoch, see that the model's classes have names."""
-        if self.class_names is None or not shows_pictures(trainer):
+        batch, self._clean = self._clean, None
+        if self.class_names is None or batch is None:
             return
         with torch.inference_mode(False), trainer.precision_plugin.forward_context():
             subject = self._subject(pl_module, "validation", batch, None)
@@ -138,9 +157,10 @@ class AdversarialExampleLogger(Callback):
                 self._check_names(logits_of(outputs).shape[1])
 
     def _show(
-        self, trainer: Trainer, pl_module: LightningModule, stage: str, batch: Any, batch_idx: int, dataloader_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, stage: str, batch_idx: int, dataloader_idx: int
     ) -> None:
-        if batch_idx or dataloader_idx or not shows_pictures(trainer):
+        batch, self._clean = self._clean, None
+        if batch_idx or dataloader_idx or batch is None:
             return
         loaders = trainer.num_val_batches if stage == "val" else trainer.num_test_batches
         with torch.inference_mode(False), trainer.precision_plugin.forward_context():
@@ -164,7 +184,6 @@ class AdversarialExampleLogger(Callback):
         log_pictures(trainer, f"{stage}/adversarial_examples", pictures, captions)
 
     def _subject(self, pl_module: LightningModule, stage: str, batch: Any, dataloader_idx: int | None) -> Subject:
-        batch = map_tensors(batch, lambda each: each.clone() if each.is_inference() else each)
         model = attacked_model(pl_module, self.model, needs_forward=self.through == "model")
         subject = self._way.subject(pl_module, model, self.threat, stage, batch, (0, dataloader_idx))
         assert subject is not None  # the first dataloader's

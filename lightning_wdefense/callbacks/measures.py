@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torchmetrics import MeanMetric, SumMetric
+from torchmetrics import SumMetric
 
 from lightning_wdefense.attacks.labels import IGNORED
 from lightning_wdefense.metrics import (
@@ -24,7 +24,7 @@ class Measures:
     """The metrics of one dataloader, each reduced over the ranks when it is computed.
 
     Attributes:
-        losses: of the step, where labels are no classes.
+        losses: of the step, where labels are no classes, summed over samples.
         classified: how many samples have a class.
         attacked: how many had their step's loss attacked.
     """
@@ -33,7 +33,7 @@ class Measures:
     success: AttackSuccessRate
     curve: RobustAccuracyCurve | None
     shift: TransportShift | None
-    losses: dict[str, MeanMetric]
+    losses: dict[str, SumMetric]
     classified: SumMetric
     attacked: SumMetric
 
@@ -41,14 +41,10 @@ class Measures:
     def of(cls, attacks: Sequence[str], epsilons: Sequence[float] | None, *, shift: bool) -> Measures:
         """Fresh metrics for these attacks and radii."""
         names = ("clean_loss", "robust_loss", *(f"robust_loss_{attack}" for attack in attacks))
-        losses = {name: MeanMetric(nan_strategy="disable") for name in names}
+        losses = {name: SumMetric(nan_strategy="disable") for name in names}
         classified, attacked = SumMetric(), SumMetric()
-        for (
-            mean
-        ) in losses.values():  # nothing yet: a rank that sees no batch takes part in the reduction without a warning
-            mean.update(0.0, 0.0)
-        classified.update(0.0)
-        attacked.update(0.0)
+        for total in (*losses.values(), classified, attacked):
+            total.update(0.0)  # a rank that sees no batch takes part in the reduction without a warning
         return cls(
             RobustAccuracy(attacks, ignore_index=IGNORED),
             AttackSuccessRate(ignore_index=IGNORED),
@@ -80,10 +76,10 @@ class Measures:
         Accuracies are reported where labels are classes, losses where the step's loss is all that there is: the same on every rank, for some
         may have seen no batch.
         """
-        losses = {name: metric.compute() for name, metric in self.losses.items()}
-        values: dict[str, Any] = losses
+        attacked = self.attacked.compute()
+        values: dict[str, Any] = {name: metric.compute() / attacked for name, metric in self.losses.items()}
         curve = None
-        if float(self.classified.compute()) or not float(self.attacked.compute()):
+        if float(self.classified.compute()) or not float(attacked):
             accuracy = self.accuracy.compute()
             values = {"clean_acc": accuracy.pop("clean"), "robust_acc": accuracy.pop("robust")}
             values |= {f"robust_acc_{attack}": value for attack, value in accuracy.items()}

@@ -188,17 +188,17 @@ class RobustnessMonitor(EvaluationMonitor[Measures]):
         size = subject.site.size
         clean = subject.loss(subject.inputs)
         measures.attacked.update(size)
-        measures.losses["clean_loss"].update(clean, size)
+        measures.losses["clean_loss"].update(clean * size)
         worst, largest = subject.inputs, clean
         for name, attack in self.attacks.items():
             found = subject.attack(attack, noise())
             loss = subject.loss(found)
-            measures.losses[f"robust_loss_{name}"].update(loss, size)
+            measures.losses[f"robust_loss_{name}"].update(loss * size)
             if not loss <= largest:
                 worst, largest = found, loss
             assert self._bar is not None
             self._bar.advance(f"{name}: loss {clean:.3g} to {loss:.3g}")
-        measures.losses["robust_loss"].update(largest, size)
+        measures.losses["robust_loss"].update(largest * size)
         if measures.shift is not None:
             (_, before), (_, after) = self.observe(subject, subject.inputs, worst)
             self._add_shift(measures.shift, before, after)

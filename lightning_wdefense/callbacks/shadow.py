@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_wdefense._compat import LightningModule, Trainer
 from lightning_wdefense.modules.isolation import isolated
+from lightning_wdefense.modules.paths import map_tensors
 from lightning_wdefense.modules.plain_state import PlainState
 from lightning_wdefense.modules.silence import logging_to, result_collection, running, still
 from lightning_wdefense.modules.steps import own_step
@@ -48,6 +49,7 @@ class Shadow:
             dataloader_idx: which dataloader, where there are several.
         """
         module, name = self._module, f"{self._stage}_step"
+        batch = map_tensors(batch, torch.clone)  # which the step may write to
         function = own_step(module, name)
         with self._alive(_device(batch, module.device)):
             results = self._results

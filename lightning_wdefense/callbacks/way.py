@@ -19,6 +19,7 @@ from lightning_wdefense.defenses.defense import Defense
 from lightning_wdefense.defenses.passes import Passes, StepPasses
 from lightning_wdefense.modules.batches import Batches
 from lightning_wdefense.modules.outputs import Pick, picking
+from lightning_wdefense.modules.paths import map_tensors
 from lightning_wdefense.modules.steps import Step
 
 Through = Literal["auto", "model", "step"]
@@ -133,6 +134,7 @@ class Way:
             labels = labels if self._ignore_index is None else ignoring(labels, self._ignore_index)
             return plain, defense.passes(inputs, labels, whole=self._whole)
         assert self.look is not None
+        batch = map_tensors(batch, torch.clone)  # the user's step may write to its own
         site, look = self.site(step, batch), self.look
         if look.outputs is None and recipe.compares_classes:
             raise ValueError(

@@ -118,6 +118,13 @@ class ModelPasses(Passes):
         with self._recorder.recording() as recording:
             yield lambda result: self._branch(recording)
 
+    def classes(self, branch: Branch) -> Any:
+        """The labels; where there is one for each element (masks), all samples are of one class."""
+        labels = self.labels
+        if isinstance(labels, Tensor) and labels.ndim > 1 and not labels.is_floating_point() and labels.numel() > len(labels):
+            return torch.zeros(len(labels), dtype=torch.long, device=labels.device)
+        return labels
+
     def _branch(self, recording: Recording) -> Branch:
         """Outputs and features of the one pass over the whole batch.
 

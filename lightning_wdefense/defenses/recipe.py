@@ -39,6 +39,10 @@ def mean_cross_entropy(outputs: Any, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels.to(logits.dtype) if labels.is_floating_point() else labels)
 
 
+LOSSES = ("ce", "margin", "kl")
+"""Losses by name, all of which read logits."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What a robust training step minimises: ``step(seen) + other_weight * task(other) + weight * discrepancy``.
@@ -133,7 +137,8 @@ class Recipe:
     def compares_classes(self) -> bool:
         """Whether a term of the loss, or the attack, reads outputs as logits of classes."""
         by_divergence = self.weight > 0 and self.discrepancy in ("kl", "weighted-kl")
-        return by_divergence or self.margin_weight > 0 or getattr(self.attack, "loss", None) == "kl"
+        by_attack = self.attack is not None and self.attack.of_losses() is None
+        return by_divergence or self.margin_weight > 0 or (by_attack and getattr(self.attack, "loss", None) in LOSSES)
 
     def attack_at(self, radius: float) -> Attack:
         """The attack with its eps multiplied by ``radius`` (the warm-up), and its steps as well where they ramp."""

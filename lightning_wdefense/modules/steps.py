@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_wdefense._compat import LightningModule
 from lightning_wdefense._guests import Guest
 from lightning_wdefense.modules.isolation import isolated
+from lightning_wdefense.modules.paths import map_tensors
 from lightning_wdefense.modules.plain_state import PlainState
 from lightning_wdefense.modules.random_state import RandomState
 from lightning_wdefense.modules.silence import Logged, loss_of, silenced
@@ -103,7 +104,7 @@ class Step:
         for each in self._training:
             each.training = True
         try:
-            return self._function(batch, *self._arguments, **self._options)
+            return self._function(_own_copy(batch), *self._arguments, **self._options)
         finally:
             for each, mode in zip(self._training, modes, strict=True):
                 each.training = mode
@@ -131,10 +132,15 @@ class Step:
             state, now = PlainState(module, buffers=False), RandomState(random._device)
             random.restore()
             try:
-                yield lambda batch: self._function(batch, *self._arguments, **self._options)
+                yield lambda batch: self._function(_own_copy(batch), *self._arguments, **self._options)
             finally:
                 state.restore()
                 now.restore()
+
+
+def _own_copy(batch: Any) -> Any:
+    """A batch whose tensors the step may write to: the next call finds the user's as they were, and so does the user."""
+    return map_tensors(batch, torch.clone)
 
 
 def own_step(module: LightningModule, name: str) -> Callable[..., Any]:

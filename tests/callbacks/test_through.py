@@ -326,3 +326,41 @@ def test_the_last_smaller_batch_counts_through_the_step():
     (logged,) = quiet_trainer(callbacks=[RobustnessMonitor(THREAT)]).validate(module, loader, verbose=False)
     assert logged["val/clean_acc"] == pytest.approx(0.8) == logged["accuracy"]
     assert logged["robust/accuracy"] == pytest.approx(logged["val/robust_acc"])
+
+
+class InPlace(DigitsClassifier):
+    """Writes to its batch: labels that begin with 1, and normalisation."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        y -= 1
+        x.sub_(0.3).div_(0.4)
+        return ce(self(x), y)
+
+    def validation_step(self, batch, batch_idx):
+        x, y = batch
+        y -= 1
+        x.sub_(0.3).div_(0.4)
+        logits = self(x)
+        self.log("val_loss", ce(logits, y))
+        self.log("accuracy", (logits.argmax(1) == y).float().mean())
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        assert torch.equal(batch[1], LABELS + 1)  # it wrote to the attacked batch
+        assert torch.equal(batch[0], IMAGES)
+
+    def on_validation_batch_end(self, outputs, batch, batch_idx):
+        assert torch.equal(batch[1], LABELS)  # once
+
+
+@pytest.mark.parametrize("recipe", ["pgd-at", "alp-features"])
+def test_a_step_that_writes_to_its_batch(recipe):
+    loader = lambda: torch.utils.data.DataLoader([(x.clone(), y + 1) for x, y in zip(IMAGES, LABELS, strict=True)], 32)  # noqa: E731
+    defense = WassersteinDefense(recipe, threat=THREAT, warmup_epochs=0)
+    trainer = quiet_trainer(max_epochs=3, callbacks=[defense, RobustnessMonitor(THREAT)], log_every_n_steps=1)
+    trainer.fit(InPlace(), loader(), loader())
+    logged = trainer.callback_metrics
+    assert logged["robust/accuracy"] <= logged["accuracy"]
+    assert logged["val/clean_loss"] == pytest.approx(float(logged["val_loss"]), rel=1e-4)
+    assert logged["robust/val_loss"] == pytest.approx(float(logged["val/robust_loss"]), rel=1e-4)
+    assert logged["robust/val_loss"] > logged["val_loss"]
