@@ -59,7 +59,9 @@ def test_every_task_of_the_matrix_has_a_row():
 def test_no_pipeline_that_needs_a_word_is_hidden():
     shown = {name for row in ROWS if row[1] == "no" for name in names(row[-1])}
     assert shown == {
-        pipeline.name for pipeline in PIPELINES if pipeline.refused is None and (pipeline.arguments or pipeline.defended)
+        pipeline.name
+        for pipeline in PIPELINES
+        if pipeline.refused is None and (pipeline.arguments or pipeline.defended)
     }
 
 
@@ -85,3 +87,18 @@ def test_the_code_runs(code):
 def test_all_code_is_python():
     for code in re.findall(r"```py\w*\n(.*?)```", TASKS, re.DOTALL):
         compile(code, "docs/tasks.md", "exec")
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/tasks.md"])
+def test_the_matrix_is_counted(page):
+    text = " ".join((Path(__file__).parents[1] / page).read_text().split())
+    there = [pipeline for pipeline in PIPELINES if pipeline.needs is None]
+    refused = sum(pipeline.refused is not None for pipeline in there)
+    said = sum(pipeline.refused is None and bool(pipeline.arguments or pipeline.defended) for pipeline in there)
+    untouched = len(there) - refused - said
+    counts = re.search(
+        r"(\d+) (?:small pipelines of (\d+) tasks|work untouched).*? (\d+) after one argument.*? (\d+) are refused",
+        text,
+    )
+    assert [int(counts[group]) for group in (1, 3, 4)] == [untouched, said, refused]
+    assert counts[2] is None or int(counts[2]) == len({pipeline.task for pipeline in PIPELINES})
