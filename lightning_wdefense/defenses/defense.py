@@ -211,7 +211,7 @@ class Defense(Guest):
     ) -> tuple[Tensor, dict[str, Any]]:
         """The training loss and its parts: see :func:`~lightning_wdefense.defenses.objective.combine`."""
         seen = clean if clean is not None else adversarial
-        classes = passes.labels if seen is None else passes.classes(seen)
+        classes = passes.labels if seen is None or self.recipe.compares_classes else passes.classes(seen)
         return combine(
             self.recipe,
             task_loss,

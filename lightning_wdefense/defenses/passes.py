@@ -121,7 +121,12 @@ class ModelPasses(Passes):
     def classes(self, branch: Branch) -> Any:
         """The labels; where there is one for each element (masks), all samples are of one class."""
         labels = self.labels
-        if isinstance(labels, Tensor) and labels.ndim > 1 and not labels.is_floating_point() and labels.numel() > len(labels):
+        if (
+            isinstance(labels, Tensor)
+            and labels.ndim > 1
+            and not labels.is_floating_point()
+            and labels.numel() > len(labels)
+        ):
             return torch.zeros(len(labels), dtype=torch.long, device=labels.device)
         return labels
 

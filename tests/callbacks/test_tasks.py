@@ -239,3 +239,13 @@ def test_pictures_of_a_model_with_a_fixed_batch_size(tmp_path):
     (expected,) = quiet_trainer(callbacks=callbacks[1:]).validate(trained_classifier(), loader, verbose=False)
     for key, value in expected.items():
         assert logged[key] == pytest.approx(value, abs=1e-5, nan_ok=True), key
+
+
+@pytest.mark.parametrize("recipe", ["class-transport", "sat-label", "alp-features"])
+def test_masks_without_ignored_pixels_are_one_class(recipe):
+    defense = WassersteinDefense(recipe, threat=THREAT, warmup_epochs=0)
+    trainer = quiet_trainer(max_epochs=1, callbacks=[defense], log_every_n_steps=1)
+    images, _ = digits()
+    loader = DataLoader(TensorDataset(images[:64], (images[:64, 0] * 2.99).long()), 32)
+    trainer.fit(Segmenter(), loader)
+    assert trainer.callback_metrics["defense/discrepancy"] > 0
