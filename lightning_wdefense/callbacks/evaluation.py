@@ -157,13 +157,13 @@ class EvaluationMonitor(Callback, Generic[MeasuresT]):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Take note of the module before its own evaluation changes it."""
-        self._before_step(trainer, pl_module, batch, batch_idx, "validation")
+        self._before_step(trainer, pl_module, batch, (batch_idx, dataloader_idx), "validation")
 
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Take note of the module before its own evaluation changes it."""
-        self._before_step(trainer, pl_module, batch, batch_idx, "test")
+        self._before_step(trainer, pl_module, batch, (batch_idx, dataloader_idx), "test")
 
     def on_validation_batch_end(
         self,
@@ -219,15 +219,22 @@ class EvaluationMonitor(Callback, Generic[MeasuresT]):
         total = sum(min(limit, batches) for batches in num_batches) * self.attacks_a_batch
         self._bar = attack_progress(trainer, total, show=self.progress)
 
+    def _is_measured(self, trainer: Trainer, batch_idx: int, dataloader_idx: int) -> bool:
+        """Whether a batch is attacked, or, the first ones of the sanity check, looked at."""
+        if self.dataloaders is not None and dataloader_idx not in self.dataloaders:
+            return False
+        if trainer.sanity_checking:
+            return batch_idx == 0
+        return self._bar is not None and not (self.max_batches is not None and batch_idx >= self.max_batches)
+
     def _before_step(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, stage: str
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, place: tuple[int, int], stage: str
     ) -> None:
+        batch_idx, dataloader_idx = place
         if self._bar is not None and self._shadow is None:
             self._shadow = Shadow(trainer, pl_module, stage)
         self._clean = None
-        if (self._bar is not None or trainer.sanity_checking) and not (
-            self.max_batches is not None and batch_idx >= self.max_batches
-        ):
+        if self._is_measured(trainer, batch_idx, dataloader_idx):
             with torch.inference_mode(False):  # where the copies can be differentiated
                 self._clean = map_tensors(batch, torch.clone)  # the step may write to its batch
 
@@ -235,9 +242,7 @@ class EvaluationMonitor(Callback, Generic[MeasuresT]):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int, stage: str
     ) -> None:
         sanity = trainer.sanity_checking
-        if not sanity and (self._bar is None or (self.max_batches is not None and batch_idx >= self.max_batches)):
-            return
-        if self.dataloaders is not None and dataloader_idx not in self.dataloaders:
+        if not self._is_measured(trainer, batch_idx, dataloader_idx):
             return
         loaders = trainer.num_sanity_val_batches if sanity else trainer.num_val_batches
         loaders = trainer.num_test_batches if stage == "test" else loaders

@@ -144,3 +144,13 @@ def test_the_best_model_is_chosen_by_it_and_epochs_in_between_keep_the_value(tmp
     assert values[0] == values[1]
     assert values[2] == values[3]
     assert float(keep.best_model_score) == pytest.approx(max(values))
+
+
+@pytest.mark.parametrize("sanity", [0, 2, -1])
+def test_max_batches_and_the_sanity_check(sanity):
+    images, labels = digits()
+    monitor = RobustnessMonitor(THREAT, [ATTACK], max_batches=1)
+    trainer = quiet_trainer(max_epochs=1, num_sanity_val_steps=sanity, callbacks=[monitor])
+    trainer.fit(made(), DataLoader(TensorDataset(images[:64], labels[:64]), 64), loaders(1))
+    assert trainer.callback_metrics["robust/counted"] == 2 * 32
+    assert trainer.callback_metrics["counted"] == 2 * 100
