@@ -18,7 +18,7 @@ from lightning_wdefense._autograd import gradients
 from lightning_wdefense._guests import hook
 from lightning_wdefense.attacks.labels import class_labels, counted, hard_labels
 from lightning_wdefense.attacks.places import Site
-from lightning_wdefense.modules.isolation import eager, isolated
+from lightning_wdefense.modules.isolation import eager, isolated, own_passes
 from lightning_wdefense.modules.outputs import float32_or_better, has_one_output, logits_of, tensor_of
 from lightning_wdefense.modules.plain_state import iterators_of
 from lightning_wdefense.modules.recording import CONVOLUTIONS
@@ -49,6 +49,7 @@ class Look:
         model_ran: how often the model ran.
         tensor: whether it returned one tensor.
         head_ran: whether a linear layer ran.
+        attacks: whether the step attacks the model by itself.
         why: in words, why a plain forward pass is not the same computation.
     """
 
@@ -62,6 +63,7 @@ class Look:
     model_ran: int = 0
     tensor: bool = False
     head_ran: bool = False
+    attacks: bool = False
     why: str = ""
     _calls: list[tuple[Any, Any, Any]] = field(default_factory=list)
 
@@ -115,7 +117,7 @@ def _look(
         values = site.values.detach().clone()
         if values.is_floating_point():
             values.requires_grad_()
-        with _watching(step.module, model, look._calls, heads), site.moved(values) as batch:
+        with _watching(step.module, model, look._calls, heads, look), site.moved(values) as batch:
             loss = step.loss(batch)
         look.model_ran, look.head_ran = len(look._calls), bool(heads)
         look.tensor = bool(look._calls) and isinstance(pick(look._calls[0][2]), Tensor)
@@ -183,22 +185,32 @@ def _consumed(step: Step) -> ConsumedError:
 
 
 @contextlib.contextmanager
-def _watching(module: nn.Module, model: nn.Module | None, calls: list[Any], heads: list[Any]) -> Iterator[None]:
+def _watching(
+    module: nn.Module, model: nn.Module | None, calls: list[Any], heads: list[Any], look: Look
+) -> Iterator[None]:
     inside = [0]  # a model may call itself
+    level = own_passes()  # an attack inside of the step runs the model for purposes of its own
 
     def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
+        if own_passes() != level:
+            return
         inside[0] += 1
         if inside[0] == 1:
             kept = [each.detach().clone() if isinstance(each, Tensor) else each for each in args]
             calls.append([kept, dict(kwargs), None])
 
     def leave(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if own_passes() != level:
+            return
         inside[0] -= 1
         if inside[0] == 0:
             calls[-1][2] = output
 
     def head(layer: nn.Module, args: Any, output: Any) -> None:
-        heads.append((layer, output))
+        if own_passes() == level:
+            heads.append((layer, output))
+        else:
+            look.attacks = True
 
     handles = []
     if model is not None:

@@ -133,7 +133,7 @@ class EvaluationWay:
         reasons: list[str] = []
         looks: list[Look] = []
         site: Site | None = None
-        # A step that optimises or defends by itself says nothing of what an evaluation computes.
+        # A step that optimises by itself returns no loss, and one that attacks by itself another one than the evaluation's.
         by_itself = not module.automatic_optimization or is_a(module, "WassersteinDefenseMixin")
         for name in (f"{stage}_step", "training_step")[: 1 if by_itself else 2]:
             step = _step(module, name, place)
@@ -144,6 +144,9 @@ class EvaluationWay:
                 if site is None and self._perturb is None:
                     raise  # the batch's own fault
                 reasons.append(f"{name} failed on the batch ({type(error).__name__}: {error})")
+                continue
+            if look.attacks:
+                reasons.append(f"{name} attacks by itself")
                 continue
             looks.append(look)
             if look.loss is None:

@@ -187,7 +187,7 @@ class WassersteinPurifier(LightningModule):
         inputs, labels = self._batches.read(batch)
         place = (self.seed, dataloader_idx, batch_idx, self.global_rank)
         noise = functools.partial(seeded_generator, inputs.device, *place)
-        found = worst_case(self.purified, self.evaluation, inputs, labels, generator=noise)
+        found = worst_case(self.purified, self.evaluation, inputs, labels, everyone=True, generator=noise)
         right = {"clean_acc": found.clean == found.labels, "robust_acc": found.robust}
         logs = {f"{stage}/{key}": value.float().mean() for key, value in right.items()}
         self.log_dict(logs, sync_dist=True, batch_size=len(inputs))

@@ -330,7 +330,7 @@ MODEL = classifier(3, 4, 4)
 OUTPUTS = {
     "tuple": (lambda x: (MODEL(x), x), TypeError, "not logits but a tuple.*forward.*model=.*loss="),
     "none": (lambda x: None, TypeError, "not logits but a NoneType"),
-    "dict without logits": (lambda x: {"out": MODEL(x)}, TypeError, "not logits but a dict"),
+    "dict without logits": (lambda x: {"scores": MODEL(x)}, TypeError, "not logits but a dict"),
     "predictions": (lambda x: MODEL(x).argmax(1), TypeError, "not logits: torch.int64"),
     "scalar": (lambda x: MODEL(x).sum(), TypeError, "not logits"),
     "probabilities": (lambda x: MODEL(x).softmax(1), ValueError, "look like probabilities"),
