@@ -19,6 +19,9 @@ LARGEST = 2**22
 MOST = 2**26
 """Elements of all parameters together, 256 MiB of float32, whose values are kept; of larger models those of frozen ones, if they are no more."""
 
+MANY = 1000
+"""Tensors in one container whose values are kept, such as an average of the parameters; a longer one is all outputs of an epoch."""
+
 LONGEST = 10_000
 """Entries of a container in an object that is no module; a longer one is a data set."""
 
@@ -34,7 +37,7 @@ class PlainState:
     """The plain attributes of a module and its submodules: counters, containers, metrics' states, caches, generators; buffers; parameters.
 
     A step may move parameters itself, as those of an average of the model. Attributes are put back as they were, lists, dicts, sets and deques filled with what was in them, tensors given their values.
-    Metrics are found also in plain containers. Of an object that is no module (an average that the step updates) the attributes are
+    Metrics and other modules are found also in plain containers, where some hide a teacher. Of an object that is no module (an average that the step updates) the attributes are
     kept; what is deeper inside, and what lies outside of Python (files), is not.
 
     Args:
@@ -47,11 +50,16 @@ class PlainState:
         self._containers: list[tuple[Any, Any]] = []
         self._values: list[list[Any]] = []
         self._generators: list[tuple[Any, Any]] = []
+        self._slots: list[tuple[Any, str, Any]] = []
+        self._norms: list[list[Any]] = []
+        self._hidden: list[nn.Parameter] = []
+        self._buffers = buffers
         self._seen: set[int] = set()
         self._inference: list[tuple[dict[str, Any], str, Tensor]] = []
         for each in module.modules():
-            self._keep_module(each, buffers)
+            self._keep_module(each)
         self._keep_parameters(list(module.parameters()))
+        self._keep_parameters([each for each in self._hidden if id(each) not in self._seen])
 
     def restore(self) -> None:
         """Put everything back."""
@@ -65,7 +73,14 @@ class PlainState:
             for name, value in found.items():
                 if attributes.get(name, self) is not value:
                     attributes[name] = value
+        for value, name, before in self._slots:
+            if getattr(value, name, self) is not before:
+                object.__setattr__(value, name, before)
         with torch.no_grad():
+            for count, version, statistics in self._norms:
+                if count._version != version:  # batch_norm writes to the others without a change of version
+                    for value, copy in statistics:
+                        value.data.copy_(copy)
             for kept in self._values:
                 value, copy, version, required = kept
                 if isinstance(value, np.ndarray):
@@ -75,6 +90,8 @@ class PlainState:
                         value.detach_()
                     value.copy_(copy)
                     kept[2] = value._version
+            for norm in self._norms:
+                norm[1] = norm[0]._version
         for generator, state in self._generators:
             _set_state(generator, state)
 
@@ -92,13 +109,15 @@ class PlainState:
                     self._keep_value(each)
                 return
 
-    def _keep_module(self, module: nn.Module, buffers: bool) -> None:
+    def _keep_module(self, module: nn.Module) -> None:
         if id(module) in self._seen:
             return
         self._seen.add(id(module))
         attributes = vars(module)
-        if buffers or isinstance(module, Metric):
+        if self._buffers or isinstance(module, Metric):
             self._keep_attributes(module._buffers, all_values=isinstance(module, Metric))
+            if isinstance(module, nn.modules.batchnorm._NormBase):
+                self._keep_statistics(module)
         self._keep_attributes(module._modules, inside=False)
         if type(module).__module__.split(".")[0] != "torch":  # whose own change nothing but buffers
             self._keep_attributes(attributes, all_values=isinstance(module, Metric))
@@ -113,22 +132,35 @@ class PlainState:
                 elif value.grad_fn is None and (all_values or value.numel() <= LARGEST):
                     self._keep_value(value)
             elif name[:1] != "_" or name not in _OF_EVERY_MODULE:
-                self._keep(value, deep=True)
+                self._keep(value, deep=True, tensors=not all_values)  # a metric appends to its lists
+
+    def _keep_statistics(self, norm: nn.modules.batchnorm._NormBase) -> None:
+        count = norm.num_batches_tracked
+        found = [each for each in (norm.running_mean, norm.running_var) if each is not None]
+        if count is not None and found and not any(each.is_inference() for each in (count, *found)):
+            self._norms.append([count, count._version, [(each, each.detach().clone()) for each in found]])
 
     def _keep_value(self, value: Tensor) -> None:
         if id(value) not in self._seen:
             self._seen.add(id(value))
             self._values.append([value, value.detach().clone(), value._version, value.requires_grad])
 
-    def _keep(self, value: Any, *, deep: bool) -> None:
+    def _keep_tensors(self, container: Any) -> None:
+        found = [each for each in _parts(container) if isinstance(each, Tensor) and not isinstance(each, nn.Parameter)]
+        found = [each for each in found if not each.is_inference() and each.grad_fn is None]
+        if len(found) <= MANY and sum(each.numel() for each in found) <= MOST:
+            for each in found:
+                self._keep_value(each)
+
+    def _keep(self, value: Any, *, deep: bool, tensors: bool = True) -> None:
         """Take note of a container, a metric, a generator or an object, and of what is in it."""
         kind = type(value)
         if kind in _LEAVES or isinstance(value, (Tensor, type)) or id(value) in self._seen:
             return
         if isinstance(value, nn.Module):
-            if isinstance(value, Metric):
-                for each in value.modules():
-                    self._keep_module(each, buffers=True)
+            for each in value.modules():
+                self._keep_module(each)
+            self._hidden += value.parameters()
             return
         if kind in _REFILLED or kind is tuple:
             if not deep and len(value) > LONGEST:
@@ -136,8 +168,10 @@ class PlainState:
             self._seen.add(id(value))
             if kind in _REFILLED:
                 self._containers.append((value, value.copy()))
+            if tensors:
+                self._keep_tensors(value)
             for each in _parts(value):
-                self._keep(each, deep=deep)
+                self._keep(each, deep=deep, tensors=tensors)
         elif isinstance(value, np.ndarray) and value.dtype != object and value.size <= LARGEST:
             self._seen.add(id(value))
             self._values.append([value, value.copy(), 0, False])
@@ -145,12 +179,14 @@ class PlainState:
             self._seen.add(id(value))
             self._generators.append((value, _get_state(value)))
         elif deep and kind.__module__.split(".")[0] not in _LIBRARIES:
-            attributes = vars_of(value)
-            if attributes is None:
+            attributes, slots = vars_of(value), _slots_of(value)
+            if attributes is None and not slots:
                 return
             self._seen.add(id(value))
-            self._owners.append((attributes, dict(attributes)))
-            for each in list(attributes.values()):
+            if attributes is not None:
+                self._owners.append((attributes, dict(attributes)))
+            self._slots += [(value, name, each) for name, each in slots.items()]
+            for each in [*(attributes or {}).values(), *slots.values()]:
                 if isinstance(each, Tensor) and not each.is_inference() and each.grad_fn is None:
                     if each.numel() <= LARGEST:
                         self._keep_value(each)
@@ -164,7 +200,14 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 def vars_of(value: Any) -> dict[str, Any] | None:
     """The attributes of a plain object; ``None`` of what has none of its own."""
     attributes = getattr(value, "__dict__", None)
-    return attributes if type(attributes) is dict and not callable(value) else None
+    return attributes if type(attributes) is dict else None
+
+
+def _slots_of(value: Any) -> dict[str, Any]:
+    """The attributes of an object that has them in slots."""
+    found = [vars(kind).get("__slots__", ()) for kind in type(value).__mro__]
+    names = [name for each in found for name in ([each] if isinstance(each, str) else each)]
+    return {name: getattr(value, name) for name in names if name[:2] != "__" and hasattr(value, name)}
 
 
 def iterators_of(module: nn.Module) -> dict[str, str]:
@@ -187,7 +230,7 @@ def _same(container: Any, content: Any) -> bool:
     if isinstance(container, set):
         return bool(container == content)
     if isinstance(container, dict):
-        return all(key in container and container[key] is value for key, value in content.items())
+        return list(container) == list(content) and all(container[key] is value for key, value in content.items())
     return all(one is other for one, other in zip(container, content, strict=True))
 
 

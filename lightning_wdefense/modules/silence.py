@@ -19,12 +19,16 @@ Logged = dict[str, Any]
 def logging_to(trainer: Trainer, results: Any) -> Iterator[None]:
     """Inside, ``self.log`` writes to this collection of results, and the loggers take nothing."""
     connector, loop = trainer._logger_connector, _loop_of(trainer)
-    before, current, loggers = loop._results, connector._current_fx, trainer.loggers
-    loop._results, trainer.loggers = results, [SilentLogger(each) for each in loggers]  # type: ignore[misc]
+    before, current, loggers = getattr(loop, "_results", None), connector._current_fx, trainer.loggers
+    trainer.loggers = [SilentLogger(each) for each in loggers]  # type: ignore[misc]
+    if loop is not None:  # it runs
+        loop._results = results
     try:
         yield
     finally:
-        loop._results, connector._current_fx, trainer.loggers = before, current, loggers
+        connector._current_fx, trainer.loggers = current, loggers
+        if loop is not None:
+            loop._results = before
 
 
 @contextlib.contextmanager
@@ -148,7 +152,12 @@ class Still:
         return type(self._moving)
 
     def __getattr__(self, name: str) -> Any:
-        return _nothing if name in self._STILL else getattr(self._moving, name)
+        if name in self._STILL:
+            return _nothing
+        found = getattr(self._moving, name)
+        if name == "param_groups":  # a step may set learning rates there
+            return [dict(each) for each in found]
+        return Still(found) if name in ("optimizer", "_optimizer") else found
 
     def __setattr__(self, name: str, value: Any) -> None:
         pass

@@ -51,6 +51,7 @@ class Step:
         self._state: PlainState | None = None
         self._random: RandomState | None = None
         self._training: list[nn.Module] = []
+        self._flags: list[tuple[Any, str, bool]] = []
         self.logged: Logged = {}
 
     @property
@@ -78,16 +79,17 @@ class Step:
         with isolated(module, device, evaluation=noise != "own"), silenced(module, self.name) as logged:
             state = PlainState(module)
             state.usable()
-            before = self._state, self._random, self._training, self.logged
+            before = self._state, self._random, self._training, self.logged, self._flags
             self._state, self._random = state, RandomState(device)
-            self._training, self.logged = training, logged
+            self._training, self.logged, self._flags = training, logged, _flags(module)
             gradients = [(parameter, parameter.grad) for parameter in module.parameters()]
             for parameter, _ in gradients:  # a step may call backward() itself
                 parameter.grad = None
             try:
                 yield
             finally:
-                self._state, self._random, self._training, self.logged = before
+                _set_flags(self._flags)
+                self._state, self._random, self._training, self.logged, self._flags = before
                 state.restore()
                 for parameter, gradient in gradients:
                     parameter.grad = gradient
@@ -99,6 +101,7 @@ class Step:
         self._state.restore()
         self._state.usable()
         self._random.restore()
+        _set_flags(self._flags)
         self.logged.clear()
         modes = [each.training for each in self._training]
         for each in self._training:
@@ -136,6 +139,18 @@ class Step:
             finally:
                 state.restore()
                 now.restore()
+
+
+def _flags(module: nn.Module) -> list[tuple[Any, str, bool]]:
+    """Modes, and which parameters require gradients."""
+    modes = [(each, "training", each.training) for each in module.modules()]
+    return modes + [(each, "requires_grad", each.requires_grad) for each in module.parameters()]
+
+
+def _set_flags(flags: list[tuple[Any, str, bool]]) -> None:
+    for owner, name, value in flags:
+        if getattr(owner, name) is not value:
+            setattr(owner, name, value)
 
 
 def _own_copy(batch: Any) -> Any:
