@@ -22,7 +22,7 @@ class Shadow:
     """A second course of an evaluation epoch, on attacked batches, beside the one that the trainer runs.
 
     It has metrics, containers and logged values of its own: those of the module are exchanged for them while it runs, and come back
-    after. The module's step, its hooks at the end of each batch and of the epoch are called as Lightning calls them; what they log is
+    after. The module's step, its hooks around each batch and at the end of the epoch are called as Lightning calls them; what they log is
     averaged and reduced over ranks as Lightning does it.
 
     Args:
@@ -57,9 +57,10 @@ class Shadow:
                 self._collect()  # as Lightning does, before a metric goes on with another dataloader
             self._loader = dataloader_idx
             results.batch, results.batch_size, results.dataloader_idx = batch, None, dataloader_idx
+            arguments = (batch, batch_idx) if dataloader_idx is None else (batch, batch_idx, dataloader_idx)
+            self._hook(f"on_{self._stage}_batch_start", *arguments)
             with running(module, name):
                 output = function(batch, *step_arguments(function, batch_idx, dataloader_idx))
-            arguments = (batch, batch_idx) if dataloader_idx is None else (batch, batch_idx, dataloader_idx)
             self._hook(f"on_{self._stage}_batch_end", output, *arguments)
             results.batch = results.batch_size = None
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+
 import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from support.lightning_modules import DigitsClassifier, digits, quiet_trainer
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import Accuracy, F1Score, MetricCollection
@@ -154,3 +157,89 @@ def test_max_batches_and_the_sanity_check(sanity):
     trainer.fit(made(), DataLoader(TensorDataset(images[:64], labels[:64]), 64), loaders(1))
     assert trainer.callback_metrics["robust/counted"] == 2 * 32
     assert trainer.callback_metrics["counted"] == 2 * 100
+
+
+class Hooked(DigitsClassifier):
+    """Leans on its hooks at the start, on Lightning's own values, and hides its metrics."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden = [Accuracy("multiclass", num_classes=10)]
+        self.named = {"all": MetricCollection([Accuracy("multiclass", num_classes=10, average="macro")])}
+        self.history: list[float] = []
+
+    def on_validation_epoch_start(self):
+        self.rows = []
+
+    def on_validation_batch_start(self, batch, batch_idx, dataloader_idx=0):
+        self.current = (batch_idx, dataloader_idx)
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        assert self.current == (batch_idx, dataloader_idx)
+        logits = self(batch[0])
+        self.hidden[0].update(logits, batch[1])
+        self.named["all"].update(logits, batch[1])
+        self.rows.append(F.cross_entropy(logits, batch[1], reduction="none"))
+        self.log("accuracy", (logits.argmax(1) == batch[1]).float().mean(), on_step=True, on_epoch=True, prog_bar=True)
+        self.log("smallest", self.rows[-1].min(), reduce_fx="min", batch_size=len(batch[1]))
+
+    def on_validation_batch_end(self, outputs, batch, batch_idx, dataloader_idx=0):
+        del self.current
+
+    def on_validation_epoch_end(self):
+        self.log("worst", torch.cat(self.rows).max())
+        self.log("hidden", self.hidden[0].compute())
+        self.log_dict(self.named["all"].compute())
+        self.log("read", self.trainer.callback_metrics["accuracy_epoch"] + 1)
+        self.history.append(float(torch.cat(self.rows).sum()))
+        for metric in (self.hidden[0], self.named["all"]):
+            metric.reset()
+
+
+def hooked():
+    module = Hooked()
+    module.load_state_dict(made().state_dict())
+    return module
+
+
+@pytest.mark.parametrize("through", ["model", "step"])
+def test_hooks_at_the_start_hidden_metrics_and_the_trainers_values(through):
+    module, alone = hooked(), hooked()
+    logged = quiet_values(module, loaders(1), "validate", [RobustnessMonitor(THREAT, [ATTACK], through=through)])
+    clean = quiet_values(alone, loaders(1), "validate", [])
+    attacked = quiet_values(hooked(), loaders(1, attack_with=made()), "validate", [])
+    assert {"worst", "hidden", "read", "accuracy", "accuracy_epoch", "smallest"} <= clean.keys()
+    for key, value in clean.items():
+        assert logged[key] == value, key
+        assert logged[f"robust/{key}"] == pytest.approx(attacked[key], abs=1e-5), key
+    assert logged["robust/hidden"] < logged["hidden"] - 0.2
+    assert module.history == alone.history
+    assert vars(module).keys() == vars(alone).keys()
+
+
+@pytest.mark.parametrize("monitors", [1, 2])
+def test_a_training_under_monitors_is_that_without(monitors, tmp_path):
+    """Weights, logged values, files, metrics and containers, bit for bit."""
+
+    def run(folder, callbacks):
+        torch.manual_seed(1)
+        module = hooked()
+        images, labels = digits()
+        train = DataLoader(TensorDataset(images[:256], labels[:256]), 64, shuffle=True)
+        trainer = quiet_trainer(max_epochs=3, callbacks=callbacks, logger=CSVLogger(folder), log_every_n_steps=1)
+        trainer.fit(module, train, loaders(1))
+        ours = ("robust/", "val/")
+        values = {key: float(value) for key, value in trainer.callback_metrics.items() if not key.startswith(ours)}
+        with open(next(folder.rglob("metrics.csv"))) as file:
+            rows = [
+                {key: value for key, value in row.items() if value and not key.startswith(ours)}
+                for row in csv.DictReader(file)
+            ]
+        weights = [parameter.tolist() for parameter in module.parameters()]
+        return weights, values, rows, module.history, module.hidden[0]._update_count, torch.get_rng_state().tolist()
+
+    names = ["one", "two"][:monitors]
+    callbacks = [RobustnessMonitor(THREAT, ["pgd"], name=name, every_n_epochs=k + 1) for k, name in enumerate(names)]
+    alone, watched = run(tmp_path / "alone", []), run(tmp_path / "watched", callbacks)
+    for one, other in zip(alone, watched, strict=True):
+        assert one == other
