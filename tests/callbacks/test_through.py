@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from support.lightning_modules import DigitsClassifier, digits, digits_loaders, quiet_trainer
 from torch import nn
+from torchmetrics import Accuracy
 
 from lightning_wdefense import Recipe, RobustnessMonitor, ThreatModel, WassersteinDefense
 from lightning_wdefense.attacks import PGD
@@ -364,3 +365,251 @@ def test_a_step_that_writes_to_its_batch(recipe):
     assert logged["val/clean_loss"] == pytest.approx(float(logged["val_loss"]), rel=1e-4)
     assert logged["robust/val_loss"] == pytest.approx(float(logged["val/robust_loss"]), rel=1e-4)
     assert logged["robust/val_loss"] > logged["val_loss"]
+
+
+class Centres(nn.Module):
+    """Proxies of classes, as metric learning has them."""
+
+    def __init__(self):
+        super().__init__()
+        self.proxies = nn.Parameter(torch.randn(10, 16))
+
+    def forward(self, embeddings, y):
+        return F.cross_entropy(-torch.cdist(embeddings, self.proxies), y)
+
+
+PIXELS = torch.where(
+    torch.rand(32, 8, 8, generator=torch.Generator().manual_seed(0)) < 0.3, 255, (IMAGES[:, 0] > 0.5).long()
+)
+torch.manual_seed(3)
+CENTRES, MASKS = Centres(), nn.Conv2d(1, 3, 3, padding=1)
+MORE_LOOKS = {
+    "softmax, then log": (
+        lambda m, x, y: F.nll_loss(m(x).log(), y),
+        lambda m, x: m.net(x).softmax(1),
+        10,
+        LABELS,
+        {"plain": True},
+        "head",
+    ),
+    "log_softmax outside": (
+        lambda m, x, y: F.nll_loss(m(x).log_softmax(1), y),
+        None,
+        10,
+        LABELS,
+        {"plain": True},
+        "model",
+    ),
+    "temperature": (lambda m, x, y: ce(m(x) / 4, y), None, 10, LABELS, {"plain": True}, "model"),
+    "sum": (lambda m, x, y: ce(m(x), y, reduction="sum"), None, 10, LABELS, {"plain": True}, "model"),
+    "crammer-singer": (
+        lambda m, x, y: _margins(m(x), y),
+        None,
+        10,
+        LABELS,
+        {"plain": True},
+        "model",
+    ),
+    "proxies": (lambda m, x, y: CENTRES(m(x), y), None, 16, LABELS, {"plain": True}, None),
+    "supervised contrast": (
+        lambda m, x, y: ce(F.normalize(m(x)) @ F.normalize(m(x)).T, torch.arange(len(y))),
+        None,
+        64,
+        LABELS,
+        {},
+        None,
+    ),
+    "autoencoder and labels": (
+        lambda m, x, y: (m(x) - x.flatten(1)).abs().mean(),
+        None,
+        64,
+        LABELS,
+        {"plain": True},
+        None,
+    ),
+    "flatten in the step": (lambda m, x, y: ce(m.extra(x.flatten(1)), y), None, 10, LABELS, {}, "head"),
+    "kwargs": (lambda m, x, y: ce(m(**{"x": x}), y), None, 10, LABELS, {}, "model"),
+    "same values, copied": (
+        lambda m, x, y: ce(m(x.clone().contiguous()), y),
+        None,
+        10,
+        LABELS,
+        {"plain": True},
+        "model",
+    ),
+    "reordered": (lambda m, x, y: ce(m(x.flip(0)), y.flip(0)), None, 10, LABELS, {}, None),
+    "half of the batch": (lambda m, x, y: ce(m(x[:16]), y[:16]), None, 10, LABELS, {}, None),
+    "two views": (lambda m, x, y: ce(m(torch.cat([x, x.flip(-1)])), torch.cat([y, y])), None, 10, LABELS, {}, None),
+    "under no_grad first": (lambda m, x, y: ce(_looked(m, x), y), None, 10, LABELS, {}, "model"),
+    "diverged regression": (
+        lambda m, x, y: F.mse_loss(m(x)[:, 0] * torch.nan, y),
+        None,
+        1,
+        LABELS / 9,
+        {"plain": True},
+        None,
+    ),
+}
+
+
+def _margins(logits, y):
+    """The runner-up against the own class."""
+    return (logits.scatter(1, y[:, None], -9e9).amax(1) - logits.gather(1, y[:, None])[:, 0] + 9).relu().mean()
+
+
+def _looked(module, x):
+    with torch.no_grad():
+        module(x)
+    return module(x)
+
+
+@pytest.mark.parametrize("case", MORE_LOOKS)
+def test_first_look_at_more(case):
+    step, forward, outputs, labels, expected, source = MORE_LOOKS[case]
+    module = module_with(step, forward, outputs)
+    site = InputSite(Batches(), (IMAGES, labels), THREAT)
+    own = Step(module, own_step(module, "training_step"), "training_step", (0,))
+    look = first_look(own, site, labels, module, lambda outputs: outputs)
+    assert (look.plain, look.outputs) == (expected.get("plain", False), source), look.why
+    assert look.depends
+    assert bool(look.why) != look.plain
+
+
+@pytest.mark.parametrize("ignored", [255, -100])
+def test_first_look_at_masks(ignored):
+    labels = torch.where(PIXELS == 255, ignored, PIXELS)
+    step = lambda m, x, y: ce(m(x), y, ignore_index=ignored)  # noqa: E731
+    module = module_with(step, lambda m, x: MASKS(x))
+    own = Step(module, own_step(module, "training_step"), "training_step", (0,))
+    from lightning_wdefense.attacks.labels import ignoring
+
+    site = InputSite(Batches(), (IMAGES, labels), THREAT)
+    look = first_look(own, site, ignoring(labels, ignored), module, lambda outputs: outputs)
+    assert (look.plain, look.outputs) == (True, "model"), look.why
+
+
+def test_both_ways_train_the_same_weights_for_every_recipe():
+    """Two batches; which recipes refuse a way is said here."""
+    differences, refused = {}, []
+    for name in RECIPES:
+        recipe = Recipe.named(name, THREAT, warmup_epochs=0)
+        try:
+            runs = [trained(recipe, through, limit_train_batches=2) for through in ("model", "step")]
+        except (ValueError, TypeError):
+            refused.append(name)
+            continue
+        start, (one, other) = weights(_initial()), (weights(run[0]) for run in runs)
+        moved = float((one - start).norm())
+        differences[name] = float((one - other).norm()) / moved
+    assert refused == []
+    # Adam's first steps are signs: what rounding makes of a gradient near 0 is as large as a step.
+    assert {name: value for name, value in differences.items() if value > 0.1} == {}, differences
+
+
+def _initial():
+    torch.manual_seed(0)
+    return DigitsClassifier()
+
+
+class Lbfgs(DigitsClassifier):
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def training_step(self, batch, batch_idx):
+        self.count += 1
+        return super().training_step(batch, batch_idx)
+
+    def configure_optimizers(self):
+        return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=3)
+
+
+def test_lbfgs_calls_the_step_again_and_again():
+    recipe = Recipe(Caught(THREAT, steps=2), warmup_epochs=0)
+    runs = [trained(recipe, through, module=Lbfgs, limit_train_batches=2) for through in ("model", "step")]
+    (one, first, _), (other, second, _) = runs
+    assert one.count == other.count == len(first) == len(second) > 2
+    torch.testing.assert_close(weights(one), weights(other), atol=2e-3, rtol=0)
+
+
+class Remembering(DigitsClassifier):
+    """Keeps metrics, an average of its weights and a list, and draws in its step."""
+
+    def __init__(self):
+        super().__init__(batch_norm=True)
+        self.accuracy, self.plain = Accuracy("multiclass", num_classes=10), [Accuracy("multiclass", num_classes=10)]
+        self.average = copy.deepcopy(self.net).requires_grad_(False)
+        self.state, self.losses, self.count = {"head": self.net.head.weight.detach().clone()}, [], 0
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        logits = self((x + 0.05 * torch.rand_like(x) - 0.3) / 0.4)
+        loss = ce(logits, y)
+        self.count += 1
+        self.losses.append(loss.item())
+        self.accuracy(logits, y)
+        self.plain[0].update(logits, y)
+        self.log("acc", self.accuracy, on_step=True, on_epoch=True)
+        with torch.no_grad():
+            for slow, fast in zip(self.average.parameters(), self.net.parameters(), strict=True):
+                slow.lerp_(fast, 0.5)
+            self.state["head"].lerp_(self.net.head.weight, 0.5)
+        return loss
+
+
+@pytest.mark.parametrize("name", ["pgd-at", "trades", "class-transport"])
+def test_what_a_step_keeps_is_moved_once_a_batch(name):
+    module, _, _ = trained(Recipe.named(name, THREAT, warmup_epochs=0), "auto", module=Remembering)
+    assert module.count == len(module.losses) == module.plain[0]._update_count == 4
+    torch.manual_seed(0)
+    expected = Remembering()
+    # The average and the plain state saw the same weights, once a batch.
+    torch.testing.assert_close(module.average.head.weight, module.state["head"], atol=0, rtol=0)
+    assert not torch.equal(module.average.head.weight, expected.average.head.weight)
+
+
+def test_a_resumed_training_through_the_step_is_the_uninterrupted_one(tmp_path):
+    def trainer(epochs):
+        defense = WassersteinDefense("trades", threat=THREAT, warmup_epochs=2)
+        return quiet_trainer(max_epochs=epochs, callbacks=[defense], limit_train_batches=3)
+
+    def module():
+        torch.manual_seed(0)
+        return Quiet()
+
+    whole, first, second = module(), module(), module()
+    loader = digits_loaders(shuffle=False)[0]
+    trainer(3).fit(whole, loader)
+    begun = trainer(1)
+    begun.fit(first, loader)
+    begun.save_checkpoint(tmp_path / "last.ckpt")
+    trainer(3).fit(second, loader, ckpt_path=tmp_path / "last.ckpt")
+    assert torch.equal(weights(whole), weights(second))
+
+
+class Quiet(DigitsClassifier):
+    """Goes through the step, and draws nothing."""
+
+    def training_step(self, batch, batch_idx):
+        return ce(self.net((batch[0] - 0.3) / 0.4), batch[1])
+
+
+@pytest.mark.parametrize(
+    "through",
+    [
+        pytest.param(
+            "model",
+            marks=pytest.mark.xfail(
+                strict=True,
+                reason="isolated(evaluation=False) goes by the version of a buffer, which batch_norm does not change",
+            ),
+        ),
+        "step",
+    ],
+)
+def test_the_passes_of_a_weight_perturbation_feed_no_batch_norm(through):
+    def statistics(size):
+        recipe = Recipe.named("pgd-at", THREAT, awp=size, warmup_epochs=0)
+        return trained(recipe, through, module=Norm, limit_train_batches=1)[0].net.norm.running_mean
+
+    torch.testing.assert_close(statistics(1e-12), statistics(0.0), atol=1e-6, rtol=0)

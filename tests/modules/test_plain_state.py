@@ -72,10 +72,16 @@ class Nasty(L.LightningModule):
         self.child = Child()
         self.accuracy = MulticlassAccuracy(10)
         self.collection = MetricCollection(
-            {name: kind(10) for name, kind in {"f": MulticlassF1Score, "p": MulticlassPrecision, "r": MulticlassRecall}.items()}
+            {
+                name: kind(10)
+                for name, kind in {"f": MulticlassF1Score, "p": MulticlassPrecision, "r": MulticlassRecall}.items()
+            }
         )
         self.listed = [MulticlassAccuracy(10)]
-        self.named = {"train": {"acc": MulticlassAccuracy(10)}, "all": MetricCollection([MulticlassPrecision(10), MulticlassRecall(10)])}
+        self.named = {
+            "train": {"acc": MulticlassAccuracy(10)},
+            "all": MetricCollection([MulticlassPrecision(10), MulticlassRecall(10)]),
+        }
         self.register_buffer("seen", torch.zeros(()))
         self.ema = copy.deepcopy(self.stem[1]).requires_grad_(False)
         self.ema_state = {name: each.detach().clone() for name, each in self.stem[1].named_parameters()}
@@ -165,7 +171,13 @@ def flat(value, seen=None):
     """All that is in a module, as plain data in one order; values, not identities."""
     seen = {} if seen is None else seen
     if isinstance(value, Tensor):
-        return ("tensor", value.dtype, tuple(value.shape), value.requires_grad, value.detach().float().clone().numpy().tobytes())
+        return (
+            "tensor",
+            value.dtype,
+            tuple(value.shape),
+            value.requires_grad,
+            value.detach().float().clone().numpy().tobytes(),
+        )
     if isinstance(value, np.ndarray):
         return ("array", value.dtype, value.tobytes())
     if isinstance(value, (int, float, str, bool, bytes, type(None), complex)):
@@ -189,7 +201,9 @@ def flat(value, seen=None):
         return (type(value).__name__, sorted(map(repr, value)))
     if isinstance(value, SlottedMeter):
         return ("slotted", value.count)
-    if type(value).__module__.split(".")[0] in ("torch", "torchmetrics", __name__.split(".")[0]) or isinstance(value, nn.Module):
+    if type(value).__module__.split(".")[0] in ("torch", "torchmetrics", __name__.split(".")[0]) or isinstance(
+        value, nn.Module
+    ):
         if hasattr(value, "__dict__") and not isinstance(value, type):
             skipped = {"_trainer", "_fabric"}
             return (type(value).__name__, [(k, flat(v, seen)) for k, v in vars(value).items() if k not in skipped])
@@ -205,7 +219,11 @@ def same(before, after, path=""):
     if isinstance(before, (list, tuple)) and isinstance(after, (list, tuple)) and type(before) is type(after):
         if len(before) != len(after):
             return [f"{path}: {len(before)} entries, then {len(after)}"]
-        return [each for i, (b, a) in enumerate(zip(before, after, strict=True)) for each in same(b, a, f"{path}/{b[0] if isinstance(b, tuple) and b and isinstance(b[0], str) else i}")]
+        return [
+            each
+            for i, (b, a) in enumerate(zip(before, after, strict=True))
+            for each in same(b, a, f"{path}/{b[0] if isinstance(b, tuple) and b and isinstance(b[0], str) else i}")
+        ]
     return [] if before == after and type(before) is type(after) else [path]
 
 
@@ -239,7 +257,11 @@ def test_many_calls_leave_nothing(nasty, noise, mode):
     if noise == "own":
         nasty.stem[4].p = 0.5
     before, drawn = flat(nasty), randoms()
-    contexts = {"no_grad": torch.no_grad, "inference": torch.inference_mode, "autocast": lambda: torch.autocast("cpu", torch.bfloat16)}
+    contexts = {
+        "no_grad": torch.no_grad,
+        "inference": torch.inference_mode,
+        "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    }
     batch, step, losses = batch_of(), step_of(nasty), []
     with contexts.get(mode, torch.enable_grad)(), step.rehearsal(CPU, noise):
         for _ in range(4):
@@ -330,7 +352,9 @@ def test_modes_that_a_step_leaves_behind_are_those_of_the_beginning_at_each_call
     class Switching(L.LightningModule):
         def __init__(self):
             super().__init__()
-            self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.Dropout(0.5), nn.BatchNorm1d(32), nn.Linear(32, 10))
+            self.net = nn.Sequential(
+                nn.Flatten(), nn.Linear(64, 32), nn.Dropout(0.5), nn.BatchNorm1d(32), nn.Linear(32, 10)
+            )
 
         def training_step(self, batch, batch_idx):
             loss = F.cross_entropy(self.net(batch[0]), batch[1])
@@ -446,11 +470,15 @@ def events(folder: Path):
 
     accumulator = EventAccumulator(str(next(folder.rglob("events.out*"))))
     accumulator.Reload()
-    return {tag: [(each.step, each.value) for each in accumulator.Scalars(tag)] for tag in accumulator.Tags()["scalars"]}
+    return {
+        tag: [(each.step, each.value) for each in accumulator.Scalars(tag)] for tag in accumulator.Tags()["scalars"]
+    }
 
 
 @pytest.mark.parametrize("fails", [False, True])
-@pytest.mark.parametrize("options", [{}, {"precision": "bf16-mixed", "accumulate_grad_batches": 2}], ids=["plain", "bf16"])
+@pytest.mark.parametrize(
+    "options", [{}, {"precision": "bf16-mixed", "accumulate_grad_batches": 2}], ids=["plain", "bf16"]
+)
 def test_under_the_trainer_a_rehearsal_is_not_there(tmp_path, fails, options):
     alone, first = run(tmp_path / "alone", **options)
     rehearsing = Rehearsing(fails)
