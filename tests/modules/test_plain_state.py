@@ -201,12 +201,11 @@ def flat(value, seen=None):
         return (type(value).__name__, sorted(map(repr, value)))
     if isinstance(value, SlottedMeter):
         return ("slotted", value.count)
-    if type(value).__module__.split(".")[0] in ("torch", "torchmetrics", __name__.split(".")[0]) or isinstance(
-        value, nn.Module
-    ):
-        if hasattr(value, "__dict__") and not isinstance(value, type):
-            skipped = {"_trainer", "_fabric"}
-            return (type(value).__name__, [(k, flat(v, seen)) for k, v in vars(value).items() if k not in skipped])
+    owners = ("torch", "torchmetrics", __name__.split(".")[0])
+    ours = isinstance(value, nn.Module) or type(value).__module__.split(".")[0] in owners
+    if ours and hasattr(value, "__dict__") and not isinstance(value, type):
+        skipped = {"_trainer", "_fabric"}
+        return (type(value).__name__, [(k, flat(v, seen)) for k, v in vars(value).items() if k not in skipped])
     return type(value).__name__
 
 
