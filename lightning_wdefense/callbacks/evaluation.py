@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -56,6 +56,8 @@ class EvaluationMonitor(Callback, Generic[MeasuresT]):
     """
 
     attacks_a_batch: int = 1
+    evaluates_again: ClassVar[bool] = False
+    """Whether the module's own evaluation runs once more, on what :meth:`measure` returns."""
 
     def __init__(
         self,
@@ -112,7 +114,7 @@ class EvaluationMonitor(Callback, Generic[MeasuresT]):
         """Attack a batch and add to the measures; gradients are off, and ``noise`` makes the batch's generator anew.
 
         Returns:
-            The attacked values, on which the module's own evaluation is to run once more; ``None`` for no such run.
+            The attacked values, for a monitor that :attr:`evaluates_again`.
         """
 
     @abstractmethod
@@ -231,7 +233,7 @@ class EvaluationMonitor(Callback, Generic[MeasuresT]):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, place: tuple[int, int], stage: str
     ) -> None:
         batch_idx, dataloader_idx = place
-        if self._bar is not None and self._shadow is None:
+        if self.evaluates_again and self._bar is not None and self._shadow is None:
             self._shadow = Shadow(trainer, pl_module, stage)
         self._clean = None
         if self._is_measured(trainer, batch_idx, dataloader_idx):

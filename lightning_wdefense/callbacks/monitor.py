@@ -86,6 +86,8 @@ class RobustnessMonitor(EvaluationMonitor[Measures]):
         ['pgd']
     """
 
+    evaluates_again = True
+
     def __init__(
         self,
         threat: ThreatModel,

@@ -36,6 +36,7 @@ class Shadow:
         self._results = result_collection()(training=False)
         self._state = PlainState(module)
         self._loader: int | None = None
+        self._stepped = False
         self._values: dict[str, Tensor] = {}
 
     @torch.inference_mode(False)
@@ -48,6 +49,7 @@ class Shadow:
             batch_idx: its place in the dataloader.
             dataloader_idx: which dataloader, where there are several.
         """
+        self._stepped = True
         module, name = self._module, f"{self._stage}_step"
         batch = map_tensors(batch, torch.clone)  # which the step may write to
         function = own_step(module, name)
@@ -67,7 +69,9 @@ class Shadow:
     @torch.inference_mode(False)
     @torch.no_grad()
     def finish(self) -> dict[str, float]:
-        """End the epoch, and take what was logged over it, by the module's own keys."""
+        """End the epoch, and take what was logged over it, by the module's own keys: nothing, if no batch was attacked."""
+        if not self._stepped:  # the module's hook may count on batches
+            return {}
         with self._alive(self._module.device):
             self._collect()
             self._results.dataloader_idx = None

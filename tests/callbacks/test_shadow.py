@@ -13,7 +13,7 @@ from support.lightning_modules import DigitsClassifier, digits, quiet_trainer
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import Accuracy, F1Score, MetricCollection
 
-from lightning_wdefense import RobustnessMonitor, ThreatModel
+from lightning_wdefense import DetectionMonitor, RobustnessMonitor, ThreatModel
 from lightning_wdefense.attacks import PGD
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -243,3 +243,30 @@ def test_a_training_under_monitors_is_that_without(monitors, tmp_path):
     alone, watched = run(tmp_path / "alone", []), run(tmp_path / "watched", callbacks)
     for one, other in zip(alone, watched, strict=True):
         assert one == other
+
+
+class Gathering(DigitsClassifier):
+    """Its hook at the end of the epoch counts on batches."""
+
+    def __init__(self):
+        super().__init__()
+        self.predicted = []
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        self.predicted.append(self(batch[0]).argmax(1))
+        self.log("loss", self.loss(batch))
+
+    def on_validation_epoch_end(self):
+        self.log("gathered", float(len(torch.cat(self.predicted))))
+        self.predicted.clear()
+
+
+@pytest.mark.parametrize(
+    "monitor",
+    [DetectionMonitor(THREAT, detectors=["energy"]), RobustnessMonitor(THREAT, dataloaders=[7])],
+    ids=["detection", "no such dataloader"],
+)
+def test_the_hook_at_the_end_is_not_called_for_nothing(monitor):
+    values = quiet_values(Gathering(), loaders(1), "validate", [monitor])
+    assert values["gathered"] == 100
+    assert not any(key.startswith("robust/") for key in values)
