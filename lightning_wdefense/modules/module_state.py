@@ -8,11 +8,12 @@ from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-Keep = Callable[[Tensor], Tensor]
+from lightning_wdefense.modules.kept_value import KeptValue, count_of, put_back
+
+Keep = Callable[..., Tensor]
 
 LARGEST = 2**22
 """Elements of a plain attribute whose values are kept; a larger one is a data set rather than a state that passes write to."""
@@ -21,23 +22,23 @@ _ABSENT = object()
 _REFILLED = frozenset({list, dict, OrderedDict, defaultdict, deque})
 _INTERESTING = (Tensor, list, tuple, dict, deque)
 _LEAVES = frozenset({int, float, str, bool, type(None)})
-_OF_EVERY_MODULE = frozenset(
-    vars(nn.Module())
-)  # looked after elsewhere, as parameters and mode are, or without tensors
+OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+"""Attributes that are looked after elsewhere, as parameters and mode are, or without tensors."""
 
 
 @contextlib.contextmanager
 def buffers_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
     """The buffers and their values are afterwards as they were."""
-    owners = [(submodule._buffers, dict(submodule._buffers)) for submodule in modules]
+    owners = [(submodule, submodule._buffers, dict(submodule._buffers)) for submodule in modules]
     with _values_kept() as keep:
         try:
-            for buffers, found in owners:
+            for submodule, buffers, found in owners:
                 for name, buffer in found.items():
-                    _put(buffers, name, buffer if buffer is None else keep(buffer))
+                    if buffer is not None:
+                        _put(buffers, name, keep(buffer, count_of(submodule, name)))
             yield
         finally:
-            for buffers, found in owners:
+            for _, buffers, found in owners:
                 for name in set(buffers.keys()) - set(found):
                     del buffers[name]
                 for name, buffer in found.items():
@@ -85,26 +86,20 @@ def attributes_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
 def _values_kept() -> Iterator[Keep]:
     """Yields what takes note of a tensor that no graph has made, and returns it, or a copy if no graph may save it."""
     copies: dict[int, tuple[Tensor, Tensor]] = {}
-    kept: list[tuple[Tensor, Tensor, int, bool]] = []
+    kept: list[KeptValue] = []
 
-    def keep(tensor: Tensor) -> Tensor:
+    def keep(tensor: Tensor, count: Tensor | None = None) -> Tensor:
         if id(tensor) not in copies and tensor.grad_fn is None and not isinstance(tensor, nn.Parameter):
-            value = tensor.detach().clone()
-            if not tensor.is_inference():
-                kept.append((tensor, value, tensor._version, tensor.requires_grad))
-            copies[id(tensor)] = tensor, value if tensor.is_inference() else tensor
+            inference = tensor.is_inference()
+            if not inference:
+                kept.append(KeptValue(tensor, None if count is None or count.is_inference() else count))
+            copies[id(tensor)] = tensor, tensor.detach().clone() if inference else tensor
         return copies.get(id(tensor), (tensor, tensor))[1]
 
     try:
         yield keep
     finally:
-        with torch.no_grad():
-            for tensor, value, version, required in kept:
-                # Only what was written: a copy would spoil graphs that saved the tensor for their backward.
-                if tensor._version != version:
-                    if tensor.requires_grad and not required and not tensor._is_view():
-                        tensor.detach_()  # what was written had a graph
-                    tensor.copy_(value)
+        put_back(kept)
 
 
 @contextlib.contextmanager
@@ -126,7 +121,7 @@ def _cached_parametrizations_kept(modules: Sequence[nn.Module]) -> Iterator[None
 
 
 def _own(attributes: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in attributes.items() if name not in _OF_EVERY_MODULE}
+    return {name: value for name, value in attributes.items() if name not in OF_EVERY_MODULE}
 
 
 def _inside(values: Iterable[Any]) -> Iterator[Any]:
@@ -139,19 +134,20 @@ def _inside(values: Iterable[Any]) -> Iterator[Any]:
         seen.add(id(value))
         yield value
         if not isinstance(value, Tensor):
-            waiting.extend(_parts(value))
+            waiting.extend(parts(value))
 
 
 def _holds_tensors(*values: Any) -> bool:
     return any(isinstance(each, Tensor) for each in _inside(values))
 
 
-def _parts(container: Any) -> Iterable[Any]:
+def parts(container: Any) -> Iterable[Any]:
+    """What is in a list, tuple, dict or the like."""
     return container.values() if isinstance(container, dict) else container
 
 
 def _same(container: Any, other: Any) -> bool:
-    return len(container) == len(other) and all(map(operator.is_, _parts(container), _parts(other)))
+    return len(container) == len(other) and all(map(operator.is_, parts(container), parts(other)))
 
 
 def _put(container: Any, key: Any, value: Any) -> None:

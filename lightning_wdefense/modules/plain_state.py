@@ -1,10 +1,10 @@
-"""What a user's own step may change in its module besides parameters and modes, put back as often as wanted."""
+"""What a user's own step may change in its module besides modes and flags, put back as often as wanted."""
 
 from __future__ import annotations
 
 import random
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
 
-LARGEST = 2**22
-"""Elements of a tensor or an array whose values are kept; a larger one is a data set. Of a metric all are kept."""
+from lightning_wdefense.modules.kept_value import KeptValue, count_of, put_back
+from lightning_wdefense.modules.module_state import LARGEST, OF_EVERY_MODULE, parts
 
 MOST = 2**26
 """Elements of all parameters together, 256 MiB of float32, whose values are kept; of larger models those of frozen ones, if they are no more."""
@@ -36,9 +36,10 @@ _LOOKED_AFTER = frozenset({"training", "_buffers"})
 class PlainState:
     """The plain attributes of a module and its submodules: counters, containers, metrics' states, caches, generators; buffers; parameters.
 
-    A step may move parameters itself, as those of an average of the model. Attributes are put back as they were, lists, dicts, sets and deques filled with what was in them, tensors given their values.
-    Metrics and other modules are found also in plain containers, where some hide a teacher. Of an object that is no module (an average that the step updates) the attributes are
-    kept; what is deeper inside, and what lies outside of Python (files), is not.
+    A step may move parameters itself, as those of an average of the model. Attributes are put back as they were: lists, dicts, sets and
+    deques filled with what was in them, tensors and arrays given their values (of at most :data:`LARGEST` elements, but all of a
+    metric's). Metrics and other modules are found also in plain containers, where some hide a teacher. Of an object that is no module (an
+    average that the step updates) the attributes are kept; what is deeper inside, and what lies outside of Python (files), is not.
 
     Args:
         module: the user's.
@@ -48,10 +49,10 @@ class PlainState:
     def __init__(self, module: nn.Module, *, buffers: bool = True) -> None:
         self._owners: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._containers: list[tuple[Any, Any]] = []
-        self._values: list[list[Any]] = []
+        self._values: list[KeptValue] = []
+        self._arrays: list[tuple[Any, Any]] = []
         self._generators: list[tuple[Any, Any]] = []
         self._slots: list[tuple[Any, str, Any]] = []
-        self._norms: list[list[Any]] = []
         self._hidden: list[nn.Parameter] = []
         self._buffers = buffers
         self._seen: set[int] = set()
@@ -76,22 +77,9 @@ class PlainState:
         for value, name, before in self._slots:
             if getattr(value, name, self) is not before:
                 object.__setattr__(value, name, before)
-        with torch.no_grad():
-            for count, version, statistics in self._norms:
-                if count._version != version:  # batch_norm writes to the others without a change of version
-                    for value, copy in statistics:
-                        value.data.copy_(copy)
-            for kept in self._values:
-                value, copy, version, required = kept
-                if isinstance(value, np.ndarray):
-                    value[...] = copy
-                elif value._version != version:  # only what was written: a graph may have saved the others
-                    if value.requires_grad and not required and not value._is_view() and value.grad_fn is not None:
-                        value.detach_()
-                    value.copy_(copy)
-                    kept[2] = value._version
-            for norm in self._norms:
-                norm[1] = norm[0]._version
+        put_back(self._values)
+        for array, copy in self._arrays:
+            array[...] = copy
         for generator, state in self._generators:
             _set_state(generator, state)
 
@@ -115,9 +103,8 @@ class PlainState:
         self._seen.add(id(module))
         attributes = vars(module)
         if self._buffers or isinstance(module, Metric):
+            self._keep_statistics(module)
             self._keep_attributes(module._buffers, all_values=isinstance(module, Metric))
-            if isinstance(module, nn.modules.batchnorm._NormBase):
-                self._keep_statistics(module)
         self._keep_attributes(module._modules, inside=False)
         if type(module).__module__.split(".")[0] != "torch":  # whose own change nothing but buffers
             self._keep_attributes(attributes, all_values=isinstance(module, Metric))
@@ -131,22 +118,22 @@ class PlainState:
                     self._inference.append((attributes, name, value))
                 elif value.grad_fn is None and (all_values or value.numel() <= LARGEST):
                     self._keep_value(value)
-            elif name[:1] != "_" or name not in _OF_EVERY_MODULE:
+            elif name[:1] != "_" or name not in OF_EVERY_MODULE:
                 self._keep(value, deep=True, tensors=not all_values)  # a metric appends to its lists
 
-    def _keep_statistics(self, norm: nn.modules.batchnorm._NormBase) -> None:
-        count = norm.num_batches_tracked
-        found = [each for each in (norm.running_mean, norm.running_var) if each is not None]
-        if count is not None and found and not any(each.is_inference() for each in (count, *found)):
-            self._norms.append([count, count._version, [(each, each.detach().clone()) for each in found]])
+    def _keep_statistics(self, module: nn.Module) -> None:
+        for name, buffer in module._buffers.items():
+            count = count_of(module, name)
+            if buffer is not None and count is not None and not buffer.is_inference() and not count.is_inference():
+                self._keep_value(buffer, count)
 
-    def _keep_value(self, value: Tensor) -> None:
+    def _keep_value(self, value: Tensor, count: Tensor | None = None) -> None:
         if id(value) not in self._seen:
             self._seen.add(id(value))
-            self._values.append([value, value.detach().clone(), value._version, value.requires_grad])
+            self._values.append(KeptValue(value, count))
 
     def _keep_tensors(self, container: Any) -> None:
-        found = [each for each in _parts(container) if isinstance(each, Tensor) and not isinstance(each, nn.Parameter)]
+        found = [each for each in parts(container) if isinstance(each, Tensor) and not isinstance(each, nn.Parameter)]
         found = [each for each in found if not each.is_inference() and each.grad_fn is None]
         if len(found) <= MANY and sum(each.numel() for each in found) <= MOST:
             for each in found:
@@ -170,11 +157,11 @@ class PlainState:
                 self._containers.append((value, value.copy()))
             if tensors:
                 self._keep_tensors(value)
-            for each in _parts(value):
+            for each in parts(value):
                 self._keep(each, deep=deep, tensors=tensors)
         elif isinstance(value, np.ndarray) and value.dtype != object and value.size <= LARGEST:
             self._seen.add(id(value))
-            self._values.append([value, value.copy(), 0, False])
+            self._arrays.append((value, value.copy()))
         elif isinstance(value, (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)):
             self._seen.add(id(value))
             self._generators.append((value, _get_state(value)))
@@ -192,9 +179,6 @@ class PlainState:
                         self._keep_value(each)
                 else:
                     self._keep(each, deep=False)
-
-
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 def vars_of(value: Any) -> dict[str, Any] | None:
@@ -218,10 +202,6 @@ def iterators_of(module: nn.Module) -> dict[str, str]:
         for key, value in vars(each).items()
         if isinstance(value, Iterator)
     }
-
-
-def _parts(container: Any) -> Iterable[Any]:
-    return container.values() if isinstance(container, dict) else container
 
 
 def _same(container: Any, content: Any) -> bool:

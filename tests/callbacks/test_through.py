@@ -594,19 +594,7 @@ class Quiet(DigitsClassifier):
         return ce(self.net((batch[0] - 0.3) / 0.4), batch[1])
 
 
-@pytest.mark.parametrize(
-    "through",
-    [
-        pytest.param(
-            "model",
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="isolated(evaluation=False) goes by the version of a buffer, which batch_norm does not change",
-            ),
-        ),
-        "step",
-    ],
-)
+@pytest.mark.parametrize("through", ["model", "step"])
 def test_the_passes_of_a_weight_perturbation_feed_no_batch_norm(through):
     def statistics(size):
         recipe = Recipe.named("pgd-at", THREAT, awp=size, warmup_epochs=0)

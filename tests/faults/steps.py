@@ -24,9 +24,9 @@ FAULTS = [
     ),
     Fault(
         "values of metrics and parameters are not put back",
-        "modules/plain_state.py",
-        "elif value._version != version:",
-        "elif False:",
+        "modules/kept_value.py",
+        "written = [each for each in kept if each.written]",
+        "written: list[KeptValue] = []",
         (STEPS, f"{INVISIBLE}[byol]"),
     ),
     Fault(
