@@ -117,7 +117,7 @@ class Reference(NamedTuple):
 
 def reference(x: Tensor, y: Tensor, eps: float, cache: Path) -> Reference:
     """Solution of a float64 problem, kept in the folder ``cache``."""
-    key = hashlib.sha256(x.numpy().tobytes() + y.numpy().tobytes() + repr(eps).encode()).hexdigest()[:32]
+    key = hashlib.sha256(x.cpu().numpy().tobytes() + y.cpu().numpy().tobytes() + repr(eps).encode()).hexdigest()[:32]
     path = cache / f"{key}.pt"
     if (found := load(path)) is not None:
         return Reference(**found)
@@ -155,10 +155,12 @@ class Case(NamedTuple):
 
 def make_case(row: Row, relative_blur: float, seed: int, cache: Path, device: str = "cpu") -> Case:
     """Clouds ``(N, D)``, or ``(B, N, D)`` for a batch; the blur is relative to the root of the mean cost."""
-    clouds = [problem(row.family, row.n, row.d, seed * row.batch + i) for i in range(row.batch)]
+    clouds = [
+        [each.to(device) for each in problem(row.family, row.n, row.d, seed * row.batch + i)] for i in range(row.batch)
+    ]
     blur = relative_blur * math.sqrt(statistics.mean(float(half_squared_distance(x, y).mean()) for x, y in clouds))
     exact = [reference(x, y, blur**2, cache) for x, y in clouds]
-    x, y = (torch.stack(each).to(device, torch.float32) for each in zip(*clouds, strict=True))
+    x, y = (torch.stack(each).float() for each in zip(*clouds, strict=True))
     return Case(x, y, blur, exact) if row.batch > 1 else Case(x[0], y[0], blur, exact)
 
 
@@ -222,7 +224,7 @@ def _newton(cost: Tensor, g: Tensor, eps: float, tol: float, max_iter: int = 300
     rounding: damping then makes it a gradient step there, a long one.
     """
     n, m = cost.shape
-    identity, damping = torch.eye(m, dtype=cost.dtype) / m, MIN_DAMPING
+    identity, damping = torch.eye(m, dtype=cost.dtype, device=cost.device) / m, MIN_DAMPING
     for _ in range(max_iter):
         f = _softmin(cost, g, eps)
         conditional = torch.exp((f[:, None] + g - cost) / eps) / m

@@ -1,0 +1,193 @@
+"""CIFAR-10 (JPEG-coded), PreAct ResNet-18, L-infinity, eps 8/255, one seed.
+
+One cycle of the learning rate, bf16, the attack as a graph, as many epochs as the time allows and the same for all. Robust is what
+APGD-CE and the targeted APGD leave of the first 1,000 test images, with its 95% interval (Wilson); differences of less than about
+3 points are within what one seed is worth.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+
+from gpu_stages.book import Row
+from gpu_stages.classifier import Classifier, OnCard, network, trainer
+from gpu_stages.context import Context
+from lightning_wdefense import Recipe, ThreatModel, WassersteinDefense
+from lightning_wdefense.attacks import PGD, Execution, worst_case
+from lightning_wdefense.attacks.autoattack import autoattack_part
+
+EPS = 8 / 255
+BATCH = 256
+LR = 0.2
+TESTED = 1000
+"""Test images that the strong attacks see."""
+TRIAL = 12
+"""Steps from which the time of an epoch is foretold."""
+EVALUATION = 25.0
+"""Seconds that are set aside for the evaluation of each network."""
+LEAST, MOST = 8, 30
+"""Epochs below which a recipe is left out so that the others have more, and that are enough."""
+PART = 15 * 2**20
+"""Bytes of a file of a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe with changes, perhaps with averaged weights."""
+
+    recipe: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    averaged: bool = False
+
+    @property
+    def name(self) -> str:
+        return " + ".join((self.recipe, *self.changes, *["ema"] * self.averaged))
+
+
+RUNS = (Run("pgd-at"), Run("class-transport"), Run("trades", {"awp": 0.005}, averaged=True))
+
+
+@dataclass(frozen=True)
+class Images:
+    """On the device, in [0, 1]."""
+
+    x: Tensor
+    y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+
+
+def images(context: Context) -> Images:
+    if context.rehearse:
+        rng = np.random.default_rng(0)
+        arrays = [rng.integers(0, 256, (16, 32, 32, 3)), rng.integers(0, 10, 16)] * 2
+    else:
+        assert context.data is not None
+        with np.load(context.data / "cifar10.npz") as file:
+            arrays = [file[key] for key in ("x_train", "y_train", "x_test", "y_test")]
+    x, y, test_x, test_y = (torch.from_numpy(np.asarray(array)).to(context.device) for array in arrays)
+    x, test_x = (each.permute(0, 3, 1, 2).float().div(255) for each in (x, test_x))
+    return Images(x, y.long().flatten(), test_x, test_y.long().flatten())
+
+
+def callbacks(run: Run, context: Context) -> list[L.Callback]:
+    execution = Execution(precision="bf16", channels_last=True, graph=True)
+    recipe = Recipe.named(run.recipe, ThreatModel(eps=EPS), warmup_epochs=0, execution=execution, **run.changes)
+    averaging: list[L.Callback] = []
+    if run.averaged:
+        from lightning.pytorch.callbacks import EMAWeightAveraging
+
+        averaging = [EMAWeightAveraging(decay=0.995)]
+    return [*averaging, WassersteinDefense(recipe, seed=0)]
+
+
+def fit(run: Run, data: Images, context: Context, **limits: Any) -> tuple[Classifier, float]:
+    """A trained module, and how long the training took."""
+    L.seed_everything(0, verbose=False)
+    module = Classifier(network(context.rehearse), LR)
+    loader = OnCard(data.x, data.y, BATCH, 0, augmented=True)
+    training = trainer(context.device, "bf16-mixed", callbacks(run, context), **limits)
+    context.synchronize()
+    start = time.perf_counter()
+    training.fit(module, loader)
+    context.synchronize()
+    return module.to(context.device).eval(), time.perf_counter() - start
+
+
+def seconds_of_an_epoch(run: Run, data: Images, context: Context) -> float:
+    """Foretold from the difference of two short trainings, which both begin with what happens once."""
+    steps = 2 if context.rehearse else TRIAL
+    short, long = (fit(run, data, context, max_steps=count, max_epochs=-1)[1] for count in (steps, 3 * steps))
+    return max(1e-3, long - short) / (2 * steps) * max(1, len(data.y) // BATCH)
+
+
+def wilson(right: int, of: int) -> list[float]:
+    """95% interval of a share, in percent."""
+    z, p = 1.96, right / of
+    middle, half = p + z**2 / (2 * of), z * math.sqrt(p * (1 - p) / of + z**2 / (4 * of**2))
+    return [100 * (middle - half) / (1 + z**2 / of), 100 * (middle + half) / (1 + z**2 / of)]
+
+
+def evaluated(module: Classifier, data: Images, context: Context) -> Row:
+    """Accuracies in percent: clean on all test images, PGD and both APGD on the first of them."""
+    threat = ThreatModel(eps=EPS)
+    with torch.no_grad():
+        parts = zip(data.test_x.split(1000), data.test_y.split(1000), strict=True)
+        clean = sum(int((module(x).argmax(1) == y).sum()) for x, y in parts) / len(data.test_y)
+    x, y = data.test_x[:TESTED], data.test_y[:TESTED]
+    steps = 2 if context.rehearse else 100
+    start = time.perf_counter()
+    pgd = worst_case(module, {"pgd": PGD(threat, steps=2 if context.rehearse else 20)}, x, y)
+    strong = {part: autoattack_part(part, threat, steps=steps) for part in ("apgd-ce", "apgd-t")}
+    found = worst_case(module, strong, x, y)
+    robust = int(found.robust.sum())
+    return {
+        "clean %": 100 * clean,
+        "PGD-20 %": 100 * float(pgd.robust.float().mean()),
+        "robust %": 100 * robust / len(y),
+        "95%": wilson(robust, len(y)),
+        "evaluation, s": time.perf_counter() - start,
+    }
+
+
+def keep(module: Classifier, run: Run, context: Context) -> None:
+    """The weights in half precision, in files of at most :data:`PART` bytes."""
+    parts: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in module.state_dict().items():
+        small = tensor.detach().cpu()
+        small = small.half() if small.is_floating_point() else small
+        if size + small.nbytes > PART:
+            parts.append({})
+            size = 0
+        parts[-1][name] = small.contiguous()
+        size += small.nbytes
+    for i, part in enumerate(parts):
+        torch.save(part, context.book.folder / f"cifar_{run.recipe}.{i}.pt")
+
+
+def plan(data: Images, context: Context) -> tuple[int, list[Run]]:
+    """How many epochs, and of which recipes: all of them if there is time for enough epochs."""
+    known = context.book.stage(context.stage)
+    if "epochs" in known:
+        return known["epochs"], [run for run in RUNS if run.name in known["runs"]]
+    if context.rehearse:
+        return 1, list(RUNS)
+    taken = {run.name: seconds_of_an_epoch(run, data, context) for run in RUNS}
+    for count in range(len(RUNS), 0, -1):
+        some = RUNS[:count]
+        epochs = int((context.left - EVALUATION * count) / (1.1 * sum(taken[run.name] for run in some)))
+        if epochs >= LEAST or count == 1:
+            break
+    epochs = min(MOST, max(1, epochs))
+    context.book.note(
+        context.stage, epochs=epochs, runs=[run.name for run in some],
+        foretold={name: round(seconds, 2) for name, seconds in taken.items()},
+    )  # fmt: skip
+    return epochs, list(some)
+
+
+def run(context: Context) -> None:
+    torch.backends.cudnn.benchmark = True
+    data = images(context)
+    epochs, runs = plan(data, context)
+
+    def one(run: Run) -> Row:
+        module, seconds = fit(run, data, context, max_epochs=epochs)
+        context.book.row(
+            context.stage, run.name, {"epochs": epochs, "training, s": seconds, "error": "not evaluated yet"}
+        )
+        keep(module, run, context)
+        return {"epochs": epochs, "training, s": seconds} | evaluated(module, data, context)
+
+    for each in runs:
+        context.measure(each.name, lambda run=each: one(run), seconds=30)
