@@ -58,12 +58,15 @@ class Stage(NamedTuple):
 
 
 STAGES = (
-    Stage("kernels", "Triton kernels against float64", 40),
+    Stage("kernels", "Triton kernels against float64", 75),
     Stage("transport", "The Sinkhorn divergence with its gradients", 100),
     Stage("training", "A training step of ResNet-18", 60),
-    Stage("suite", "CUDA cases, precisions, attacks", 40),
+    Stage("suite", "CUDA cases, precisions, attacks", 90),
     Stage("cifar", "CIFAR-10, PreAct ResNet-18, eps 8/255", 300, needs_data=True),
 )
+ON_REQUEST = (Stage("tiles", "Tile sizes and precisions of the streaming kernels", 60),)
+"""Stages that only ``--stages`` runs."""
+EVERY = (*STAGES, *ON_REQUEST)
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -73,8 +76,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="folder of cifar10.npz; without it there is no training on CIFAR-10")
     parser.add_argument("--wheels", type=Path, help="folder of wheels of geomloss, torchattacks and others")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, at toy size, to see that all runs")
-    parser.add_argument("--stages", nargs="+", choices=[s.name for s in STAGES], help="only these")
-    parser.add_argument("--one", choices=[s.name for s in STAGES], help=argparse.SUPPRESS)
+    parser.add_argument("--stages", nargs="+", choices=[s.name for s in EVERY], help="only these")
+    parser.add_argument("--one", choices=[s.name for s in EVERY], help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.one is None:
         check(parser, options)
@@ -105,7 +108,7 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
 
 
 def chosen(options: argparse.Namespace) -> list[Stage]:
-    return [stage for stage in STAGES if not options.stages or stage.name in options.stages]
+    return [stage for stage in EVERY if (stage.name in options.stages if options.stages else stage in STAGES)]
 
 
 def card(options: argparse.Namespace) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,10 @@ class Book:
         with self.changing() as content:
             rows = content["stages"].setdefault(stage, {}).setdefault("rows", {})
             rows[name] = {key: rounded(value) for key, value in found.items()}
-        print(f"  {name}: {', '.join(f'{key} {value}' for key, value in rows[name].items())}", flush=True)
+        print(
+            f"{time.strftime('%M:%S')} {name}: {', '.join(f'{key} {value}' for key, value in rows[name].items())}",
+            flush=True,
+        )
 
     def measure(self, stage: str, name: str, compute: Callable[[], Row]) -> Row:
         """A row, which is computed unless it is there. A failure is a row too, which the next run tries again."""

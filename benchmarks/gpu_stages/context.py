@@ -47,7 +47,7 @@ class Context:
         """A row of the book, unless so many seconds are not left for it."""
         if self.left < (0 if self.rehearse else seconds):
             self.missing.append(name)
-            print(f"  {name}: no time left", flush=True)
+            print(f"{time.strftime('%M:%S')} {name}: no time left", flush=True)
             return {}
         return self.book.measure(self.stage, name, compute)
 

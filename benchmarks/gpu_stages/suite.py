@@ -30,7 +30,7 @@ from lightning_wdefense.attacks.feasibility import wasserstein_feasibility
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ["tests/transport", "tests/modules", "tests/attacks", "tests/metrics"]
 CHOSEN = "gpu or cuda"
-SECONDS = 120.0
+SECONDS = 60.0
 """That the tests may take."""
 
 
@@ -59,10 +59,10 @@ def tests(context: Context) -> Row:
     if context.rehearse:
         command.append("--collect-only")
     elif importlib.util.find_spec("xdist"):
-        command += ["-n", "6"]
+        command += ["-n", "4"]
     try:
         outcome = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=max(10, min(SECONDS, context.left))
+            command, cwd=ROOT, capture_output=True, text=True, timeout=max(10, min(SECONDS, context.left - 25))
         )
     except subprocess.TimeoutExpired as error:
         return {"right": False, "not finished": str(error.stdout or b"")[-300:]}
