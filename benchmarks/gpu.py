@@ -42,29 +42,33 @@ UNFINISHED, FAULTY = 3, 4
 
 
 class Stage(NamedTuple):
-    """A module of ``gpu_stages``, with a function ``run(context)``.
+    """A module with a function ``run(context)``.
 
     Attributes:
-        name: of the module.
+        module: its name.
         title: for people.
-        seconds: its share of nine minutes; the last one has what is left.
+        seconds: that it may take; the last one has what is left.
         needs_data: whether it is left out without ``--data``; at toy size it never needs any.
     """
 
-    name: str
+    module: str
     title: str
     seconds: float
     needs_data: bool = False
 
+    @property
+    def name(self) -> str:
+        return self.module.rpartition(".")[2]
+
 
 STAGES = (
-    Stage("kernels", "Triton kernels against float64", 75),
-    Stage("transport", "The Sinkhorn divergence with its gradients", 100),
-    Stage("training", "A training step of ResNet-18", 60),
-    Stage("suite", "CUDA cases, precisions, attacks", 90),
-    Stage("cifar", "CIFAR-10, PreAct ResNet-18, eps 8/255", 300, needs_data=True),
+    Stage("gpu_stages.kernels", "Triton kernels against float64", 75),
+    Stage("gpu_stages.transport", "The Sinkhorn divergence with its gradients", 100),
+    Stage("gpu_stages.training", "A training step of ResNet-18", 60),
+    Stage("gpu_stages.suite", "CUDA cases, precisions, attacks", 90),
+    Stage("gpu_stages.cifar", "CIFAR-10, PreAct ResNet-18, eps 8/255", 300, needs_data=True),
 )
-ON_REQUEST = (Stage("tiles", "Tile sizes and precisions of the streaming kernels", 60),)
+ON_REQUEST = (Stage("gpu_stages.tiles", "Tile sizes and precisions of the streaming kernels", 60),)
 """Stages that only ``--stages`` runs."""
 EVERY = (*STAGES, *ON_REQUEST)
 
@@ -77,7 +81,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--wheels", type=Path, help="folder of wheels of geomloss, torchattacks and others")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, at toy size, to see that all runs")
     parser.add_argument("--stages", nargs="+", choices=[s.name for s in EVERY], help="only these")
-    parser.add_argument("--one", choices=[s.name for s in EVERY], help=argparse.SUPPRESS)
+    parser.add_argument("--one", metavar="MODULE", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.one is None:
         check(parser, options)
@@ -163,7 +167,7 @@ def environment(options: argparse.Namespace, path: list[str]) -> dict[str, str]:
 
 def perform(stage: Stage, options: argparse.Namespace, seconds: float, path: list[str]) -> str:
     """Run a stage in a process of its own, and all that it starts; what became of it."""
-    command = [sys.executable, str(HERE / "gpu.py"), "--one", stage.name, "--minutes", str(seconds / 60)]
+    command = [sys.executable, str(HERE / "gpu.py"), "--one", stage.module, "--minutes", str(seconds / 60)]
     command += ["--output", str(options.output)] + (["--data", str(options.data)] if options.data else [])
     command += ["--rehearse"] if options.rehearse else []
     process = subprocess.Popen(command, env=environment(options, path), start_new_session=True)
@@ -215,6 +219,20 @@ def run(options: argparse.Namespace) -> int:
     return sum(not state.startswith(("done", "left out")) for state in states)
 
 
+def run_one(options: argparse.Namespace) -> int:
+    """One stage, in this process."""
+    stage = importlib.import_module(options.one)
+    name = options.one.rpartition(".")[2]
+    book = Book(options.output)
+    book.note(name, about=" ".join((stage.__doc__ or "").split()))
+    context = Context(name, book, time.monotonic() + 60 * options.minutes, options.rehearse, options.data)
+    stage.run(context)
+    rows = book.stage(name).get("rows", {}).values()
+    if any("error" in row or row.get("right") is False for row in rows):
+        return FAULTY
+    return UNFINISHED if context.missing else 0
+
+
 def summary(book: Book) -> str:
     """One table of all, of at most :data:`LINES` lines: long stages lose rows of their middle."""
     stages = book.content()["stages"]
@@ -236,18 +254,7 @@ def summary(book: Book) -> str:
 
 def main() -> None:
     options = arguments()
-    if options.one is None:
-        sys.exit(run(options))
-    book = Book(options.output)
-    deadline = time.monotonic() + 60 * options.minutes
-    stage = importlib.import_module(f"gpu_stages.{options.one}")
-    book.note(options.one, about=" ".join(stage.__doc__.split()))
-    context = Context(options.one, book, deadline, options.rehearse, options.data)
-    stage.run(context)
-    faulty = any(
-        "error" in row or row.get("right") is False for row in book.stage(options.one).get("rows", {}).values()
-    )
-    sys.exit(FAULTY if faulty else UNFINISHED if context.missing else 0)
+    sys.exit(run(options) if options.one is None else run_one(options))
 
 
 if __name__ == "__main__":

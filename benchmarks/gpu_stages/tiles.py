@@ -41,7 +41,7 @@ def tiles(setting: tuple[Any, ...]) -> Iterator[None]:
     precision, rows, columns, depth, warps, stages = setting
     settings = {"ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "PRECISION": precision, "num_warps": warps}
     settings |= {"num_stages": stages, "enable_fp_fusion": True}
-    with mock.patch.object(streaming, "tiles", lambda: settings), mock.patch.object(streaming, "ROWS", rows):
+    with mock.patch.object(streaming, "tiles", return_value=settings), mock.patch.object(streaming, "ROWS", rows):
         yield
 
 

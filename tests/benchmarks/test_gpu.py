@@ -1,0 +1,164 @@
+"""``benchmarks/gpu.py``: a rehearsal of all of it, and how it spends its minutes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
+FAKES = {
+    "works": "def run(context):\n    context.measure('figure', lambda: {'ms': 1.23456789})",
+    "fails": "def run(context):\n    context.measure('before', lambda: {'ms': 1.0})\n    raise RuntimeError('planted')",
+    "hangs": (
+        "import subprocess, sys, time\ndef run(context):\n    context.measure('before', lambda: {'ms': 1.0})\n"
+        "    child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "    context.measure('child', lambda: {'pid': child.pid})\n    time.sleep(600)"
+    ),
+    "lame": "def run(context):\n    context.measure('faulty', lambda: 1 / 0)\n    context.measure('whole', lambda: {'ms': 2.0})",
+    "slow": "def run(context):\n    context.measure('quick', lambda: {'ms': 1.0})\n    context.measure('long', lambda: {'ms': 2.0}, seconds=600)",
+}
+
+
+def call(*words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPT), *map(str, words)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+
+
+@pytest.fixture
+def gpu():
+    import gpu
+
+    return gpu
+
+
+@pytest.fixture
+def stages(gpu, tmp_path, monkeypatch):
+    """Stages that end in all the ways that there are, and what is left of them in the book."""
+    (tmp_path / "fakes").mkdir()
+    for name, code in FAKES.items():
+        (tmp_path / "fakes" / f"{name}.py").write_text(f'"""{name}"""\n{code}\n')
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "fakes"))
+    monkeypatch.setattr(gpu, "GRACE", 1.0)
+    monkeypatch.setattr(gpu, "STARTED", 1.0)
+
+    def run(*names: str, minutes: float = 2.0, seconds: float = 30.0) -> dict:
+        chosen = tuple(gpu.Stage(name, name, 8.0 if name == "hangs" else seconds) for name in names)
+        monkeypatch.setattr(gpu, "STAGES", chosen)
+        monkeypatch.setattr(gpu, "EVERY", chosen)
+        options = Namespace(
+            rehearse=not torch.cuda.is_available(),
+            minutes=minutes,
+            output=tmp_path / "out",
+            data=None,
+            wheels=None,
+            stages=None,
+        )
+        run.failed = gpu.run(options)
+        return json.loads((tmp_path / "out" / "gpu.json").read_text())["stages"]
+
+    return run
+
+
+def test_each_stage_costs_no_more_than_its_share(stages):
+    """One that hangs is killed with all that it started, one that fails ends; their figures stay, and the next ones run."""
+    begun = time.monotonic()
+    found = stages("hangs", "fails", "lame", "works")
+    assert time.monotonic() - begun < 60
+    assert list(found) == ["hangs", "fails", "lame", "works"]
+    states = {name: stage["state"] for name, stage in found.items()}
+    assert states == {
+        "hangs": "killed after 9 s",
+        "fails": "failed with exit status 1",
+        "lame": "figures are missing",
+        "works": "done",
+    }
+    assert stages.failed == 3
+    assert found["hangs"]["rows"]["before"] == found["fails"]["rows"]["before"] == {"ms": 1.0}
+    assert found["lame"]["rows"] == {"faulty": {"error": "ZeroDivisionError: division by zero"}, "whole": {"ms": 2.0}}
+    assert found["works"]["rows"] == {"figure": {"ms": 1.235}}
+    child = found["hangs"]["rows"]["child"]["pid"]
+    status = Path(f"/proc/{child}/status")
+    assert not status.exists() or "zombie" in status.read_text()
+
+
+def test_goes_on_where_it_was(stages, tmp_path):
+    first = stages("works", "lame")
+    (tmp_path / "fakes" / "lame.py").write_text(
+        '""" """\n' + FAKES["lame"].replace("1 / 0", "{'ms': 5.0}").replace("2.0", "9.0")
+    )
+    (tmp_path / "fakes" / "works.py").write_text('""" """\n' + FAKES["fails"])
+    again = stages("works", "lame")
+    assert again["works"] == first["works"]  # finished, so not run again
+    assert again["lame"]["rows"] == {
+        "faulty": {"ms": 5.0},
+        "whole": {"ms": 2.0},
+    }  # what failed is tried again, and only that
+    assert again["lame"]["state"] == "done"
+    assert stages.failed == 0
+
+
+def test_says_what_there_was_no_time_for(stages, capsys):
+    found = stages("works", "slow", minutes=0.03)
+    assert found["slow"]["state"].startswith("not begun")
+    assert "not begun" in capsys.readouterr().out
+
+
+def test_the_last_table_is_short(gpu, tmp_path):
+    book = gpu.Book(tmp_path)
+    for stage in "abcde":
+        book.note(stage, state="done", title=stage)
+        for row in range(40):
+            book.row(stage, f"row {row}", {"ms": 1.0})
+    lines = gpu.summary(book).splitlines()
+    assert len(lines) <= gpu.LINES
+    assert all(any(line.startswith(stage + " ") for line in lines) for stage in "abcde")
+    assert sum("more in gpu.md" in line for line in lines) == 5
+
+
+def test_rehearsal(gpu, tmp_path):
+    """Every stage at toy size: nothing may fail on a GPU for a silly reason. And the second call has nothing to do."""
+    begun = time.monotonic()
+    run = call("--rehearse", "--minutes", "4", "--output", tmp_path / "out")
+    seconds = time.monotonic() - begun
+    assert run.returncode == 0, run.stdout + run.stderr
+    content = json.loads((tmp_path / "out" / "gpu.json").read_text())
+    assert [stage["state"] for stage in content["stages"].values()] == ["done"] * len(gpu.STAGES), run.stdout
+    assert list(content["stages"]) == [stage.name for stage in gpu.STAGES]
+    files = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
+    assert len(files) <= 8
+    assert max(file.stat().st_size for file in files) <= 16 * 2**20
+    assert seconds < 200  # two minutes on a machine of its own
+    written = (tmp_path / "out" / "gpu.json").read_text()
+    again = call("--rehearse", "--minutes", "4", "--output", tmp_path / "out")
+    assert again.returncode == 0
+    assert "==" not in again.stdout
+    assert (tmp_path / "out" / "gpu.json").read_text() == written
+
+
+def test_bad_arguments(gpu, tmp_path):
+    book = gpu.Book(tmp_path)
+    with book.changing() as content:
+        content["about"]["card"] = "NVIDIA A100"
+    cases = {
+        "another folder": ["--rehearse", "--output", tmp_path],
+        "too few": ["--rehearse", "--minutes", "0.01", "--output", tmp_path / "out"],
+        "no cifar10.npz": ["--rehearse", "--data", tmp_path, "--output", tmp_path / "out"],
+        "holds no wheels": ["--rehearse", "--wheels", tmp_path, "--output", tmp_path / "out"],
+    }
+    if not torch.cuda.is_available():
+        cases["--rehearse"] = ["--output", tmp_path / "out"]
+    for words, arguments in cases.items():
+        run = call(*arguments)
+        assert run.returncode == 2, (words, run.stdout)
+        assert words in run.stderr
+    assert not (tmp_path / "out").exists()
