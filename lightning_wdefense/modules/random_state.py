@@ -26,6 +26,16 @@ class RandomState:
             None if self._accelerator is None else self._accelerator.get_rng_state(device),
         )
 
+    @property
+    def drawn(self) -> bool:
+        """Whether something was drawn since."""
+        python, numpy, cpu, accelerator = self._states
+        python_now, numpy_now, cpu_now, accelerator_now = RandomState(self._device)._states
+        same = python == python_now and numpy[2:] == numpy_now[2:] and np.array_equal(numpy[1], numpy_now[1])
+        return not (
+            same and torch.equal(cpu, cpu_now) and (accelerator is None or torch.equal(accelerator, accelerator_now))
+        )
+
     def restore(self) -> None:
         """Have the same drawn from here on."""
         python, numpy, cpu, accelerator = self._states
