@@ -7,10 +7,11 @@ in the very state in which it was recorded, and never recorded of one that chang
 from __future__ import annotations
 
 import contextlib
+import threading
 import warnings
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric, MetricCollection
 
-from lightning_wdefense.modules.module_state import OF_EVERY_MODULE
+from lightning_wdefense.modules.module_state import OF_EVERY_MODULE, attributes_kept, buffers_kept
 from lightning_wdefense.modules.random_state import RandomState
 
 DEVICES = frozenset({"cuda"})
@@ -28,6 +29,9 @@ DEVICES = frozenset({"cuda"})
 
 KEPT = 4
 """Graphs that are kept of a module, each with the memory of a pass."""
+
+RECENT = 8
+"""Calls among which one is looked for that computed the same."""
 
 PATIENCE = 8
 """Calls in a row that find another module than the one before until somebody is told."""
@@ -139,8 +143,8 @@ def record(compute: Callable[[], Tensor], device: torch.device) -> tuple[Callabl
     Returns:
         What does it again, and the tensor that the result is then in.
     """
-    with torch.cuda.device(device):
-        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    with _recording, torch.cuda.device(device):
+        current, side = torch.cuda.current_stream(), _side_stream(device)
         side.wait_stream(current)
         try:
             with torch.cuda.stream(side):
@@ -151,7 +155,16 @@ def record(compute: Callable[[], Tensor], device: torch.device) -> tuple[Callabl
             current.wait_stream(side)
 
 
+_recording = threading.RLock()
+"""PyTorch records one graph at a time."""
+
 _abandoned: list[torch.cuda.CUDAGraph] = []
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    # One for all recordings: libraries keep a workspace for each stream.
+    return torch.cuda.Stream(device)
 
 
 def _captured(compute: Callable[[], Tensor], stream: torch.cuda.Stream) -> tuple[Callable[[], None], Tensor]:
@@ -197,20 +210,23 @@ def examined(module: nn.Module, compute: Callable[[], Any], own: Sequence[Tensor
     """
     _check_kind(module)
     device = own[0].device
-    before, tensors, random = state_of(module), [*own, *_tensors_of(module)], RandomState(device)
-    reads = _Reads(device)
-    with _waits(device) as waits, reads:
-        compute()
+    modules, random, reads = list(module.modules()), RandomState(device), _Reads(device)
+    with buffers_kept(modules), attributes_kept(modules):
+        before, tensors = state_of(module), [*own, *_tensors_of(module)]
+        with _waits(device) as waits, reads:
+            compute()
+        written, changed = reads.written, difference(before, state_of(module))
+    if drawn := random.drawn:
+        random.restore()
     if waits():
         raise UnrecordableError(
             "it waits for the device, as .item(), a boolean mask or a tensor made from numbers does"
         )
-    if random.drawn:
-        random.restore()
+    if drawn:
         raise UnrecordableError("it draws random numbers")
-    if reads.written:
+    if written:
         raise UnrecordableError("it writes to tensors of its own")
-    if changed := difference(before, state_of(module)):
+    if changed:
         raise UnrecordableError(f"{changed} changes with each pass")
     if reads.foreign:
         raise UnrecordableError("it works with tensors of another device")
@@ -294,7 +310,7 @@ class _Kept:
 
     def __init__(self) -> None:
         self.graphs: OrderedDict[Key, Recorded] = OrderedDict()
-        self.recent: deque[Key] = deque(maxlen=KEPT)
+        self.recent: deque[Key] = deque(maxlen=RECENT)
         self.refused = False
         self._changes = 0
 
@@ -317,8 +333,6 @@ class _Kept:
                     f"({difference(others[-1], key[1])}), so no graph of it can be taken again.",
                     stacklevel=2,
                 )
-        if key in self.recent:
-            self.recent.remove(key)
         self.recent.append(key)
 
     def refuse(self, module: nn.Module, error: Exception) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_leaves
 
 
 class RandomState:
@@ -29,12 +30,8 @@ class RandomState:
     @property
     def drawn(self) -> bool:
         """Whether something was drawn since."""
-        python, numpy, cpu, accelerator = self._states
-        python_now, numpy_now, cpu_now, accelerator_now = RandomState(self._device)._states
-        same = python == python_now and numpy[2:] == numpy_now[2:] and np.array_equal(numpy[1], numpy_now[1])
-        return not (
-            same and torch.equal(cpu, cpu_now) and (accelerator is None or torch.equal(accelerator, accelerator_now))
-        )
+        now = RandomState(self._device)
+        return not all(map(np.array_equal, tree_leaves(self._states), tree_leaves(now._states)))
 
     def restore(self) -> None:
         """Have the same drawn from here on."""
