@@ -42,14 +42,15 @@ class Execution:
         whole: never run the model on a part of a batch, where early exit, restarts or several attacks leave some samples: for models whose
             outputs of a sample depend on the others. The callbacks find that out by themselves.
 
-        graph: on a CUDA device, take the gradients of FGSM's, PGD's and Lagrangian steps by CUDA graphs, which are launched as one: for models so small
-            that the launches of their kernels take longer than these. A graph is recorded in the second of two attacks alike, and
-            kept for the module's lifetime, at most four of a module, each with the memory of a pass. Everything else runs as without:
-            the first step of an attack, which checks the outputs (so FGSM as a whole), parts of a batch, early exit, losses of your
-            own, float16, attacks through a step, and what is no plain ``nn.Module``. Neither ``forward`` nor hooks run again in Python where a graph
-            runs. Graphs see the weights of today, and are recorded anew where the module's tensors, modes, hooks, or attributes that are
-            numbers or strings have changed, but not for what is inside of other objects. A model that waits for the device, draws
-            random numbers or changes with its own passes runs as without, after a warning. On other devices it changes nothing.
+        graph: take the gradients of PGD's steps, and of others that do nothing else, by CUDA graphs, which are launched as one: for models
+            so small that launching their kernels takes longer than running them. A graph is recorded in the second of two attacks alike,
+            and kept for the module's lifetime, at most four of a module, each with the memory of a pass. It sees the weights of today, and
+            another is recorded where the module's tensors have moved, or its modes, hooks or attributes that are numbers or strings have
+            changed; of what is inside of other objects it knows nothing, nor of PyTorch's settings of precision. Where a graph runs,
+            neither ``forward`` nor hooks run in Python. The rest is as without: the first step of an attack, which checks the outputs (all
+            of FGSM), parts of a batch, early exit, losses of your own, float16, attacks through a step, and models that are no
+            ``nn.Module`` themselves. A model that waits for the device, draws random numbers or changes with its own passes runs as
+            without, after a warning. On other devices than CUDA's it changes nothing.
 
     Raises:
         ValueError: if there is no such precision, or both ``compile`` and ``graph`` are asked for.

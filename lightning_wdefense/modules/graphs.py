@@ -175,19 +175,26 @@ def _captured(compute: Callable[[], Tensor], stream: torch.cuda.Stream) -> tuple
     # Until PyTorch 2.12 a capture that fails leaves the generator and the allocator as in the midst of it: the generator is given another
     # state meanwhile, the allocator is told of the end, and the graph, which both may still ask, stays.
     generator.graphsafe_set_state(generator.clone_state())
+    cause: Exception | None = None
     try:
         # The outer context, because the inner one leaves its stream the current one where the end of a capture fails.
         with (
             torch.cuda.stream(stream),
             torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
         ):
-            result = compute()
+            try:
+                result = compute()
+            except Exception as error:
+                cause = error
+                raise
     except BaseException:
         _abandoned.append(graph)
         with contextlib.suppress(Exception):
             torch._C._cuda_endAllocateToPool(device, pool)
         with contextlib.suppress(Exception):
             torch.cuda.synchronize()
+        if cause is not None:  # the end of the capture only says that there was something
+            raise cause from None
         raise
     finally:
         generator.graphsafe_set_state(users)
@@ -339,11 +346,9 @@ class _Kept:
         """No graphs of this module from now on."""
         self.refused = True
         self.graphs.clear()
-        cause = error
-        while isinstance(cause.__context__, Exception):  # the end of a capture that failed only says that it did
-            cause = cause.__context__
-        reason = str(cause).partition("\n")[0]
-        reason = reason if isinstance(cause, UnrecordableError) else f"{type(cause).__name__}: {reason}"
+        reason = str(error).partition("\n")[0]
+        if not isinstance(error, UnrecordableError):
+            reason = f"{type(error).__name__}: {reason}"
         warnings.warn(
             f"{type(module).__name__} cannot be run as a CUDA graph ({reason}), so attacks run it as without graph=True: the results are "
             "the same.",
