@@ -517,6 +517,22 @@ def test_a_gpu_with_odd_batches_restarts_and_steps_of_training():
     assert kept(model) == 1
 
 
+@needs_gpu
+def test_a_gpu_frees_graphs_with_their_module():
+    inputs, labels = (each.cuda() for each in images())
+    model = convolutional().cuda()
+    for _ in range(3):
+        ATTACK(model, inputs, labels, execution=GRAPH)
+    assert kept(model) == 1
+    alive, graph = weakref.ref(model), weakref.ref(next(iter(graphs._kept_with(model).graphs.values())))
+    del model
+    gc.collect()
+    assert alive() is None
+    assert graph() is None
+    torch.cuda.synchronize()
+    test_a_gpu_runs_no_python()
+
+
 class Waiting(Wrapped):
     def forward(self, x: Tensor) -> Tensor:
         return self.body(x * (1.0 if x.max().item() > -9 else 0.0))
@@ -562,19 +578,3 @@ def test_a_gpu_goes_on_without_what_cannot_be_recorded(kind):
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     test_a_gpu_sees_the_weights_of_today()
-
-
-@needs_gpu
-def test_a_gpu_frees_graphs_with_their_module():
-    inputs, labels = (each.cuda() for each in images())
-    model = convolutional().cuda()
-    for _ in range(3):
-        ATTACK(model, inputs, labels, execution=GRAPH)
-    assert kept(model) == 1
-    alive, graph = weakref.ref(model), weakref.ref(next(iter(graphs._kept_with(model).graphs.values())))
-    del model
-    gc.collect()
-    assert alive() is None
-    assert graph() is None
-    torch.cuda.synchronize()
-    test_a_gpu_runs_no_python()
