@@ -43,8 +43,8 @@ _LEAVES = frozenset({int, float, str, bool, type(None)})
 _PLAIN = (Tensor, nn.Parameter)
 _WRAPPERS = ("torch.nn.parallel", "torch.distributed.fsdp", "torch.distributed._composable")
 
-Compute = Callable[[Tensor, Tensor], Tensor]
-"""What a graph is made of: from what moves from one call to the next, and what is given for several, to a result."""
+Compute = Callable[..., Tensor]
+"""What a graph is made of: from tensors to a result."""
 
 State = tuple[tuple[str, Hashable], ...]
 Key = tuple[Hashable, State]
@@ -69,22 +69,20 @@ class Replays:
         self._module, self._kind, self._kept = module, kind, _kept_with(module)
         self._ready: dict[Hashable, Recorded | None] = {}
 
-    def __call__(self, name: Hashable, compute: Compute, moving: Tensor, given: Tensor) -> Tensor:
-        """``compute(moving, given)``, in memory of its own.
+    def __call__(self, name: Hashable, compute: Compute, *tensors: Tensor) -> Tensor:
+        """``compute(*tensors)``, in memory of its own.
 
         Args:
             name: of the computation, by which graphs tell it from others.
             compute: does it, with no other tensors than these and the module's own.
-            moving: another one each time.
-            given: the same throughout the call.
+            tensors: on one device.
         """
-        what = name, self._kind, _like(moving), _like(given), *_surroundings(moving.device)
+        what = name, self._kind, *map(_like, tensors), *_surroundings(tensors[0].device)
         if what not in self._ready:
-            self._ready[what] = self._prepared(what, compute, moving, given)
-        recorded = self._ready[what]
-        return compute(moving, given) if recorded is None else recorded(moving)
+            self._ready[what] = self._prepared(what, compute, tensors)
+        return (self._ready[what] or compute)(*tensors)
 
-    def _prepared(self, what: Hashable, compute: Compute, moving: Tensor, given: Tensor) -> Recorded | None:
+    def _prepared(self, what: Hashable, compute: Compute, tensors: Sequence[Tensor]) -> Recorded | None:
         kept = self._kept
         if kept.refused:
             return None
@@ -92,20 +90,17 @@ class Replays:
         recorded = kept.graphs.get(key)
         if recorded is None and key in kept.recent:
             try:
-                recorded = self._recorded(compute, moving, given)
+                recorded = self._recorded(compute, tensors)
             except Exception as error:
                 kept.refuse(self._module, error)
                 return None
         kept.note(self._module, key, recorded)
-        if recorded is not None:
-            recorded.hold(given)
         return recorded
 
-    def _recorded(self, compute: Compute, moving: Tensor, given: Tensor) -> Recorded:
+    def _recorded(self, compute: Compute, tensors: Sequence[Tensor]) -> Recorded:
         self._kept.make_room()
-        with _weights_cast_inside(moving.device):
-            reads = examined(self._module, partial(compute, moving, given), (moving, given))
-            return Recorded(compute, moving, given, reads)
+        with _weights_cast_inside(tensors[0].device):
+            return Recorded(compute, tensors, examined(self._module, partial(compute, *tensors), tensors))
 
     @cached_property
     def _state(self) -> State:
@@ -117,22 +112,18 @@ class Recorded:
 
     Args:
         compute: the computation.
-        moving: like what it will be called with.
-        given: like what it will hold.
+        tensors: like what it will be called with.
         reads: tensors from elsewhere that it reads, which must not be freed before it.
     """
 
-    def __init__(self, compute: Compute, moving: Tensor, given: Tensor, reads: Sequence[Tensor]) -> None:
-        self._moving, self._given, self._reads = moving.detach().clone(), given.detach().clone(), reads
-        self._replay, self._result = record(partial(compute, self._moving, self._given), moving.device)
+    def __init__(self, compute: Compute, tensors: Sequence[Tensor], reads: Sequence[Tensor]) -> None:
+        self._own, self._reads = [each.detach().clone() for each in tensors], reads
+        self._replay, self._result = record(partial(compute, *self._own), tensors[0].device)
 
-    def hold(self, given: Tensor) -> None:
-        """From here on this is given."""
-        self._given.copy_(given)
-
-    def __call__(self, moving: Tensor) -> Tensor:
+    def __call__(self, *tensors: Tensor) -> Tensor:
         """The result, in memory of its own."""
-        self._moving.copy_(moving)
+        for own, given in zip(self._own, tensors, strict=True):
+            own.copy_(given)
         self._replay()
         return self._result.clone()
 

@@ -144,9 +144,12 @@ FAULTS = [
     Fault(
         "a graph goes on with the labels that it was recorded with",
         "modules/graphs.py",
-        "            recorded.hold(given)\n",
-        "            pass\n",
-        (f"{GRAPHS}test_the_second_attack_is_recorded_and_all_are_the_same",),
+        "zip(self._own, tensors, strict=True)",
+        "zip(self._own[:1], tensors[:1], strict=True)",
+        (
+            f"{GRAPHS}test_the_second_attack_is_recorded_and_all_are_the_same",
+            f"{GRAPHS}test_labels_that_change_within_an_attack",
+        ),
     ),
     Fault(
         "a graph gives away the memory that it writes to",
