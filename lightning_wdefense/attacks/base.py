@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -18,6 +18,7 @@ from lightning_wdefense.attacks.losses import AttackLoss, cross_entropy, kl_dive
 from lightning_wdefense.attacks.parts import OnParts
 from lightning_wdefense.attacks.threat import Box, ThreatModel, check_threat
 from lightning_wdefense.modules.execution import Execution
+from lightning_wdefense.modules.graphs import Replays
 from lightning_wdefense.modules.isolation import isolated
 from lightning_wdefense.modules.outputs import check_logits, logits_of, predictions
 
@@ -93,7 +94,7 @@ class Attack(ABC):
             generator: source of all noise; ``None`` for one seeded with ``seed``.
             samples: which samples to attack, indices or a boolean mask ``(N,)``; the others come back clean. The
                 inputs are held against the bounds as a whole.
-            execution: how the model is run (precision, layout, compiled); ``None`` for as it is.
+            execution: how the model is run (precision, layout, compiled or as a graph); ``None`` for as it is.
 
         Returns:
             Adversarial inputs in model units, with the shape, dtype and device of ``inputs``, detached.
@@ -130,6 +131,7 @@ class Attack(ABC):
                 self.threat,
                 generator,
                 inputs.dtype,
+                replays=execution.replays(model, inputs.device),
             )
             if samples is not None:
                 problem = problem.select(samples)
@@ -168,6 +170,7 @@ class Problem:
         generator: source of all noise.
         dtype: the dtype that the model takes.
         clean_outputs: the model's outputs on the clean inputs, where the loss needs them.
+        replays: takes gradients on the whole batch by graphs; ``None`` for without.
     """
 
     model: Model
@@ -179,6 +182,7 @@ class Problem:
     generator: torch.Generator
     dtype: torch.dtype
     clean_outputs: Any = None
+    replays: Replays | None = None
 
     def forward(self, data: Tensor) -> Any:
         """The model's outputs for inputs in data units (a copy: the model may work in place)."""
@@ -198,6 +202,7 @@ class Problem:
             labels=apply_to_collection(self.labels, Tensor, lambda label: label[index]),
             box=self.box.select(index),
             clean_outputs=self.clean_outputs[index] if isinstance(self.clean_outputs, Tensor) else self.clean_outputs,
+            replays=None,
         )
 
     def project(self, data: Tensor) -> Tensor:
@@ -273,7 +278,17 @@ class Problem:
         Returns:
             The gradient, in memory of its own.
         """
-        return self.outputs_and_gradient(data, loss, check=check)[1]
+        given = self.clean_outputs if loss == "kl" else self.labels
+        # Graphs wait for nothing, as checks and the scales of float16 do, and what a callable reads nobody knows.
+        if self.replays is None or check or callable(loss) or not isinstance(given, Tensor) or len(self._scales()) > 1:
+            return self.outputs_and_gradient(data, loss, check=check)[1]
+        name = loss, self.dtype, self.threat.mean, self.threat.std
+        return self.replays(name, partial(self._gradient_given, loss), data, given)
+
+    def _gradient_given(self, loss: AttackLoss, data: Tensor, given: Tensor) -> Tensor:
+        """:meth:`gradient` with other labels, or other clean outputs, than the problem's own."""
+        other = replace(self, clean_outputs=given) if loss == "kl" else replace(self, labels=given)
+        return other.outputs_and_gradient(data, loss)[1]
 
     def outputs_and_gradient(self, data: Tensor, loss: AttackLoss, *, check: bool = False) -> tuple[Any, Tensor]:
         """The model's outputs, and :meth:`gradient`, of one pass."""

@@ -1,4 +1,4 @@
-"""How a model is run inside an attack: its precision, its memory layout, and whether it is compiled."""
+"""How a model is run inside an attack: its precision, its memory layout, and whether it is compiled or replayed as a graph."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_wdefense._names import unknown_name
+from lightning_wdefense.modules.graphs import DEVICES, Replays
 
 BACKEND = "inductor"
 """Of ``torch.compile``."""
@@ -41,8 +42,18 @@ class Execution:
         whole: never run the model on a part of a batch, where early exit, restarts or several attacks leave some samples: for models whose
             outputs of a sample depend on the others. The callbacks find that out by themselves.
 
+        graph: take the gradients of PGD's steps, and of others that do nothing else, by CUDA graphs, which are launched as one: for models
+            so small that launching their kernels takes longer than running them. A graph is recorded in the second of two attacks alike,
+            and kept for the module's lifetime, at most four of a module, each with the memory of a pass. It sees the weights of today, and
+            another is recorded where the module's tensors have moved, or its modes, hooks or attributes that are numbers or strings have
+            changed; of what is inside of other objects it knows nothing, nor of PyTorch's settings of precision. Where a graph runs,
+            neither ``forward`` nor hooks run in Python. The rest is as without: the first step of an attack, which checks the outputs (all
+            of FGSM), parts of a batch, early exit, losses of your own, float16, attacks through a step, and models that are no
+            ``nn.Module`` themselves. A model that waits for the device, draws random numbers or changes with its own passes runs as
+            without, after a warning. On other devices than CUDA's it changes nothing.
+
     Raises:
-        ValueError: if there is no such precision.
+        ValueError: if there is no such precision, or both ``compile`` and ``graph`` are asked for.
 
     References:
         Micikevicius et al., "Mixed precision training", 2018. Kalamkar et al., "A study of BFLOAT16 for deep learning
@@ -62,10 +73,16 @@ class Execution:
     channels_last: bool = False
     compile: bool = False
     whole: bool = False
+    graph: bool = False
 
     def __post_init__(self) -> None:
         if self.precision not in (None, "bf16"):
             raise ValueError(unknown_name("precision", self.precision, ["bf16"]))
+        if self.compile and self.graph:
+            raise ValueError(
+                'compile=True and graph=True exclude each other: take one, or compile the model yourself with mode="reduce-overhead", '
+                "which makes graphs of its own."
+            )
 
     def lay_out(self, inputs: Tensor) -> Tensor:
         """The inputs in the layout that the model is given them in."""
@@ -88,6 +105,17 @@ class Execution:
         run = _compiled(model) if self.compile else model
         with self._autocast(device):
             yield (lambda inputs: run(self.lay_out(inputs))) if self.channels_last else run
+
+    def replays(self, model: Callable[[Tensor], Any], device: torch.device) -> Replays | None:
+        """What takes gradients by graphs in one call of an attack, inside of :meth:`prepared`; ``None`` for without.
+
+        Args:
+            model: the user's.
+            device: where it runs.
+        """
+        if not self.graph or device.type not in DEVICES or not isinstance(model, nn.Module):
+            return None
+        return Replays(model, self.channels_last)
 
     def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         if self.precision is None:

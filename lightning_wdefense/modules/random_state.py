@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_leaves
 
 
 class RandomState:
@@ -25,6 +26,12 @@ class RandomState:
             torch.get_rng_state(),
             None if self._accelerator is None else self._accelerator.get_rng_state(device),
         )
+
+    @property
+    def drawn(self) -> bool:
+        """Whether something was drawn since."""
+        now = RandomState(self._device)
+        return not all(map(np.array_equal, tree_leaves(self._states), tree_leaves(now._states)))
 
     def restore(self) -> None:
         """Have the same drawn from here on."""

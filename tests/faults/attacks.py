@@ -7,6 +7,7 @@ from faults.fault import Fault
 CONTRACT = "tests/attacks/test_contract.py::"
 OPTIMAL = "tests/attacks/test_optimal.py::"
 TRAINING = "tests/attacks/test_training_attacks.py::"
+GRAPHS = "tests/modules/test_graphs.py::"
 NASTY = (
     f"{CONTRACT}test_leaves_a_nasty_module_as_it_was[linf-pgd]",
     f"{CONTRACT}test_leaves_a_failing_module_as_it_was",
@@ -131,5 +132,58 @@ FAULTS = [
         "[torch.zeros_like(outputs), outputs]",
         "[outputs, torch.zeros_like(outputs)]",
         ("tests/modules/test_outputs.py::test_one_logit_is_two",),
+    ),
+    # ------------------------------------------------------------------------------------- graphs
+    Fault(
+        "a graph is taken of a module that has changed",
+        "modules/graphs.py",
+        "key = what, self._state",
+        "key = what, ()",
+        (f"{GRAPHS}test_a_module_that_has_changed_is_recorded_anew",),
+    ),
+    Fault(
+        "a graph goes on with the labels that it was recorded with",
+        "modules/graphs.py",
+        "zip(self._own, tensors, strict=True)",
+        "zip(self._own[:1], tensors[:1], strict=True)",
+        (
+            f"{GRAPHS}test_the_second_attack_is_recorded_and_all_are_the_same",
+            f"{GRAPHS}test_labels_that_change_within_an_attack",
+        ),
+    ),
+    Fault(
+        "a graph gives away the memory that it writes to",
+        "modules/graphs.py",
+        "return self._result.clone()",
+        "return self._result",
+        (f"{GRAPHS}test_the_second_attack_is_recorded_and_all_are_the_same",),
+    ),
+    Fault(
+        "a graph reads what autocast has cast before",
+        "modules/graphs.py",
+        "cache_enabled=False",
+        "cache_enabled=True",
+        (f"{GRAPHS}test_casts_of_autocast_are_made_inside",),
+    ),
+    Fault(
+        "graphs are recorded at first sight",
+        "modules/graphs.py",
+        "if recorded is None and key in kept.recent:",
+        "if recorded is None:",
+        (f"{GRAPHS}test_odd_last_batches_are_not_recorded",),
+    ),
+    Fault(
+        "all losses share a graph",
+        "attacks/base.py",
+        "name = loss, self.dtype",
+        "name = self.dtype",
+        (f"{GRAPHS}test_what_differs_has_a_graph_of_its_own",),
+    ),
+    Fault(
+        "parts of a batch are replayed",
+        "attacks/base.py",
+        "            replays=None,\n",
+        "            replays=self.replays,\n",
+        (f"{GRAPHS}test_restarts_are_replayed_on_the_whole_batch_alone", f"{GRAPHS}test_what_runs_without"),
     ),
 ]

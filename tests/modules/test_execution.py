@@ -21,9 +21,12 @@ from lightning_wdefense.modules.recording import ForwardRecorder
 THREAT = ThreatModel(eps=0.1)
 ATTACK = PGD(THREAT, steps=3)
 BF16, COMPILED = Execution(precision="bf16"), Execution(compile=True)
+GRAPH = Execution(graph=True)
 EVERYTHING = Execution("bf16", channels_last=True, compile=True)
 executions = pytest.mark.parametrize(
-    "how", [BF16, Execution(channels_last=True), COMPILED, EVERYTHING], ids=["bf16", "channels_last", "compile", "all"]
+    "how",
+    [BF16, Execution(channels_last=True), COMPILED, GRAPH, EVERYTHING],
+    ids=["bf16", "channels_last", "compile", "graph", "all"],
 )
 
 

@@ -1,0 +1,427 @@
+"""CUDA graphs of what is computed with a module again and again: recorded once, and launched as one afterwards.
+
+A graph reads tensors where they lay when it was recorded, and runs none of the module's Python code. So it is only taken for a module
+in the very state in which it was recorded, and never recorded of one that changes with its own passes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import warnings
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from functools import cache, cached_property, partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torchmetrics import Metric, MetricCollection
+
+from lightning_wdefense.modules.module_state import OF_EVERY_MODULE, attributes_kept, buffers_kept
+from lightning_wdefense.modules.random_state import RandomState
+
+DEVICES = frozenset({"cuda"})
+"""Types of the devices that graphs are recorded on."""
+
+KEPT = 4
+"""Graphs that are kept of a module, each with the memory of a pass."""
+
+RECENT = 8
+"""Calls among which one is looked for that computed the same."""
+
+PATIENCE = 8
+"""Calls in a row that find another module than the one before until somebody is told."""
+
+WARMUP = 3
+"""Passes before a recording, in which libraries choose their algorithms."""
+
+_LEAVES = frozenset({int, float, str, bool, type(None)})
+_PLAIN = (Tensor, nn.Parameter)
+_WRAPPERS = ("torch.nn.parallel", "torch.distributed.fsdp", "torch.distributed._composable")
+
+Compute = Callable[..., Tensor]
+"""What a graph is made of: from tensors to a result."""
+
+State = tuple[tuple[str, Hashable], ...]
+Key = tuple[Hashable, State]
+
+
+class UnrecordableError(Exception):
+    """Says why a module is not recorded."""
+
+
+class Replays:
+    """What is computed with a module in one call of an attack, by graphs where there are some.
+
+    A graph is recorded when the same is computed in a second call soon after, of the same module in the same state; so neither odd last
+    batches nor modules that always change are recorded.
+
+    Args:
+        module: that the computations run.
+        kind: of all computations of this call; graphs are for one kind.
+    """
+
+    def __init__(self, module: nn.Module, kind: Hashable) -> None:
+        self._module, self._kind, self._kept = module, kind, _kept_with(module)
+        self._ready: dict[Hashable, Recorded | None] = {}
+
+    def __call__(self, name: Hashable, compute: Compute, *tensors: Tensor) -> Tensor:
+        """``compute(*tensors)``, in memory of its own.
+
+        Args:
+            name: of the computation, by which graphs tell it from others.
+            compute: does it, with no other tensors than these and the module's own.
+            tensors: on one device.
+        """
+        what = name, self._kind, *map(_like, tensors), *_surroundings(tensors[0].device)
+        if what not in self._ready:
+            self._ready[what] = self._prepared(what, compute, tensors)
+        return (self._ready[what] or compute)(*tensors)
+
+    def _prepared(self, what: Hashable, compute: Compute, tensors: Sequence[Tensor]) -> Recorded | None:
+        kept = self._kept
+        if kept.refused:
+            return None
+        key = what, self._state
+        recorded = kept.graphs.get(key)
+        if recorded is None and key in kept.recent:
+            try:
+                recorded = self._recorded(compute, tensors)
+            except Exception as error:
+                kept.refuse(self._module, error)
+                return None
+        kept.note(self._module, key, recorded)
+        return recorded
+
+    def _recorded(self, compute: Compute, tensors: Sequence[Tensor]) -> Recorded:
+        self._kept.make_room()
+        with _weights_cast_inside(tensors[0].device):
+            return Recorded(compute, tensors, examined(self._module, partial(compute, *tensors), tensors))
+
+    @cached_property
+    def _state(self) -> State:
+        return state_of(self._module)
+
+
+class Recorded:
+    """A computation as a graph, which reads and writes tensors of its own.
+
+    Args:
+        compute: the computation.
+        tensors: like what it will be called with.
+        reads: tensors from elsewhere that it reads, which must not be freed before it.
+    """
+
+    def __init__(self, compute: Compute, tensors: Sequence[Tensor], reads: Sequence[Tensor]) -> None:
+        self._own, self._reads = [each.detach().clone() for each in tensors], reads
+        self._replay, self._result = record(partial(compute, *self._own), tensors[0].device)
+
+    def __call__(self, *tensors: Tensor) -> Tensor:
+        """The result, in memory of its own."""
+        for own, given in zip(self._own, tensors, strict=True):
+            own.copy_(given)
+        self._replay()
+        return self._result.clone()
+
+
+def record(compute: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
+    """Record a computation.
+
+    Returns:
+        What does it again, and the tensor that the result is then in.
+    """
+    with _recording, torch.cuda.device(device):
+        current, side = torch.cuda.current_stream(), _side_stream(device)
+        side.wait_stream(current)
+        try:
+            with torch.cuda.stream(side):
+                for _ in range(WARMUP):
+                    compute()
+            return _captured(compute, side)
+        finally:
+            current.wait_stream(side)
+
+
+_recording = threading.RLock()
+"""PyTorch records one graph at a time."""
+
+_abandoned: list[torch.cuda.CUDAGraph] = []
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    # One for all recordings: libraries keep a workspace for each stream.
+    return torch.cuda.Stream(device)
+
+
+def _captured(compute: Callable[[], Tensor], stream: torch.cuda.Stream) -> tuple[Callable[[], None], Tensor]:
+    device = torch.cuda.current_device()
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    generator = torch.cuda.default_generators[device]
+    users = generator.graphsafe_get_state()
+    # Until PyTorch 2.12 a capture that fails leaves the generator and the allocator as in the midst of it: the generator is given another
+    # state meanwhile, the allocator is told of the end, and the graph, which both may still ask, stays.
+    generator.graphsafe_set_state(generator.clone_state())
+    cause: Exception | None = None
+    try:
+        # The outer context, because the inner one leaves its stream the current one where the end of a capture fails.
+        with (
+            torch.cuda.stream(stream),
+            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+        ):
+            try:
+                result = compute()
+            except Exception as error:
+                cause = error
+                raise
+    except BaseException:
+        _abandoned.append(graph)
+        with contextlib.suppress(Exception):
+            torch._C._cuda_endAllocateToPool(device, pool)
+        with contextlib.suppress(Exception):
+            torch.cuda.synchronize()
+        if cause is not None:  # the end of the capture only says that there was something
+            raise cause from None
+        raise
+    finally:
+        generator.graphsafe_set_state(users)
+    return graph.replay, result
+
+
+def examined(module: nn.Module, compute: Callable[[], Any], own: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Do a computation once to see whether it can be recorded.
+
+    Args:
+        module: that it runs.
+        compute: the computation.
+        own: tensors that it is given.
+
+    Returns:
+        The tensors that it reads besides, and that are none of the module's own.
+
+    Raises:
+        UnrecordableError: if a graph could not do the same, or no graph can be made.
+    """
+    _check_kind(module)
+    device = own[0].device
+    modules, random, reads = list(module.modules()), RandomState(device), _Reads(device)
+    with buffers_kept(modules), attributes_kept(modules):
+        before, tensors = state_of(module), [*own, *_tensors_of(module)]
+        with _waits(device) as waits, reads:
+            compute()
+        written, changed = reads.written, difference(before, state_of(module))
+    if drawn := random.drawn:
+        random.restore()
+    if waits():
+        raise UnrecordableError(
+            "it waits for the device, as .item(), a boolean mask or a tensor made from numbers does"
+        )
+    if drawn:
+        raise UnrecordableError("it draws random numbers")
+    if written:
+        raise UnrecordableError("it writes to tensors of its own")
+    if changed:
+        raise UnrecordableError(f"{changed} changes with each pass")
+    if reads.foreign:
+        raise UnrecordableError("it works with tensors of another device")
+    known = set(map(id, tensors))
+    return tuple(each for each in reads.found if id(each) not in known)
+
+
+def _check_kind(module: nn.Module) -> None:
+    for each in module.modules():
+        name = type(each).__name__
+        if isinstance(each, torch.jit.ScriptModule) or hasattr(each, "_orig_mod") or each._compiled_call_impl:
+            raise UnrecordableError(f"{name} is compiled")
+        if any(base.__module__.startswith(_WRAPPERS) for base in type(each).__mro__):
+            raise UnrecordableError(f"{name} talks to other processes or devices")
+        for tensor in (*each._parameters.values(), *each._buffers.values()):
+            if tensor is not None and not _is_plain(tensor):
+                raise UnrecordableError(f"{name} holds a {type(tensor).__name__} of layout {tensor.layout}")
+
+
+class _Reads(TorchDispatchMode):
+    """Takes note of tensors that are read inside and were not made there, and whether any are foreign to the device.
+
+    Scalars that were made there are not: so are numbers beside tensors.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.foreign, self._device = False, device
+        self._found: dict[int, tuple[Tensor, int]] = {}
+        self._made: set[int] = set()
+
+    @property
+    def found(self) -> list[Tensor]:
+        return [tensor for tensor, _ in self._found.values()]
+
+    @property
+    def written(self) -> bool:
+        return any(_version(tensor) != version for tensor, version in self._found.values())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for each in _tensors_in((args, kwargs)):
+            if _storage(each) not in self._made:
+                self._found.setdefault(id(each), (each, _version(each)))
+                self.foreign |= each.device != self._device
+        result = func(*args, **(kwargs or {}))
+        for each in _tensors_in(result):
+            self._made.add(_storage(each))
+            self.foreign |= each.device != self._device and each.ndim > 0
+        return result
+
+
+@contextlib.contextmanager
+def _waits(device: torch.device) -> Iterator[Callable[[], bool]]:
+    """Yields what says whether something inside waited for the device."""
+    if device.type != "cuda":
+        yield lambda: False
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    # Not "error", which other threads would meet as well.
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield lambda: any("called a synchronizing" in str(each.message) for each in seen)
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+
+
+@contextlib.contextmanager
+def _weights_cast_inside(device: torch.device) -> Iterator[None]:
+    # What autocast has cast before would be read by the graph, and is gone with the attack.
+    if not torch.is_autocast_enabled(device.type):
+        yield
+        return
+    with torch.autocast(device.type, torch.get_autocast_dtype(device.type), cache_enabled=False):
+        yield
+
+
+class _Kept:
+    """What is kept with a module: its graphs, and what was computed lately."""
+
+    def __init__(self) -> None:
+        self.graphs: OrderedDict[Key, Recorded] = OrderedDict()
+        self.recent: deque[Key] = deque(maxlen=RECENT)
+        self.refused = False
+        self._changes = 0
+
+    def make_room(self) -> None:
+        """For another graph: those go that were not taken for longest."""
+        while len(self.graphs) >= KEPT:
+            self.graphs.popitem(last=False)
+
+    def note(self, module: nn.Module, key: Key, recorded: Recorded | None) -> None:
+        """Of a computation in this call, and its graph if there is one."""
+        if recorded is not None:
+            self.graphs[key] = recorded
+            self.graphs.move_to_end(key)
+            self._changes = 0
+        elif others := [state for what, state in self.recent if what == key[0]]:
+            self._changes += 1
+            if self._changes == PATIENCE:
+                warnings.warn(
+                    f"graph=True brings nothing: {type(module).__name__} changes from one attack to the next "
+                    f"({difference(others[-1], key[1])}), so no graph of it can be taken again.",
+                    stacklevel=2,
+                )
+        self.recent.append(key)
+
+    def refuse(self, module: nn.Module, error: Exception) -> None:
+        """No graphs of this module from now on."""
+        self.refused = True
+        self.graphs.clear()
+        reason = str(error).partition("\n")[0]
+        if not isinstance(error, UnrecordableError):
+            reason = f"{type(error).__name__}: {reason}"
+        warnings.warn(
+            f"{type(module).__name__} cannot be run as a CUDA graph ({reason}), so attacks run it as without graph=True: the results are "
+            "the same.",
+            stacklevel=2,
+        )
+
+
+# Nothing here may refer to the module, or it would never be freed.
+_kept: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
+
+
+def _kept_with(module: nn.Module) -> _Kept:
+    return _kept.setdefault(module, _Kept())
+
+
+def state_of(module: nn.Module) -> State:
+    """What a graph of the module depends on: where its tensors are, modes, hooks, and plain attributes that are numbers or the like.
+
+    Metrics change at every step, and are no part of a model.
+    """
+    state: list[tuple[str, Hashable]] = []
+    for path, each in module.named_modules():
+        if isinstance(each, (Metric, MetricCollection)):
+            continue
+        hooks = tuple(
+            map(tuple, (each._forward_pre_hooks, each._forward_hooks, each._backward_pre_hooks, each._backward_hooks))
+        )
+        state.append((path or "it", (type(each), each.training, hooks)))
+        dot = path and f"{path}."
+        state.extend((f"{dot}{name}", _token(value)) for name, value in _own(each))
+    return tuple(state)
+
+
+def difference(state: State, other: State) -> str | None:
+    """Where two states first differ, if they do."""
+    there = dict(other)
+    for name, token in state:
+        if name not in there or there.pop(name) != token:
+            return name
+    return next(iter(there), None)
+
+
+def _own(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    yield from module._parameters.items()
+    yield from module._buffers.items()
+    for name, value in vars(module).items():
+        if name not in OF_EVERY_MODULE and (isinstance(value, Tensor) or type(value) in _LEAVES):
+            yield name, value
+
+
+def _tensors_of(module: nn.Module) -> list[Tensor]:
+    return [value for each in module.modules() for _, value in _own(each) if isinstance(value, Tensor)]
+
+
+def _token(value: Any) -> Hashable:
+    if not isinstance(value, Tensor):
+        return value
+    return (value.data_ptr(), *_like(value), value.stride()) if _is_plain(value) else id(value)
+
+
+def _like(tensor: Tensor) -> tuple[Hashable, ...]:
+    return tensor.shape, tensor.dtype, tensor.device
+
+
+def _surroundings(device: torch.device) -> tuple[Hashable, ...]:
+    """What else decides about what is recorded; and graphs of one stream are not for another, where they might meet themselves."""
+    autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return autocast, torch.are_deterministic_algorithms_enabled(), stream
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in _PLAIN and tensor.layout is torch.strided
+
+
+def _tensors_in(values: Any) -> list[Tensor]:
+    return [each for each in tree_leaves(values) if isinstance(each, Tensor)]
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
