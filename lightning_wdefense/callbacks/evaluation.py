@@ -19,8 +19,8 @@ from lightning_wdefense.callbacks.schedule import evaluation_generator, is_due
 from lightning_wdefense.callbacks.shadow import Shadow
 from lightning_wdefense.callbacks.subject import Observed, Subject
 from lightning_wdefense.callbacks.support import attacked_model
-from lightning_wdefense.callbacks.way import Through, check_through
-from lightning_wdefense.modules.batches import Batches, Inputs, Labels, map_tensors
+from lightning_wdefense.callbacks.target import Target, Through
+from lightning_wdefense.modules.batches import Inputs, Labels, map_tensors
 from lightning_wdefense.modules.outputs import Pick
 from lightning_wdefense.modules.recording import OUTPUTS, ForwardRecorder
 
@@ -40,7 +40,7 @@ class EvaluationMonitor(Callback, Generic[MeasuresT]):
         max_batches: measure only the first batches of each dataloader.
         features: where features are taken from; ``None`` for nowhere.
         model: dotted path to the submodule that takes the inputs and returns logits, if not the module itself.
-        through: how the adversary gets at the model, see :class:`~lightning_wdefense.callbacks.way.EvaluationWay`.
+        through: how the adversary gets at the model, see :class:`~lightning_wdefense.callbacks.evaluation_way.EvaluationWay`.
         perturb: the submodule whose output is attacked, if it is not the inputs.
         inputs: where the inputs are in a batch.
         labels: the same for the labels.
@@ -83,12 +83,10 @@ class EvaluationMonitor(Callback, Generic[MeasuresT]):
             raise ValueError(f"max_batches must be at least 1, or None for all, got {max_batches}.")
         self.every_n_epochs, self.max_batches, self.features = every_n_epochs, max_batches, features
         self.model, self.seed, self.progress, self.name, self.through = model, seed, progress, name, through
-        self.perturb = Perturb(perturb) if isinstance(perturb, str) else perturb
-        check_through(through, self.perturb)
+        self._target = Target.of(through, inputs, labels, perturb=perturb, outputs=outputs, ignore_index=ignore_index)
+        self.perturb, self.ignore_index = self._target.perturb, ignore_index
         self.dataloaders = None if dataloaders is None else tuple(dataloaders)
-        self.ignore_index = ignore_index
-        self._batches, self._outputs = Batches(inputs, labels), outputs
-        self._way = self._new_way()
+        self._way = EvaluationWay(self._target)
         self._shadow: Shadow | None = None
         self._clean: Any = None
         self._measures: dict[int, MeasuresT] = {}
@@ -136,12 +134,18 @@ class EvaluationMonitor(Callback, Generic[MeasuresT]):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is in no evaluation: it has no progress bar and nothing half measured.
-        return self.__dict__ | {"_bar": None, "_measures": {}, "_shadow": None, "_clean": None, "_way": self._new_way()}
+        return self.__dict__ | {
+            "_bar": None,
+            "_measures": {},
+            "_shadow": None,
+            "_clean": None,
+            "_way": EvaluationWay(self._target),
+        }
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check early that the strategy leaves the model whole."""
         check_strategy(trainer, type(self).__name__)
-        self._way = self._new_way()
+        self._way = EvaluationWay(self._target)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check before the first epoch what is needed only after it."""
@@ -307,10 +311,6 @@ class EvaluationMonitor(Callback, Generic[MeasuresT]):
     def _check_features(self, pl_module: LightningModule) -> None:
         model = attacked_model(pl_module, self.model, needs_forward=self.through == "model")
         ForwardRecorder(model, OUTPUTS if self.features is None else self.features)
-
-    def _new_way(self) -> EvaluationWay:
-        options: dict[str, Any] = {"outputs": self._outputs, "ignore_index": self.ignore_index}
-        return EvaluationWay(self.through, self._batches, perturb=self.perturb, **options)
 
     def _close(self) -> None:
         if self._bar is not None:

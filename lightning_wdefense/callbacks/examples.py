@@ -20,8 +20,8 @@ from lightning_wdefense.callbacks.pictures import Picture, log_pictures, shows_p
 from lightning_wdefense.callbacks.schedule import evaluation_generator, is_due
 from lightning_wdefense.callbacks.subject import StepSubject, Subject
 from lightning_wdefense.callbacks.support import attacked_model
-from lightning_wdefense.callbacks.way import Through, check_through
-from lightning_wdefense.modules.batches import Batches, Inputs, Labels, map_tensors
+from lightning_wdefense.callbacks.target import Target, Through
+from lightning_wdefense.modules.batches import Inputs, Labels, map_tensors
 from lightning_wdefense.modules.outputs import Pick, logits_of, predictions
 from lightning_wdefense.modules.recording import OUTPUTS
 
@@ -79,17 +79,16 @@ class AdversarialExampleLogger(Callback):
                 raise ValueError(f"{name} must be at least 1, got {value}.")
         (self.attack,) = evaluation_attacks([attack], threat).values()
         self.threat, self.samples, self.every_n_epochs, self.class_names = threat, samples, every_n_epochs, class_names
-        check_through(through, None)
         self.model, self.seed, self.through = model, seed, through
-        self._batches, self._outputs = Batches(inputs, labels), outputs
-        self._way = EvaluationWay(through, self._batches, outputs=outputs)
+        self._target = Target.of(through, inputs, labels, outputs=outputs)
+        self._way = EvaluationWay(self._target)
         self._epoch: int | None = None
         self._clean: Any = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check early that the strategy leaves the model whole."""
         check_strategy(trainer, "AdversarialExampleLogger")
-        self._way = EvaluationWay(self.through, self._batches, outputs=self._outputs)
+        self._way = EvaluationWay(self._target)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check before the first epoch what is needed only after it."""
