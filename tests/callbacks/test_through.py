@@ -475,6 +475,18 @@ def test_first_look_at_more(case):
     assert bool(look.why) != look.plain
 
 
+class Detached(DigitsClassifier):
+    def training_step(self, batch, batch_idx):
+        return ce(self.net(batch[0].detach()), batch[1])
+
+
+@pytest.mark.parametrize("through", ["auto", "step"])
+def test_a_loss_that_does_not_depend_on_the_inputs_is_named(through):
+    recipe = Recipe.named("pgd-at", THREAT)
+    with pytest.raises(ValueError, match=r"loss of training_step of Detached does not depend on the inputs: .*detach"):
+        trained(recipe, through, module=Detached)
+
+
 @pytest.mark.parametrize("ignored", [255, -100])
 def test_first_look_at_masks(ignored):
     labels = torch.where(PIXELS == 255, ignored, PIXELS)
