@@ -126,7 +126,6 @@ def _look(
         if loss is None:
             look._calls.clear()
             return look
-        loss = loss if loss.ndim == 0 else loss.mean()
         look.loss = float(loss.detach())
         look.depends = (
             values.requires_grad and loss.requires_grad and gradients(loss, [values], retain_graph=True)[0] is not None
@@ -138,13 +137,13 @@ def _look(
         look._calls.clear()
         with site.moved(site.values.detach().clone()) as batch:
             again = step.loss(batch)
-    moved = again is None or abs(float(again.detach().mean()) - look.loss) > SAME * (1e-6 + abs(look.loss))
+    moved = again is None or abs(float(again.detach()) - look.loss) > SAME * (1e-6 + abs(look.loss))
     if moved and iterators_of(step.module):
         raise _consumed(step)
     if moved and np.isfinite(look.loss):
         warnings.warn(
             f"{step.name} of {type(step.module).__name__} gave two losses for one batch, {look.loss:.6g} and "
-            f"{'none' if again is None else format(float(again.detach().mean()), '.6g')}: it draws on something that cannot be put back (a random "
+            f"{'none' if again is None else format(float(again.detach()), '.6g')}: it draws on something that cannot be put back (a random "
             "source of its own, state outside of the module), so the adversary climbs a hill that moves.",
             stacklevel=2,
         )
