@@ -74,7 +74,7 @@ FAULTS = [
     ),
     Fault(
         "embeddings are taken for logits",
-        "attacks/first_look.py",
+        "attacks/classification.py",
         "return float(falls.float().mean()) >= SHARE and (invariant or against_the_rest)",
         "return True",
         (THROUGH, f"{MONITORED}[hard_triplets]", f"{MONITORED}[autoencoder]"),
