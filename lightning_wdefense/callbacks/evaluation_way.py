@@ -16,7 +16,7 @@ from lightning_wdefense.attacks.threat import ThreatModel
 from lightning_wdefense.callbacks.shadow import step_arguments
 from lightning_wdefense.callbacks.subject import ModelSubject, StepSubject, Subject
 from lightning_wdefense.callbacks.target import Target
-from lightning_wdefense.callbacks.way import integers, keeps_whole
+from lightning_wdefense.callbacks.way import integers, keeps_whole, log_step
 from lightning_wdefense.modules.isolation import isolated
 from lightning_wdefense.modules.steps import Step, own_step
 
@@ -131,7 +131,11 @@ class EvaluationWay:
                 return Plain(keeps_whole(model, site.values, target.pick))
             else:
                 found = self._evaluated(looks, stage, name)
-                return found or Plain(keeps_whole(model, site.values, target.pick))
+                if found is None:
+                    return Plain(keeps_whole(model, site.values, target.pick))
+                if target.may_be_plain:
+                    log_step(_step(module, found[0], place), name, look)
+                return found
         if target.may_be_plain and self._fits(model, batch, looks):
             return Plain(False)
         what = f"A batch of the {stage} dataloader {place[1] or 0} cannot be attacked: {'; '.join(reasons)}."

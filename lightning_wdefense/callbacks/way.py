@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,8 @@ from lightning_wdefense.defenses.defense import Defense
 from lightning_wdefense.defenses.passes import Passes, StepPasses
 from lightning_wdefense.modules.paths import map_tensors
 from lightning_wdefense.modules.steps import Step
+
+log = logging.getLogger(__name__)
 
 
 class Way:
@@ -70,6 +73,8 @@ class Way:
             raise ValueError(self._no_gradient(step, site))
         if self.plain and model is not None:
             self._whole = keeps_whole(model, site.values, target.pick)
+        if not self.plain and target.may_be_plain:
+            log_step(step, step.name, look)
         self.look = look
         return look
 
@@ -121,6 +126,24 @@ def integers(values: Tensor) -> str:
     return (
         f"The inputs are integers ({values.dtype}). Of token ids or categorical columns attack the output of the layer that embeds them, "
         'perturb="path.to.the.embedding", with ThreatModel(norm="l2", eps=..., bounds=None); convert integer images with x.float() / 255.'
+    )
+
+
+def log_step(step: Step, seen: str, look: Look) -> None:
+    """Log why the adversary goes through a step, though the plain forward pass is faster.
+
+    Args:
+        step: the step that is taken.
+        seen: the step that was looked at.
+        look: what was seen of it.
+    """
+    why = look.why or "the labels of the batch are not seen to be classes of the model's outputs"
+    log.info(
+        "The adversary goes through %s of %s; a plain forward pass would not do for %s: %s.",
+        step.name,
+        type(step.module).__name__,
+        seen,
+        why,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -473,6 +474,26 @@ def test_first_look_at_more(case):
     assert (look.plain, look.outputs) == (expected.get("plain", False), source), look.why
     assert look.depends
     assert bool(look.why) != look.plain
+
+
+@pytest.mark.parametrize(
+    ("step", "why"),
+    [
+        (lambda m, x, y: ce(m((x - 0.3) / 0.4), y), "for training_step: Module was called on other values"),
+        (lambda m, x, y: F.mse_loss(m(x), F.one_hot(y, 10).float()), "for training_step: the labels .* not .* classes"),
+    ],
+)
+def test_why_the_step_is_taken_is_logged(step, why, caplog):
+    module = module_with(step)
+    module.validation_step = lambda batch, batch_idx: module.log("val_loss", step(module, *batch))
+    callbacks = [WassersteinDefense("pgd-at", threat=THREAT), RobustnessMonitor(THREAT)]
+    trainer = quiet_trainer(callbacks=callbacks, max_epochs=1, limit_train_batches=2)
+    with caplog.at_level("INFO", "lightning_wdefense"):
+        trainer.fit(module, *digits_loaders())
+    said = sorted(each.getMessage() for each in caplog.records if each.name.startswith("lightning_wdefense"))
+    assert len(said) == 2  # once each, not at every batch
+    assert re.search(why, said[0])
+    assert "through validation_step of Module" in said[1]
 
 
 class Detached(DigitsClassifier):
