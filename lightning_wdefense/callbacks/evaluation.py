@@ -20,8 +20,9 @@ from lightning_wdefense.callbacks.shadow import Shadow
 from lightning_wdefense.callbacks.subject import Observed, Subject
 from lightning_wdefense.callbacks.support import attacked_model
 from lightning_wdefense.callbacks.target import Target, Through
-from lightning_wdefense.modules.batches import Inputs, Labels, map_tensors
+from lightning_wdefense.modules.batches import Inputs, Labels
 from lightning_wdefense.modules.outputs import Pick
+from lightning_wdefense.modules.paths import map_tensors
 from lightning_wdefense.modules.recording import OUTPUTS, ForwardRecorder
 
 MeasuresT = TypeVar("MeasuresT")

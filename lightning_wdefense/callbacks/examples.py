@@ -21,8 +21,9 @@ from lightning_wdefense.callbacks.schedule import evaluation_generator, is_due
 from lightning_wdefense.callbacks.subject import StepSubject, Subject
 from lightning_wdefense.callbacks.support import attacked_model
 from lightning_wdefense.callbacks.target import Target, Through
-from lightning_wdefense.modules.batches import Inputs, Labels, map_tensors
+from lightning_wdefense.modules.batches import Inputs, Labels
 from lightning_wdefense.modules.outputs import Pick, logits_of, predictions
+from lightning_wdefense.modules.paths import map_tensors
 from lightning_wdefense.modules.recording import OUTPUTS
 
 MIN_SIDE = 96
