@@ -9,10 +9,11 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_wdefense._compat import Callback, LightningModule, Trainer, dataloader_suffix
+from lightning_wdefense._compat import LightningModule, Trainer, dataloader_suffix
 from lightning_wdefense._strategy import check_strategy
 from lightning_wdefense.attacks.places import Perturb
 from lightning_wdefense.attacks.threat import ThreatModel
+from lightning_wdefense.callbacks.evaluation_hooks import PREFIX, EvaluationHooks, Stage, batches_of
 from lightning_wdefense.callbacks.evaluation_way import EvaluationWay
 from lightning_wdefense.callbacks.progress import RichProgress, TqdmProgress, attack_progress
 from lightning_wdefense.callbacks.schedule import evaluation_generator, is_due
@@ -29,7 +30,7 @@ MeasuresT = TypeVar("MeasuresT")
 Noise = Callable[[], torch.Generator]
 
 
-class EvaluationMonitor(Callback, Generic[MeasuresT]):
+class EvaluationMonitor(EvaluationHooks, Generic[MeasuresT]):
     """Attacks validation and test batches, measures, and logs at the end of each epoch.
 
     It skips the sanity check, keeps to its schedule (on epochs in between the last values are logged again, so that monitored
@@ -152,58 +153,6 @@ class EvaluationMonitor(Callback, Generic[MeasuresT]):
         """Check before the first epoch what is needed only after it."""
         self._check_features(pl_module)
 
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start afresh."""
-        self._start(trainer, pl_module, trainer.num_val_batches)
-
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start afresh."""
-        self._start(trainer, pl_module, trainer.num_test_batches)
-
-    def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Take note of the module before its own evaluation changes it."""
-        self._before_step(trainer, pl_module, batch, (batch_idx, dataloader_idx), "validation")
-
-    def on_test_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Take note of the module before its own evaluation changes it."""
-        self._before_step(trainer, pl_module, batch, (batch_idx, dataloader_idx), "test")
-
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Measure on the batch."""
-        self._measure(trainer, pl_module, batch, batch_idx, dataloader_idx, "validation")
-
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Measure on the batch."""
-        self._measure(trainer, pl_module, batch, batch_idx, dataloader_idx, "test")
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log what was measured."""
-        self._finish(trainer, pl_module, "val", trainer.num_val_batches)
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log what was measured."""
-        self._finish(trainer, pl_module, "test", trainer.num_test_batches)
-
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Close the progress bar and drop what was half measured."""
         self._close()
@@ -217,13 +166,13 @@ class EvaluationMonitor(Callback, Generic[MeasuresT]):
         assert self._bar is not None
         self._bar.advance(f"{attack}: {int(left.sum())}/{len(left)} left in the batch")
 
-    def _start(self, trainer: Trainer, pl_module: LightningModule, num_batches: Sequence[float]) -> None:
+    def _epoch_starts(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> None:
         self._close()
         if trainer.sanity_checking or not is_due(trainer, self._epoch, self.every_n_epochs):
             return
         self._check_features(pl_module)
         limit = float("inf") if self.max_batches is None else self.max_batches
-        total = sum(min(limit, batches) for batches in num_batches) * self.attacks_a_batch
+        total = sum(min(limit, batches) for batches in batches_of(trainer, stage)) * self.attacks_a_batch
         self._bar = attack_progress(trainer, total, show=self.progress)
 
     def _is_measured(self, trainer: Trainer, batch_idx: int, dataloader_idx: int) -> bool:
@@ -234,10 +183,15 @@ class EvaluationMonitor(Callback, Generic[MeasuresT]):
             return batch_idx == 0
         return self._bar is not None and not (self.max_batches is not None and batch_idx >= self.max_batches)
 
-    def _before_step(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, place: tuple[int, int], stage: str
+    def _batch_starts(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        stage: Stage,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
     ) -> None:
-        batch_idx, dataloader_idx = place
         if self.evaluates_again and self._bar is not None and self._shadow is None:
             self._shadow = Shadow(trainer, pl_module, stage)
         self._clean = None
@@ -245,15 +199,12 @@ class EvaluationMonitor(Callback, Generic[MeasuresT]):
             with torch.inference_mode(False):  # where the copies can be differentiated
                 self._clean = map_tensors(batch, torch.clone)  # the step may write to its batch
 
-    def _measure(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int, stage: str
+    def _batch_ends(
+        self, trainer: Trainer, pl_module: LightningModule, stage: Stage, batch_idx: int, dataloader_idx: int
     ) -> None:
-        sanity = trainer.sanity_checking
         if not self._is_measured(trainer, batch_idx, dataloader_idx):
             return
-        loaders = trainer.num_sanity_val_batches if sanity else trainer.num_val_batches
-        loaders = trainer.num_test_batches if stage == "test" else loaders
-        place = batch_idx, dataloader_idx if len(loaders) > 1 else None
+        place = batch_idx, dataloader_idx if len(batches_of(trainer, stage)) > 1 else None
         # Evaluation loops run under inference_mode, where even a metric's state could not be used again.
         batch, self._clean = self._clean, None
         with torch.inference_mode(False), torch.no_grad(), trainer.precision_plugin.forward_context():
@@ -261,7 +212,7 @@ class EvaluationMonitor(Callback, Generic[MeasuresT]):
             subject = self._way.subject(pl_module, model, self._threat, stage, batch, place)
             if subject is None:
                 return
-            if sanity:
+            if trainer.sanity_checking:
                 self.check(subject)
                 return
             inputs = subject.inputs
@@ -278,19 +229,20 @@ class EvaluationMonitor(Callback, Generic[MeasuresT]):
                 with subject.site.moved(attacked) as moved:
                     self._shadow.step(moved, *place)
 
-    def _finish(self, trainer: Trainer, pl_module: LightningModule, stage: str, num_batches: Sequence[float]) -> None:
+    def _epoch_ends(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> None:
         self._way.check()
         if trainer.sanity_checking:
             return
         if self._bar is not None:
-            prefix = f"{stage}/{self.name}/" if self.name else f"{stage}/"
+            prefix = f"{PREFIX[stage]}/{self.name}/" if self.name else f"{PREFIX[stage]}/"
             values: dict[str, float] = {}
-            for index in range(len(num_batches)):
-                if self._leaves_out("test" if stage == "test" else "validation", index):
+            dataloaders = len(batches_of(trainer, stage))
+            for index in range(dataloaders):
+                if self._leaves_out(stage, index):
                     continue
                 # Every rank takes part in the reduction, also one whose share of the data was empty.
                 measures = self._measures.get(index) or self.new_measures(pl_module.device)
-                suffix = dataloader_suffix(index) if len(num_batches) > 1 else ""
+                suffix = dataloader_suffix(index) if dataloaders > 1 else ""
 
                 def key(short: str, suffix: str = suffix) -> str:
                     return prefix + short + suffix
@@ -299,14 +251,14 @@ class EvaluationMonitor(Callback, Generic[MeasuresT]):
             if self._shadow is not None:
                 prefix = f"robust/{self.name}/" if self.name else "robust/"
                 values |= {prefix + key: value for key, value in self._shadow.finish().items()}
-            self._last[stage] = values
-            if stage == "val":
+            self._last[PREFIX[stage]] = values
+            if stage == "validation":
                 self._epoch = trainer.current_epoch
             self._close()
         # The values are the same on every rank already; sync_dist only keeps Lightning from warning that they are not.
-        pl_module.log_dict(self._last[stage], sync_dist=True, add_dataloader_idx=False)
+        pl_module.log_dict(self._last[PREFIX[stage]], sync_dist=True, add_dataloader_idx=False)
 
-    def _leaves_out(self, stage: str, index: int) -> bool:
+    def _leaves_out(self, stage: Stage, index: int) -> bool:
         return self._way.is_left_out(stage, index) or (self.dataloaders is not None and index not in self.dataloaders)
 
     def _check_features(self, pl_module: LightningModule) -> None:
