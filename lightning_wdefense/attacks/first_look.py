@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_wdefense._autograd import gradients
 from lightning_wdefense._guests import hook
-from lightning_wdefense.attacks.labels import class_labels, counted, hard_labels
+from lightning_wdefense.attacks.classification import SAME, is_classification
 from lightning_wdefense.attacks.places import Site
 from lightning_wdefense.modules.isolation import eager, isolated, own_passes
-from lightning_wdefense.modules.outputs import float32_or_better, has_one_output, logits_of, tensor_of
+from lightning_wdefense.modules.outputs import tensor_of
 from lightning_wdefense.modules.plain_state import iterators_of
 from lightning_wdefense.modules.recording import CONVOLUTIONS
 from lightning_wdefense.modules.steps import Noise, Step
 
 Source = Literal["model", "head"]
-
-SAME = 1e-3
-"""Relative difference below which two losses of one batch are one."""
-
-SHARE = 0.9
-"""Share of the samples whose loss must fall in the logit of their own class, more than in any other, for logits to be a classifier's."""
 
 
 @dataclass
@@ -65,7 +58,6 @@ class Look:
     head_ran: bool = False
     attacks: bool = False
     why: str = ""
-    _calls: list[tuple[Any, Any, Any]] = field(default_factory=list)
 
 
 def first_look(
@@ -112,39 +104,36 @@ def first_look(
 def _look(
     step: Step, site: Site, labels: Any, model: nn.Module | None, pick: Callable[[Any], Any], noise: Noise
 ) -> Look:
-    look, heads = Look(noise), list[Any]()
+    look, calls, heads = Look(noise), list[Any](), list[Any]()
     with eager(), step.rehearsal(site.values.device, noise):
         values = site.values.detach().clone()
         if values.is_floating_point():
             values.requires_grad_()
-        with _watching(step.module, model, look._calls, heads, look), site.moved(values) as batch:
+        with _watching(step.module, model, calls, heads, look), site.moved(values) as batch:
             loss = step.loss(batch)
-        look.model_ran, look.head_ran = len(look._calls), bool(heads)
-        look.tensor = bool(look._calls) and isinstance(pick(look._calls[0][2]), Tensor)
-        look.why = _difference(look._calls, values, model)
+        look.model_ran, look.head_ran = len(calls), bool(heads)
+        look.tensor = bool(calls) and isinstance(pick(calls[0][2]), Tensor)
+        look.why = _difference(calls, values, model)
         look.plain = not look.why
         if loss is None:
-            look._calls.clear()
             return look
-        loss = loss if loss.ndim == 0 else loss.mean()
         look.loss = float(loss.detach())
         look.depends = (
             values.requires_grad and loss.requires_grad and gradients(loss, [values], retain_graph=True)[0] is not None
         )
-        look.outputs, look.pick, rows = _classifier(look._calls, heads, labels, loss, pick)
+        look.outputs, look.pick, rows = _classifier(calls, heads, labels, loss, pick)
         look.by_sample = rows == len(values)
         if look.pick is not None:
             look.plain, look.why = False, f"{type(model).__name__} returns several outputs"
-        look._calls.clear()
         with site.moved(site.values.detach().clone()) as batch:
             again = step.loss(batch)
-    moved = again is None or abs(float(again.detach().mean()) - look.loss) > SAME * (1e-6 + abs(look.loss))
+    moved = again is None or abs(float(again.detach()) - look.loss) > SAME * (1e-6 + abs(look.loss))
     if moved and iterators_of(step.module):
         raise _consumed(step)
-    if moved and np.isfinite(look.loss):
+    if moved and math.isfinite(look.loss):
         warnings.warn(
             f"{step.name} of {type(step.module).__name__} gave two losses for one batch, {look.loss:.6g} and "
-            f"{'none' if again is None else format(float(again.detach().mean()), '.6g')}: it draws on something that cannot be put back (a random "
+            f"{'none' if again is None else format(float(again.detach()), '.6g')}: it draws on something that cannot be put back (a random "
             "source of its own, state outside of the module), so the adversary climbs a hill that moves.",
             stacklevel=2,
         )
@@ -266,49 +255,3 @@ def _classifier(
     if linear and is_classification(linear[-1][1], labels, loss):
         return "head", None, len(linear[-1][1])
     return None, None, 0
-
-
-def is_classification(outputs: Any, labels: Any, loss: Tensor) -> bool:
-    """Whether this loss is a classifier's, of these outputs as logits and these labels as classes: measured, not guessed from shapes.
-
-    It is if it is their cross-entropy; or if it falls in the logit of the sample's own class more than in any other, and either does not change
-    when a constant is added to all logits of a sample (label smoothing, class weights, focal and margin losses), or rises in all others
-    (one logit against the rest).
-
-    Args:
-        outputs: with the loss's graph.
-        labels: of the batch.
-        loss: a scalar.
-    """
-    try:
-        labels = class_labels(labels, outputs, check_values=True)
-        values = tensor_of(outputs)
-        logits = logits_of(outputs)
-    except (TypeError, ValueError):
-        return False
-    with torch.no_grad():
-        target = labels.to(float32_or_better(logits).dtype) if labels.is_floating_point() else labels
-        entropy = F.cross_entropy(float32_or_better(logits), target)
-    if not bool(loss.isfinite()):  # it has diverged, and so have they
-        return not bool(entropy.isfinite())
-    same = max(SAME, 4 * torch.finfo(values.dtype).eps, 4 * torch.finfo(loss.dtype).eps)
-    if abs(float(entropy) - float(loss.detach())) <= same * (1e-6 + abs(float(entropy))):
-        return True
-    if has_one_output(outputs) or not values.requires_grad:
-        return False
-    (slope,) = gradients(loss, [values], retain_graph=True)
-    if slope is None:
-        return False
-    rows = float32_or_better(slope).movedim(1, -1).flatten(0, -2)
-    classes = hard_labels(labels).flatten()
-    size = rows.abs().sum(1)
-    seen = (size > 0) & counted(classes)
-    if not bool(seen.any()):
-        return False
-    rows, classes, size = rows[seen], classes[seen], size[seen]
-    own = rows.gather(1, classes.unsqueeze(1)).squeeze(1)
-    falls = (own < 0) & (rows.argmin(1) == classes)
-    invariant = bool((rows.sum(1).abs() <= 10 * same * size).all())
-    others = size + own  # the sum of the others' slopes, if none of them is negative
-    against_the_rest = bool((((rows >= 0).sum(1) == rows.shape[1] - 1) & (others > 0))[falls].all())
-    return float(falls.float().mean()) >= SHARE and (invariant or against_the_rest)

@@ -75,7 +75,7 @@ class InputSite(Site):
     def _samples(self) -> bool:
         """Whether each tensor is one sample: images (C, H, W), or sequences of different lengths, in one list."""
         count, lengths, dimensions = len(self._inputs), [len(each) for each in self._inputs], self._inputs[0].ndim
-        if dimensions < 2 or not self._in_a_list:
+        if dimensions < 2 or not self._batches.are_listed(self._batch):
             return False
         labels = self._batches.labels_or_none(self._batch)
         known = len(labels) if isinstance(labels, (list, tuple)) or (isinstance(labels, Tensor) and labels.ndim) else 0
@@ -84,13 +84,6 @@ class InputSite(Site):
             if by_sample != by_tensor:
                 return by_sample
         return len(set(lengths)) > 1 or (dimensions == 3 and lengths[0] in CHANNELS)
-
-    @property
-    def _in_a_list(self) -> bool:
-        if callable(self._batches._inputs):
-            return isinstance(self._batches._inputs(self._batch), (list, tuple))
-        paths = self._batches._paths(self._batch)
-        return len({path[:-1] for path in paths}) == 1 and len(paths[0]) > 1 and isinstance(paths[0][-1], int)
 
     def _batched(self, each: Tensor) -> Tensor:
         return each.unsqueeze(0) if self._samples else each

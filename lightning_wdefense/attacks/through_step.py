@@ -47,7 +47,7 @@ class StepModel:
 
 
 def whole_loss(step: Step, batch: Any) -> Tensor:
-    """The step's loss of a batch, as a scalar.
+    """The step's loss of a batch.
 
     Raises:
         ValueError: if it returns none.
@@ -58,7 +58,7 @@ def whole_loss(step: Step, batch: Any) -> Tensor:
             f"{step.name} of {type(step.module).__name__} returned no loss for an attacked batch, though it did for a clean one: return "
             "the loss as a tensor, or as the 'loss' of a dictionary."
         )
-    return loss if loss.ndim == 0 else loss.mean()
+    return loss
 
 
 def attack_step(

@@ -20,11 +20,12 @@ from lightning_wdefense.callbacks.interception import intercept_training_step
 from lightning_wdefense.callbacks.restoration import restore_in_time
 from lightning_wdefense.callbacks.schedule import batches_begun, is_logging_step, noise_generator, warmup_radius
 from lightning_wdefense.callbacks.support import attacked_model, check_automatic_optimization, check_returns_loss
-from lightning_wdefense.callbacks.way import Through, Way, check_through
+from lightning_wdefense.callbacks.target import Target, Through
+from lightning_wdefense.callbacks.way import Way
 from lightning_wdefense.defenses.branch import Branch
 from lightning_wdefense.defenses.defense import UNTRAINED, Defense
 from lightning_wdefense.defenses.recipe import Recipe
-from lightning_wdefense.modules.batches import Batches, Inputs, Labels
+from lightning_wdefense.modules.batches import Inputs, Labels
 from lightning_wdefense.modules.outputs import Pick, picking
 from lightning_wdefense.modules.paths import map_tensors
 from lightning_wdefense.modules.steps import Step, own_step
@@ -96,9 +97,8 @@ class WassersteinDefense(Callback):
             recipe, threat, {key: value for key, value in changes.items() if value is not None}
         )
         self.model, self.seed, self.name, self.through = model, seed, name, through
-        self.perturb = Perturb(perturb) if isinstance(perturb, str) else perturb
-        check_through(through, self.perturb)
-        self._outputs, self._ignore_index, self._batches = outputs, ignore_index, Batches(inputs, labels)
+        self._target = Target.of(through, inputs, labels, perturb=perturb, outputs=outputs, ignore_index=ignore_index)
+        self.perturb = self._target.perturb
         self._way = self._new_way()
         self._undo: list[Callable[[], None]] = []
         self._defense: Defense | None = None
@@ -169,15 +169,13 @@ class WassersteinDefense(Callback):
     def _bind(self, pl_module: LightningModule) -> Defense:
         if self._defense is None:
             model = attacked_model(pl_module, self.model, needs_forward=self.through == "model")
-            self._defense = Defense(self.recipe, model, picking(self._outputs))
+            self._defense = Defense(self.recipe, model, picking(self._target.outputs))
             self._defense.load_state_dict(self._learned)
             self._undo += [self._defense.recorder.detach, self._defense.restore_weights]
         return self._defense
 
     def _new_way(self) -> Way:
-        threat = self.recipe.threat or ThreatModel()
-        options: dict[str, Any] = {"outputs": self._outputs, "ignore_index": self._ignore_index}
-        return Way(self.through, self._batches, threat, perturb=self.perturb, **options)
+        return Way(self._target, self.recipe.threat or ThreatModel())
 
     def _restore(self) -> None:
         self._learned = self.state_dict()

@@ -17,7 +17,7 @@ from lightning_wdefense.attacks.places import Perturb
 from lightning_wdefense.attacks.registry import evaluation_attacks
 from lightning_wdefense.callbacks.evaluation import EvaluationMonitor, Noise
 from lightning_wdefense.callbacks.subject import Subject
-from lightning_wdefense.callbacks.way import Through
+from lightning_wdefense.callbacks.target import Through
 from lightning_wdefense.detection import DETECTORS, CriticScore, Detector, FeatureSqueezing, get_detector
 from lightning_wdefense.metrics import AUROC, Detectability
 from lightning_wdefense.modules.batches import Inputs, Labels

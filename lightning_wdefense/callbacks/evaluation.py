@@ -9,26 +9,28 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_wdefense._compat import Callback, LightningModule, Trainer, dataloader_suffix
+from lightning_wdefense._compat import LightningModule, Trainer, dataloader_suffix
 from lightning_wdefense._strategy import check_strategy
 from lightning_wdefense.attacks.places import Perturb
 from lightning_wdefense.attacks.threat import ThreatModel
+from lightning_wdefense.callbacks.evaluation_hooks import PREFIX, EvaluationHooks, Stage, batches_of
 from lightning_wdefense.callbacks.evaluation_way import EvaluationWay
 from lightning_wdefense.callbacks.progress import RichProgress, TqdmProgress, attack_progress
 from lightning_wdefense.callbacks.schedule import evaluation_generator, is_due
 from lightning_wdefense.callbacks.shadow import Shadow
 from lightning_wdefense.callbacks.subject import Observed, Subject
 from lightning_wdefense.callbacks.support import attacked_model
-from lightning_wdefense.callbacks.way import Through, check_through
-from lightning_wdefense.modules.batches import Batches, Inputs, Labels, map_tensors
+from lightning_wdefense.callbacks.target import Target, Through
+from lightning_wdefense.modules.batches import Inputs, Labels
 from lightning_wdefense.modules.outputs import Pick
+from lightning_wdefense.modules.paths import map_tensors
 from lightning_wdefense.modules.recording import OUTPUTS, ForwardRecorder
 
 MeasuresT = TypeVar("MeasuresT")
 Noise = Callable[[], torch.Generator]
 
 
-class EvaluationMonitor(Callback, Generic[MeasuresT]):
+class EvaluationMonitor(EvaluationHooks, Generic[MeasuresT]):
     """Attacks validation and test batches, measures, and logs at the end of each epoch.
 
     It skips the sanity check, keeps to its schedule (on epochs in between the last values are logged again, so that monitored
@@ -40,7 +42,7 @@ class EvaluationMonitor(Callback, Generic[MeasuresT]):
         max_batches: measure only the first batches of each dataloader.
         features: where features are taken from; ``None`` for nowhere.
         model: dotted path to the submodule that takes the inputs and returns logits, if not the module itself.
-        through: how the adversary gets at the model, see :class:`~lightning_wdefense.callbacks.way.EvaluationWay`.
+        through: how the adversary gets at the model, see :class:`~lightning_wdefense.callbacks.evaluation_way.EvaluationWay`.
         perturb: the submodule whose output is attacked, if it is not the inputs.
         inputs: where the inputs are in a batch.
         labels: the same for the labels.
@@ -83,12 +85,10 @@ class EvaluationMonitor(Callback, Generic[MeasuresT]):
             raise ValueError(f"max_batches must be at least 1, or None for all, got {max_batches}.")
         self.every_n_epochs, self.max_batches, self.features = every_n_epochs, max_batches, features
         self.model, self.seed, self.progress, self.name, self.through = model, seed, progress, name, through
-        self.perturb = Perturb(perturb) if isinstance(perturb, str) else perturb
-        check_through(through, self.perturb)
+        self._target = Target.of(through, inputs, labels, perturb=perturb, outputs=outputs, ignore_index=ignore_index)
+        self.perturb, self.ignore_index = self._target.perturb, ignore_index
         self.dataloaders = None if dataloaders is None else tuple(dataloaders)
-        self.ignore_index = ignore_index
-        self._batches, self._outputs = Batches(inputs, labels), outputs
-        self._way = self._new_way()
+        self._way = EvaluationWay(self._target)
         self._shadow: Shadow | None = None
         self._clean: Any = None
         self._measures: dict[int, MeasuresT] = {}
@@ -136,68 +136,22 @@ class EvaluationMonitor(Callback, Generic[MeasuresT]):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is in no evaluation: it has no progress bar and nothing half measured.
-        return self.__dict__ | {"_bar": None, "_measures": {}, "_shadow": None, "_clean": None, "_way": self._new_way()}
+        return self.__dict__ | {
+            "_bar": None,
+            "_measures": {},
+            "_shadow": None,
+            "_clean": None,
+            "_way": EvaluationWay(self._target),
+        }
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check early that the strategy leaves the model whole."""
         check_strategy(trainer, type(self).__name__)
-        self._way = self._new_way()
+        self._way = EvaluationWay(self._target)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check before the first epoch what is needed only after it."""
         self._check_features(pl_module)
-
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start afresh."""
-        self._start(trainer, pl_module, trainer.num_val_batches)
-
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start afresh."""
-        self._start(trainer, pl_module, trainer.num_test_batches)
-
-    def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Take note of the module before its own evaluation changes it."""
-        self._before_step(trainer, pl_module, batch, (batch_idx, dataloader_idx), "validation")
-
-    def on_test_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Take note of the module before its own evaluation changes it."""
-        self._before_step(trainer, pl_module, batch, (batch_idx, dataloader_idx), "test")
-
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Measure on the batch."""
-        self._measure(trainer, pl_module, batch, batch_idx, dataloader_idx, "validation")
-
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Measure on the batch."""
-        self._measure(trainer, pl_module, batch, batch_idx, dataloader_idx, "test")
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log what was measured."""
-        self._finish(trainer, pl_module, "val", trainer.num_val_batches)
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log what was measured."""
-        self._finish(trainer, pl_module, "test", trainer.num_test_batches)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Close the progress bar and drop what was half measured."""
@@ -212,13 +166,13 @@ class EvaluationMonitor(Callback, Generic[MeasuresT]):
         assert self._bar is not None
         self._bar.advance(f"{attack}: {int(left.sum())}/{len(left)} left in the batch")
 
-    def _start(self, trainer: Trainer, pl_module: LightningModule, num_batches: Sequence[float]) -> None:
+    def _epoch_starts(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> None:
         self._close()
         if trainer.sanity_checking or not is_due(trainer, self._epoch, self.every_n_epochs):
             return
         self._check_features(pl_module)
         limit = float("inf") if self.max_batches is None else self.max_batches
-        total = sum(min(limit, batches) for batches in num_batches) * self.attacks_a_batch
+        total = sum(min(limit, batches) for batches in batches_of(trainer, stage)) * self.attacks_a_batch
         self._bar = attack_progress(trainer, total, show=self.progress)
 
     def _is_measured(self, trainer: Trainer, batch_idx: int, dataloader_idx: int) -> bool:
@@ -229,10 +183,15 @@ class EvaluationMonitor(Callback, Generic[MeasuresT]):
             return batch_idx == 0
         return self._bar is not None and not (self.max_batches is not None and batch_idx >= self.max_batches)
 
-    def _before_step(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, place: tuple[int, int], stage: str
+    def _batch_starts(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        stage: Stage,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
     ) -> None:
-        batch_idx, dataloader_idx = place
         if self.evaluates_again and self._bar is not None and self._shadow is None:
             self._shadow = Shadow(trainer, pl_module, stage)
         self._clean = None
@@ -240,15 +199,12 @@ class EvaluationMonitor(Callback, Generic[MeasuresT]):
             with torch.inference_mode(False):  # where the copies can be differentiated
                 self._clean = map_tensors(batch, torch.clone)  # the step may write to its batch
 
-    def _measure(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int, stage: str
+    def _batch_ends(
+        self, trainer: Trainer, pl_module: LightningModule, stage: Stage, batch_idx: int, dataloader_idx: int
     ) -> None:
-        sanity = trainer.sanity_checking
         if not self._is_measured(trainer, batch_idx, dataloader_idx):
             return
-        loaders = trainer.num_sanity_val_batches if sanity else trainer.num_val_batches
-        loaders = trainer.num_test_batches if stage == "test" else loaders
-        place = batch_idx, dataloader_idx if len(loaders) > 1 else None
+        place = batch_idx, dataloader_idx if len(batches_of(trainer, stage)) > 1 else None
         # Evaluation loops run under inference_mode, where even a metric's state could not be used again.
         batch, self._clean = self._clean, None
         with torch.inference_mode(False), torch.no_grad(), trainer.precision_plugin.forward_context():
@@ -256,7 +212,7 @@ class EvaluationMonitor(Callback, Generic[MeasuresT]):
             subject = self._way.subject(pl_module, model, self._threat, stage, batch, place)
             if subject is None:
                 return
-            if sanity:
+            if trainer.sanity_checking:
                 self.check(subject)
                 return
             inputs = subject.inputs
@@ -273,19 +229,20 @@ class EvaluationMonitor(Callback, Generic[MeasuresT]):
                 with subject.site.moved(attacked) as moved:
                     self._shadow.step(moved, *place)
 
-    def _finish(self, trainer: Trainer, pl_module: LightningModule, stage: str, num_batches: Sequence[float]) -> None:
+    def _epoch_ends(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> None:
         self._way.check()
         if trainer.sanity_checking:
             return
         if self._bar is not None:
-            prefix = f"{stage}/{self.name}/" if self.name else f"{stage}/"
+            prefix = f"{PREFIX[stage]}/{self.name}/" if self.name else f"{PREFIX[stage]}/"
             values: dict[str, float] = {}
-            for index in range(len(num_batches)):
-                if self._leaves_out("test" if stage == "test" else "validation", index):
+            dataloaders = len(batches_of(trainer, stage))
+            for index in range(dataloaders):
+                if self._leaves_out(stage, index):
                     continue
                 # Every rank takes part in the reduction, also one whose share of the data was empty.
                 measures = self._measures.get(index) or self.new_measures(pl_module.device)
-                suffix = dataloader_suffix(index) if len(num_batches) > 1 else ""
+                suffix = dataloader_suffix(index) if dataloaders > 1 else ""
 
                 def key(short: str, suffix: str = suffix) -> str:
                     return prefix + short + suffix
@@ -294,23 +251,19 @@ class EvaluationMonitor(Callback, Generic[MeasuresT]):
             if self._shadow is not None:
                 prefix = f"robust/{self.name}/" if self.name else "robust/"
                 values |= {prefix + key: value for key, value in self._shadow.finish().items()}
-            self._last[stage] = values
-            if stage == "val":
+            self._last[PREFIX[stage]] = values
+            if stage == "validation":
                 self._epoch = trainer.current_epoch
             self._close()
         # The values are the same on every rank already; sync_dist only keeps Lightning from warning that they are not.
-        pl_module.log_dict(self._last[stage], sync_dist=True, add_dataloader_idx=False)
+        pl_module.log_dict(self._last[PREFIX[stage]], sync_dist=True, add_dataloader_idx=False)
 
-    def _leaves_out(self, stage: str, index: int) -> bool:
+    def _leaves_out(self, stage: Stage, index: int) -> bool:
         return self._way.is_left_out(stage, index) or (self.dataloaders is not None and index not in self.dataloaders)
 
     def _check_features(self, pl_module: LightningModule) -> None:
         model = attacked_model(pl_module, self.model, needs_forward=self.through == "model")
         ForwardRecorder(model, OUTPUTS if self.features is None else self.features)
-
-    def _new_way(self) -> EvaluationWay:
-        options: dict[str, Any] = {"outputs": self._outputs, "ignore_index": self.ignore_index}
-        return EvaluationWay(self.through, self._batches, perturb=self.perturb, **options)
 
     def _close(self) -> None:
         if self._bar is not None:

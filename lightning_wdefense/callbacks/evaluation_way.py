@@ -10,16 +10,15 @@ from torch import nn
 
 from lightning_wdefense._compat import LightningModule, is_a, rank_zero_warn
 from lightning_wdefense.attacks.first_look import Look, first_look
-from lightning_wdefense.attacks.labels import class_labels, ignoring
-from lightning_wdefense.attacks.places import InputSite, Perturb, Site
+from lightning_wdefense.attacks.labels import class_labels
+from lightning_wdefense.attacks.places import Site
 from lightning_wdefense.attacks.threat import ThreatModel
 from lightning_wdefense.callbacks.shadow import step_arguments
 from lightning_wdefense.callbacks.subject import ModelSubject, StepSubject, Subject
-from lightning_wdefense.callbacks.way import Through, integers, keeps_whole, module_device
-from lightning_wdefense.modules.batches import Batches
+from lightning_wdefense.callbacks.target import Target
+from lightning_wdefense.callbacks.way import integers, keeps_whole, log_step
 from lightning_wdefense.modules.isolation import isolated
-from lightning_wdefense.modules.outputs import Pick, picking
-from lightning_wdefense.modules.steps import Noise, Step, own_step
+from lightning_wdefense.modules.steps import Step, own_step
 
 Place = tuple[int, int | None]
 """Index of a batch, and of its dataloader where there are several."""
@@ -42,24 +41,11 @@ class EvaluationWay:
     ``training_step`` on the batch: the first of them that depends on the inputs.
 
     Args:
-        through: ``"auto"``, or one of the two.
-        batches: finds inputs and labels.
-        perturb: the submodule whose output is attacked, if it is not the inputs.
-        outputs: where in what the model returns its outputs are.
-        ignore_index: label of elements that count for nothing.
+        target: what is attacked.
     """
 
-    def __init__(
-        self,
-        through: Through,
-        batches: Batches,
-        *,
-        perturb: Perturb | None = None,
-        outputs: Pick = None,
-        ignore_index: int | None = None,
-    ) -> None:
-        self.through, self._batches, self._perturb = through, batches, perturb
-        self._outputs, self._ignore_index = outputs, ignore_index
+    def __init__(self, target: Target) -> None:
+        self._target = target
         self._seen: dict[tuple[str, int], tuple[str, Look] | Plain | None] = {}
         self._refused: TypeError | ValueError | None = None
 
@@ -88,14 +74,15 @@ class EvaluationWay:
         found = self._seen[key]
         if found is None:
             return None
+        target = self._target
         if isinstance(found, Plain):
-            _, labels = self._batches.read(batch)
-            site = InputSite(self._batches, batch, threat)
-            return ModelSubject(model, site, labels, self._outputs, takes_parts=not found.whole)
+            _, labels = target.read(batch)
+            inputs = target.inputs(batch, threat)
+            return ModelSubject(model, inputs, labels, target.outputs, takes_parts=not found.whole)
         name, look = found
         step = _step(module, name, place)
-        through = self._site(step, batch, threat, look.noise)
-        return StepSubject(step, through, self._labels(batch), look, model, self._outputs)
+        site = target.site(step, batch, threat, look.noise)
+        return StepSubject(step, site, target.labels(batch), look, model, target.outputs)
 
     def is_left_out(self, stage: str, dataloader_idx: int) -> bool:
         """Whether the batches of a dataloader cannot be attacked."""
@@ -110,26 +97,13 @@ class EvaluationWay:
         if self._refused is not None and not any(self._seen.values()):
             raise self._refused
 
-    def _labels(self, batch: Any) -> Any:
-        return self._batches.labels_or_none(batch)
-
-    def _site(self, step: Step, batch: Any, threat: ThreatModel, noise: Noise) -> Site:
-        if self._perturb is None:
-            return InputSite(self._batches, batch, threat)
-
-        def run() -> None:
-            with step.rehearsal(module_device(step.module), noise):
-                step(batch)
-
-        return self._perturb.site(step.module, batch, threat, run)
-
     def _examine(
         self, module: LightningModule, model: nn.Module, threat: ThreatModel, stage: str, batch: Any, place: Place
     ) -> tuple[str, Look] | Plain:
-        if self.through == "model":
+        target = self._target
+        if target.through == "model":
             return Plain(False)
-        pick = picking(self._outputs) or (lambda outputs: outputs)
-        labels = ignoring(self._labels(batch), self._ignore_index)
+        labels = target.labels(batch)
         reasons: list[str] = []
         looks: list[Look] = []
         site: Site | None = None
@@ -138,10 +112,10 @@ class EvaluationWay:
         for name in (f"{stage}_step", "training_step")[: 1 if by_itself else 2]:
             step = _step(module, name, place)
             try:
-                site = self._site(step, batch, threat, "off")
-                look = first_look(step, site, labels, model, pick)
+                site = target.site(step, batch, threat)
+                look = first_look(step, site, labels, model, target.pick)
             except Exception as error:
-                if site is None and self._perturb is None:
+                if site is None and target.perturb is None:
                     raise  # the batch's own fault
                 reasons.append(f"{name} failed on the batch ({type(error).__name__}: {error})")
                 continue
@@ -153,18 +127,22 @@ class EvaluationWay:
                 reasons.append(f"{name} returned and logged no loss")
             elif not look.depends:
                 reasons.append(f"the loss of {name} does not depend on what is to be attacked")
-            elif self.through == "auto" and self._perturb is None and look.plain and look.outputs == "model":
-                return Plain(keeps_whole(model, site.values, picking(self._outputs)))
+            elif target.may_be_plain and look.plain and look.outputs == "model":
+                return Plain(keeps_whole(model, site.values, target.pick))
             else:
                 found = self._evaluated(looks, stage, name)
-                return found or Plain(keeps_whole(model, site.values, picking(self._outputs)))
-        if self.through == "auto" and self._perturb is None and self._fits(model, batch, looks):
+                if found is None:
+                    return Plain(keeps_whole(model, site.values, target.pick))
+                if target.may_be_plain:
+                    log_step(_step(module, found[0], place), name, look)
+                return found
+        if target.may_be_plain and self._fits(model, batch, looks):
             return Plain(False)
         what = f"A batch of the {stage} dataloader {place[1] or 0} cannot be attacked: {'; '.join(reasons)}."
         if site is not None and not site.values.is_floating_point():
             raise TypeError(f"{what} {integers(site.values)}")
         if labels is None:
-            self._batches.read(batch)  # or it says what it knows labels by
+            target.batches.read(batch)  # or it says what it knows labels by
         raise ValueError(
             f"{what} Return the loss from {stage}_step, or log it under a key with 'loss' in it; or name what is attacked with inputs= or perturb=."
         )
@@ -181,7 +159,7 @@ class EvaluationWay:
             if not own.model_ran:
                 return name, look
             pick = None if own.tensor else look.pick
-            if own.plain and pick is None and self.through == "auto" and self._perturb is None:
+            if own.plain and pick is None and self._target.may_be_plain:
                 return None
             return f"{stage}_step", replace(look, noise=own.noise, pick=pick)
         return (name, look) if own.model_ran or not own.head_ran else (f"{stage}_step", replace(look, noise=own.noise))
@@ -191,12 +169,9 @@ class EvaluationWay:
         if any(look.model_ran and not look.plain for look in looks):
             return False
         try:
-            inputs, labels = self._batches.read(batch)
+            inputs, labels = self._target.read(batch)
             with isolated(model, inputs.device), torch.no_grad():
-                class_labels(
-                    ignoring(labels, self._ignore_index),
-                    (picking(self._outputs) or (lambda o: o))(model(inputs.clone())),
-                )
+                class_labels(labels, self._target.pick(model(inputs.clone())))
         except Exception:
             return False
         return True

@@ -10,26 +10,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_wdefense._compat import Callback, LightningModule, Trainer, rank_zero_warn
+from lightning_wdefense._compat import LightningModule, Trainer, rank_zero_warn
 from lightning_wdefense._strategy import check_strategy
 from lightning_wdefense.attacks import Attack, ThreatModel
 from lightning_wdefense.attacks.labels import class_labels, hard_labels
 from lightning_wdefense.attacks.registry import evaluation_attacks
+from lightning_wdefense.callbacks.evaluation_hooks import PREFIX, EvaluationHooks, Stage, batches_of
 from lightning_wdefense.callbacks.evaluation_way import EvaluationWay
 from lightning_wdefense.callbacks.pictures import Picture, log_pictures, shows_pictures
 from lightning_wdefense.callbacks.schedule import evaluation_generator, is_due
 from lightning_wdefense.callbacks.subject import StepSubject, Subject
 from lightning_wdefense.callbacks.support import attacked_model
-from lightning_wdefense.callbacks.way import Through, check_through
-from lightning_wdefense.modules.batches import Batches, Inputs, Labels, map_tensors
+from lightning_wdefense.callbacks.target import Target, Through
+from lightning_wdefense.modules.batches import Inputs, Labels
 from lightning_wdefense.modules.outputs import Pick, logits_of, predictions
+from lightning_wdefense.modules.paths import map_tensors
 from lightning_wdefense.modules.recording import OUTPUTS
 
 MIN_SIDE = 96
 """Smaller images are enlarged by a whole factor, so that they can be looked at."""
 
 
-class AdversarialExampleLogger(Callback):
+class AdversarialExampleLogger(EvaluationHooks):
     """Logs what an attack does to a few samples: clean, attacked, and the perturbation amplified around grey.
 
     The first samples of the first validation and test batch are shown, each as one picture under
@@ -79,70 +81,46 @@ class AdversarialExampleLogger(Callback):
                 raise ValueError(f"{name} must be at least 1, got {value}.")
         (self.attack,) = evaluation_attacks([attack], threat).values()
         self.threat, self.samples, self.every_n_epochs, self.class_names = threat, samples, every_n_epochs, class_names
-        check_through(through, None)
         self.model, self.seed, self.through = model, seed, through
-        self._batches, self._outputs = Batches(inputs, labels), outputs
-        self._way = EvaluationWay(through, self._batches, outputs=outputs)
+        self._target = Target.of(through, inputs, labels, outputs=outputs)
+        self._way = EvaluationWay(self._target)
         self._epoch: int | None = None
         self._clean: Any = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check early that the strategy leaves the model whole."""
         check_strategy(trainer, "AdversarialExampleLogger")
-        self._way = EvaluationWay(self.through, self._batches, outputs=self._outputs)
+        self._way = EvaluationWay(self._target)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check before the first epoch what is needed only after it."""
         attacked_model(pl_module, self.model, needs_forward=self.through == "model")
 
-    def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Keep the first batch: the step may write to it."""
-        self._keep(trainer, batch, batch_idx, dataloader_idx)
-
-    def on_test_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Keep the first batch: the step may write to it."""
-        self._keep(trainer, batch, batch_idx, dataloader_idx)
-
-    def on_validation_batch_end(
+    def _batch_starts(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        outputs: Any,
+        stage: Stage,
         batch: Any,
         batch_idx: int,
-        dataloader_idx: int = 0,
+        dataloader_idx: int,
     ) -> None:
-        """Show the first batch."""
+        if not batch_idx and not dataloader_idx and shows_pictures(trainer):
+            with torch.inference_mode(False):  # where the copies can be differentiated
+                self._clean = map_tensors(batch, torch.clone)  # the step may write to its batch
+
+    def _batch_ends(
+        self, trainer: Trainer, pl_module: LightningModule, stage: Stage, batch_idx: int, dataloader_idx: int
+    ) -> None:
         if trainer.sanity_checking:
             self._foresee(trainer, pl_module)
         elif is_due(trainer, self._epoch, self.every_n_epochs):
-            self._show(trainer, pl_module, "val", batch_idx, dataloader_idx)
+            self._show(trainer, pl_module, stage, batch_idx, dataloader_idx)
 
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember which epoch was shown."""
-        if not trainer.sanity_checking and is_due(trainer, self._epoch, self.every_n_epochs):
+    def _epoch_ends(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> None:
+        shown = not trainer.sanity_checking and is_due(trainer, self._epoch, self.every_n_epochs)
+        if shown and stage == "validation":
             self._epoch = trainer.current_epoch
-
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Show the first batch."""
-        self._show(trainer, pl_module, "test", batch_idx, dataloader_idx)
-
-    def _keep(self, trainer: Trainer, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
-        if not batch_idx and not dataloader_idx and shows_pictures(trainer):
-            with torch.inference_mode(False):  # where the copies can be differentiated
-                self._clean = map_tensors(batch, torch.clone)
 
     def _foresee(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Before the first epoch, see that the model's classes have names."""
@@ -157,15 +135,14 @@ class AdversarialExampleLogger(Callback):
                 self._check_names(logits_of(outputs).shape[1])
 
     def _show(
-        self, trainer: Trainer, pl_module: LightningModule, stage: str, batch_idx: int, dataloader_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, stage: Stage, batch_idx: int, dataloader_idx: int
     ) -> None:
         batch, self._clean = self._clean, None
         if batch_idx or dataloader_idx or batch is None:
             return
-        loaders = trainer.num_val_batches if stage == "val" else trainer.num_test_batches
         with torch.inference_mode(False), trainer.precision_plugin.forward_context():
-            name = "validation" if stage == "val" else "test"
-            subject = self._subject(pl_module, name, batch, dataloader_idx if len(loaders) > 1 else None)
+            several = len(batches_of(trainer, stage)) > 1
+            subject = self._subject(pl_module, stage, batch, dataloader_idx if several else None)
             inputs = subject.inputs
             if inputs.ndim != 4 or inputs.shape[1] not in (1, 3, 4):
                 rank_zero_warn(
@@ -181,9 +158,9 @@ class AdversarialExampleLogger(Callback):
                 attacked, captions = self._by_loss(subject, shown, generator)
             clean, attacked = inputs.detach()[shown], attacked[shown]
         pictures = triptychs(self.threat.to_data(clean.float()), self.threat.to_data(attacked.float()), self.threat)
-        log_pictures(trainer, f"{stage}/adversarial_examples", pictures, captions)
+        log_pictures(trainer, f"{PREFIX[stage]}/adversarial_examples", pictures, captions)
 
-    def _subject(self, pl_module: LightningModule, stage: str, batch: Any, dataloader_idx: int | None) -> Subject:
+    def _subject(self, pl_module: LightningModule, stage: Stage, batch: Any, dataloader_idx: int | None) -> Subject:
         model = attacked_model(pl_module, self.model, needs_forward=self.through == "model")
         subject = self._way.subject(pl_module, model, self.threat, stage, batch, (0, dataloader_idx))
         assert subject is not None  # the first dataloader's

@@ -16,7 +16,7 @@ from lightning_wdefense.callbacks.evaluation import EvaluationMonitor, Noise
 from lightning_wdefense.callbacks.measures import Measures
 from lightning_wdefense.callbacks.pictures import log_curve
 from lightning_wdefense.callbacks.subject import StepSubject, Subject
-from lightning_wdefense.callbacks.way import Through
+from lightning_wdefense.callbacks.target import Through
 from lightning_wdefense.metrics import AccuracyCurve, TransportShift
 from lightning_wdefense.modules.batches import Inputs, Labels
 from lightning_wdefense.modules.outputs import Pick

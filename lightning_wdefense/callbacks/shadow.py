@@ -53,7 +53,7 @@ class Shadow:
         module, name = self._module, f"{self._stage}_step"
         batch = map_tensors(batch, torch.clone)  # which the step may write to
         function = own_step(module, name)
-        with self._alive(_device(batch, module.device)):
+        with self._alive():
             results = self._results
             if dataloader_idx != self._loader:
                 self._collect()  # as Lightning does, before a metric goes on with another dataloader
@@ -72,7 +72,7 @@ class Shadow:
         """End the epoch, and take what was logged over it, by the module's own keys: nothing, if no batch was attacked."""
         if not self._stepped:  # the module's hook may count on batches
             return {}
-        with self._alive(self._module.device):
+        with self._alive():
             self._collect()
             self._results.dataloader_idx = None
             self._hook(f"on_{self._stage}_epoch_end")
@@ -88,9 +88,9 @@ class Shadow:
             getattr(self._module, name)(*arguments)
 
     @contextlib.contextmanager
-    def _alive(self, device: torch.device) -> Iterator[None]:
+    def _alive(self) -> Iterator[None]:
         module = self._module
-        with isolated(module, device, evaluation=False), torch.no_grad(), still(module):
+        with isolated(module, module.device, evaluation=False), torch.no_grad(), still(module):
             theirs = PlainState(module)
             self._state.restore()
             self._state.usable()
@@ -109,7 +109,3 @@ def step_arguments(function: Callable[..., Any], batch_idx: int, dataloader_idx:
     several = len(positional) >= 2 or any(each.kind == each.VAR_POSITIONAL for each in parameters)
     indices = (batch_idx,) if several or any(each.name == "batch_idx" for each in parameters) else ()
     return indices if dataloader_idx is None else (*indices, dataloader_idx)
-
-
-def _device(batch: Any, default: torch.device) -> torch.device:
-    return batch.device if isinstance(batch, Tensor) else default

@@ -145,7 +145,7 @@ class StepSubject(Subject):
         """The step's own loss at these values."""
         with self.site.moved(values) as batch, torch.enable_grad():  # by its graph a logged loss is known
             loss = self.step.loss(batch)
-        return float("nan") if loss is None else float(loss.detach().float().mean())
+        return float("nan") if loss is None else float(loss.detach())
 
     def observe(self, features: str, *batches: Tensor) -> Observed:
         """The outputs and features of the step's passes; where the layer ran several times, the first rows."""

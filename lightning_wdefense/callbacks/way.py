@@ -2,39 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
-from typing import Any, Literal, get_args
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_wdefense._compat import rank_zero_warn
-from lightning_wdefense._names import unknown_name
 from lightning_wdefense.attacks.base import Attack
 from lightning_wdefense.attacks.first_look import ConsumedError, Look, first_look, part_differs
-from lightning_wdefense.attacks.labels import ignoring
-from lightning_wdefense.attacks.places import InputSite, Perturb, Site
+from lightning_wdefense.attacks.places import Site
 from lightning_wdefense.attacks.threat import ThreatModel
+from lightning_wdefense.callbacks.target import Target
 from lightning_wdefense.defenses.defense import Defense
 from lightning_wdefense.defenses.passes import Passes, StepPasses
-from lightning_wdefense.modules.batches import Batches
-from lightning_wdefense.modules.outputs import Pick, picking
 from lightning_wdefense.modules.paths import map_tensors
 from lightning_wdefense.modules.steps import Step
 
-Through = Literal["auto", "model", "step"]
-
-
-def check_through(through: str, perturb: Perturb | None) -> None:
-    """Refuse what is no way.
-
-    Raises:
-        ValueError: for an unknown one, or plain forward passes beside ``perturb=``.
-    """
-    if through not in get_args(Through):
-        raise ValueError(unknown_name("way for through=", through, get_args(Through)))
-    if through == "model" and perturb is not None:
-        raise ValueError(f"perturb={perturb.path!r} acts inside of the step: leave through= out, or set it to 'step'.")
+log = logging.getLogger(__name__)
 
 
 class Way:
@@ -46,44 +33,15 @@ class Way:
     adversary goes through the step.
 
     Args:
-        through: ``"auto"``, or one of the two.
-        batches: finds inputs and labels.
+        target: what is attacked.
         threat: the threat model.
-        perturb: the submodule whose output is attacked, if it is not the inputs.
-        outputs: where in what the model returns its outputs are.
-        ignore_index: label of elements that count for nothing.
     """
 
-    def __init__(
-        self,
-        through: Through,
-        batches: Batches,
-        threat: ThreatModel,
-        *,
-        perturb: Perturb | None = None,
-        outputs: Pick = None,
-        ignore_index: int | None = None,
-    ) -> None:
-        self.through, self._batches, self._threat = through, batches, threat
-        self._perturb, self._pick, self._ignore_index = perturb, picking(outputs), ignore_index
+    def __init__(self, target: Target, threat: ThreatModel) -> None:
+        self._target, self._threat = target, threat
         self.look: Look | None = None
-        self.plain = through == "model"
+        self.plain = target.through == "model"
         self._whole = False
-
-    def labels(self, batch: Any) -> Any:
-        """The labels of a batch, if there are any."""
-        return ignoring(self._batches.labels_or_none(batch), self._ignore_index)
-
-    def site(self, step: Step, batch: Any) -> Site:
-        """What the adversary moves in a batch."""
-        if self._perturb is None:
-            return InputSite(self._batches, batch, self._threat)
-
-        def run() -> None:
-            with step.rehearsal(module_device(step.module), "off" if self.look is None else self.look.noise):
-                step(batch)
-
-        return self._perturb.site(step.module, batch, self._threat, run)
 
     def examine(self, step: Step, batch: Any, model: nn.Module | None, attack: Attack) -> Look | None:
         """Take the first look at a step, and choose the way; ``None`` where there is no loss to look at.
@@ -91,13 +49,14 @@ class Way:
         Raises:
             ValueError: if the step returns something without a loss, or a loss that does not depend on what the adversary moves.
         """
-        site, labels = self.site(step, batch), self.labels(batch)
+        target = self._target
+        site, labels = target.site(step, batch, self._threat), target.labels(batch)
         try:
-            look = first_look(step, site, labels, model, self._pick or (lambda outputs: outputs))
+            look = first_look(step, site, labels, model, target.pick)
         except ConsumedError:
             raise
         except Exception as error:
-            if self.through == "step" or self._perturb is not None or model is None:
+            if not target.may_be_plain or model is None:
                 raise
             warnings.warn(
                 f"A first look at {step.name} failed ({type(error).__name__}: {error}), so the adversary takes plain forward passes.",
@@ -108,15 +67,14 @@ class Way:
         if look.loss is None:
             return None
         self.plain = (
-            self.through == "auto"
-            and self._perturb is None
-            and look.plain
-            and (look.outputs == "model" or callable(getattr(attack, "loss", None)))
+            target.may_be_plain and look.plain and (look.outputs == "model" or callable(getattr(attack, "loss", None)))
         )
         if not self.plain and not look.depends:
             raise ValueError(self._no_gradient(step, site))
         if self.plain and model is not None:
-            self._whole = keeps_whole(model, site.values, self._pick)
+            self._whole = keeps_whole(model, site.values, target.pick)
+        if not self.plain and target.may_be_plain:
+            log_step(step, step.name, look)
         self.look = look
         return look
 
@@ -129,13 +87,12 @@ class Way:
             if look is None:
                 return None
         if self.plain:
-            inputs, labels = self._batches.read(batch)
-            plain = InputSite(self._batches, batch, self._threat)
-            labels = labels if self._ignore_index is None else ignoring(labels, self._ignore_index)
-            return plain, defense.passes(inputs, labels, whole=self._whole)
+            inputs, labels = self._target.read(batch)
+            return self._target.inputs(batch, self._threat), defense.passes(inputs, labels, whole=self._whole)
         assert self.look is not None
         batch = map_tensors(batch, torch.clone)  # the user's step may write to its own
-        site, look = self.site(step, batch), self.look
+        look = self.look
+        site = self._target.site(step, batch, self._threat, look.noise)
         if look.outputs is None and recipe.compares_classes:
             raise ValueError(
                 f"Recipe {recipe.name!r} compares probabilities of classes, and the labels of the batch are not seen to be classes of the model's "
@@ -149,12 +106,13 @@ class Way:
                 step(batch)
 
         recorder.attach(run, head=look.outputs == "head")
-        return site, StepPasses(step, site, self.labels(batch), look, recorder, compares=recipe.compares)
+        return site, StepPasses(step, site, self._target.labels(batch), look, recorder, compares=recipe.compares)
 
     def _no_gradient(self, step: Step, site: Site) -> str:
         who = f"The loss of {step.name} of {type(step.module).__name__} does not depend on "
-        if self._perturb is not None:
-            return f"{who}the output of perturb={self._perturb.path!r}: name a submodule that it depends on, without detach() behind it."
+        perturb = self._target.perturb
+        if perturb is not None:
+            return f"{who}the output of perturb={perturb.path!r}: name a submodule that it depends on, without detach() behind it."
         if not site.values.is_floating_point():
             return f"{who}the inputs differentiably. {integers(site.values)}"
         return (
@@ -171,15 +129,27 @@ def integers(values: Tensor) -> str:
     )
 
 
-def module_device(module: Any) -> torch.device:
-    """Where a module runs."""
-    device = getattr(module, "device", None)
-    return device if isinstance(device, torch.device) else torch.device("cpu")
+def log_step(step: Step, seen: str, look: Look) -> None:
+    """Log why the adversary goes through a step, though the plain forward pass is faster.
+
+    Args:
+        step: the step that is taken.
+        seen: the step that was looked at.
+        look: what was seen of it.
+    """
+    why = look.why or "the labels of the batch are not seen to be classes of the model's outputs"
+    log.info(
+        "The adversary goes through %s of %s; a plain forward pass would not do for %s: %s.",
+        step.name,
+        type(step.module).__name__,
+        seen,
+        why,
+    )
 
 
-def keeps_whole(model: nn.Module, values: Tensor, pick: Any) -> bool:
+def keeps_whole(model: nn.Module, values: Tensor, pick: Callable[[Any], Any]) -> bool:
     """Whether plain passes must take whole batches, which a warning says."""
-    reason = part_differs(model, values, pick or (lambda outputs: outputs))
+    reason = part_differs(model, values, pick)
     if reason:
         rank_zero_warn(f"The model is not run on parts of a batch ({reason}), but on whole ones, which takes longer.")
     return bool(reason)

@@ -253,10 +253,7 @@ class StepPasses(Passes):
 
     def branch_of(self, recording: Recording, result: Any) -> Branch:
         """What a call of the step showed."""
-        loss = result.get("loss") if isinstance(result, dict) else result
-        if isinstance(loss, Tensor) and loss.ndim:
-            loss = loss.mean()
-        return self._branch(recording, loss)
+        return self._branch(recording, self._step.loss_of(result))
 
     def _branch(self, recording: Recording, loss: Tensor | None) -> Branch:
         outputs = self.read(recording) if recording.outputs or recording.heads else None

@@ -7,9 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_wdefense.modules.paths import Path, at, get, listed, map_tensors, names_of, put, resolve, tensor_paths
-
-__all__ = ["INPUT_KEYS", "LABEL_KEYS", "Batches", "Inputs", "Key", "Labels", "map_tensors"]
+from lightning_wdefense.modules.paths import Path, at, get, listed, names_of, put, resolve, tensor_paths
 
 Key = int | str | tuple[int | str, ...] | None
 """A position, key or attribute, or a path to it: ``"image.pixels"``, ``(0, 1)``."""
@@ -71,6 +69,13 @@ class Batches:
                     f"The inputs of the batch are a {type(each).__name__}, not a tensor. Name theirs with inputs=."
                 )
         return found
+
+    def are_listed(self, batch: Any) -> bool:
+        """Whether the inputs are the elements of one list."""
+        if callable(self._inputs):
+            return isinstance(self._inputs(batch), (list, tuple))
+        paths = self._paths(batch)
+        return len({path[:-1] for path in paths}) == 1 and len(paths[0]) > 1 and isinstance(paths[0][-1], int)
 
     def labels(self, batch: Any) -> Any:
         """The labels of a batch.

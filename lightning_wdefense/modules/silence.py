@@ -7,8 +7,6 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import Tensor
-
 from lightning_wdefense._compat import LightningModule, Trainer, is_a
 from lightning_wdefense._guests import ABSENT, Guest, depart, settle
 
@@ -226,9 +224,3 @@ def _in_place_of(module: LightningModule, functions: dict[str, Callable[..., Any
         for guest in guests:
             guest.restore()
         depart(module)
-
-
-def loss_of(result: Any) -> Tensor | None:
-    """The loss in what a step returned, if there is one."""
-    loss = result.get("loss") if isinstance(result, dict) else result
-    return loss if isinstance(loss, Tensor) else None

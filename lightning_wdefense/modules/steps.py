@@ -15,7 +15,7 @@ from lightning_wdefense.modules.isolation import isolated
 from lightning_wdefense.modules.paths import map_tensors
 from lightning_wdefense.modules.plain_state import PlainState
 from lightning_wdefense.modules.random_state import RandomState
-from lightning_wdefense.modules.silence import Logged, loss_of, silenced
+from lightning_wdefense.modules.silence import Logged, silenced
 
 Noise = Literal["off", "training", "own"]
 
@@ -113,15 +113,23 @@ class Step:
                 each.training = mode
 
     def loss(self, batch: Any) -> Tensor | None:
-        """The loss of this batch: what the step returns, or, of another than ``training_step``, logs under a key with ``loss`` in it."""
-        loss = loss_of(self(batch))
-        if loss is not None and loss.ndim and self.name != "training_step":
-            loss = None  # predictions, more likely
-        if loss is None and self.name != "training_step":
-            for key, value in self.logged.items():
-                if "loss" in key.lower() and isinstance(value, Tensor) and value.requires_grad:
-                    return value
-        return loss
+        """The loss of this batch, a scalar: what the step returns, or, of another than ``training_step``, logs under a key with ``loss`` in it."""
+        return self.loss_of(self(batch))
+
+    def loss_of(self, result: Any) -> Tensor | None:
+        """The loss of the last call, a scalar, given what it returned; ``None`` where there is none."""
+        loss = result.get("loss") if isinstance(result, dict) else result
+        if self.name != "training_step" and not (isinstance(loss, Tensor) and loss.ndim == 0):
+            loss = self._logged_loss()  # what is returned is predictions, more likely
+        if not isinstance(loss, Tensor):
+            return None
+        return loss if loss.ndim == 0 else loss.mean()
+
+    def _logged_loss(self) -> Tensor | None:
+        for key, value in self.logged.items():
+            if "loss" in key.lower() and isinstance(value, Tensor) and value.requires_grad:
+                return value
+        return None
 
     @contextlib.contextmanager
     def once_more(self, random: RandomState) -> Iterator[Callable[[Any], Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torchmetrics import Accuracy
 from lightning_wdefense import Recipe, RobustnessMonitor, ThreatModel, WassersteinDefense
 from lightning_wdefense.attacks import PGD
 from lightning_wdefense.attacks.first_look import first_look
+from lightning_wdefense.attacks.labels import ignoring
 from lightning_wdefense.attacks.places import InputSite
 from lightning_wdefense.defenses import RECIPES
 from lightning_wdefense.modules.batches import Batches
@@ -42,6 +44,35 @@ def module_with(step, forward=None, outputs=10):
 
 def ce(logits, y, **options):
     return F.cross_entropy(logits, y, **options)
+
+
+class Centres(nn.Module):
+    """Proxies of classes, as metric learning has them."""
+
+    def __init__(self):
+        super().__init__()
+        self.proxies = nn.Parameter(torch.randn(10, 16))
+
+    def forward(self, embeddings, y):
+        return F.cross_entropy(-torch.cdist(embeddings, self.proxies), y)
+
+
+PIXELS = torch.where(
+    torch.rand(32, 8, 8, generator=torch.Generator().manual_seed(0)) < 0.3, 255, (IMAGES[:, 0] > 0.5).long()
+)
+torch.manual_seed(3)
+CENTRES, MASKS = Centres(), nn.Conv2d(1, 3, 3, padding=1)
+
+
+def _margins(logits, y):
+    """The runner-up against the own class."""
+    return (logits.scatter(1, y[:, None], -9e9).amax(1) - logits.gather(1, y[:, None])[:, 0] + 9).relu().mean()
+
+
+def _looked(module, x):
+    with torch.no_grad():
+        module(x)
+    return module(x)
 
 
 BITS = torch.stack([(LABELS >> bit) & 1 for bit in range(4)], 1).float()
@@ -124,6 +155,71 @@ LOOKS = {
     ),
     "autoencoder": (lambda m, x, y: F.mse_loss(m(x), x.flatten(1)), None, 64, LABELS, True, None),
     "diverged": (lambda m, x, y: ce(m(x) * torch.nan, y), lambda m, x: m.net(x) * torch.nan, 10, LABELS, True, "model"),
+    "softmax, then log": (
+        lambda m, x, y: F.nll_loss(m(x).log(), y),
+        lambda m, x: m.net(x).softmax(1),
+        10,
+        LABELS,
+        True,
+        "head",
+    ),
+    "log_softmax outside": (
+        lambda m, x, y: F.nll_loss(m(x).log_softmax(1), y),
+        None,
+        10,
+        LABELS,
+        True,
+        "model",
+    ),
+    "temperature": (lambda m, x, y: ce(m(x) / 4, y), None, 10, LABELS, True, "model"),
+    "sum": (lambda m, x, y: ce(m(x), y, reduction="sum"), None, 10, LABELS, True, "model"),
+    "crammer-singer": (
+        lambda m, x, y: _margins(m(x), y),
+        None,
+        10,
+        LABELS,
+        True,
+        "model",
+    ),
+    "proxies": (lambda m, x, y: CENTRES(m(x), y), None, 16, LABELS, True, None),
+    "supervised contrast": (
+        lambda m, x, y: ce(F.normalize(m(x)) @ F.normalize(m(x)).T, torch.arange(len(y))),
+        None,
+        64,
+        LABELS,
+        False,
+        None,
+    ),
+    "autoencoder and labels": (
+        lambda m, x, y: (m(x) - x.flatten(1)).abs().mean(),
+        None,
+        64,
+        LABELS,
+        True,
+        None,
+    ),
+    "flatten in the step": (lambda m, x, y: ce(m.extra(x.flatten(1)), y), None, 10, LABELS, False, "head"),
+    "kwargs": (lambda m, x, y: ce(m(**{"x": x}), y), None, 10, LABELS, False, "model"),
+    "same values, copied": (
+        lambda m, x, y: ce(m(x.clone().contiguous()), y),
+        None,
+        10,
+        LABELS,
+        True,
+        "model",
+    ),
+    "reordered": (lambda m, x, y: ce(m(x.flip(0)), y.flip(0)), None, 10, LABELS, False, None),
+    "half of the batch": (lambda m, x, y: ce(m(x[:16]), y[:16]), None, 10, LABELS, False, None),
+    "two views": (lambda m, x, y: ce(m(torch.cat([x, x.flip(-1)])), torch.cat([y, y])), None, 10, LABELS, False, None),
+    "under no_grad first": (lambda m, x, y: ce(_looked(m, x), y), None, 10, LABELS, False, "model"),
+    "diverged regression": (
+        lambda m, x, y: F.mse_loss(m(x)[:, 0] * torch.nan, y),
+        None,
+        1,
+        LABELS / 9,
+        True,
+        None,
+    ),
 }
 
 
@@ -136,10 +232,9 @@ def test_first_look(case):
     look = first_look(own, site, labels, module, lambda outputs: outputs)
     assert (look.plain, look.outputs) == (plain, source), look.why
     assert look.depends
+    assert bool(look.why) != plain
     if case == "auxiliary":  # the first part that is a classifier's
         assert look.pick is not None
-    if not plain:
-        assert look.why
 
 
 class Caught(PGD):
@@ -367,112 +462,36 @@ def test_a_step_that_writes_to_its_batch(recipe):
     assert logged["robust/val_loss"] > logged["val_loss"]
 
 
-class Centres(nn.Module):
-    """Proxies of classes, as metric learning has them."""
-
-    def __init__(self):
-        super().__init__()
-        self.proxies = nn.Parameter(torch.randn(10, 16))
-
-    def forward(self, embeddings, y):
-        return F.cross_entropy(-torch.cdist(embeddings, self.proxies), y)
-
-
-PIXELS = torch.where(
-    torch.rand(32, 8, 8, generator=torch.Generator().manual_seed(0)) < 0.3, 255, (IMAGES[:, 0] > 0.5).long()
+@pytest.mark.parametrize(
+    ("step", "why"),
+    [
+        (lambda m, x, y: ce(m((x - 0.3) / 0.4), y), "for training_step: Module was called on other values"),
+        (lambda m, x, y: F.mse_loss(m(x), F.one_hot(y, 10).float()), "for training_step: the labels .* not .* classes"),
+    ],
 )
-torch.manual_seed(3)
-CENTRES, MASKS = Centres(), nn.Conv2d(1, 3, 3, padding=1)
-MORE_LOOKS = {
-    "softmax, then log": (
-        lambda m, x, y: F.nll_loss(m(x).log(), y),
-        lambda m, x: m.net(x).softmax(1),
-        10,
-        LABELS,
-        {"plain": True},
-        "head",
-    ),
-    "log_softmax outside": (
-        lambda m, x, y: F.nll_loss(m(x).log_softmax(1), y),
-        None,
-        10,
-        LABELS,
-        {"plain": True},
-        "model",
-    ),
-    "temperature": (lambda m, x, y: ce(m(x) / 4, y), None, 10, LABELS, {"plain": True}, "model"),
-    "sum": (lambda m, x, y: ce(m(x), y, reduction="sum"), None, 10, LABELS, {"plain": True}, "model"),
-    "crammer-singer": (
-        lambda m, x, y: _margins(m(x), y),
-        None,
-        10,
-        LABELS,
-        {"plain": True},
-        "model",
-    ),
-    "proxies": (lambda m, x, y: CENTRES(m(x), y), None, 16, LABELS, {"plain": True}, None),
-    "supervised contrast": (
-        lambda m, x, y: ce(F.normalize(m(x)) @ F.normalize(m(x)).T, torch.arange(len(y))),
-        None,
-        64,
-        LABELS,
-        {},
-        None,
-    ),
-    "autoencoder and labels": (
-        lambda m, x, y: (m(x) - x.flatten(1)).abs().mean(),
-        None,
-        64,
-        LABELS,
-        {"plain": True},
-        None,
-    ),
-    "flatten in the step": (lambda m, x, y: ce(m.extra(x.flatten(1)), y), None, 10, LABELS, {}, "head"),
-    "kwargs": (lambda m, x, y: ce(m(**{"x": x}), y), None, 10, LABELS, {}, "model"),
-    "same values, copied": (
-        lambda m, x, y: ce(m(x.clone().contiguous()), y),
-        None,
-        10,
-        LABELS,
-        {"plain": True},
-        "model",
-    ),
-    "reordered": (lambda m, x, y: ce(m(x.flip(0)), y.flip(0)), None, 10, LABELS, {}, None),
-    "half of the batch": (lambda m, x, y: ce(m(x[:16]), y[:16]), None, 10, LABELS, {}, None),
-    "two views": (lambda m, x, y: ce(m(torch.cat([x, x.flip(-1)])), torch.cat([y, y])), None, 10, LABELS, {}, None),
-    "under no_grad first": (lambda m, x, y: ce(_looked(m, x), y), None, 10, LABELS, {}, "model"),
-    "diverged regression": (
-        lambda m, x, y: F.mse_loss(m(x)[:, 0] * torch.nan, y),
-        None,
-        1,
-        LABELS / 9,
-        {"plain": True},
-        None,
-    ),
-}
+def test_why_the_step_is_taken_is_logged(step, why, caplog):
+    module = module_with(step)
+    module.validation_step = lambda batch, batch_idx: module.log("val_loss", step(module, *batch))
+    callbacks = [WassersteinDefense("pgd-at", threat=THREAT), RobustnessMonitor(THREAT)]
+    trainer = quiet_trainer(callbacks=callbacks, max_epochs=1, limit_train_batches=2)
+    with caplog.at_level("INFO", "lightning_wdefense"):
+        trainer.fit(module, *digits_loaders())
+    said = sorted(each.getMessage() for each in caplog.records if each.name.startswith("lightning_wdefense"))
+    assert len(said) == 2  # once each, not at every batch
+    assert re.search(why, said[0])
+    assert "through validation_step of Module" in said[1]
 
 
-def _margins(logits, y):
-    """The runner-up against the own class."""
-    return (logits.scatter(1, y[:, None], -9e9).amax(1) - logits.gather(1, y[:, None])[:, 0] + 9).relu().mean()
+class Detached(DigitsClassifier):
+    def training_step(self, batch, batch_idx):
+        return ce(self.net(batch[0].detach()), batch[1])
 
 
-def _looked(module, x):
-    with torch.no_grad():
-        module(x)
-    return module(x)
-
-
-@pytest.mark.parametrize("case", MORE_LOOKS)
-def test_first_look_at_more(case):
-    step, forward, outputs, labels, expected, source = MORE_LOOKS[case]
-    module = module_with(step, forward, outputs)
-    site = InputSite(Batches(), (IMAGES, labels), THREAT)
-    own = Step(module, own_step(module, "training_step"), "training_step", (0,))
-    look = first_look(own, site, labels, module, lambda outputs: outputs)
-    assert (look.plain, look.outputs) == (expected.get("plain", False), source), look.why
-    assert look.depends
-    assert bool(look.why) != look.plain
+@pytest.mark.parametrize("through", ["auto", "step"])
+def test_a_loss_that_does_not_depend_on_the_inputs_is_named(through):
+    recipe = Recipe.named("pgd-at", THREAT)
+    with pytest.raises(ValueError, match=r"loss of training_step of Detached does not depend on the inputs: .*detach"):
+        trained(recipe, through, module=Detached)
 
 
 @pytest.mark.parametrize("ignored", [255, -100])
@@ -481,8 +500,6 @@ def test_first_look_at_masks(ignored):
     step = lambda m, x, y: ce(m(x), y, ignore_index=ignored)  # noqa: E731
     module = module_with(step, lambda m, x: MASKS(x))
     own = Step(module, own_step(module, "training_step"), "training_step", (0,))
-    from lightning_wdefense.attacks.labels import ignoring
-
     site = InputSite(Batches(), (IMAGES, labels), THREAT)
     look = first_look(own, site, ignoring(labels, ignored), module, lambda outputs: outputs)
     assert (look.plain, look.outputs) == (True, "model"), look.why

@@ -74,7 +74,7 @@ FAULTS = [
         "            submodule.training = module.training",
         NASTY,
     ),
-    Fault("written buffers are not restored", "modules/module_state.py", "tensor.copy_(value)", "pass", NASTY),
+    Fault("written buffers are not restored", "modules/kept_value.py", "tensor.copy_(self.value)", "pass", NASTY),
     Fault("NumPy's random state is not restored", "modules/isolation.py", "np.random.set_state(numpy)", "pass", NASTY),
     Fault(
         "the penultimate layer is the first linear one",

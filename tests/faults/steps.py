@@ -39,8 +39,8 @@ FAULTS = [
     Fault(
         "each call of the step draws other numbers",
         "modules/steps.py",
-        "        self._random.restore()\n        self.logged.clear()",
-        "        self.logged.clear()",
+        "        self._random.restore()\n",
+        "",
         (STEPS,),
     ),
     Fault(
@@ -60,8 +60,8 @@ FAULTS = [
     Fault(
         "schedulers are stepped by the attack",
         "modules/silence.py",
-        "return _nothing if name in self._STILL else getattr(self._moving, name)",
-        "return getattr(self._moving, name)",
+        "            return _nothing\n",
+        "            return getattr(self._moving, name)\n",
         (STEPS,),
     ),
     # -------------------------------------------------------------------------------------------- first look
@@ -74,7 +74,7 @@ FAULTS = [
     ),
     Fault(
         "embeddings are taken for logits",
-        "attacks/first_look.py",
+        "attacks/classification.py",
         "return float(falls.float().mean()) >= SHARE and (invariant or against_the_rest)",
         "return True",
         (THROUGH, f"{MONITORED}[hard_triplets]", f"{MONITORED}[autoencoder]"),

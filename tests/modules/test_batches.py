@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_wdefense.modules.batches import INPUT_KEYS, LABEL_KEYS, Batches, map_tensors
+from lightning_wdefense.modules.batches import INPUT_KEYS, LABEL_KEYS, Batches
+from lightning_wdefense.modules.paths import map_tensors
 
 X, Y, NEW = torch.zeros(4, 3), torch.arange(4), torch.ones(4, 3)
 

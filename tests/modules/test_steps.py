@@ -203,6 +203,28 @@ def test_no_trace_and_one_function(module, noise, under):
         assert max(losses) - min(losses) < 1e-6
 
 
+@pytest.mark.parametrize("returned", [lambda losses: losses, lambda losses: {"loss": losses.mean()}])
+@pytest.mark.parametrize("name", ["training_step", "validation_step"])
+def test_the_loss_is_a_scalar(module, name, returned):
+    """Of a training step the mean of what it returns; another's vector is predictions, and what it logs is its loss."""
+
+    def function(batch):
+        losses = module.net(batch[0]).square().flatten(1).mean(1)
+        if name == "validation_step":
+            module.log("val_loss", losses.sum().reshape(1))
+        return returned(losses)
+
+    step = Step(module, function, name)
+    with step.rehearsal(torch.device("cpu")):
+        expected = module.net(batch()[0]).square().mean()
+        loss = step.loss(batch())
+        if name == "validation_step" and not isinstance(step(batch()), dict):
+            expected = expected * len(batch()[0])
+    assert loss.ndim == 0
+    assert loss.requires_grad
+    torch.testing.assert_close(loss, expected)
+
+
 def test_no_trace_of_a_step_that_fails(module):
     module.fail = True
     before, step = state_of(module), step_of(module)
@@ -211,22 +233,24 @@ def test_no_trace_of_a_step_that_fails(module):
     assert_same(before, state_of(module))
 
 
-def test_no_trace_of_backward_in_the_step(module):
-    class Backward(Nasty):
-        def training_step(self, batch, batch_idx):
-            loss = super().training_step(batch, batch_idx)["loss"]
-            loss.backward(retain_graph=True)
-            return loss
+class Backward(Nasty):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)["loss"]
+        loss.backward(retain_graph=True)
+        return loss
 
+
+def goes_backward(module):
     module.__class__ = Backward
-    before, step = state_of(module), step_of(module)
-    with step.rehearsal(torch.device("cpu")):
-        step(batch())
-    assert_same(before, state_of(module))
 
 
-def test_the_module_may_be_copied_inside(module):
+def copies_itself(module):
     module.copies = None
+
+
+@pytest.mark.parametrize("prepare", [goes_backward, copies_itself])
+def test_no_trace_of_what_a_step_does_with_the_module(module, prepare):
+    prepare(module)
     before, step = state_of(module), step_of(module)
     with step.rehearsal(torch.device("cpu")):
         step(batch())
