@@ -66,7 +66,7 @@ class GroundCost:
 
     def too_large(self, device: torch.device) -> bool:
         """Whether a matrix of this shape is not stored on the device."""
-        return self.shape[-2] * self.shape[-1] > STORED.get(device.type, STORED["cpu"])
+        return too_large(self.shape[-2], self.shape[-1], device)
 
     def stored(self, like: Tensor, work: Workspace, name: str) -> GroundCost:
         """The same with its matrix in a buffer of the workspace, unless that would be too large."""
@@ -76,6 +76,11 @@ class GroundCost:
         for part in [slice(0, self.shape[-2])] if like.is_cuda else self.parts():
             self.matrix(part, matrix[..., part, :])
         return replace(self, matrix=lambda part: matrix[..., part, :], lazy=False)
+
+
+def too_large(n: int, m: int, device: torch.device) -> bool:
+    """Whether a matrix ``(N, M)`` is not stored on the device."""
+    return n * m > STORED.get(device.type, STORED["cpu"])
 
 
 def matrix_cost(matrix: Tensor) -> GroundCost:
