@@ -131,12 +131,14 @@ def _speculate(
     arguments = read_arguments(x, y, a, b, x_labels, y_labels, options, debias=debias, claims=claims)
     needed = _needed(arguments)
     start = None if warm_start is None else warm_start.recall(arguments.y.weights)
-    padded = a is not None or b is not None
+    weighted = a is not None or b is not None
     with torch.no_grad(), exact_products():
-        guess = attempt(*(arguments.x, arguments.y, arguments.options, arguments.pairs, needed, start), padded=padded)
+        guess = attempt(
+            *(arguments.x, arguments.y, arguments.options, arguments.pairs, needed, start), weighted=weighted
+        )
         if guess is None:
             return None
-        value = _total(guess.optima, guess.blur)
+        value = _total(guess.optima)
     value = _differentiable(value, arguments, needed, guess.optima, guess.blur)
     n_iter = guess.passed(claims)
     if n_iter is None:
@@ -162,14 +164,18 @@ def evaluate(arguments: Arguments, warm_start: WarmStart | None = None) -> Evalu
             blurs.append(problem.blur)
         optima = {pair: stacked(each) for pair, each in zip(pairs, zip(*solved, strict=True), strict=True)}
         blur = blurs[0] if blurs[0].ndim else torch.stack(blurs)
-        value = _total(optima, blur)
+        value = _total(optima)
     if warm_start is not None:
         warm_start.potential = optima["xy"].g  # whatever it is worth: the next call judges it
     return Evaluation(_differentiable(value, arguments, needed, optima, blur), optima, blur)
 
 
-def _total(optima: Mapping[Pair, Optimum], blur: Tensor) -> Tensor:
-    return sum((WEIGHT[pair] * each.value for pair, each in optima.items()), torch.zeros_like(blur))
+def _total(optima: Mapping[Pair, Optimum]) -> Tensor:
+    total = optima["xy"].value
+    for pair, each in optima.items():
+        if pair != "xy":
+            total = total.add(each.value, alpha=WEIGHT[pair])
+    return total
 
 
 def _differentiable(

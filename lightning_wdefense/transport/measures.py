@@ -74,7 +74,7 @@ def read_measures(
             points_x, points_y, weights_x, weights_y, own_cost=own_cost, padded=None if claims is None else True
         )
     if claims is not None:  # Of what is contained now, as padding may be NaN.
-        claims.append((points_x.detach().sum() + points_y.detach().sum()).isfinite())
+        claims.append((points_x.detach().sum() + points_y.detach().sum()).abs() < torch.inf)
     if balanced and (a is not None or b is not None or x.shape[-2] != y.shape[-2]):
         mass_x, mass_y = equal_masses(
             *(weights_x, weights_y, a, b),

@@ -27,17 +27,21 @@ MARGIN = 0.9
 
 
 class Attempt(NamedTuple):
-    """Transports that may be wrong, the blur ``(B,)``, and what :func:`passed` judges them by."""
+    """Transports that may be wrong, the blur ``(B,)``, and what :meth:`passed` judges them by: errors and their tolerances."""
 
     optima: dict[Pair, Optimum]
     blur: Tensor
-    evidence: list[Tensor]
+    n_iter: Tensor
+    errors: list[tuple[Tensor, float]]
 
     def passed(self, claims: Sequence[Tensor]) -> int | None:
-        """The number of iterations if all errors are below the tolerance and all claims hold. Here the host waits."""
-        holds, n_iter, *errors = look(torch.stack([torch.stack([*claims]).all().float(), *self.evidence]))
+        """The number of iterations if no error is above its tolerance and all claims hold. Here the host waits."""
+        claim = claims[0] if len(claims) == 1 else torch.stack([*claims]).all()
+        errors, limits = zip(*self.errors, strict=True)
+        holds, n_iter, *values = look(torch.stack([claim.float(), self.n_iter, *errors]))
         # Written so that NaN counts as large.
-        return int(n_iter) if holds == 1 and all(error <= 1 for error in errors) else None
+        good = holds == 1 and all(value <= limit for value, limit in zip(values, limits, strict=True))
+        return int(n_iter) if good else None
 
 
 def look(evidence: Tensor) -> list[float]:
@@ -54,7 +58,7 @@ def attempt(
     needed: Needed,
     start: Tensor | None,
     *,
-    padded: bool,
+    weighted: bool,
 ) -> Attempt | None:
     """Transports between measures, or ``None`` if the kernels are not made for them.
 
@@ -65,7 +69,7 @@ def attempt(
         pairs: which transports.
         needed: gradients that somebody will ask for.
         start: potential ``(B, M)`` to start from.
-        padded: whether there may be points of weight zero.
+        weighted: whether weights were given; otherwise they are all the same, and their sum is one.
     """
     sizes = {"x": x.weights.shape[1], "y": y.weights.shape[1]}
     # Transports of one shape are a single batch.
@@ -82,19 +86,25 @@ def attempt(
         if stack is None:
             return None
         stacks.append(stack)
-    mean = stacks[0].mean()
-    blur, mean = blur_of(mean, options), mean + (options.label_cost or 0.0)
+    mean = stacks[0].mean(weighted=weighted)
+    blur = blur_of(mean, options)
+    eps = blur**options.p
     if options.label_cost is not None:
+        mean = mean + options.label_cost
         stacks = [stack.with_labels(x, y, options) for stack in stacks]
     # All kernels before all checks: while they run, the host is busy with what follows them.
-    solved = [stack.solved(blur, mean, options, start) for stack in stacks]
+    temperatures = [eps.repeat(len(stack.group)) if len(stack.group) > 1 else eps for stack in stacks]
+    solved = [stack.solved(each, mean, options, start) for stack, each in zip(stacks, temperatures, strict=True)]
     optima: dict[Pair, Optimum] = {}
-    evidence = []
-    for stack, found in zip(stacks, solved, strict=True):
+    n_iter, errors = [], []
+    for stack, each, found in zip(stacks, temperatures, solved, strict=True):
         if found is None:
             return None
-        evidence += stack.check(*found, blur, options, needed, optima, padded=padded)
-    return Attempt(optima, blur, evidence)
+        potentials, report = found
+        errors += stack.check(potentials, each, options, needed, optima, weighted=weighted)
+        if stack.between > 0:
+            n_iter.append(report[: stack.between, 1].max())
+    return Attempt(optima, blur, n_iter[0], errors)
 
 
 class _Stack(NamedTuple):
@@ -130,8 +140,10 @@ class _Stack(NamedTuple):
         """How many transports are not of a measure to itself."""
         return self.size if self.group[0] == "xy" else 0
 
-    def mean(self) -> Tensor:
+    def mean(self, *, weighted: bool) -> Tensor:
         """Mean cost ``(B,)`` between the measures."""
+        if not weighted:
+            return self.cost[: self.size].mean((-2, -1))
         a, b = self.a[: self.size], self.b[: self.size]
         total = ((self.cost[: self.size] @ b.unsqueeze(-1)).squeeze(-1) * a).sum(-1)
         return total / (a.sum(-1) * b.sum(-1))
@@ -148,11 +160,11 @@ class _Stack(NamedTuple):
         return self._replace(distances=distances)
 
     def solved(
-        self, blur: Tensor, mean: Tensor, options: SinkhornOptions, start: Tensor | None
+        self, eps: Tensor, mean: Tensor, options: SinkhornOptions, start: Tensor | None
     ) -> tuple[Tensor, Tensor] | None:
         """What the kernels find: potentials ``(S, M)``, and their report."""
         return triton.potentials(
-            *(self.cost, self.a, self.b, self._temperatures(blur, options), options.rho, mean),
+            *(self.cost, self.a, self.b, eps, options.rho, mean),
             tol=MARGIN * options.tol,
             self_tol=MARGIN * SELF_ACCURACY * options.tol,
             max_iter=options.max_iter,
@@ -163,78 +175,73 @@ class _Stack(NamedTuple):
     def check(
         self,
         g: Tensor,
-        report: Tensor,
-        blur: Tensor,
+        temperatures: Tensor,
         options: SinkhornOptions,
         needed: Needed,
         optima: dict[Pair, Optimum],
         *,
-        padded: bool,
-    ) -> list[Tensor]:
-        """Add the optima with potentials ``g`` to others; return how far off they are, in units of what is allowed.
+        weighted: bool,
+    ) -> list[tuple[Tensor, float]]:
+        """Add the optima with potentials ``g`` to others; return how far off they are, with what is allowed.
 
         As in :class:`~lightning_wdefense.transport.kernel.GibbsKernel`, with all of the kernel at once.
         """
         a, b, k, rho = self.a, self.b, self.between, options.rho
-        temperatures = self._temperatures(blur, options)
         eps = temperatures.unsqueeze(-1)
-        share = None if rho is None else rho / (rho + eps)
-        kernel = torch.addcdiv((b.log() + g / eps).unsqueeze(-2), self.cost, eps.unsqueeze(-1), value=-1)
+        scale = -eps if rho is None else eps * (-rho / (rho + eps))
+        exponents = torch.addcdiv(b.log(), g, eps).unsqueeze(-2)
+        kernel = torch.addcdiv(exponents, self.cost, eps.unsqueeze(-1), value=-1)
         top = kernel.amax(-1)
         kernel.sub_(top.unsqueeze(-1)).exp_()
         sums = kernel.sum(-1)
-        log_sums = sums.log()
-        f = (top + log_sums) * -(eps if share is None else eps * share)
+        f = (top + sums.log()) * scale
 
         # Within a measure both sides have one potential, between them the rows have the exact answer to the columns.
-        rows, scalings = [], []
+        own = torch.where(a[k:] > 0, g[k:], f[k:]) if weighted and k < len(a) else g[k:]
+        scalings = []
         if k > 0:
-            rows.append(f[:k])
-            if share is None:
-                scalings.append(a[:k] / sums[:k])
-            else:
-                scalings.append(a[:k] * ((1 - share[:k]) * top[:k] - share[:k] * log_sums[:k]).exp())
+            # Of what cancels in the exponent nothing is left: large numbers would leave their rounding.
+            scalings.append(a[:k] / sums[:k] if rho is None else a[:k] * (-f[:k] / rho).exp() / sums[:k])
         if k < len(a):
-            rows.append(torch.where(a[k:] > 0, g[k:], f[k:]))
-            scalings.append(a[k:] * (rows[-1] / eps[k:] + top[k:]).exp())
-        row_potential, u = _stacked(rows), _stacked(scalings)
+            scalings.append(torch.addcdiv(top[k:], own, eps[k:]).exp_().mul_(a[k:]))
+        u = _stacked(scalings)
         columns = torch.bmm(u.unsqueeze(-2), kernel).squeeze(-2)
-        errors = _marginal_errors(columns, g, b, rho)
-
-        if padded:
-            answers = [row_potential[k:]] if k < len(a) else []
-            if k > 0:
-                exponents = (a[:k].log() + f[:k] / eps[:k]).unsqueeze(-1) - self.cost[:k] / eps[:k].unsqueeze(-1)
-                answer = exponents.logsumexp(-2) * -(eps[:k] if share is None else eps[:k] * share[:k])
-                answers.insert(0, torch.where(b[:k] > 0, g[:k], answer))
-            g = _stacked(answers)
+        errors = _marginal_errors(columns, g, b, rho, weighted=weighted)
+        if weighted:
+            g = _stacked([*([self._columns(f, g, eps, scale)] if k > 0 else []), *([own] if k < len(a) else [])])
         values = semi_dual(f, g, a, b, temperatures, rho).to(a.dtype)
-        of_x = of_y = None
+
+        of_x = of_y = of_a = of_b = None
         if any(needed.of(pair).x for pair in self.group) or (k > 0 and needed.y):
             of_x, of_y = self._displacements(kernel, u, sums, columns, needed, options.p)
-        of_a = of_weights(row_potential, b, eps, rho) if any(needed.of(pair).a for pair in self.group) else None
-        of_b = of_weights(g[:k], a[:k], eps[:k], rho) if k > 0 and needed.b else None
-
+        if any(needed.of(pair).a for pair in self.group):
+            rows = [*([f[:k]] if k > 0 else []), *([own] if k < len(a) else [])]
+            of_a = of_weights(_stacked(rows), b, eps, rho)
+        if k > 0 and needed.b:
+            of_b = of_weights(g[:k], a[:k], eps[:k], rho)
         for i, pair in enumerate(self.group):
-            part, own = slice(i * self.size, (i + 1) * self.size), needed.of(pair)
+            part, wanted = slice(i * self.size, (i + 1) * self.size), needed.of(pair)
             optima[pair] = Optimum(
                 value=values[part],
                 f=f[part],
                 g=g[part],
                 n_iter=0,
                 error=errors[part],
-                of_x=of_x[part] if of_x is not None and own.x else None,
+                of_x=of_x[part] if of_x is not None and wanted.x else None,
                 of_y=of_y if pair == "xy" else None,
-                of_a=of_a[part] if of_a is not None and own.a else None,
+                of_a=of_a[part] if of_a is not None and wanted.a else None,
                 of_b=of_b if pair == "xy" else None,
                 of_cost=None,
             )
-        evidence = []
-        if k > 0:
-            evidence += [report[:k, 1].max(), errors[:k].max() / options.tol]
-        if k < len(a):
-            evidence.append(errors[k:].max() / (SELF_ACCURACY * options.tol))
-        return evidence
+        allowed = (slice(0, k), options.tol), (slice(k, len(a)), SELF_ACCURACY * options.tol)
+        return [(errors[part].max(), tol) for part, tol in allowed if part.start < part.stop]
+
+    def _columns(self, f: Tensor, g: Tensor, eps: Tensor, scale: Tensor) -> Tensor:
+        """The potential of the columns of the transports between, where they have no weight the exact answer to the rows."""
+        k = self.between
+        exponents = torch.addcdiv(self.a[:k].log(), f[:k], eps[:k]).unsqueeze(-1)
+        answer = torch.addcdiv(exponents, self.cost[:k], eps[:k].unsqueeze(-1), value=-1).logsumexp(-2) * scale[:k]
+        return torch.where(self.b[:k] > 0, g[:k], answer)
 
     def _displacements(
         self, kernel: Tensor, u: Tensor, sums: Tensor, columns: Tensor, needed: Needed, p: int
@@ -252,9 +259,6 @@ class _Stack(NamedTuple):
             of_y = torch.baddbmm(columns[:k].unsqueeze(-1) * self.y[:k], kernel[:k].mT, scaled, alpha=-1)
         return of_x, of_y
 
-    def _temperatures(self, blur: Tensor, options: SinkhornOptions) -> Tensor:
-        return (blur**options.p).repeat(len(self.group))
-
 
 def _fits(group: tuple[Pair, ...], sizes: dict[str, int], like: Measure) -> bool:
     """Whether the kernels can hold all transports of a group at once."""
@@ -269,12 +273,13 @@ def _stacked(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat([*tensors])
 
 
-def _marginal_errors(columns: Tensor, g: Tensor, b: Tensor, rho: float | None) -> Tensor:
+def _marginal_errors(columns: Tensor, g: Tensor, b: Tensor, rho: float | None, *, weighted: bool) -> Tensor:
     """As in :class:`~lightning_wdefense.transport.iteration.Iteration`."""
     root, target = b.sqrt(), b
-    least = NOTHING * torch.linalg.vector_norm(root, dim=-1)
+    mass = norm = torch.linalg.vector_norm(root, dim=-1)
     if rho is not None:
         root = root * (g * (-0.5 / rho)).exp().clamp(min=TINY**0.5)
         target = root.square()
-    off = (columns - target) / root.clamp(min=TINY**0.5)
-    return torch.linalg.vector_norm(off, dim=-1) / torch.maximum(torch.linalg.vector_norm(root, dim=-1), least)
+        norm = torch.maximum(torch.linalg.vector_norm(root, dim=-1), NOTHING * mass)
+    off = (columns - target) / (root.clamp(min=TINY**0.5) if weighted else root)
+    return torch.linalg.vector_norm(off, dim=-1) / norm

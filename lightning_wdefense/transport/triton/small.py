@@ -133,7 +133,7 @@ def sinkhorn(
     reheatings = 0
     began = 0  # iterations before those of the level
     untried = warm > 0  # whether the error at the given potential is still unknown
-    g = tl.load(start + problem * m + columns, mask=kept, other=0.0)
+    g = tl.load(start + problem * m + columns, mask=kept & (warm > 0), other=0.0)
     w = tl.zeros([WIDTH], tl.float32)
     resort = w  # the plain step from the best point of the level
     residuals, images = tl.zeros([SLOTS, WIDTH], tl.float32), tl.zeros([SLOTS, WIDTH], tl.float32)
@@ -260,7 +260,16 @@ def launch(
     """
     (size, n), m = a.shape, b.shape[1]
     sinkhorn[(size * slabs.programs,)](
-        *(cost, a, b, eps, mean, torch.zeros_like(b) if start is None else start, found, report),
+        *(
+            cost,
+            a,
+            b,
+            eps,
+            mean,
+            b if start is None else start,
+            found,
+            report,
+        ),  # one that is not read, if there is none
         *meeting_place(size, slabs, b.device),
         *(n, m, rho, tol, max_iter, int(start is not None)),
         **settings(slabs, rho),
