@@ -266,7 +266,8 @@ def _fits(group: tuple[Pair, ...], sizes: dict[str, int], like: Measure) -> bool
     size, device = len(like.weights), like.weights.device
     within = size * (len(group) - (group[0] == "xy"))
     fits = group[0] != "xy" or triton.fits(n, m, size, device)
-    return fits and (within == 0 or triton.fits(n, n, within, device)) and not too_large(n, m, device)
+    fits = fits and (within == 0 or triton.fits(n, n, within, device))
+    return fits and not too_large((size * len(group), n, m), like.weights)
 
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:

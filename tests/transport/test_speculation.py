@@ -49,6 +49,32 @@ def test_same_every_time():
     assert all(torch.equal(*pair) for pair in zip(first[1], second[1], strict=True))
 
 
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((3, 128, 128), [(0, 3, 1)]),
+        ((2, 1024, 1024), [(0, 2, 64)]),
+        ((2, 2048, 2048), [(0, 1, 128), (1, 2, 128)]),
+        ((80, 256, 256), [(0, 40, 2), (40, 80, 2)]),
+        ((7, 1000, 1000), [(0, 4, 32), (4, 7, 32)]),
+        ((1, 3000, 3000), []),
+        ((9, 3000, 3000), []),
+    ],
+    ids=str,
+)
+def test_portions(shape, expected, monkeypatch):
+    """As many problems in a launch as can run at once."""
+    from lightning_wdefense.transport.triton import persistent
+
+    class Properties:
+        multi_processor_count = 132
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    size, n, m = shape
+    found = persistent.portions(n, m, size, torch.device("cuda"))
+    assert [(part.start, part.stop, slabs.programs) for part, slabs in found] == expected
+
+
 @pytest.mark.parametrize("rho", [math.inf, 1.0], ids=["balanced", "unbalanced"])
 @pytest.mark.parametrize(
     ("slabs", "most"),

@@ -81,12 +81,12 @@ def potential(
 
 
 def fits(n: int, m: int, size: int, device: torch.device) -> bool:
-    """Whether the kernels can solve ``size`` problems ``(N, M)`` in one launch, and have not failed."""
+    """Whether :func:`potentials` can solve ``size`` problems ``(N, M)``, and has not failed."""
     if not available(device) or f"stacked {_kind(n, m)}" in _failed:
         return False
     from lightning_wdefense.transport.triton import persistent
 
-    return persistent.spread(n, m, size, device) is not None
+    return bool(persistent.portions(n, m, size, device))
 
 
 def pairwise_costs(x: Tensor, y: Tensor, p: int) -> Tensor | None:
@@ -134,20 +134,16 @@ def potentials(
         from lightning_wdefense.transport.triton import persistent, small, symmetric
 
         (size, n), m, price = a.shape, b.shape[1], math.inf if rho is None else rho
-        found, report = torch.empty_like(b), b.new_empty(size, 2)
-        if between > 0:
-            slabs = persistent.spread(n, m, between, b.device)
-            assert slabs is not None
-            part = slice(0, between)
-            first = None if start is None else start.contiguous()
-            problems = cost[part], a[part], b[part], eps[part], price, mean, tol, max_iter, first
+        rows, columns = a.contiguous(), b.contiguous()
+        found, report = torch.empty_like(columns), b.new_empty(size, 2)
+        for part, slabs in persistent.portions(n, m, between, b.device):
+            first = None if start is None else start[part].contiguous()
+            problems = cost[part], rows[part], columns[part], eps[part], price, mean[part], tol, max_iter, first
             small.launch(*problems, slabs, found[part], report[part])
-        if between < size:
-            slabs = persistent.spread(n, n, size - between, b.device)
-            assert slabs is not None
-            part = slice(between, size)
-            own = cost[part], a[part], eps[part], price, self_tol, max_iter
-            symmetric.launch(*own, slabs, found[part], report[part])
+        for own, slabs in persistent.portions(n, m, size - between, b.device):
+            part = slice(between + own.start, between + own.stop)
+            within = cost[part], rows[part], eps[part], price, self_tol, max_iter
+            symmetric.launch(*within, slabs, found[part], report[part])
         return found, report
 
     return _launched(f"stacked {_kind(a.shape[1], b.shape[1])}", cost, find)

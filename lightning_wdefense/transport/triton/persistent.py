@@ -54,6 +54,21 @@ def spread(n: int, m: int, size: int, device: torch.device) -> Slabs | None:
     return slabs if fits or device.type != "cuda" else None
 
 
+def portions(n: int, m: int, size: int, device: torch.device) -> list[tuple[slice, Slabs]]:
+    """In how many launches ``size`` problems ``(N, M)`` are solved, and how those of each are spread; none if they are too large."""
+    count = size
+    while count > 1 and spread(n, m, count, device) is None:
+        count = (count + 1) // 2
+    found = []
+    for start in range(0, size, max(1, count)):
+        part = slice(start, min(size, start + count))
+        slabs = spread(n, m, part.stop - start, device)
+        if slabs is None:
+            return []
+        found.append((part, slabs))
+    return found
+
+
 class MeetingPlace(NamedTuple):
     """Memory by which the programs of each problem talk: their column sums, the totals, and a count of arrivals."""
 
