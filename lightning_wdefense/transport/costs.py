@@ -19,7 +19,7 @@ STORED = {"cpu": 2**28, "cuda": 2**31}
 """Entries up to which a cost is stored, by type of device; a larger one is made anew whenever it is needed."""
 
 SHARE = 0.25
-"""Share of a GPU's free memory up to which a cost is stored: its kernel takes as much, and gradients some more."""
+"""Share of a GPU's free memory up to which a cost is stored: its kernel takes as much, and so do gradients."""
 
 UNASKED = 2**26
 """Bytes up to which a GPU is not asked for its free memory, which takes time."""
@@ -72,8 +72,11 @@ class GroundCost:
         return sum(means, a.new_zeros(())) / (a.sum(-1) * b.sum(-1))
 
     def too_large(self, like: Tensor) -> bool:
-        """Whether a matrix of this shape is not stored, on the device and in the dtype of a tensor."""
-        return too_large(self.shape, like)
+        """Whether a matrix of this shape is not stored, on the device and in the dtype of a tensor.
+
+        One beside a cost that is stored may take more of the memory that is left, so that both or neither are.
+        """
+        return too_large(self.shape, like, SHARE if self.lazy else 2 * SHARE)
 
     def stored(self, like: Tensor, work: Workspace, name: str) -> GroundCost:
         """The same with its matrix in a buffer of the workspace, unless that would be too large."""
@@ -85,13 +88,13 @@ class GroundCost:
         return replace(self, matrix=lambda part: matrix[..., part, :], lazy=False)
 
 
-def too_large(shape: Sequence[int], like: Tensor) -> bool:
+def too_large(shape: Sequence[int], like: Tensor, share: float = SHARE) -> bool:
     """Whether matrices ``(..., N, M)`` are not stored, on the device and in the dtype of a tensor."""
     device = like.device
     if shape[-2] * shape[-1] > STORED.get(device.type, STORED["cpu"]):
         return True
     size = math.prod(shape) * like.element_size()
-    return device.type == "cuda" and size > UNASKED and size > SHARE * _free(device)
+    return device.type == "cuda" and size > UNASKED and size > share * _free(device)
 
 
 def _free(device: torch.device) -> int:

@@ -12,6 +12,8 @@ import torch
 from transport import speculation_cases as cases
 from transport.test_triton import stack_of
 
+from lightning_wdefense.transport import costs
+
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -97,3 +99,25 @@ def test_pairwise_compiles(root):
     settings = {"ROOT": root, "TILE": pairwise.TILE, "UNROLLED": pairwise.UNROLLED, "num_warps": 4}
     stack = stack_of(pairwise.pairwise, settings)
     assert stack is None or stack == 0
+
+
+@pytest.mark.parametrize(
+    ("entries", "lazy", "expected"),
+    [(2**14, True, False), (2**26, True, False), (2**29, True, True), (2**29, False, False), (2**32, False, True)],
+    ids=str,
+)
+def test_stored_where_a_gpu_has_memory(entries, lazy, expected, monkeypatch):
+    """4 GiB are free, and 2 GiB more that PyTorch holds: a cost may take a quarter, its kernel half of what is left."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**32, 2**36))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2**33)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2**33 - 2**31)
+
+    class OnGpu:
+        device = torch.device("cuda")
+
+        @staticmethod
+        def element_size():
+            return 4
+
+    cost = costs.GroundCost((entries // 128, 128), lambda part: None, lazy=lazy)
+    assert cost.too_large(OnGpu()) == expected
