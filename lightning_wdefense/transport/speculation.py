@@ -111,6 +111,8 @@ class _Stack(NamedTuple):
     """Transports of one shape as a batch ``(S, N, M)``: first those between the measures, then those within them."""
 
     group: tuple[Pair, ...]
+    size: int
+    """Problems of each pair."""
     x: Tensor
     y: Tensor
     a: Tensor
@@ -128,12 +130,7 @@ class _Stack(NamedTuple):
             for side in (0, 1)
         )
         cost = triton.pairwise_costs(points_x, points_y, options.p)
-        return None if cost is None else cls(group, points_x, points_y, a, b, cost, cost)
-
-    @property
-    def size(self) -> int:
-        """Problems of each pair."""
-        return len(self.a) // len(self.group)
+        return None if cost is None else cls(group, x.weights.shape[0], points_x, points_y, a, b, cost, cost)
 
     @property
     def between(self) -> int:
@@ -187,6 +184,7 @@ class _Stack(NamedTuple):
         As in :class:`~lightning_wdefense.transport.kernel.GibbsKernel`, with all of the kernel at once.
         """
         a, b, k, rho = self.a, self.b, self.between, options.rho
+        total = self.size * len(self.group)
         eps = temperatures.unsqueeze(-1)
         scale = -eps if rho is None else eps * (-rho / (rho + eps))
         exponents = torch.addcdiv(b.log(), g, eps).unsqueeze(-2)
@@ -197,25 +195,25 @@ class _Stack(NamedTuple):
         f = (top + sums.log()) * scale
 
         # Within a measure both sides have one potential, between them the rows have the exact answer to the columns.
-        own = torch.where(a[k:] > 0, g[k:], f[k:]) if weighted and k < len(a) else g[k:]
+        own = torch.where(a[k:] > 0, g[k:], f[k:]) if weighted and k < total else g[k:]
         scalings = []
         if k > 0:
             # Of what cancels in the exponent nothing is left: large numbers would leave their rounding.
             scalings.append(a[:k] / sums[:k] if rho is None else a[:k] * (-f[:k] / rho).exp() / sums[:k])
-        if k < len(a):
+        if k < total:
             scalings.append(torch.addcdiv(top[k:], own, eps[k:]).exp_().mul_(a[k:]))
         u = _stacked(scalings)
         columns = torch.bmm(u.unsqueeze(-2), kernel).squeeze(-2)
         errors = _marginal_errors(columns, g, b, rho, weighted=weighted)
         if weighted:
-            g = _stacked([*([self._columns(f, g, eps, scale)] if k > 0 else []), *([own] if k < len(a) else [])])
+            g = _stacked([*([self._columns(f, g, eps, scale)] if k > 0 else []), *([own] if k < total else [])])
         values = semi_dual(f, g, a, b, temperatures, rho).to(a.dtype)
 
         of_x = of_y = of_a = of_b = None
         if any(needed.of(pair).x for pair in self.group) or (k > 0 and needed.y):
             of_x, of_y = self._displacements(kernel, u, sums, columns, needed, options.p)
         if any(needed.of(pair).a for pair in self.group):
-            rows = [*([f[:k]] if k > 0 else []), *([own] if k < len(a) else [])]
+            rows = [*([f[:k]] if k > 0 else []), *([own] if k < total else [])]
             of_a = of_weights(_stacked(rows), b, eps, rho)
         if k > 0 and needed.b:
             of_b = of_weights(g[:k], a[:k], eps[:k], rho)
@@ -233,7 +231,7 @@ class _Stack(NamedTuple):
                 of_b=of_b if pair == "xy" else None,
                 of_cost=None,
             )
-        allowed = (slice(0, k), options.tol), (slice(k, len(a)), SELF_ACCURACY * options.tol)
+        allowed = (slice(0, k), options.tol), (slice(k, total), SELF_ACCURACY * options.tol)
         return [(errors[part].max(), tol) for part, tol in allowed if part.start < part.stop]
 
     def _columns(self, f: Tensor, g: Tensor, eps: Tensor, scale: Tensor) -> Tensor:
@@ -263,7 +261,7 @@ class _Stack(NamedTuple):
 def _fits(group: tuple[Pair, ...], sizes: dict[str, int], like: Measure) -> bool:
     """Whether the kernels can hold all transports of a group at once."""
     n, m = (sizes[side] for side in group[0])
-    size, device = len(like.weights), like.weights.device
+    size, device = like.weights.shape[0], like.weights.device
     within = size * (len(group) - (group[0] == "xy"))
     fits = group[0] != "xy" or triton.fits(n, m, size, device)
     fits = fits and (within == 0 or triton.fits(n, n, within, device))

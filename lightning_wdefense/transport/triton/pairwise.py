@@ -49,7 +49,7 @@ def pairwise_costs(x: Tensor, y: Tensor, p: int) -> Tensor:
     """``|x - y|^p / p`` between points ``(B, N, D)`` and ``(B, M, D)``: ``(B, N, M)`` with rows that begin :data:`ALIGNED`."""
     (size, n, depth), m = x.shape, y.shape[1]
     cost = torch.empty(size, n, m + -m % ALIGNED, device=x.device, dtype=torch.float32)
-    grid = (size * triton.cdiv(n, TILE) * triton.cdiv(cost.shape[-1], TILE),)
+    grid = (size * -(-n // TILE) * -(-cost.shape[-1] // TILE),)
     pairwise[grid](
         x.contiguous(), y.contiguous(), cost, n, m, depth, ROOT=p == 1, TILE=TILE, UNROLLED=UNROLLED, num_warps=4
     )

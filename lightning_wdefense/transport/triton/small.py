@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 
 from lightning_wdefense.transport import anderson, annealing, iteration, kernel
 from lightning_wdefense.transport.triton.pairwise import ALIGNED
-from lightning_wdefense.transport.triton.persistent import COLUMNS, SLAB, Slabs, add_up, meeting_place
+from lightning_wdefense.transport.triton.persistent import COLUMNS, SLAB, Slabs, add_up, meeting_place, power_of_two
 
 # In Triton's interpreter a constant on the left of a tensor may make a constant of the product: tensors come first below.
 WARMEST = tl.constexpr(annealing.WARMEST)
@@ -284,7 +284,7 @@ def settings(slabs: Slabs, rho: float) -> dict[str, Any]:
         "PROGRAMS": slabs.programs,
         "ROWS": slabs.rows,
         "WIDTH": slabs.columns,
-        "SLOTS": triton.next_power_of_2(memory),
+        "SLOTS": power_of_two(memory),
         "MEMORY": memory,
         "num_warps": 16 if slabs.entries > SLAB else min(8, max(1, slabs.entries // 1024)),
         "launch_cooperative_grid": slabs.programs > 1,  # fails if they cannot all run at once
