@@ -80,7 +80,7 @@ def test_portions(shape, expected, monkeypatch):
 @pytest.mark.parametrize("rho", [math.inf, 1.0], ids=["balanced", "unbalanced"])
 @pytest.mark.parametrize(
     ("slabs", "most"),
-    [((1, 16, 16), 0), ((1, 128, 128), 0), ((64, 16, 1024), 0), ((32, 32, 1024), 800), ((64, 32, 2048), 1600)],
+    [((1, 16, 16), 16), ((1, 128, 128), 128), ((64, 16, 1024), 128), ((32, 32, 1024), 800), ((128, 16, 2048), 800)],
     ids=str,
 )
 def test_average_compiles(slabs, most, rho):
