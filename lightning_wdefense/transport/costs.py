@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +17,12 @@ Rows = Callable[..., Tensor]
 
 STORED = {"cpu": 2**28, "cuda": 2**31}
 """Entries up to which a cost is stored, by type of device; a larger one is made anew whenever it is needed."""
+
+SHARE = 0.25
+"""Share of a GPU's free memory up to which a cost is stored: its kernel takes as much, and so do gradients."""
+
+UNASKED = 2**26
+"""Bytes up to which a GPU is not asked for its free memory, which takes time."""
 
 BLOCK = 2**18
 """Entries that are made at once, so that they stay in the cache of a core."""
@@ -64,18 +71,36 @@ class GroundCost:
         means = (((self.rows(part) @ b.unsqueeze(-1)).squeeze(-1) * a[..., part]).sum(-1) for part in self.parts())
         return sum(means, a.new_zeros(())) / (a.sum(-1) * b.sum(-1))
 
-    def too_large(self, device: torch.device) -> bool:
-        """Whether a matrix of this shape is not stored on the device."""
-        return self.shape[-2] * self.shape[-1] > STORED.get(device.type, STORED["cpu"])
+    def too_large(self, like: Tensor) -> bool:
+        """Whether a matrix of this shape is not stored, on the device and in the dtype of a tensor.
+
+        One beside a cost that is stored may take more of the memory that is left, so that both or neither are.
+        """
+        return too_large(self.shape, like, SHARE if self.lazy else 2 * SHARE)
 
     def stored(self, like: Tensor, work: Workspace, name: str) -> GroundCost:
         """The same with its matrix in a buffer of the workspace, unless that would be too large."""
-        if not self.lazy or self.too_large(like.device):
+        if not self.lazy or self.too_large(like):
             return self
         matrix = work.empty(name, self.shape, like)
         for part in [slice(0, self.shape[-2])] if like.is_cuda else self.parts():
             self.matrix(part, matrix[..., part, :])
         return replace(self, matrix=lambda part: matrix[..., part, :], lazy=False)
+
+
+def too_large(shape: Sequence[int], like: Tensor, share: float = SHARE) -> bool:
+    """Whether matrices ``(..., N, M)`` are not stored, on the device and in the dtype of a tensor."""
+    device = like.device
+    if shape[-2] * shape[-1] > STORED.get(device.type, STORED["cpu"]):
+        return True
+    size = math.prod(shape) * like.element_size()
+    return device.type == "cuda" and size > UNASKED and size > share * _free(device)
+
+
+def _free(device: torch.device) -> int:
+    """Bytes of a GPU's memory that nobody uses, those included that PyTorch holds for later."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def matrix_cost(matrix: Tensor) -> GroundCost:

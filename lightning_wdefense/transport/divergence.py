@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_wdefense.transport.entropic import warn_unless_converged
-from lightning_wdefense.transport.evaluation import evaluate, read_arguments
+from lightning_wdefense.transport.evaluation import read_and_evaluate, read_arguments
 from lightning_wdefense.transport.options import Cost, NamedCost, SinkhornOptions, Solver
 from lightning_wdefense.transport.second_opinion import geomloss_evaluation
 from lightning_wdefense.transport.warm_start import WarmStart
@@ -95,14 +95,16 @@ def sinkhorn_divergence(
     """
     options = SinkhornOptions(p, blur, relative_blur, reach, cost, label_cost, tol, max_iter, solver)
     with torch.autocast(x.device.type if isinstance(x, Tensor) else "cpu", enabled=False):
-        arguments = read_arguments(x, y, a, b, x_labels, y_labels, options, debias=True)
+        given = x, y, a, b, x_labels, y_labels, options
         if options.solver == "geomloss":
-            value = geomloss_evaluation(arguments).value
+            value = geomloss_evaluation(read_arguments(*given, debias=True)).value
         else:
-            evaluation = evaluate(arguments, warm_start)
+            arguments, evaluation = read_and_evaluate(*given, debias=True, warm_start=warm_start)
             warn_unless_converged(options, evaluation)
-            excess = arguments.x.weights.sum(-1) - arguments.y.weights.sum(-1)
-            value = evaluation.value + 0.5 * evaluation.blur**p * excess.square()
+            value = evaluation.value
+            if reach is not None:  # Otherwise they are equal.
+                excess = arguments.x.weights.sum(-1) - arguments.y.weights.sum(-1)
+                value = value + 0.5 * evaluation.blur**p * excess.square()
     return value if x.ndim == 3 else value[0]
 
 

@@ -21,6 +21,10 @@ def semi_dual(f: Tensor, g: Tensor, a: Tensor, b: Tensor, eps: float | Tensor, r
 
     In float64: its error is the square of that of the potentials. ``eps`` is a number, or ``(...)``.
     """
-    f, g, wide_a, wide_b = f.double(), g.double(), a.double(), b.double()
-    entropy = (wide_a * density(f, rho)).sum(-1) - wide_a.sum(-1) * wide_b.sum(-1)
+    wide_a, wide_b = a.double(), b.double()
+    mass = transported = wide_a.sum(-1)
+    if rho is not None:
+        f, g = f.double(), g.double()
+        transported = (wide_a * density(f, rho)).sum(-1)
+    entropy = transported - mass * wide_b.sum(-1)
     return (wide_a * price(f, rho)).sum(-1) + (wide_b * price(g, rho)).sum(-1) - eps * entropy

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_wdefense.transport.evaluation import Evaluation, evaluate, read_arguments
+from lightning_wdefense.transport.evaluation import Evaluation, read_and_evaluate, read_arguments
 from lightning_wdefense.transport.options import Cost, NamedCost, SinkhornOptions, Solver
 from lightning_wdefense.transport.second_opinion import geomloss_evaluation
 from lightning_wdefense.transport.warm_start import WarmStart
@@ -25,7 +25,8 @@ class SinkhornResult(NamedTuple):
         value: the optimal value, ``()`` or ``(B,)``; the only field with a gradient.
         f: dual potential on ``x``, ``(N,)`` or ``(B, N)``, in units of the cost.
         g: dual potential on ``y``, ``(M,)`` or ``(B, M)``.
-        n_iter: iterations taken, those of the annealing included; on a GPU, those that followed a kernel's.
+        n_iter: iterations taken, those of the annealing included; on a GPU, those of a kernel or, where they were not enough, those
+            that followed.
         marginal_error: root mean square of the relative error of the plan's marginals. It bounds their L1 error as a share
             of the mass, and foretells the error of the gradient better.
         converged: whether ``marginal_error`` is at most ``tol``.
@@ -121,11 +122,11 @@ def sinkhorn(
     """
     options = SinkhornOptions(p, blur, relative_blur, reach, cost, label_cost, tol, max_iter, solver)
     with torch.autocast(x.device.type if isinstance(x, Tensor) else "cpu", enabled=False):
-        arguments = read_arguments(x, y, a, b, x_labels, y_labels, options, debias=False)
+        given = x, y, a, b, x_labels, y_labels, options
         if options.solver == "geomloss":
-            evaluation = geomloss_evaluation(arguments)
+            evaluation = geomloss_evaluation(read_arguments(*given, debias=False))
         else:
-            evaluation = evaluate(arguments, warm_start)
+            _, evaluation = read_and_evaluate(*given, debias=False, warm_start=warm_start)
             warn_unless_converged(options, evaluation)
     solution = evaluation.optima["xy"]
     per_problem = evaluation.value, solution.f, solution.g, solution.error, evaluation.blur
@@ -138,6 +139,8 @@ def warn_unless_converged(options: SinkhornOptions, evaluation: Evaluation) -> N
 
     The error has one digit so that the same text comes back, which Python's default filter shows once.
     """
+    if evaluation.judged:
+        return
     error = max(float(optimum.error.max()) for optimum in evaluation.optima.values())
     if not error <= options.tol:
         warnings.warn(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_wdefense.transport import triton
 from lightning_wdefense.transport.costs import checked_cost, label_disagreement
 from lightning_wdefense.transport.envelope import with_gradients
 from lightning_wdefense.transport.measures import Measure, read_measures
@@ -19,6 +20,7 @@ from lightning_wdefense.transport.options import SinkhornOptions
 from lightning_wdefense.transport.precision import exact_products
 from lightning_wdefense.transport.problem import Pair, solved_at_once
 from lightning_wdefense.transport.second_order import WEIGHT, euclidean_cost, gradients_of_weights_and_costs
+from lightning_wdefense.transport.speculation import attempt
 from lightning_wdefense.transport.warm_start import WarmStart
 from lightning_wdefense.transport.workspace import workspace
 
@@ -40,11 +42,15 @@ class Arguments(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """Value ``(B,)`` with its gradient, the transports it is made of, and the blur ``(B,)``."""
+    """Value ``(B,)`` with its gradient, the transports it is made of, and the blur ``(B,)``.
+
+    ``judged`` is whether the errors are known to be below the tolerance already.
+    """
 
     value: Tensor
     optima: Mapping[Pair, Optimum]
     blur: Tensor
+    judged: bool = False
 
 
 def read_arguments(
@@ -57,15 +63,22 @@ def read_arguments(
     options: SinkhornOptions,
     *,
     debias: bool,
+    claims: list[Tensor] | None = None,
 ) -> Arguments:
-    """Check the arguments. With ``debias`` also the transports of both measures to themselves will be solved."""
+    """Check the arguments. With ``debias`` also the transports of both measures to themselves will be solved.
+
+    ``claims`` is as for :func:`~.measures.read_measures`.
+    """
     if options.label_cost is not None and (x_labels is None or y_labels is None):
         missing = " and ".join(
             name for name, given in (("x_labels", x_labels), ("y_labels", y_labels)) if given is None
         )
         raise ValueError(f"label_cost={options.label_cost} needs labels: pass {missing}, or label_cost=None.")
     source, target = read_measures(
-        x, y, a, b, x_labels, y_labels, balanced=options.rho is None, own_cost=callable(options.cost)
+        *(x, y, a, b, x_labels, y_labels),
+        balanced=options.rho is None,
+        own_cost=callable(options.cost),
+        claims=claims,
     )
     pairs: tuple[Pair, ...] = ("xy", "xx", "yy") if debias else ("xy",)
     matrices: dict[Pair, Tensor] = {}
@@ -78,6 +91,62 @@ def read_arguments(
         matrices = {pair: cost(points[pair[0]], points[pair[1]]) for pair in pairs}
         options = replace(options, cost=cost)
     return Arguments(source, target, options, matrices, pairs)
+
+
+def read_and_evaluate(
+    x: Tensor,
+    y: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    x_labels: Tensor | None,
+    y_labels: Tensor | None,
+    options: SinkhornOptions,
+    *,
+    debias: bool,
+    warm_start: WarmStart | None = None,
+) -> tuple[Arguments, Evaluation]:
+    """:func:`read_arguments` and :func:`evaluate`, on a GPU without waiting for it if that turns out to be good enough."""
+    guess = _speculate(x, y, a, b, x_labels, y_labels, options, debias, warm_start)
+    if guess is not None:
+        return guess
+    arguments = read_arguments(x, y, a, b, x_labels, y_labels, options, debias=debias)
+    return arguments, evaluate(arguments, warm_start)
+
+
+@torch.compiler.disable
+def _speculate(
+    x: Tensor,
+    y: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    x_labels: Tensor | None,
+    y_labels: Tensor | None,
+    options: SinkhornOptions,
+    debias: bool,
+    warm_start: WarmStart | None,
+) -> tuple[Arguments, Evaluation] | None:
+    if not isinstance(x, Tensor) or not triton.available(x.device) or callable(options.cost):
+        return None
+    claims: list[Tensor] = []
+    arguments = read_arguments(x, y, a, b, x_labels, y_labels, options, debias=debias, claims=claims)
+    needed = _needed(arguments)
+    start = None if warm_start is None else warm_start.recall(arguments.y.weights)
+    weighted = a is not None or b is not None
+    with torch.no_grad(), exact_products():
+        guess = attempt(
+            *(arguments.x, arguments.y, arguments.options, arguments.pairs, needed, start), weighted=weighted
+        )
+        if guess is None:
+            return None
+        value = _total(guess.optima)
+    value = _differentiable(value, arguments, needed, guess.optima, guess.blur)
+    n_iter = guess.passed(claims)
+    if n_iter is None:
+        return None
+    optima = {**guess.optima, "xy": guess.optima["xy"]._replace(n_iter=n_iter)}
+    if warm_start is not None:
+        warm_start.potential = optima["xy"].g
+    return arguments, Evaluation(value, optima, guess.blur, judged=True)
 
 
 @torch.compiler.disable
@@ -95,20 +164,35 @@ def evaluate(arguments: Arguments, warm_start: WarmStart | None = None) -> Evalu
             blurs.append(problem.blur)
         optima = {pair: stacked(each) for pair, each in zip(pairs, zip(*solved, strict=True), strict=True)}
         blur = blurs[0] if blurs[0].ndim else torch.stack(blurs)
-        value = sum((WEIGHT[pair] * optima[pair].value for pair in pairs), torch.zeros_like(blur))
+        value = _total(optima)
     if warm_start is not None:
         warm_start.potential = optima["xy"].g  # whatever it is worth: the next call judges it
-    if any(needed):
-        gradients = _gradients(arguments, optima)
-        unused: dict[str, Any] = dict.fromkeys(("of_x", "of_y", "of_a", "of_b", "of_cost"))
-        solutions = {pair: each._replace(**unused) for pair, each in optima.items()}
-        value = with_gradients(
-            value,
-            arguments.inputs,
-            gradients,
-            lambda *inputs: _differentiable_gradients(arguments, inputs, solutions, blur**options.p),
-        )
-    return Evaluation(value, optima, blur)
+    return Evaluation(_differentiable(value, arguments, needed, optima, blur), optima, blur)
+
+
+def _total(optima: Mapping[Pair, Optimum]) -> Tensor:
+    total = optima["xy"].value
+    for pair, each in optima.items():
+        if pair != "xy":
+            total = total.add(each.value, alpha=WEIGHT[pair])
+    return total
+
+
+def _differentiable(
+    value: Tensor, arguments: Arguments, needed: Needed, optima: Mapping[Pair, Optimum], blur: Tensor
+) -> Tensor:
+    """The value as a function of the inputs. Uses up the gradients of the optima."""
+    if not any(needed):
+        return value
+    gradients = _gradients(arguments, optima)
+    unused: dict[str, Any] = dict.fromkeys(("of_x", "of_y", "of_a", "of_b", "of_cost"))
+    solutions = {pair: each._replace(**unused) for pair, each in optima.items()}
+    return with_gradients(
+        value,
+        arguments.inputs,
+        gradients,
+        lambda *inputs: _differentiable_gradients(arguments, inputs, solutions, blur**arguments.options.p),
+    )
 
 
 def _needed(arguments: Arguments) -> Needed:

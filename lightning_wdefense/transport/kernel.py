@@ -53,7 +53,7 @@ class GibbsKernel:
         self.cost, self.a, self.b, self.rho, self.work = cost, a, b, rho, work
         self.log_b = b.log()
         self.kept = b > 0 if bool((b == 0).any()) else None
-        self.streamed = cost.too_large(a.device)
+        self.streamed = cost.too_large(a)
         self._make_blocks()
 
     def _make_blocks(self) -> None:

@@ -44,30 +44,42 @@ def read_measures(
     *,
     balanced: bool,
     own_cost: bool = False,
+    claims: list[Tensor] | None = None,
 ) -> tuple[Measure, Measure]:
     """Both clouds as batched measures in float32 or float64, or an error that says what is wrong with which argument.
 
     Points of weight zero may have any value and any label, and come back as :func:`~.padding.contained` says. In the balanced case
     the second mass is scaled to the first, so that rounding cannot make the problem infeasible.
+
+    With ``claims`` no value is looked at, for which the host would have to wait for a GPU: what has to hold of values is added to
+    that list, as booleans ``()``. Where one of them does not hold, the measures are worth nothing, and a call without ``claims``
+    raises the error.
     """
     _check_cloud("x", x)
     _check_cloud("y", y)
     _check_pair(x, y)
     dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
-    weights_x = _read_weights("a", a, "x", x, dtype)
-    weights_y = _read_weights("b", b, "y", y, dtype)
-    check_finite("x", x, weights_x)
-    check_finite("y", y, weights_y)
+    weights_x = _read_weights("a", a, "x", x, dtype, claims)
+    weights_y = _read_weights("b", b, "y", y, dtype, claims)
+    if claims is None:
+        check_finite("x", x, weights_x)
+        check_finite("y", y, weights_y)
     points_x, points_y = usable(x.to(dtype)), usable(y.to(dtype))
-    x_labels = _read_labels("x_labels", x_labels, "x", x, weights_x)
-    y_labels = _read_labels("y_labels", y_labels, "y", y, weights_y)
+    x_labels = _read_labels("x_labels", x_labels, "x", x, weights_x, claims)
+    y_labels = _read_labels("y_labels", y_labels, "y", y, weights_y, claims)
     if x_labels is not None and y_labels is not None:
         _check_label_pair(x_labels, y_labels)
     if a is not None or b is not None:
-        points_x, points_y = contained(points_x, points_y, weights_x, weights_y, own_cost=own_cost)
-    if balanced:
+        points_x, points_y = contained(
+            points_x, points_y, weights_x, weights_y, own_cost=own_cost, padded=None if claims is None else True
+        )
+    if claims is not None:  # Of what is contained now, as padding may be NaN.
+        claims.append((points_x.detach().sum() + points_y.detach().sum()).abs() < torch.inf)
+    if balanced and (a is not None or b is not None or x.shape[-2] != y.shape[-2]):
         mass_x, mass_y = equal_masses(
-            weights_x, weights_y, a, b, "normalise them, or pass reach= to let mass be created and destroyed"
+            *(weights_x, weights_y, a, b),
+            "normalise them, or pass reach= to let mass be created and destroyed",
+            claims,
         )
         weights_y = weights_y * (mass_x / mass_y)
 
@@ -86,7 +98,12 @@ def read_measures(
 
 
 def equal_masses(
-    weights_x: Tensor, weights_y: Tensor, a: Tensor | None, b: Tensor | None, remedy: str
+    weights_x: Tensor,
+    weights_y: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    remedy: str,
+    claims: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The masses ``(..., 1)`` of weights ``(..., N)`` and ``(..., M)``, or an error if they differ by more than rounding.
 
@@ -96,11 +113,12 @@ def equal_masses(
         a: the first weights as the caller gave them, whose dtype says how far they may be rounded; ``None`` if he gave none.
         b: the second ones.
         remedy: what the caller should do.
+        claims: as for :func:`read_measures`.
     """
     mass_x, mass_y = weights_x.sum(-1, keepdim=True), weights_y.sum(-1, keepdim=True)
     apart, rounding = (mass_x - mass_y).abs(), _rounding(a, mass_x) + _rounding(b, mass_y)
     wrong = apart > torch.maximum(MASS_TOLERANCE * mass_x, rounding)
-    if bool(wrong.any()):
+    if not _holds(~wrong.any(), claims):
         share = float((apart / mass_x)[wrong].max())
         raise ValueError(
             f"a and b must have equal sums, got {_show(mass_x)} and {_show(mass_y)} (weights not given sum to 1), {share:.2g} of "
@@ -144,7 +162,9 @@ def _check_pair(x: Tensor, y: Tensor) -> None:
     check_device("y", y, x)
 
 
-def _read_weights(name: str, weights: Tensor | None, of: str, points: Tensor, dtype: torch.dtype) -> Tensor:
+def _read_weights(
+    name: str, weights: Tensor | None, of: str, points: Tensor, dtype: torch.dtype, claims: list[Tensor] | None
+) -> Tensor:
     if weights is None:
         return torch.full(points.shape[:-1], 1 / points.shape[-2], dtype=dtype, device=points.device)
     check_float(name, weights)
@@ -154,16 +174,21 @@ def _read_weights(name: str, weights: Tensor | None, of: str, points: Tensor, dt
             f"got {tuple(weights.shape)}."
         )
     check_device(name, weights, points)
-    check_finite(name, weights)
-    if bool((weights < 0).any()):
+    if claims is None:
+        check_finite(name, weights)
+    # Infinite ones have no finite sum, and NaN is not positive.
+    if not _holds((weights >= 0).all(), claims):
         raise ValueError(f"{name} must not be negative, its smallest value is {float(weights.min()):.3g}.")
     weights = usable(weights.to(dtype))
-    if bool((weights.sum(-1) == 0).any()):
+    mass = weights.detach().sum(-1)
+    if not _holds((mass > 0).all() if claims is None else ((mass > 0) & mass.isfinite()).all(), claims):
         raise ValueError(f"{name} sums to zero: there is nothing to transport.")
     return weights
 
 
-def _read_labels(name: str, labels: Tensor | None, of: str, points: Tensor, weights: Tensor) -> Tensor | None:
+def _read_labels(
+    name: str, labels: Tensor | None, of: str, points: Tensor, weights: Tensor, claims: list[Tensor] | None
+) -> Tensor | None:
     """Labels, legal at points of weight zero too."""
     if labels is None:
         return None
@@ -180,7 +205,7 @@ def _read_labels(name: str, labels: Tensor | None, of: str, points: Tensor, weig
         return labels
     # Written so that NaN counts as wrong.
     wrong = ~((labels >= 0).all(-1) & ((labels.sum(-1) - 1).abs() <= 0.02))
-    if bool((wrong & (weights > 0)).any()):
+    if not _holds(~(wrong & (weights > 0)).any(), claims):
         raise ValueError(f"{name} of a floating dtype must be probabilities (at least 0, rows summing to 1).")
     return torch.where(wrong.unsqueeze(-1), 1 / labels.shape[-1], labels)
 
@@ -192,6 +217,14 @@ def _check_label_pair(x_labels: Tensor, y_labels: Tensor) -> None:
             f"x_labels and y_labels must both be integer, or both probabilities over the same classes; got "
             f"{x_labels.dtype} {tuple(x_labels.shape)} and {y_labels.dtype} {tuple(y_labels.shape)}."
         )
+
+
+def _holds(condition: Tensor, claims: list[Tensor] | None) -> bool:
+    """Whether it holds; with ``claims`` that is seen later, and taken for granted here."""
+    if claims is None:
+        return bool(condition)
+    claims.append(condition.detach())
+    return True
 
 
 def _check_tensor(name: str, value: object) -> None:

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 
-def contained(x: Tensor, y: Tensor, a: Tensor, b: Tensor, *, own_cost: bool) -> tuple[Tensor, Tensor]:
+def contained(
+    x: Tensor, y: Tensor, a: Tensor, b: Tensor, *, own_cost: bool, padded: bool | None = None
+) -> tuple[Tensor, Tensor]:
     """The clouds with their points of weight zero among the others, so that whatever is computed of them is as good as of these.
 
     What has no weight has no part in the transport, but products with NaN, infinite or very large values spoil what has. Where it
@@ -20,8 +22,11 @@ def contained(x: Tensor, y: Tensor, a: Tensor, b: Tensor, *, own_cost: bool) -> 
         b: weights ``(..., M)``.
         own_cost: whether the cost is the caller's, which may not be finite at such a place, or not have a gradient there. Then each is
             put on a point with weight.
+        padded: whether there may be points of weight zero; ``None`` looks, for which the host has to wait for a GPU.
     """
-    if not bool((a == 0).any()) and not bool((b == 0).any()):
+    if padded is None:
+        padded = bool((a == 0).any()) or bool((b == 0).any())
+    if not padded:
         return x, y
     if own_cost:
         boxes = [(heaviest, heaviest) for heaviest in (_heaviest(x, a), _heaviest(y, b))]

@@ -60,20 +60,14 @@ class Problem:
 
     @cached_property
     def blur(self) -> Tensor:
-        """Scale ``(...)``, in units of the distance, below which the transport does not look.
-
-        Kept away from temperatures that underflow: identical points have no typical distance.
-        """
-        options, mean = self.options, self._mean
-        floor = torch.finfo(mean.dtype).tiny ** (0.5 / options.p)
-        if options.blur is not None:
-            return torch.full_like(mean, max(options.blur, floor))
-        if self.matrices and bool((mean < 0).any()):
+        """Scale ``(...)``, in units of the distance, below which the transport does not look."""
+        mean = self._mean
+        if self.options.blur is None and self.matrices and bool((mean < 0).any()):
             raise ValueError(
                 f"cost is {float(mean.min()):.3g} on average, and a blur relative to a negative cost means nothing: "
                 "pass blur=, or add a constant to the cost."
             )
-        return (options.relative_blur * mean ** (1 / options.p)).clamp(min=floor)
+        return blur_of(mean, self.options)
 
     @cached_property
     def eps(self) -> float | Tensor:
@@ -110,6 +104,17 @@ class Problem:
         # Within a cloud the kernel is made but once, except that the gradient of a distance asks for it again.
         cost = within_a_cloud(cost)
         return cost.stored(x.points, self.work, "cost") if self.options.p == 1 else cost
+
+
+def blur_of(mean: Tensor, options: SinkhornOptions) -> Tensor:
+    """The blur ``(...)`` that follows from the mean cost.
+
+    Kept away from temperatures that underflow: identical points have no typical distance.
+    """
+    floor = torch.finfo(mean.dtype).tiny ** (0.5 / options.p)
+    if options.blur is not None:
+        return torch.full_like(mean, max(options.blur, floor))
+    return (options.relative_blur * mean ** (1 / options.p)).clamp(min=floor)
 
 
 def solved_at_once(

@@ -64,7 +64,7 @@ def solve(
     """
     iteration = Iteration(gibbs_kernel(cost, a, b, rho, work), b)
     levels = levels_above(mean, eps)
-    if triton.available(a.device) and not cost.too_large(a.device):
+    if triton.available(a.device) and not cost.too_large(a):
         found = triton.potential(cost.rows().contiguous(), a, b, eps, rho, mean, tol, max_iter, start)
         start = start if found is None else found
     g, n_iter = torch.zeros_like(b), 0

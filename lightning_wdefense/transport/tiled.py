@@ -13,7 +13,7 @@ from lightning_wdefense.transport.workspace import Workspace
 
 def gibbs_kernel(cost: GroundCost, a: Tensor, b: Tensor, rho: float | None, work: Workspace) -> GibbsKernel:
     """The kernel in the form that suits the size of the problem and the device."""
-    large = cost.points is not None and cost.too_large(a.device) and a.ndim == 1 and a.dtype == torch.float32
+    large = cost.points is not None and cost.too_large(a) and a.ndim == 1 and a.dtype == torch.float32
     return (TiledKernel if large and triton.available(a.device) else GibbsKernel)(cost, a, b, rho, work)
 
 

@@ -11,11 +11,15 @@ import importlib.util
 import math
 import os
 import warnings
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["available", "potential"]
+__all__ = ["available", "fits", "pairwise_costs", "potential", "potentials"]
+
+T = TypeVar("T")
 
 SMALL = 128
 """Most rows and columns of a problem that one program solves by itself."""
@@ -54,10 +58,10 @@ def potential(
         max_iter: most iterations, those of the annealing included.
         start: potential ``(..., M)`` to start from.
     """
-    kind = "small" if max(cost.shape[-2:]) <= SMALL else "large"
-    if cost.dtype != torch.float32 or kind in _failed or not available(cost.device):
+    if cost.dtype != torch.float32 or not available(cost.device):
         return None
-    try:
+
+    def find() -> Tensor | None:
         # Here, not above: these need Triton, which is not to be had everywhere.
         from lightning_wdefense.transport.triton import persistent, small
 
@@ -70,18 +74,103 @@ def potential(
             return None
         temperatures, means = (_per_problem(each, columns) for each in (eps, mean))
         price = math.inf if rho is None else rho
-        with torch.cuda.device_of(cost):
-            found, _ = small.solve(costs, rows, columns, temperatures, price, means, tol, max_iter, first, slabs)
+        found, _ = small.solve(costs, rows, columns, temperatures, price, means, tol, max_iter, first, slabs)
+        return found if batched else found[0]
+
+    return _launched(_kind(*cost.shape[-2:]), cost, find)
+
+
+def fits(n: int, m: int, size: int, device: torch.device) -> bool:
+    """Whether :func:`potentials` can solve ``size`` problems ``(N, M)``, and has not failed."""
+    if not available(device) or f"stacked {_kind(n, m)}" in _failed:
+        return False
+    from lightning_wdefense.transport.triton import persistent
+
+    return bool(persistent.portions(n, m, size, device))
+
+
+def pairwise_costs(x: Tensor, y: Tensor, p: int) -> Tensor | None:
+    """``|x - y|^p / p`` between points ``(B, N, D)`` and ``(B, M, D)`` in float32, ``(B, N, M)``, for :func:`potentials`."""
+
+    def find() -> Tensor:
+        from lightning_wdefense.transport.triton import pairwise
+
+        return pairwise.pairwise_costs(x, y, p)
+
+    return _launched(f"stacked {_kind(x.shape[1], y.shape[1])}", x, find)
+
+
+def potentials(
+    cost: Tensor,
+    a: Tensor,
+    b: Tensor,
+    eps: Tensor,
+    rho: float | None,
+    mean: Tensor,
+    *,
+    tol: float,
+    self_tol: float,
+    max_iter: int,
+    start: Tensor | None,
+    between: int,
+) -> tuple[Tensor, Tensor] | None:
+    """Potentials ``(S, M)`` of problems that :func:`fits`, and a report ``(S, 2)``: errors and numbers of iterations.
+
+    Args:
+        cost: costs ``(S, N, M)`` from :func:`pairwise_costs`.
+        a: weights of the rows ``(S, N)``.
+        b: weights of the columns ``(S, M)``.
+        eps: temperatures ``(S,)``.
+        rho: price of creating or destroying mass, or ``None``.
+        mean: mean costs of the first problems: the annealing starts below them.
+        tol: marginal error at which to stop.
+        self_tol: the same for transports of a measure to itself.
+        max_iter: most iterations.
+        start: potentials of the first problems to start from.
+        between: how many are these: the others are of a measure to itself.
+    """
+
+    def find() -> tuple[Tensor, Tensor]:
+        from lightning_wdefense.transport.triton import persistent, small, symmetric
+
+        (size, n), m, price = a.shape, b.shape[1], math.inf if rho is None else rho
+        rows, columns = a.contiguous(), b.contiguous()
+        found, report = torch.empty_like(columns), b.new_empty(size, 2)
+        for part, slabs in persistent.portions(n, m, between, b.device):
+            first = None if start is None else start[part].contiguous()
+            problems = cost[part], rows[part], columns[part], eps[part], price, mean[part], tol, max_iter, first
+            small.launch(*problems, slabs, found[part], report[part])
+        for own, slabs in persistent.portions(n, m, size - between, b.device):
+            part = slice(between + own.start, between + own.stop)
+            within = cost[part], rows[part], eps[part], price, self_tol, max_iter
+            symmetric.launch(*within, slabs, found[part], report[part])
+        return found, report
+
+    return _launched(f"stacked {_kind(a.shape[1], b.shape[1])}", cost, find)
+
+
+def _kind(n: int, m: int) -> str:
+    return "small" if max(n, m) <= SMALL else "large"
+
+
+def _launched(kind: str, like: Tensor, launch: Callable[[], T]) -> T | None:
+    """What a launch on the device of a tensor returns, or ``None``, with one warning, if kernels of this kind fail."""
+    if kind in _failed:
+        return None
+    try:
+        with torch.cuda.device_of(like):
+            return launch()
+    except torch.cuda.OutOfMemoryError:
+        return None
     except Exception as error:  # a compiler and a driver may raise anything
         _failed.add(kind)
         message = str(error).strip().partition("\n")[0]
         warnings.warn(
             f"The Triton kernel for {kind} transport problems failed ({type(error).__name__}: {message}); "
             "PyTorch solves them from now on, which is slower.",
-            stacklevel=2,
+            stacklevel=3,
         )
         return None
-    return found if batched else found[0]
 
 
 def _per_problem(value: float | Tensor, like: Tensor) -> Tensor:

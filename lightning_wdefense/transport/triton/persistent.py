@@ -26,6 +26,11 @@ SLAB = 2**14
 """Entries of the matrix that the registers of a multiprocessor hold with ease. With twice as many, some vectors spill."""
 
 
+def power_of_two(n: int) -> int:
+    """The next one. Triton's own function takes longer than a small kernel."""
+    return 1 << (n - 1).bit_length()
+
+
 class Slabs(NamedTuple):
     """How a problem is spread: programs, rows of each, and columns, all of them powers of two."""
 
@@ -44,14 +49,29 @@ def spread(n: int, m: int, size: int, device: torch.device) -> Slabs | None:
 
     A program that others wait for must run at the same time as they: at most one for each multiprocessor.
     """
-    columns, programs = max(16, triton.next_power_of_2(m)), 1
+    columns, programs = max(16, power_of_two(m)), 1
     if device.type == "cuda":
         most = torch.cuda.get_device_properties(device).multi_processor_count // size
         while programs * SLAB < n * columns and 2 * programs <= most:
             programs *= 2
-    slabs = Slabs(programs, max(4, triton.next_power_of_2(triton.cdiv(n, programs))), columns)
+    slabs = Slabs(programs, max(4, power_of_two(-(-n // programs))), columns)
     fits = m <= COLUMNS and slabs.entries <= 2 * SLAB
     return slabs if fits or device.type != "cuda" else None
+
+
+def portions(n: int, m: int, size: int, device: torch.device) -> list[tuple[slice, Slabs]]:
+    """In how many launches ``size`` problems ``(N, M)`` are solved, and how those of each are spread; none if they are too large."""
+    count = size
+    while count > 1 and spread(n, m, count, device) is None:
+        count = (count + 1) // 2
+    found = []
+    for start in range(0, size, max(1, count)):
+        part = slice(start, min(size, start + count))
+        slabs = spread(n, m, part.stop - start, device)
+        if slabs is None:
+            return []
+        found.append((part, slabs))
+    return found
 
 
 class MeetingPlace(NamedTuple):

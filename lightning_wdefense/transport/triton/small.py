@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lightning_wdefense.transport import anderson, annealing, iteration, kernel
-from lightning_wdefense.transport.triton.persistent import COLUMNS, SLAB, Slabs, add_up, meeting_place
+from lightning_wdefense.transport.triton.pairwise import ALIGNED
+from lightning_wdefense.transport.triton.persistent import COLUMNS, SLAB, Slabs, add_up, meeting_place, power_of_two
 
 # In Triton's interpreter a constant on the left of a tensor may make a constant of the product: tensors come first below.
 WARMEST = tl.constexpr(annealing.WARMEST)
@@ -132,7 +133,7 @@ def sinkhorn(
     reheatings = 0
     began = 0  # iterations before those of the level
     untried = warm > 0  # whether the error at the given potential is still unknown
-    g = tl.load(start + problem * m + columns, mask=kept, other=0.0)
+    g = tl.load(start + problem * m + columns, mask=kept & (warm > 0), other=0.0)
     w = tl.zeros([WIDTH], tl.float32)
     resort = w  # the plain step from the best point of the level
     residuals, images = tl.zeros([SLOTS, WIDTH], tl.float32), tl.zeros([SLOTS, WIDTH], tl.float32)
@@ -231,18 +232,48 @@ def solve(
         start: potentials ``(B, M)`` to start from.
         slabs: how each problem is spread.
     """
-    size, n, m = cost.shape
-    found, report = torch.empty_like(b), b.new_empty(size, 2)
+    found, report = torch.empty_like(b), b.new_empty(len(b), 2)
+    a, b, eps, mean = (each.contiguous() for each in (a, b, eps, mean))
+    start = None if start is None else start.contiguous()
+    padded = pad(cost, (0, -cost.shape[-1] % ALIGNED)).contiguous()
+    launch(padded, a, b, eps, rho, mean, tol, max_iter, start, slabs, found, report)
+    return found, report
+
+
+def launch(
+    cost: Tensor,
+    a: Tensor,
+    b: Tensor,
+    eps: Tensor,
+    rho: float,
+    mean: Tensor,
+    tol: float,
+    max_iter: int,
+    start: Tensor | None,
+    slabs: Slabs,
+    found: Tensor,
+    report: Tensor,
+) -> None:
+    """As :func:`solve`, of contiguous tensors, with costs in rows of a multiple of :data:`~.pairwise.ALIGNED` entries.
+
+    ``found`` and ``report`` are where the results go.
+    """
+    (size, n), m = a.shape, b.shape[1]
     sinkhorn[(size * slabs.programs,)](
-        pad(cost, (0, -m % 16)).contiguous(),
-        *(each.contiguous() for each in (a, b, eps, mean, torch.zeros_like(b) if start is None else start)),
-        found,
-        report,
+        *(
+            cost,
+            a,
+            b,
+            eps,
+            mean,
+            b if start is None else start,
+            found,
+            report,
+        ),  # one that is not read, if there is none
         *meeting_place(size, slabs, b.device),
         *(n, m, rho, tol, max_iter, int(start is not None)),
         **settings(slabs, rho),
     )
-    return found, report
 
 
 def settings(slabs: Slabs, rho: float) -> dict[str, Any]:
@@ -253,7 +284,7 @@ def settings(slabs: Slabs, rho: float) -> dict[str, Any]:
         "PROGRAMS": slabs.programs,
         "ROWS": slabs.rows,
         "WIDTH": slabs.columns,
-        "SLOTS": triton.next_power_of_2(memory),
+        "SLOTS": power_of_two(memory),
         "MEMORY": memory,
         "num_warps": 16 if slabs.entries > SLAB else min(8, max(1, slabs.entries // 1024)),
         "launch_cooperative_grid": slabs.programs > 1,  # fails if they cannot all run at once
