@@ -17,6 +17,7 @@ import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -160,28 +161,27 @@ def take_over(context: Context) -> Row:
     rng = torch.Generator().manual_seed(0)
     size = 4 if context.rehearse else 128
     x, y = (torch.randn(size, 5, generator=rng).to(context.device) for _ in range(2))
-    expected, solve = sinkhorn_divergence(x.double(), y.double()), small.solve
+    expected, launch = sinkhorn_divergence(x.double(), y.double()), small.launch
 
-    def broken(*args: object) -> tuple[Tensor, Tensor]:
+    def broken(*args: object) -> None:
         raise RuntimeError("planted")
 
-    def nonsense(*args: object) -> tuple[Tensor, Tensor]:
-        found, report = solve(*args)  # type: ignore[arg-type]
-        return found + 100 * torch.randn_like(found), report
+    def nonsense(*args: Tensor) -> None:
+        launch(*args)  # type: ignore[arg-type]
+        found, report = args[-2:]
+        found.add_(100 * torch.randn_like(found))
+        report.zero_()
 
     found: Row = {}
     for name, fault in {"raising": broken, "nonsense": nonsense}.items():
-        small.solve = fault  # type: ignore[assignment]
-        try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                value = sinkhorn_divergence(x, y)
-        finally:
-            small.solve = solve
-            kernels._failed.clear()
+        with mock.patch.object(small, "launch", fault), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            value = sinkhorn_divergence(x, y)
+        kernels._failed.clear()
         found[f"{name}: off by"] = float((value / expected - 1).abs())
         found[f"{name}: warnings"] = len(caught)
-    found["right"] = all(value < 1e-3 for key, value in found.items() if key.endswith("off by"))
+    found["right"] = found["raising: warnings"] > 0  # else the fault was not met
+    found["right"] &= all(value < 1e-3 for key, value in found.items() if key.endswith("off by"))
     return found
 
 
@@ -191,8 +191,10 @@ def sanitizer(context: Context) -> subprocess.Popen[str] | None:
     if context.rehearse or not os.access(tool, os.X_OK):
         return None
     code = (
-        "import torch; from gpu_stages.kernels import *; "
-        "print([check_solve(Solve(40, 50, 1, .2, None), 'cuda'), check_solve(Solve(300, 256, 1, .2, None), 'cuda'), check_stream(70, 66, 21, 'cuda')])"
+        "import torch; from gpu_stages.kernels import *; from lightning_wdefense.transport import sinkhorn_divergence; "
+        "x = torch.randn(300, 5, device='cuda', requires_grad=True); sinkhorn_divergence(x, x.detach() + 0.1).backward(); "
+        "sinkhorn_divergence(x[:40], x[:50].detach() + 0.1).backward(); torch.cuda.synchronize(); "
+        "print(check_solve(Solve(40, 50, 1, .2, None), 'cuda'), check_stream(70, 66, 21, 'cuda'))"
     )
     command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-c", code]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
