@@ -65,7 +65,7 @@ STAGES = (
     Stage("gpu_stages.kernels", "Triton kernels against float64", 75),
     Stage("gpu_stages.transport", "The Sinkhorn divergence with its gradients", 100),
     Stage("gpu_stages.training", "A training step of ResNet-18", 60),
-    Stage("gpu_stages.suite", "CUDA cases, precisions, attacks", 90),
+    Stage("gpu_stages.suite", "CUDA cases, precisions, attacks", 130),
     Stage("gpu_stages.cifar", "CIFAR-10, PreAct ResNet-18, eps 8/255", 300, needs_data=True),
 )
 ON_REQUEST = (Stage("gpu_stages.tiles", "Tile sizes and precisions of the streaming kernels", 60),)

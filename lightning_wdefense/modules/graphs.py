@@ -7,11 +7,10 @@ in the very state in which it was recorded, and never recorded of one that chang
 from __future__ import annotations
 
 import contextlib
-import threading
 import warnings
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric, MetricCollection
 
+from lightning_wdefense._cuda_graphs import record
 from lightning_wdefense.modules.module_state import OF_EVERY_MODULE, attributes_kept, buffers_kept
 from lightning_wdefense.modules.random_state import RandomState
 
@@ -35,9 +35,6 @@ RECENT = 8
 
 PATIENCE = 8
 """Calls in a row that find another module than the one before until somebody is told."""
-
-WARMUP = 3
-"""Passes before a recording, in which libraries choose their algorithms."""
 
 _LEAVES = frozenset({int, float, str, bool, type(None)})
 _PLAIN = (Tensor, nn.Parameter)
@@ -126,70 +123,6 @@ class Recorded:
             own.copy_(given)
         self._replay()
         return self._result.clone()
-
-
-def record(compute: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
-    """Record a computation.
-
-    Returns:
-        What does it again, and the tensor that the result is then in.
-    """
-    with _recording, torch.cuda.device(device):
-        current, side = torch.cuda.current_stream(), _side_stream(device)
-        side.wait_stream(current)
-        try:
-            with torch.cuda.stream(side):
-                for _ in range(WARMUP):
-                    compute()
-            return _captured(compute, side)
-        finally:
-            current.wait_stream(side)
-
-
-_recording = threading.RLock()
-"""PyTorch records one graph at a time."""
-
-_abandoned: list[torch.cuda.CUDAGraph] = []
-
-
-@cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    # One for all recordings: libraries keep a workspace for each stream.
-    return torch.cuda.Stream(device)
-
-
-def _captured(compute: Callable[[], Tensor], stream: torch.cuda.Stream) -> tuple[Callable[[], None], Tensor]:
-    device = torch.cuda.current_device()
-    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
-    generator = torch.cuda.default_generators[device]
-    users = generator.graphsafe_get_state()
-    # Until PyTorch 2.12 a capture that fails leaves the generator and the allocator as in the midst of it: the generator is given another
-    # state meanwhile, the allocator is told of the end, and the graph, which both may still ask, stays.
-    generator.graphsafe_set_state(generator.clone_state())
-    cause: Exception | None = None
-    try:
-        # The outer context, because the inner one leaves its stream the current one where the end of a capture fails.
-        with (
-            torch.cuda.stream(stream),
-            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
-        ):
-            try:
-                result = compute()
-            except Exception as error:
-                cause = error
-                raise
-    except BaseException:
-        _abandoned.append(graph)
-        with contextlib.suppress(Exception):
-            torch._C._cuda_endAllocateToPool(device, pool)
-        with contextlib.suppress(Exception):
-            torch.cuda.synchronize()
-        if cause is not None:  # the end of the capture only says that there was something
-            raise cause from None
-        raise
-    finally:
-        generator.graphsafe_set_state(users)
-    return graph.replay, result
 
 
 def examined(module: nn.Module, compute: Callable[[], Any], own: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -19,8 +19,8 @@ from lightning_wdefense.transport.optimum import Needed, Optimum, optimum, stack
 from lightning_wdefense.transport.options import SinkhornOptions
 from lightning_wdefense.transport.precision import exact_products
 from lightning_wdefense.transport.problem import Pair, solved_at_once
+from lightning_wdefense.transport.recorded import attempt_again
 from lightning_wdefense.transport.second_order import WEIGHT, euclidean_cost, gradients_of_weights_and_costs
-from lightning_wdefense.transport.speculation import attempt
 from lightning_wdefense.transport.warm_start import WarmStart
 from lightning_wdefense.transport.workspace import workspace
 
@@ -133,7 +133,7 @@ def _speculate(
     start = None if warm_start is None else warm_start.recall(arguments.y.weights)
     weighted = a is not None or b is not None
     with torch.no_grad(), exact_products():
-        guess = attempt(
+        guess = attempt_again(
             *(arguments.x, arguments.y, arguments.options, arguments.pairs, needed, start), weighted=weighted
         )
         if guess is None:

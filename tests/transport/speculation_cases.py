@@ -9,14 +9,14 @@ import contextlib
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-from lightning_wdefense.transport import WarmStart, evaluation, sinkhorn, sinkhorn_divergence, speculation
+from lightning_wdefense.transport import WarmStart, evaluation, recorded, sinkhorn, sinkhorn_divergence, speculation
 from lightning_wdefense.transport.triton import small, symmetric
 
 
@@ -285,6 +285,14 @@ def check_errors(device: str = "cpu") -> None:
             assert messages[0] == messages[1], (name, messages)
 
 
+@contextlib.contextmanager
+def unrecorded() -> Iterator[None]:
+    """No attempt is a graph, which would run the kernels that it was recorded with."""
+    with mock.patch.object(recorded, "DEVICES", frozenset()):
+        yield
+
+
+@unrecorded()
 def check_garbage(device: str = "cpu") -> None:
     """Kernels that find the wrong potentials, or nothing, cost time but no accuracy."""
     case = Case(m=20, weights="zeros")
@@ -308,6 +316,7 @@ def check_garbage(device: str = "cpu") -> None:
             agree(f"{module.__name__} {value}", found, exact, gradients, exact_gradients)
 
 
+@unrecorded()
 def check_failing(device: str = "cpu") -> None:
     """A kernel that cannot be compiled is reported once, and PyTorch takes over."""
     from lightning_wdefense.transport import triton
@@ -330,7 +339,8 @@ def check_failing(device: str = "cpu") -> None:
 
 def check_waits_once(case: Case) -> None:
     """All that is queued on a GPU is queued without waiting for it, but for one look at the end."""
-    case.gradients("cuda")  # compiles, and fills PyTorch's caches
+    for _ in range(3):  # compiles, fills PyTorch's caches, and records
+        case.gradients("cuda")
     given, labels = case.inputs()
     leaves = [each if each is None else each.cuda().requires_grad_() for each in given]
     labels = {name: each.cuda() for name, each in labels.items()}
@@ -355,11 +365,104 @@ def check_waits_once(case: Case) -> None:
     assert len(looks) == 1
 
 
+@contextlib.contextmanager
+def recordings(device: str) -> Iterator[list[int]]:
+    """Counts graphs as they are recorded; where there are none, a stand-in does the work anew each time."""
+    made: list[int] = []
+    record = recorded.record
+
+    def counted(compute: Callable[[], Any], where: torch.device) -> tuple[Callable[[], Any], Any]:
+        made.append(1)
+        if device == "cuda":
+            return record(compute, where)
+        result = compute()
+        return lambda: result[0].copy_(compute()[0]), result
+
+    with (
+        mock.patch.object(recorded, "DEVICES", frozenset({device})),
+        mock.patch.object(recorded, "record", counted),
+        mock.patch.dict(recorded._graphs, clear=True),
+        mock.patch.object(recorded, "_recent", type(recorded._recent)(maxlen=recorded.RECENT)),
+    ):
+        yield made
+
+
+def moved(case: Case, step: int) -> Case:
+    """The same with other clouds."""
+    return replace(case, shift=case.shift + 0.1 * step)
+
+
+RECORDED = (
+    "uniform",
+    "entropic",
+    "batch, rectangular",
+    "padding",
+    "soft labels",
+    "reach, weighted",
+    "p1, labels",
+    "half",
+)
+
+
+def check_recorded(device: str = "cpu") -> None:
+    """Graphs find for other values of the same shape what attempts by themselves find, and each call has results of its own."""
+    for name in RECORDED if device == "cuda" else RECORDED[2:7:2]:
+        case = SMALL[name]
+        case = case if device == "cuda" else replace(case, n=6, m=6 if case.n == case.m else 5)
+        with unrecorded():
+            expected = [moved(case, step).gradients(device) for step in range(4)]
+        with recordings(device) as made, careful_calls() as calls:
+            found = [moved(case, step).gradients(device) for step in range(4)]
+            assert len(made) == 1, (name, made)  # by the second call
+        assert not calls, name
+        for one, other in zip(found, expected, strict=True):
+            agree(name, one[0], other[0], one[1], other[1])
+
+    # What differs in anything is another problem.
+    (x, y, _, _), labels = Case(n=6, m=6, labels="hard").inputs()
+    x, y = x.to(device), y.to(device)
+    labels = {key: each.to(device) for key, each in labels.items()}
+    with recordings(device) as made:
+        for settings in ({}, {"blur": 0.3}, {"reach": 1.0}, {"label_cost": 1.0, **labels}, {"tol": 1e-3}):
+            sinkhorn_divergence(x, y, **settings)
+        sinkhorn_divergence(x.clone().requires_grad_(), y)
+        sinkhorn(x, y)
+        sinkhorn_divergence(x[:-1], y)
+        assert not made
+        for _ in range(2):
+            sinkhorn_divergence(x, y)
+        assert len(made) == 1
+        assert len(recorded._graphs) == 1
+
+    # In all modes, with second derivatives and warm starts: too slow for the interpreter.
+    with recordings(device) as made:
+        for _ in range(2 if device == "cuda" else 0):
+            check_states(device)
+        assert bool(made) == (device == "cuda")
+        assert len(recorded._graphs) <= recorded.KEPT
+
+    # What cannot be recorded is told once, and works.
+    def fails(*args: Any) -> None:
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    right = sinkhorn_divergence(x, y)
+    with recordings(device), mock.patch.object(recorded, "record", fails), careful_calls() as calls:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = [sinkhorn_divergence(x, y) for _ in range(4)]
+        recorded._refused.clear()
+        assert not calls
+        assert ["not permitted" in str(each.message) for each in caught] == [True], caught
+        for value in found:
+            torch.testing.assert_close(value, right, rtol=1e-4, atol=1e-5)
+
+
 GROUPS: dict[str, Callable[[], None]] = {
     "states": check_states,
     "errors": check_errors,
     "garbage": check_garbage,
     "failing": check_failing,
+    "recorded": check_recorded,
 }
 
 

@@ -1,8 +1,8 @@
 """The Sinkhorn iteration as Triton kernels, for NVIDIA GPUs: a whole solve in one launch.
 
 They are only ever a quicker way to good potentials, in float32. The PyTorch solver checks what they return and goes on from
-there, so a kernel that fails costs time but no accuracy. Written without a GPU: they ran in Triton's interpreter and compile
-for sm_90, but nothing here has run on a GPU yet.
+there, so a kernel that fails costs time but no accuracy. They were tried on an H100 (``benchmarks/results/gpu_h100``) and run in
+Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -163,6 +163,8 @@ def _launched(kind: str, like: Tensor, launch: Callable[[], T]) -> T | None:
     except torch.cuda.OutOfMemoryError:
         return None
     except Exception as error:  # a compiler and a driver may raise anything
+        if like.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise  # what cannot be recorded may well run
         _failed.add(kind)
         message = str(error).strip().partition("\n")[0]
         warnings.warn(
