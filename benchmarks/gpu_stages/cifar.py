@@ -32,8 +32,8 @@ TESTED = 1000
 """Test images that the strong attacks see."""
 STEPS = 7
 """Of PGD in training, as in Madry et al. (2018)."""
-TRIAL = 10
-"""Steps from which the time of an epoch is foretold."""
+WARM, TRIAL = 15, 15
+"""Steps before the clock starts, and steps from which the time of an epoch is foretold."""
 EVALUATION = 25.0
 """Seconds that are set aside for the evaluation of each network."""
 LEAST, MOST = 8, 30
@@ -102,12 +102,12 @@ def callbacks(run: Run, context: Context) -> list[L.Callback]:
     return [*averaging, WassersteinDefense(recipe, seed=0)]
 
 
-def fit(run: Run, data: Images, context: Context, **limits: Any) -> tuple[Classifier, float]:
+def fit(run: Run, data: Images, context: Context, *more: L.Callback, **limits: Any) -> tuple[Classifier, float]:
     """A trained module, and how long the training took."""
     L.seed_everything(0, verbose=False)
     module = Classifier(network(context.rehearse), LR)
     loader = OnCard(data.x, data.y, BATCH, 0, augmented=True)
-    training = trainer(context.device, "bf16-mixed", callbacks(run, context), **limits)
+    training = trainer(context.device, "bf16-mixed", [*callbacks(run, context), *more], **limits)
     context.synchronize()
     start = time.perf_counter()
     training.fit(module, loader)
@@ -115,11 +115,40 @@ def fit(run: Run, data: Images, context: Context, **limits: Any) -> tuple[Classi
     return module.to(context.device).eval(), time.perf_counter() - start
 
 
+class Clock(L.Callback):
+    """Seconds of a step, once those are over in which things happen for the first time."""
+
+    def __init__(self, context: Context) -> None:
+        self.context, self.times = context, [math.nan] * 2
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step in (WARM, WARM + TRIAL):
+            self.context.synchronize()
+            self.times[trainer.global_step != WARM] = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return (self.times[1] - self.times[0]) / TRIAL
+
+
+class Deadline(L.Callback):
+    """Ends a training that would leave no time for the evaluation: better fewer epochs than nothing."""
+
+    def __init__(self, context: Context) -> None:
+        self.context, self.met = context, False
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        if self.context.left < EVALUATION and not self.context.rehearse:
+            self.met = trainer.should_stop = True
+
+
 def seconds_of_an_epoch(run: Run, data: Images, context: Context) -> float:
-    """Foretold from the difference of two short trainings, which both begin with what happens once."""
-    steps = 2 if context.rehearse else TRIAL
-    short, long = (fit(run, data, context, max_steps=count, max_epochs=-1)[1] for count in (steps, 3 * steps))
-    return max(1e-3, long - short) / (2 * steps) * max(1, len(data.y) // BATCH)
+    """From a short training."""
+    clock = Clock(context)
+    fit(run, data, context, clock, max_steps=WARM + TRIAL + 1, max_epochs=-1)
+    return clock.seconds * max(1, len(data.y) // BATCH)
 
 
 def wilson(right: int, of: int) -> list[float]:
@@ -172,10 +201,8 @@ def keep(module: Classifier, run: Run, context: Context) -> None:
 def plan(data: Images, context: Context) -> tuple[int, list[Run]]:
     """How many epochs, and of which recipes: all of them if there is time for enough epochs."""
     known = context.book.stage(context.stage)
-    if "epochs" in known:
+    if known.get("rows"):  # those that are there were trained for so long
         return known["epochs"], [run for run in RUNS if run.name in known["runs"]]
-    if context.rehearse:
-        return 1, list(RUNS)
     first = seconds_of_an_epoch(RUNS[0], data, context)
     taken = {run.name: first * run.passes / RUNS[0].passes for run in RUNS}
     for count in range(len(RUNS), 0, -1):
@@ -183,7 +210,7 @@ def plan(data: Images, context: Context) -> tuple[int, list[Run]]:
         epochs = int((context.left - EVALUATION * count) / (1.1 * sum(taken[run.name] for run in some)))
         if epochs >= LEAST or count == 1:
             break
-    epochs = min(MOST, max(1, epochs))
+    epochs = 1 if context.rehearse else min(MOST, max(1, epochs))
     context.book.note(
         context.stage, epochs=epochs, runs=[run.name for run in some],
         foretold={name: round(seconds, 2) for name, seconds in taken.items()},
@@ -197,12 +224,12 @@ def run(context: Context) -> None:
     epochs, runs = plan(data, context)
 
     def one(run: Run) -> Row:
-        module, seconds = fit(run, data, context, max_epochs=epochs)
-        context.book.row(
-            context.stage, run.name, {"epochs": epochs, "training, s": seconds, "error": "not evaluated yet"}
-        )
+        deadline = Deadline(context)
+        module, seconds = fit(run, data, context, deadline, max_epochs=epochs)
+        found: Row = {"epochs": epochs, "cut short": deadline.met, "training, s": seconds}
+        context.book.row(context.stage, run.name, found | {"error": "not evaluated yet"})
         keep(module, run, context)
-        return {"epochs": epochs, "training, s": seconds} | evaluated(module, data, context)
+        return found | evaluated(module, data, context)
 
     for each in runs:
         context.measure(each.name, lambda run=each: one(run), seconds=30)

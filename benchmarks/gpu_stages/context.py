@@ -61,12 +61,14 @@ def timed(call: Callable[[], Any], context: Context, *, repeats: int = 30, most:
 
     Three calls first, for what is compiled or allocated once; then so many, in at most so many seconds, but three.
     """
-    repeats = 3 if context.rehearse else repeats
-    for _ in range(1 if context.rehearse else 3):
+    least = 2 if context.rehearse else 3
+    for _ in range(0 if context.rehearse else 3):
         call()
     context.synchronize()
     seconds, began = [], time.perf_counter()
-    while len(seconds) < repeats and (len(seconds) < 3 or time.perf_counter() - began < most):
+    while len(seconds) < (least if context.rehearse else repeats) and (
+        len(seconds) < least or time.perf_counter() - began < most
+    ):
         start = time.perf_counter()
         call()
         context.synchronize()

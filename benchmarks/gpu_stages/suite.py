@@ -10,6 +10,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -39,40 +40,32 @@ SECONDS = 80.0
 def tests(chosen: str, context: Context) -> Row:
     """Those of such names; at toy size they are only collected."""
     files = sorted(
-        {
-            str(file.relative_to(ROOT))
-            for folder in TESTS
-            for file in (ROOT / folder).glob("test_*.py")
-            if "cuda" in file.read_text()
-        }
+        str(file.relative_to(ROOT))
+        for folder in TESTS
+        for file in (ROOT / folder).glob("test_*.py")
+        if "cuda" in file.read_text()
     )
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        chosen,
-        "--continue-on-collection-errors",
-        *files,
-    ]
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-k", chosen, *files]
     if context.rehearse:
         command.append("--collect-only")
     elif importlib.util.find_spec("xdist"):
         command += ["-n", "8"]
-    try:
-        outcome = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=max(10, min(SECONDS, context.left - 25))
-        )
-    except subprocess.TimeoutExpired as error:
-        return {"right": False, "not finished": str(error.stdout or b"")[-300:]}
-    failed = re.findall(r"^(?:FAILED|ERROR) (.*)$", outcome.stdout, re.MULTILINE)
-    print(outcome.stdout[-6000:], flush=True)
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, text=True)
+        try:
+            code = process.wait(max(10, min(SECONDS, context.left - 25)))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            code = None
+        output.seek(0)
+        text = output.read()
+    print(text[-6000:], flush=True)
+    count = {word: len(re.findall(rf"\b{word}\b.*::|::.*\b{word}\b", text)) for word in ("PASSED", "FAILED")}
+    failed = re.findall(r"^FAILED (.*)$", text, re.MULTILINE) or re.findall(r"FAILED (\S+::\S+)", text)
     return {
-        "right": outcome.returncode == 0,
-        "outcome": outcome.stdout.strip().splitlines()[-1],
+        "right": code == 0,
+        "outcome": "not finished" if code is None else text.strip().splitlines()[-1].strip("= "),
+        "passed": count["PASSED"],
         "failed": [each[:160] for each in failed][:40],
     }
 

@@ -1,7 +1,7 @@
 """The debiased Sinkhorn divergence with its gradients to both clouds, against peers.
 
 Milliseconds by the wall clock at an error of the gradients against a float64 solution. The floor is what the launches of ours cost
-on this machine, and three cost matrices written once and read twice. ``judged step by step`` is ours where the host waits for the device to judge each part. ``tuned`` is the fastest scaling whose gradient error is at
+on this machine, and three cost matrices written once and read twice. ``as a graph`` is ours with ``LIGHTNING_WDEFENSE_RECORD=1``, ``judged step by step`` is ours where the host waits for the device to judge each part. ``tuned`` is the fastest scaling whose gradient error is at
 most 1%.
 """
 
@@ -36,7 +36,7 @@ PROBLEMS = [
     (Problem("adv", 128, 512), 0.05), (Problem("adv", 1024, 512), 0.05), (Problem("adv", 512, 512), 0.05),
     (Problem("adv", 64, 10), 0.05), (Problem("adv", 4096, 512), 0.05),
 ]  # fmt: skip
-TOYS = [(Problem("adv", 5, 3), 0.2), (Problem("adv", 4, 3, batch=2), 0.2)]
+TOYS = [(Problem("adv", 4, 3, batch=2), 0.2)]
 STREAMED = (20_000, 100_000)
 FLASH = PROBLEMS[1:3]
 """Those that flash-sinkhorn is tried on, last of all: it compiles for long."""
@@ -70,6 +70,9 @@ def compare(problem: Problem, blur: float, context: Context) -> Row:
     call = _ours({}, case.x, case.y, case.blur)
     ours = side(call, case, context)
     found = {"ours, ms": ours["ms"], "10% to 90%": ours["10% to 90%"], "gradient error": ours["gradient error"]}
+    with mock.patch("lightning_wdefense.transport.recorded.DEVICES", frozenset({"cuda"})):
+        again = side(call, case, context)
+        found |= {"as a graph, ms": again["ms"], "the graph's error": worst_errors(call(), case.exact).gradient}
     with mock.patch("lightning_wdefense.transport.evaluation._speculate", return_value=None):
         found["judged step by step, ms"] = side(call, case, context)["ms"]
     constants = context.book.stage(context.stage)["rows"].get("this machine", {})
@@ -143,7 +146,7 @@ def run(context: Context) -> None:
     context.measure("this machine", lambda: machine(context))
     for i, (problem, blur) in enumerate(TOYS if context.rehearse else PROBLEMS):
         context.measure(f"{problem.name}, blur {blur:g}", lambda p=problem, b=blur: compare(p, b, context), seconds=5)
-        if i == 1:
+        if i == min(1, len(TOYS) - 1 if context.rehearse else 1):
             for size in STREAMED:
                 context.measure(f"{size} points, streamed", lambda size=size: streamed(size, context), seconds=10)
     if importlib.util.find_spec("flash_sinkhorn") and not context.rehearse:

@@ -1,10 +1,12 @@
 """Attempts as CUDA graphs, for problems of a shape that comes again and again, as the batches of a training do.
 
-An attempt is some eighty launches, which take the host many times as long as they take the GPU; recorded, it is one.
+An attempt is some eighty launches, which take the host many times as long as they take the GPU; recorded, it is one. Only where the
+environment has ``LIGHTNING_WDEFENSE_RECORD=1``: it has not been seen to be right on a GPU yet.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 from collections import OrderedDict, deque
@@ -22,7 +24,7 @@ from lightning_wdefense.transport.options import SinkhornOptions
 from lightning_wdefense.transport.problem import Pair
 from lightning_wdefense.transport.speculation import Attempt, attempt
 
-DEVICES = frozenset({"cuda"})
+DEVICES = frozenset({"cuda"} if os.environ.get("LIGHTNING_WDEFENSE_RECORD") == "1" else ())
 """Types of the devices on which attempts are recorded."""
 
 LARGEST = 2**22
@@ -87,6 +89,7 @@ class _Recorded:
         start = None if start is None else start.clone()
         weights = [x.weights, y.weights] if weighted else []
         self._own = [x.points, y.points, *weights, x.labels, y.labels, start]
+        self._read = x, y  # a graph keeps nothing alive that it reads, and weights that do not change are read as well
 
         def compute() -> tuple[Tensor, Attempt]:
             found = plainly(x, y, start)

@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,6 +17,8 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lightning_wdefense.transport import WarmStart, evaluation, recorded, sinkhorn, sinkhorn_divergence, speculation
 from lightning_wdefense.transport.triton import small, symmetric
@@ -375,7 +379,9 @@ def recordings(device: str) -> Iterator[list[int]]:
         made.append(1)
         if device == "cuda":
             return record(compute, where)
-        result = compute()
+        with Reads() as reads:
+            result = compute()
+        alive.append(reads.found)
         return lambda: result[0].copy_(compute()[0]), result
 
     with (
@@ -385,6 +391,44 @@ def recordings(device: str) -> Iterator[list[int]]:
         mock.patch.object(recorded, "_recent", type(recorded._recent)(maxlen=recorded.RECENT)),
     ):
         yield made
+
+
+alive: list[list[weakref.ref[Tensor]]] = []
+"""What each recording read and had not made, for the stand-in."""
+
+
+class Reads(TorchDispatchMode):
+    """Takes note of tensors that are read inside and were not made there: a graph reads them later, wherever they have been."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[weakref.ref[Tensor]] = []
+        self._made: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for each in tree_leaves((args, kwargs)):
+            if isinstance(each, Tensor) and each.ndim and each.untyped_storage()._cdata not in self._made:
+                self.found.append(weakref.ref(each))
+        result = func(*args, **(kwargs or {}))
+        self._made |= {each.untyped_storage()._cdata for each in tree_leaves(result) if isinstance(each, Tensor)}
+        return result
+
+
+def check_kept_alive() -> None:
+    """A graph holds all that it reads, weights that nobody gave as well."""
+    for name in ("uniform", "padding", "soft labels"):
+        case = replace(SMALL[name], n=6, m=6)
+        given, labels = case.inputs()
+        x, y, a, b = given
+        alive.clear()
+        with recordings("cpu"):
+            for _ in range(2):
+                sinkhorn_divergence(x, y, a, b, **labels, **case.options)
+            (graph,) = recorded._graphs.values()
+            graph._replay = None  # and with it the stand-in's closure, which a graph has not
+            gc.collect()
+            assert alive[0], name
+            assert all(each() is not None for each in alive[0]), name
 
 
 def moved(case: Case, step: int) -> Case:
@@ -463,6 +507,7 @@ GROUPS: dict[str, Callable[[], None]] = {
     "garbage": check_garbage,
     "failing": check_failing,
     "recorded": check_recorded,
+    "kept alive": lambda device="cpu": check_kept_alive() if device == "cpu" else None,
 }
 
 
