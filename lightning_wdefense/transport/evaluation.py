@@ -19,6 +19,7 @@ from lightning_wdefense.transport.options import SinkhornOptions
 from lightning_wdefense.transport.precision import exact_products
 from lightning_wdefense.transport.problem import Pair, solved_at_once
 from lightning_wdefense.transport.second_order import WEIGHT, euclidean_cost, gradients_of_weights_and_costs
+from lightning_wdefense.transport.small import small_optimum
 from lightning_wdefense.transport.warm_start import WarmStart
 from lightning_wdefense.transport.workspace import workspace
 
@@ -91,7 +92,14 @@ def evaluate(arguments: Arguments, warm_start: WarmStart | None = None) -> Evalu
     with torch.no_grad(), exact_products(), numpy.errstate(all="ignore"), workspace() as work:
         for i, problem in enumerate(solved_at_once(x, y, options, matrices, work)):
             here = start if start is None or problem.x.weights.ndim == 2 else start[i]
-            solved.append([optimum(problem, pair, needed, here if pair == "xy" else None) for pair in pairs])
+            starts = {"xy": here}
+            solved.append(
+                [
+                    small_optimum(problem, pair, needed, starts.get(pair))
+                    or optimum(problem, pair, needed, starts.get(pair))
+                    for pair in pairs
+                ]
+            )
             blurs.append(problem.blur)
         optima = {pair: stacked(each) for pair, each in zip(pairs, zip(*solved, strict=True), strict=True)}
         blur = blurs[0] if blurs[0].ndim else torch.stack(blurs)
