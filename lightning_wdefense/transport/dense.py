@@ -7,27 +7,37 @@ float64 no entry that matters underflows, and denormal numbers, which are 50 tim
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy
 from numpy.typing import NDArray
+from scipy.linalg.blas import dsyrk
 
 from lightning_wdefense.transport.iteration import NOTHING, TINY
 
-Vector = NDArray[Any]
-Matrix = NDArray[Any]
+Vector = NDArray[numpy.float64]
+Matrix = NDArray[numpy.float64]
 
 FLOOR = -200.0
 """Smallest exponent, far below any mass that counts and far above the denormal numbers."""
 
 
+class Cloud(NamedTuple):
+    """A measure in NumPy and in float64: points ``(N, D)``, weights ``(N,)`` and their sum."""
+
+    points: Matrix
+    weights: Vector
+    mass: float
+
+
 def half_squared_distances(x: Matrix, y: Matrix) -> Matrix:
     """``|x - y|^2 / 2`` between points ``(N, D)`` and ``(M, D)``, zero from each to itself where the clouds are one."""
-    cost = x @ y.T
-    numpy.negative(cost, out=cost)
-    squares = 0.5 * numpy.einsum("ij,ij->i", x, x)
-    cost += squares[:, None]
-    cost += squares if y is x else 0.5 * numpy.einsum("ij,ij->i", y, y)
+    cost = numpy.dot(x, y.T)
+    squares = numpy.einsum("ij,ij->i", x, x)
+    squares *= 0.5
+    others = squares if y is x else 0.5 * numpy.einsum("ij,ij->i", y, y)
+    numpy.subtract(squares[:, None], cost, out=cost)
+    cost += others
     numpy.maximum(cost, 0, out=cost)
     if y is x:
         cost.reshape(-1)[:: len(x) + 1] = 0
@@ -90,6 +100,8 @@ class DenseKernel:
         self.cost, self.a, self.b, self.rho = cost, a, b, rho
         self.log_b, self.root_mass = numpy.log(b), math.sqrt(b.sum())
         self.kernel, self.v = numpy.empty_like(cost), numpy.ones_like(b)
+        # A constant changes nothing where mass is conserved: let there be none in a step.
+        self._constant = numpy.zeros((len(b), len(b))) if rho is not None else (b / b.sum())[:, None] * b
         self._sums, self._u, self._columns = numpy.empty_like(a), numpy.empty_like(a), numpy.empty_like(b)
 
     def absorb(self, g: Vector, eps: float, answer: Vector | None = None) -> None:
@@ -145,17 +157,19 @@ class DenseKernel:
         error = math.sqrt(float(missing @ (missing / self.wanted))) / root_mass
         return Look(w, missing, error, value)
 
-    def curvature(self) -> Matrix:
-        """Minus the second derivative of the dual value ``(M, M)`` in ``w``, at the last look."""
+    def curvature(self, damping: float) -> Matrix:
+        """Minus the second derivative of the dual value ``(M, M)`` in ``w``, at the last look: its lower half.
+
+        ``damping`` is the share of the weights by which its diagonal grows.
+        """
         root = self.kernel * self.v
         root *= numpy.sqrt(self._u / self._sums)[:, None]
-        matrix = root.T @ root
-        matrix *= -self.share
-        diagonal = matrix.reshape(-1)[:: len(matrix) + 1]
-        diagonal += self.columns
+        matrix = self._constant.copy(order="F")
+        diagonal = self.columns + damping * self.b
         if self.rho is not None:
             diagonal += self.wanted * (self.eps / self.rho)
-        return matrix
+        matrix.reshape(-1, order="F")[:: len(matrix) + 1] += diagonal
+        return dsyrk(-self.share, root.T, beta=1, c=matrix, lower=1, overwrite_c=1)
 
     def answer(self) -> Vector:
         """What balanced rows answer to the last look."""

@@ -19,7 +19,7 @@ from lightning_wdefense.transport.options import SinkhornOptions
 from lightning_wdefense.transport.precision import exact_products
 from lightning_wdefense.transport.problem import Pair, solved_at_once
 from lightning_wdefense.transport.second_order import WEIGHT, euclidean_cost, gradients_of_weights_and_costs
-from lightning_wdefense.transport.small import small_optimum
+from lightning_wdefense.transport.small import is_small, small_optimum, small_problems
 from lightning_wdefense.transport.warm_start import WarmStart
 from lightning_wdefense.transport.workspace import workspace
 
@@ -90,20 +90,17 @@ def evaluate(arguments: Arguments, warm_start: WarmStart | None = None) -> Evalu
     solved, blurs = [], []
     # Steps of the iteration that lead nowhere may overflow: they are taken back.
     with torch.no_grad(), exact_products(), numpy.errstate(all="ignore"), workspace() as work:
-        for i, problem in enumerate(solved_at_once(x, y, options, matrices, work)):
+        small = is_small(x, y)
+        for i, problem in enumerate((small_problems if small else solved_at_once)(x, y, options, matrices, work)):
             here = start if start is None or problem.x.weights.ndim == 2 else start[i]
-            starts = {"xy": here}
-            solved.append(
-                [
-                    small_optimum(problem, pair, needed, starts.get(pair))
-                    or optimum(problem, pair, needed, starts.get(pair))
-                    for pair in pairs
-                ]
-            )
+            best = small_optimum if small else optimum
+            solved.append([best(problem, pair, needed, here if pair == "xy" else None) for pair in pairs])
             blurs.append(problem.blur)
         optima = {pair: stacked(each) for pair, each in zip(pairs, zip(*solved, strict=True), strict=True)}
         blur = blurs[0] if blurs[0].ndim else torch.stack(blurs)
-        value = sum((WEIGHT[pair] * optima[pair].value for pair in pairs), torch.zeros_like(blur))
+        value = torch.zeros_like(blur)
+        for pair in pairs:
+            value.add_(optima[pair].value, alpha=WEIGHT[pair])
     if warm_start is not None:
         warm_start.potential = optima["xy"].g  # whatever it is worth: the next call judges it
     if any(needed):

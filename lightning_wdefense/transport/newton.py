@@ -109,6 +109,8 @@ def newton(
         if step is None:
             return None
         length = float(abs(step).max())
+        if not math.isfinite(length):
+            return None
         if length > longest:
             step *= longest / length
         w = look.w + step
@@ -122,9 +124,5 @@ def newton(
 
 def _step(kernel: DenseKernel, look: Look, damping: float) -> Vector | None:
     """Newton's step, in units of the temperature."""
-    matrix, b = kernel.curvature(), kernel.b
-    matrix.reshape(-1)[:: len(b) + 1] += damping * b
-    if kernel.rho is None:  # A constant changes nothing: let there be none in the step.
-        matrix += (b / b.sum())[:, None] * b
-    _, step, failed = dposv(matrix, look.missing, lower=1, overwrite_a=1)
-    return None if failed or not numpy.isfinite(step).all() else step
+    _, step, failed = dposv(kernel.curvature(damping), look.missing, lower=1, overwrite_a=1)
+    return None if failed else step

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-import numpy
 import torch
 from torch import Tensor
 
@@ -20,7 +19,6 @@ from lightning_wdefense.transport.costs import (
     with_labels,
     within_a_cloud,
 )
-from lightning_wdefense.transport.dense import Matrix, half_squared_distances
 from lightning_wdefense.transport.measures import Measure
 from lightning_wdefense.transport.options import SinkhornOptions
 from lightning_wdefense.transport.workspace import Workspace
@@ -29,9 +27,6 @@ Pair = Literal["xy", "xx", "yy"]
 
 LOOPED = 2**18
 """Entries of a cost from which a CPU solves the problems of a batch one by one, each in its cache."""
-
-SMALL = 192
-"""Points of a cloud up to which a CPU solves problems one by one with Newton's method."""
 
 
 @dataclass(frozen=True)
@@ -62,34 +57,6 @@ class Problem:
         if label_cost is None:
             return cost
         return with_labels(cost, *self.measures(pair), label_cost).stored(self.x.points, self.work, "labelled cost")
-
-    @property
-    def small(self) -> bool:
-        """Whether Newton's method is worth its matrix."""
-        return self.x.weights.ndim == 1 and _small(self.x, self.y)
-
-    def dense_cost(self, pair: Pair) -> Matrix:
-        """:meth:`ground_cost` of a small problem, in NumPy and in float64."""
-        if self.matrices or self.options.p == 1 or self.options.label_cost is not None:
-            return self.ground_cost(pair).rows().double().numpy()
-        if pair == "xy":
-            return self._dense_between
-        points = self.dense_points[pair[0]]
-        return half_squared_distances(points, points)
-
-    def dense_distances(self, pair: Pair) -> Matrix:
-        """Distances between the points of a small problem, likewise."""
-        x, y = self.measures(pair)
-        return distance(x.points, y.points).rows().double().numpy()
-
-    @cached_property
-    def dense_points(self) -> dict[str, Matrix]:
-        """Both clouds of a small problem, likewise."""
-        return {name: each.points.numpy().astype(numpy.float64) for name, each in (("x", self.x), ("y", self.y))}
-
-    @cached_property
-    def _dense_between(self) -> Matrix:
-        return half_squared_distances(self.dense_points["x"], self.dense_points["y"])
 
     @cached_property
     def blur(self) -> Tensor:
@@ -123,10 +90,6 @@ class Problem:
         """Mean cost ``(...)`` between the measures, without the price of labels."""
         if self.matrices or self.options.p == 1:
             return self._between.average(self.x.weights, self.y.weights)
-        if self.small:
-            a, b = (each.weights.numpy().astype(numpy.float64) for each in (self.x, self.y))
-            mean = a @ self._dense_between @ b / (a.sum() * b.sum())
-            return torch.from_numpy(numpy.asarray(mean, self.x.points.numpy().dtype))
         product = (self.x.mean() * self.y.mean()).sum((-2, -1))
         return (_mean_half_square(self.x) + _mean_half_square(self.y) - product).clamp(min=0)
 
@@ -154,11 +117,6 @@ def solved_at_once(
 ) -> Iterator[Problem]:
     """The batch ``(B, N, D)`` of problems, or each problem of it by itself, without a graph and around a common centre."""
     x, y = x.detached(), y.detached()
-    if _small(x, y):
-        for i in range(len(x.points)):
-            own = {pair: each[i].detach() for pair, each in matrices.items()}
-            yield Problem(*_centred(x.problem(i), y.problem(i)), options, own, work)
-        return
     centre = 0.5 * (x.mean() + y.mean())
     x, y = (measure._replace(points=measure.points - centre) for measure in (x, y))
     matrices = {pair: matrix.detach() for pair, matrix in matrices.items()}
@@ -169,18 +127,6 @@ def solved_at_once(
         for i in range(size):
             own = {pair: each[i] for pair, each in matrices.items()}
             yield Problem(x.problem(i), y.problem(i), options, own, work)
-
-
-def _small(x: Measure, y: Measure) -> bool:
-    return x.points.device.type == "cpu" and max(x.weights.shape[-1], y.weights.shape[-1]) <= SMALL
-
-
-def _centred(x: Measure, y: Measure) -> tuple[Measure, Measure]:
-    """Two small clouds around their common centre."""
-    arrays = [(each.points.numpy(), each.weights.numpy()) for each in (x, y)]
-    centre = 0.5 * sum(weights @ points / weights.sum() for points, weights in arrays)
-    x, y = (m._replace(points=torch.from_numpy(p - centre)) for m, (p, _) in zip((x, y), arrays, strict=True))
-    return x, y
 
 
 def _mean_half_square(measure: Measure) -> Tensor:
