@@ -101,8 +101,10 @@ def sinkhorn_divergence(
         else:
             evaluation = evaluate(arguments, warm_start)
             warn_unless_converged(options, evaluation)
-            excess = arguments.x.weights.sum(-1) - arguments.y.weights.sum(-1)
-            value = evaluation.value + 0.5 * evaluation.blur**p * excess.square()
+            value = evaluation.value
+            if a is not None or b is not None or x.shape != y.shape:
+                excess = arguments.x.weights.sum(-1) - arguments.y.weights.sum(-1)
+                value = value + 0.5 * evaluation.blur**p * excess.square()
     return value if x.ndim == 3 else value[0]
 
 

@@ -138,7 +138,8 @@ def warn_unless_converged(options: SinkhornOptions, evaluation: Evaluation) -> N
 
     The error has one digit so that the same text comes back, which Python's default filter shows once.
     """
-    error = max(float(optimum.error.max()) for optimum in evaluation.optima.values())
+    errors = (optimum.error for optimum in evaluation.optima.values())
+    error = max(float(each if each.numel() == 1 else each.max()) for each in errors)
     if not error <= options.tol:
         warnings.warn(
             f"Sinkhorn stopped after max_iter={options.max_iter} iterations at a marginal error of {error:.0e}, above "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -65,7 +66,7 @@ def read_measures(
         _check_label_pair(x_labels, y_labels)
     if a is not None or b is not None:
         points_x, points_y = contained(points_x, points_y, weights_x, weights_y, own_cost=own_cost)
-    if balanced:
+    if balanced and not (a is None and b is None and weights_x.shape == weights_y.shape):
         mass_x, mass_y = equal_masses(
             weights_x, weights_y, a, b, "normalise them, or pass reach= to let mass be created and destroyed"
         )
@@ -209,7 +210,7 @@ def check_float(name: str, tensor: Tensor) -> None:
 def check_finite(name: str, tensor: Tensor, weights: Tensor | None = None) -> None:
     """An error if there is a NaN or an infinity in it, but for points ``(..., N, D)`` of weight zero."""
     # A sum is finite only if all its terms are, and takes a fiftieth of the time to look at; but it may overflow.
-    if bool(tensor.detach().sum().isfinite()):
+    if math.isfinite(tensor.detach().sum()):
         return
     finite = tensor.isfinite()
     if not bool((finite if weights is None else finite.all(-1) | (weights == 0)).all()):

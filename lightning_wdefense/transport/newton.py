@@ -22,10 +22,10 @@ COOLING = 4.0
 WARMEST = 0.05
 """Share of the mean cost at which the annealing starts."""
 
-ENTRY = 0.03
+ENTRY = 0.05
 """Marginal error at which a temperature above the final one is left."""
 
-FIRST_SWEEPS = 10
+FIRST_SWEEPS = 20
 """Sinkhorn steps at a new temperature."""
 
 SWEEPS = 5
@@ -69,21 +69,19 @@ def newton(
     """
     kernel = DenseKernel(cost, a, b, rho)
     ratio = max(1.0, WARMEST * mean / eps)
-    level = math.ceil(math.log(ratio, COOLING))
+    level = round(math.log(ratio, COOLING))
     cooling = ratio ** (1 / level) if level else 1.0
-    look, n_iter, steps, falls, sweeps = None, 0, 0, 0, FIRST_SWEEPS
+    first, n_iter, steps, falls, sweeps = numpy.zeros_like(b), 0, 0, 0, FIRST_SWEEPS
     if start is not None:
         kernel.absorb(start if rho is not None else start - (b @ start) / b.sum(), eps)
         look = kernel.look()
         if look.error <= tol:
             return kernel.solved(look, 1)
         if look.error < WARM:
-            level, sweeps = 0, SWEEPS
-        else:
-            look = None
-    if look is None:
-        kernel.absorb(numpy.zeros_like(b), eps * cooling**level)
-    before, damping, longest = None, DAMPING, LONGEST
+            first, level, sweeps = kernel.g, 0, SWEEPS
+    kernel.absorb(first, eps * cooling**level)
+    before: Look | None = None
+    best, damping, longest = first, DAMPING, LONGEST
     while True:
         sweeps = min(sweeps, max_iter - n_iter)
         kernel.sweep(sweeps)
@@ -93,23 +91,20 @@ def newton(
             return kernel.solved(look, n_iter)
         if n_iter >= max_iter or steps >= STEPS or falls >= FALLS:
             return None
+        # Written so that NaN counts as fallen.
         if before is not None and not look.value >= before.value - SLACK * max(1.0, abs(before.value)):
             falls, damping, longest = falls + 1, 100 * damping, longest / 4
             kernel.absorb(best, kernel.eps)
             look = kernel.look()
-        elif not math.isfinite(look.value):
-            return None
-        best, answer = kernel.g + kernel.eps * look.w, kernel.answer()
-        if look.error <= ENTRY and level > 0:
+        best = kernel.g + kernel.eps * look.w
+        if level > 0 and look.error <= ENTRY:
             level -= 1
-            kernel.absorb(best, eps * cooling**level if level else eps, answer)
+            kernel.absorb(best, eps * cooling**level, kernel.answer())
             before, sweeps = None, FIRST_SWEEPS
             continue
-        step = _step(kernel, look, damping)
-        if step is None:
-            return None
+        _, step, failed = dposv(kernel.curvature(damping), look.missing, lower=1, overwrite_a=1)
         length = float(abs(step).max())
-        if not math.isfinite(length):
+        if failed or not math.isfinite(length):
             return None
         if length > longest:
             step *= longest / length
@@ -120,9 +115,3 @@ def newton(
             numpy.exp(w, out=kernel.v)
         before, sweeps = look, SWEEPS
         steps, n_iter = steps + 1, n_iter + 1
-
-
-def _step(kernel: DenseKernel, look: Look, damping: float) -> Vector | None:
-    """Newton's step, in units of the temperature."""
-    _, step, failed = dposv(kernel.curvature(damping), look.missing, lower=1, overwrite_a=1)
-    return None if failed else step

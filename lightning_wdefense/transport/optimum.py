@@ -87,11 +87,8 @@ def optimum(problem: Problem, pair: Pair, needed: Needed, start: Tensor | None =
 
 def stacked(optima: Sequence[Optimum]) -> Optimum:
     """Problems that were solved one by one, as a batch."""
-    if len(optima) == 1:
-        (only,) = optima
-        if only.value.ndim == 1:
-            return only
-        return Optimum(*(value[None] if isinstance(value, Tensor) else value for value in only))
+    if len(optima) == 1 and optima[0].value.ndim == 1:
+        return optima[0]
 
     def stack(values: tuple[Any, ...]) -> Any:
         if isinstance(values[0], int):

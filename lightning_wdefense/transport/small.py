@@ -19,6 +19,7 @@ from lightning_wdefense.transport.dense import (
     Matrix,
     Potentials,
     answer,
+    cloud,
     density,
     displacements,
     half_squared_distances,
@@ -26,7 +27,7 @@ from lightning_wdefense.transport.dense import (
 )
 from lightning_wdefense.transport.measures import Measure
 from lightning_wdefense.transport.newton import newton
-from lightning_wdefense.transport.optimum import IDENTITY, Needed, Optimum, optimum
+from lightning_wdefense.transport.optimum import IDENTITY, Needed, Optimum, optimum, stacked
 from lightning_wdefense.transport.options import SinkhornOptions
 from lightning_wdefense.transport.problem import Pair, Problem
 from lightning_wdefense.transport.workspace import Workspace
@@ -45,6 +46,7 @@ class SmallProblem(Problem):
     """:class:`~.problem.Problem` with its measures in NumPy too, by their names."""
 
     clouds: Mapping[str, Cloud]
+    alone: bool
 
     def dense_cost(self, pair: Pair) -> Matrix:
         """:meth:`ground_cost`."""
@@ -52,8 +54,8 @@ class SmallProblem(Problem):
             return self.ground_cost(pair).rows().double().numpy()
         if pair == "xy":
             return self._dense_between
-        points = self.clouds[pair[0]].points
-        return half_squared_distances(points, points)
+        cloud = self.clouds[pair[0]]
+        return half_squared_distances(cloud, cloud, self.eps)
 
     def distances(self, pair: Pair) -> Matrix:
         """Distances between the points."""
@@ -62,23 +64,36 @@ class SmallProblem(Problem):
 
     @cached_property
     def blur(self) -> Tensor:
-        """That of the parent, for which PyTorch takes its time."""
-        options, dtype = self.options, self.x.weights.dtype
+        """That of the parent; with the axis of the batch if that is of one."""
+        options, dtype = self.options, self.clouds["x"].given.dtype
         if options.blur is None:
-            return super().blur
-        return torch.tensor(max(options.blur, torch.finfo(dtype).tiny ** (0.5 / options.p)), dtype=dtype)
+            blur = super().blur.numpy()
+        else:
+            blur = numpy.array(max(options.blur, float(numpy.finfo(dtype).tiny) ** (0.5 / options.p)), dtype)
+        return torch.from_numpy(blur[None] if self.alone else blur)
+
+    @cached_property
+    def eps(self) -> float:
+        """Temperature."""
+        return float(self.blur.numpy().reshape(())[()] ** self.options.p)
+
+    @cached_property
+    def mean(self) -> float:
+        """Mean cost, to which the price of labels is added."""
+        return float(self._mean) + (self.options.label_cost or 0.0)
 
     @cached_property
     def _mean(self) -> Tensor:
         if not self._geometric_alone:
             return super()._mean
         x, y = self.clouds["x"], self.clouds["y"]
-        mean = float(x.weights @ self._dense_between @ y.weights) / (x.mass * y.mass)
-        return torch.tensor(mean, dtype=self.x.weights.dtype)
+        squares = float(x.weights @ x.half_squares) / x.mass + float(y.weights @ y.half_squares) / y.mass
+        product = float((x.weights @ x.points) @ (y.weights @ y.points)) / (x.mass * y.mass)
+        return torch.from_numpy(numpy.array(max(0.0, squares - product), x.given.dtype))
 
     @cached_property
     def _dense_between(self) -> Matrix:
-        return half_squared_distances(self.clouds["x"].points, self.clouds["y"].points)
+        return half_squared_distances(self.clouds["x"], self.clouds["y"], self.eps)
 
     @property
     def _geometric_alone(self) -> bool:
@@ -89,32 +104,36 @@ def small_problems(
     x: Measure, y: Measure, options: SinkhornOptions, matrices: Mapping[Pair, Tensor], work: Workspace
 ) -> Iterator[SmallProblem]:
     """:func:`~.problem.solved_at_once`, each problem of the batch by itself."""
-    measures = x.detached(), y.detached()
-    arrays = [(each.points.numpy(), each.weights.numpy()) for each in measures]
-    for i in range(len(x.points)):
-        points, weights = zip(*((p[i].astype(numpy.float64), w[i].astype(numpy.float64)) for p, w in arrays), strict=True)
-        masses = [float(w.sum()) for w in weights]
-        centre = sum(w @ p / (2 * mass) for p, w, mass in zip(points, weights, masses, strict=True))
+    arrays = [[each.detach().numpy() for each in (points, weights)] for points, weights, _ in (x, y)]
+    labels, dtype, size = (x.labels, y.labels), arrays[0][0].dtype, len(x.points)
+    for i in range(size):
+        points = [each[0][i].astype(numpy.float64) for each in arrays]
+        weights = [each[1][i].astype(numpy.float64) for each in arrays]
+        masses = [float(each.sum()) for each in weights]
+        centre = (weights[0] @ points[0]) / (2 * masses[0]) + (weights[1] @ points[1]) / (2 * masses[1])
         for each in points:
             each -= centre
-        clouds = dict(zip("xy", map(Cloud, points, weights, masses), strict=True))
-        centred = (
-            each.problem(i)._replace(points=torch.from_numpy(p.astype(a.dtype)))
-            for each, p, (a, _) in zip(measures, points, arrays, strict=True)
+        clouds = [cloud(p, w, mass, dtype) for p, w, mass in zip(points, weights, masses, strict=True)]
+        measures = (
+            Measure(torch.from_numpy(c.given[:, :-1]), torch.from_numpy(w[i]), None if label is None else label[i])
+            for c, (_, w), label in zip(clouds, arrays, labels, strict=True)
         )
         own = {pair: each[i].detach() for pair, each in matrices.items()}
-        yield SmallProblem(*centred, options, own, work, clouds)
+        yield SmallProblem(*measures, options, own, work, {"x": clouds[0], "y": clouds[1]}, size == 1)
 
 
 def small_optimum(problem: SmallProblem, pair: Pair, needed: Needed, start: Tensor | None = None) -> Optimum:
     """:func:`~.optimum.optimum` of a small problem."""
     found = _between(problem, start) if pair == "xy" else _within(problem, pair)
     result = None if found is None else _optimum(problem, pair, needed.of(pair), found)
-    return optimum(problem, pair, needed, start) if result is None else result
+    if result is not None:
+        return result
+    result = optimum(problem, pair, needed, start)
+    return stacked([result]) if problem.alone else result
 
 
 def _optimum(problem: SmallProblem, pair: Pair, needed: Needed, found: Potentials) -> Optimum | None:
-    options, eps, rho = problem.options, float(problem.eps), problem.options.rho
+    options, eps, rho = problem.options, problem.eps, problem.options.rho
     x, y = (problem.clouds[name] for name in pair)
     f, g, plan, n_iter, error = found
     moved = x.mass if rho is None else float(x.weights @ density(f, rho))
@@ -128,12 +147,13 @@ def _optimum(problem: SmallProblem, pair: Pair, needed: Needed, found: Potential
         if options.p == 1:
             distances = problem.distances(pair)
             shares = numpy.where(distances > 0, plan / distances, 0)
-        of_x = displacements(shares, x.points, y.points) if needed.x else None
-        of_y = displacements(shares.T, y.points, x.points) if needed.y and pair == "xy" else None
-    on_x, dtype = f if pair == "xy" else g, problem.x.weights.numpy().dtype
+        of_x = displacements(shares, x, y) if needed.x else None
+        of_y = displacements(shares.T, y, x) if needed.y and pair == "xy" else None
+    on_x, dtype = f if pair == "xy" else g, x.given.dtype
 
     def tensor(values: Any) -> Tensor:
-        return torch.from_numpy(numpy.array(values, dtype))
+        result = numpy.array(values, dtype)
+        return torch.from_numpy(result[None] if problem.alone else result)
 
     return Optimum(
         value=tensor(value),
@@ -151,7 +171,7 @@ def _optimum(problem: SmallProblem, pair: Pair, needed: Needed, found: Potential
 
 def _between(problem: SmallProblem, start: Tensor | None) -> Potentials | None:
     """Potentials of the transport of one measure to the other; points without weight answer to the others."""
-    options, cost, eps, mean = problem.options, problem.dense_cost("xy"), float(problem.eps), float(problem.mean)
+    options, cost, eps, mean = problem.options, problem.dense_cost("xy"), problem.eps, problem.mean
     a, b, rho = problem.clouds["x"].weights, problem.clouds["y"].weights, options.rho
     if not (math.isfinite(eps) and math.isfinite(mean)):
         return None
@@ -170,7 +190,7 @@ def _between(problem: SmallProblem, start: Tensor | None) -> Potentials | None:
 
 def _within(problem: SmallProblem, pair: Pair) -> Potentials | None:
     """Potentials of the transport of a measure to itself, likewise."""
-    options, eps = problem.options, float(problem.eps)
+    options, eps = problem.options, problem.eps
     # Of a cost of the caller's, nobody knows that it is zero from each point to itself.
     if problem.matrices or not math.isfinite(eps):
         return None
