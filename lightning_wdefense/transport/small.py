@@ -29,16 +29,11 @@ from lightning_wdefense.transport.measures import Measure
 from lightning_wdefense.transport.newton import newton
 from lightning_wdefense.transport.optimum import IDENTITY, Needed, Optimum, optimum, stacked
 from lightning_wdefense.transport.options import SinkhornOptions
-from lightning_wdefense.transport.problem import Pair, Problem
+from lightning_wdefense.transport.problem import Pair, Problem, solved_at_once
 from lightning_wdefense.transport.workspace import Workspace
 
 SMALL = 192
 """Points of the larger cloud up to which Newton's method is worth its matrix."""
-
-
-def is_small(x: Measure, y: Measure) -> bool:
-    """Whether these problems are solved here."""
-    return x.points.device.type == "cpu" and max(x.weights.shape[-1], y.weights.shape[-1]) <= SMALL
 
 
 @dataclass(frozen=True)
@@ -47,6 +42,7 @@ class SmallProblem(Problem):
 
     clouds: Mapping[str, Cloud]
     alone: bool
+    """Whether it is the only one of its batch. Results then have the axis of the batch at once."""
 
     def dense_cost(self, pair: Pair) -> Matrix:
         """:meth:`ground_cost`."""
@@ -100,30 +96,38 @@ class SmallProblem(Problem):
         return not self.matrices and self.options.p == 2
 
 
-def small_problems(
+def problems(
     x: Measure, y: Measure, options: SinkhornOptions, matrices: Mapping[Pair, Tensor], work: Workspace
-) -> Iterator[SmallProblem]:
-    """:func:`~.problem.solved_at_once`, each problem of the batch by itself."""
-    arrays = [[each.detach().numpy() for each in (points, weights)] for points, weights, _ in (x, y)]
-    labels, dtype, size = (x.labels, y.labels), arrays[0][0].dtype, len(x.points)
+) -> Iterator[Problem]:
+    """The problems of a batch: small ones on a CPU one by one, others as :func:`~.problem.solved_at_once` says."""
+    if x.points.device.type != "cpu" or max(x.weights.shape[-1], y.weights.shape[-1]) > SMALL:
+        yield from solved_at_once(x, y, options, matrices, work)
+        return
+    size, labels = len(x.points), (x.labels, y.labels)
+    arrays = [(each.points.detach().numpy(), each.weights.detach().numpy()) for each in (x, y)]
     for i in range(size):
-        points = [each[0][i].astype(numpy.float64) for each in arrays]
-        weights = [each[1][i].astype(numpy.float64) for each in arrays]
+        points, weights = zip(
+            *((p[i].astype(numpy.float64), w[i].astype(numpy.float64)) for p, w in arrays), strict=True
+        )
         masses = [float(each.sum()) for each in weights]
         centre = (weights[0] @ points[0]) / (2 * masses[0]) + (weights[1] @ points[1]) / (2 * masses[1])
         for each in points:
             each -= centre
-        clouds = [cloud(p, w, mass, dtype) for p, w, mass in zip(points, weights, masses, strict=True)]
-        measures = (
+        clouds = [cloud(*each, arrays[0][0].dtype) for each in zip(points, weights, masses, strict=True)]
+        around_zero = [
             Measure(torch.from_numpy(c.given[:, :-1]), torch.from_numpy(w[i]), None if label is None else label[i])
             for c, (_, w), label in zip(clouds, arrays, labels, strict=True)
-        )
+        ]
         own = {pair: each[i].detach() for pair, each in matrices.items()}
-        yield SmallProblem(*measures, options, own, work, {"x": clouds[0], "y": clouds[1]}, size == 1)
+        yield SmallProblem(
+            around_zero[0], around_zero[1], options, own, work, {"x": clouds[0], "y": clouds[1]}, alone=size == 1
+        )
 
 
-def small_optimum(problem: SmallProblem, pair: Pair, needed: Needed, start: Tensor | None = None) -> Optimum:
-    """:func:`~.optimum.optimum` of a small problem."""
+def solved_optimum(problem: Problem, pair: Pair, needed: Needed, start: Tensor | None = None) -> Optimum:
+    """:func:`~.optimum.optimum`, for small problems in a shorter time; where that fails, it ends as it would have without."""
+    if not isinstance(problem, SmallProblem):
+        return optimum(problem, pair, needed, start)
     found = _between(problem, start) if pair == "xy" else _within(problem, pair)
     result = None if found is None else _optimum(problem, pair, needed.of(pair), found)
     if result is not None:
