@@ -87,6 +87,9 @@ def newton(
         kernel.sweep(sweeps)
         n_iter += sweeps
         look = kernel.look()
+        if abs(look.w).max() > ABSORBED:
+            kernel.absorb(kernel.g + kernel.eps * look.w, kernel.eps)
+            look = kernel.look()
         if level == 0 and look.error <= tol:
             return kernel.solved(look, n_iter)
         if n_iter >= max_iter or steps >= STEPS or falls >= FALLS:
@@ -96,6 +99,8 @@ def newton(
             falls, damping, longest = falls + 1, 100 * damping, longest / 4
             kernel.absorb(best, kernel.eps)
             look = kernel.look()
+        else:
+            damping, longest = max(DAMPING, damping / 100), min(LONGEST, 4 * longest)
         best = kernel.g + kernel.eps * look.w
         if level > 0 and look.error <= ENTRY:
             level -= 1
@@ -108,10 +113,6 @@ def newton(
             return None
         if length > longest:
             step *= longest / length
-        w = look.w + step
-        if abs(w).max() > ABSORBED:
-            kernel.absorb(kernel.g + kernel.eps * w, kernel.eps)
-        else:
-            numpy.exp(w, out=kernel.v)
+        numpy.exp(look.w + step, out=kernel.v)
         before, sweeps = look, SWEEPS
         steps, n_iter = steps + 1, n_iter + 1

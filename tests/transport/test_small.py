@@ -124,21 +124,22 @@ def test_what_newton_cannot_finish_ends_as_without_it(monkeypatch, batch, dtype)
 
 @pytest.mark.parametrize("options", [{}, {"reach": 1.0}], ids=str)
 def test_steps_that_lead_down_are_taken_back(monkeypatch, options):
-    """Steps ten times too long, and a start that is far away: it still ends at the optimum, or is left to the iteration."""
+    """A first step that goes far too far costs one step, and not the way back."""
     x, y = clouds()
     expected = sinkhorn(x, y, relative_blur=0.05, **EXACT, **options)
-    monkeypatch.setattr(
-        newton, "dposv", lambda *args, _solve=newton.dposv, **kwargs: _stretched(_solve(*args, **kwargs))
-    )
+    monkeypatch.setattr(small, "optimum", refuse)
     monkeypatch.setattr(newton, "LONGEST", 1e3)
+    steps = []
+
+    def dposv(*args, _solve=newton.dposv, **kwargs):
+        factor, step, failed = _solve(*args, **kwargs)
+        steps.append(step)
+        return factor, 100 / abs(step).max() * step if len(steps) == 1 else step, failed
+
+    monkeypatch.setattr(newton, "dposv", dposv)
     result = sinkhorn(x, y, relative_blur=0.05, **EXACT, **options)
-    assert result.converged
+    assert 2 < len(steps) < 18
     torch.testing.assert_close(result.value, expected.value, rtol=1e-6, atol=0)
-
-
-def _stretched(solution):
-    factor, step, failed = solution
-    return factor, 10 * step, failed
 
 
 @pytest.mark.parametrize("max_iter", [1, 2, 7, 23, 41])
@@ -156,6 +157,15 @@ def test_iterations_are_limited(monkeypatch, max_iter, options):
     assert asked.converged == (asked.marginal_error <= 1e-9)
     assert asked.n_iter == never_asked.n_iter
     torch.testing.assert_close(asked.value, never_asked.value)
+
+
+@pytest.mark.parametrize("options", [{}, {"reach": 1.0}, {"reach": 0.3, "blur": 0.1}], ids=str)
+def test_few_steps_are_enough(monkeypatch, options):
+    """From where the error is a few percent the steps converge quadratically, with hardly a sweep between them."""
+    monkeypatch.setattr(small, "optimum", refuse)
+    monkeypatch.setattr(newton, "STEPS", 7)
+    monkeypatch.setattr(newton, "SWEEPS", 1)
+    assert sinkhorn(*clouds(), **{"blur": 0.3, "tol": 1e-12, **options}).converged
 
 
 def test_iterations_are_counted():
