@@ -56,10 +56,10 @@ def half_squared_distances(x: Cloud, y: Cloud, eps: float) -> Matrix:
     """
     rounding = UNIT[x.given.dtype.char] * float(max(x.half_squares.max(), y.half_squares.max()))
     if x.points.shape[1] >= WIDE and rounding <= ROUNDING * eps:
-        cost = x.half_squares[:, None] - numpy.dot(x.given[:, :-1], y.given[:, :-1].T)
+        cost = numpy.dot(x.given[:, :-1], y.given[:, :-1].T).astype(numpy.float64)
     else:
         cost = numpy.dot(x.points, y.points.T)
-        numpy.subtract(x.half_squares[:, None], cost, out=cost)
+    numpy.subtract(x.half_squares[:, None], cost, out=cost)
     cost += y.half_squares
     if y is x:
         cost.reshape(-1)[:: len(cost) + 1] = 0

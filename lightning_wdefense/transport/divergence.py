@@ -102,6 +102,7 @@ def sinkhorn_divergence(
             evaluation = evaluate(arguments, warm_start)
             warn_unless_converged(options, evaluation)
             value = evaluation.value
+            # Of as many points without weights the masses are the same to the last bit.
             if a is not None or b is not None or x.shape != y.shape:
                 excess = arguments.x.weights.sum(-1) - arguments.y.weights.sum(-1)
                 value = value + 0.5 * evaluation.blur**p * excess.square()

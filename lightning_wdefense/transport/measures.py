@@ -66,6 +66,7 @@ def read_measures(
         _check_label_pair(x_labels, y_labels)
     if a is not None or b is not None:
         points_x, points_y = contained(points_x, points_y, weights_x, weights_y, own_cost=own_cost)
+    # Of as many points without weights the masses are the same to the last bit.
     if balanced and not (a is None and b is None and weights_x.shape == weights_y.shape):
         mass_x, mass_y = equal_masses(
             weights_x, weights_y, a, b, "normalise them, or pass reach= to let mass be created and destroyed"

@@ -35,6 +35,9 @@ from lightning_wdefense.transport.workspace import Workspace
 SMALL = 192
 """Points of the larger cloud up to which Newton's method is worth its matrix."""
 
+FEW = 8
+"""Problems of a batch up to which they take less time one by one, each by Newton's method, than all at once."""
+
 
 @dataclass(frozen=True)
 class SmallProblem(Problem):
@@ -99,8 +102,9 @@ class SmallProblem(Problem):
 def problems(
     x: Measure, y: Measure, options: SinkhornOptions, matrices: Mapping[Pair, Tensor], work: Workspace
 ) -> Iterator[Problem]:
-    """The problems of a batch: small ones on a CPU one by one, others as :func:`~.problem.solved_at_once` says."""
-    if x.points.device.type != "cpu" or max(x.weights.shape[-1], y.weights.shape[-1]) > SMALL:
+    """The problems of a batch: few small ones on a CPU one by one, others as :func:`~.problem.solved_at_once` says."""
+    sizes = x.weights.shape[-1], y.weights.shape[-1]
+    if x.points.device.type != "cpu" or max(sizes) > SMALL or len(x.points) > FEW:
         yield from solved_at_once(x, y, options, matrices, work)
         return
     size, labels = len(x.points), (x.labels, y.labels)

@@ -60,6 +60,9 @@ def test_only_small_problems_are_asked(monkeypatch):
     sinkhorn(*clouds(5, small.SMALL + 1))
     with pytest.raises(AssertionError, match="was asked"):
         sinkhorn(*clouds(5, small.SMALL))
+    sinkhorn(*clouds(batch=(small.FEW + 1,)))
+    with pytest.raises(AssertionError, match="was asked"):
+        sinkhorn(*clouds(batch=(small.FEW,)))
 
 
 OPTIONS = {
