@@ -125,6 +125,7 @@ class DenseKernel:
         self.cost, self.a, self.b, self.rho = cost, a, b, rho
         self.log_b, self.root_mass = numpy.log(b), math.sqrt(b.sum())
         self.kernel, self._plan, self.v = numpy.empty_like(cost), numpy.empty_like(cost), numpy.ones_like(b)
+        self._matrix = numpy.empty((len(b), len(b)), order="F")
         self._sums, self._u, self._columns = numpy.empty_like(a), numpy.empty_like(a), numpy.empty_like(b)
 
     def absorb(self, g: Vector, eps: float, answer: Vector | None = None) -> None:
@@ -183,21 +184,17 @@ class DenseKernel:
     def curvature(self, damping: float) -> Matrix:
         """Minus the second derivative of the dual value ``(M, M)`` in ``w``, at the last look: its lower half.
 
-        ``damping`` is the share of the weights by which its diagonal grows.
+        ``damping`` is the share of the weights by which its diagonal grows. Without it, where mass is conserved, the matrix would be
+        singular, because a constant changes nothing.
         """
         root = numpy.multiply(self.kernel, self.v, out=self._plan)
         root *= numpy.sqrt(self._u / self._sums)[:, None]
-        # A constant changes nothing where mass is conserved: let there be none in a step.
-        shape = len(self.b), len(self.b)
-        matrix = (
-            numpy.zeros(shape) if self.rho is not None else numpy.multiply.outer(self.b / self.root_mass**2, self.b)
-        )
-        matrix = matrix.T
         diagonal = self.columns + damping * self.b
         if self.rho is not None:
             diagonal += self.wanted * (self.eps / self.rho)
+        matrix = dsyrk(-self.share, root.T, c=self._matrix, lower=1, overwrite_c=1)
         matrix.reshape(-1, order="F")[:: len(matrix) + 1] += diagonal
-        return dsyrk(-self.share, root.T, beta=1, c=matrix, lower=1, overwrite_c=1)
+        return matrix
 
     def answer(self) -> Vector:
         """What balanced rows answer to the last look."""
