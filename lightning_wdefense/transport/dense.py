@@ -25,6 +25,9 @@ FLOOR = -200.0
 WIDE = 48
 """Dimensions from which products of points are worth a conversion."""
 
+DUST = 2.0**-50
+"""Share of the mass that leaves nothing, added in float64 and taken off again, of what is 2^-52 of it or less."""
+
 UNIT = {"f": 2.0**-23, "d": 2.0**-52}
 """Unit in the last place, by the character of the dtype."""
 
@@ -54,8 +57,8 @@ def half_squared_distances(x: Cloud, y: Cloud, eps: float) -> Matrix:
 
     The product is taken in the dtype of the caller where that saves time and its rounding is nothing beside ``eps``.
     """
-    rounding = UNIT[x.given.dtype.char] * float(max(x.half_squares.max(), y.half_squares.max()))
-    if x.points.shape[1] >= WIDE and rounding <= ROUNDING * eps:
+    units = ROUNDING * eps / UNIT[x.given.dtype.char]
+    if x.points.shape[1] >= WIDE and max(x.half_squares.max(), y.half_squares.max()) <= units:
         cost = numpy.dot(x.given[:, :-1], y.given[:, :-1].T).astype(numpy.float64)
     else:
         cost = numpy.dot(x.points, y.points.T)
@@ -68,7 +71,10 @@ def half_squared_distances(x: Cloud, y: Cloud, eps: float) -> Matrix:
 
 def displacements(plan: Matrix, x: Cloud, y: Cloud) -> NDArray[Any]:
     """``sum_j P_ij (x_i - y_j)`` ``(N, D)``."""
-    sums = plan.astype(x.given.dtype) @ y.given
+    if x.given.dtype != plan.dtype:  # The smallest entries would become denormal numbers.
+        plan = plan + DUST * x.mass
+        plan -= DUST * x.mass
+    sums = plan.astype(x.given.dtype, copy=False) @ y.given
     result: NDArray[Any] = sums[:, -1:] * x.given[:, :-1]
     result -= sums[:, :-1]
     return result
