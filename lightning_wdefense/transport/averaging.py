@@ -6,7 +6,7 @@ import math
 
 import numpy
 
-from lightning_wdefense.transport.dense import FLOOR, Matrix, Potentials, Vector
+from lightning_wdefense.transport.dense import FLOOR, Matrix, Potentials, Vector, parts
 from lightning_wdefense.transport.symmetric import AVERAGING, SELF_ACCURACY
 
 STEP, MOMENTUM = 4 / (1 + math.sqrt(2)) ** 2, ((math.sqrt(2) - 1) / (math.sqrt(2) + 1)) ** 2
@@ -21,12 +21,13 @@ def averaged(cost: Matrix, a: Vector, eps: float, rho: float | None, *, tol: flo
     kernel = numpy.multiply(cost, -1 / eps)
     numpy.exp(numpy.maximum(kernel, FLOOR, out=kernel), out=kernel)
     kernel *= a
+    across = [kernel[part] for part in parts(*cost.shape)]
     share = 1.0 if rho is None else rho / (rho + eps)
     wanted, mass = SELF_ACCURACY * tol, float(a.sum())
     w = before = numpy.log(kernel.sum(1)) * (-0.5 * share)
     for n_iter in range(1, max_iter + 1):
         v = numpy.exp(w)
-        log_sums = numpy.log(kernel @ v)
+        log_sums = numpy.log(numpy.concatenate([part @ v for part in across]))
         gap = log_sums * -share - w
         excess = numpy.expm1(gap * (-1 / share))
         error = math.sqrt(float(a @ (excess * excess)) / mass)

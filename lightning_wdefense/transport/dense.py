@@ -10,6 +10,7 @@ import math
 from typing import Any, NamedTuple
 
 import numpy
+import torch
 from numpy.typing import NDArray
 from scipy.linalg.blas import dsyrk
 
@@ -32,6 +33,11 @@ UNIT = {"f": 2.0**-23, "d": 2.0**-52}
 """Unit in the last place, by the character of the dtype."""
 
 
+QUIET = 2**13, 2**18
+"""Multiplications up to which NumPy's products with a vector and with a matrix take no threads. Beyond, it takes all cores, whatever
+PyTorch is told, and to wake them takes longer than these products."""
+
+
 class Cloud(NamedTuple):
     """A measure in NumPy and in float64: points ``(N, D)``, half their squared lengths ``(N,)``, weights ``(N,)`` and their sum.
 
@@ -43,6 +49,19 @@ class Cloud(NamedTuple):
     weights: Vector
     mass: float
     given: NDArray[Any]
+
+
+def parts(size: int, width: int) -> list[slice]:
+    """Parts of ``size`` vectors of ``width`` of which each can be multiplied in quiet."""
+    step = max(1, QUIET[0] // width)
+    return [slice(start, min(size, start + step)) for start in range(0, size, step)]
+
+
+def product(left: NDArray[Any], right: NDArray[Any]) -> NDArray[Any]:
+    """The product of two matrices, without threads but those of PyTorch."""
+    if left.size * right.shape[1] <= QUIET[1]:
+        return left @ right
+    return torch.mm(torch.from_numpy(left), torch.from_numpy(right)).numpy()
 
 
 def cloud(points: Matrix, weights: Vector, mass: float, dtype: Any) -> Cloud:
@@ -59,9 +78,9 @@ def half_squared_distances(x: Cloud, y: Cloud, eps: float) -> Matrix:
     """
     units = ROUNDING * eps / UNIT[x.given.dtype.char]
     if x.points.shape[1] >= WIDE and max(x.half_squares.max(), y.half_squares.max()) <= units:
-        cost = numpy.dot(x.given[:, :-1], y.given[:, :-1].T).astype(numpy.float64)
+        cost = product(x.given[:, :-1], y.given[:, :-1].T).astype(numpy.float64)
     else:
-        cost = numpy.dot(x.points, y.points.T)
+        cost = product(x.points, y.points.T)
     numpy.subtract(x.half_squares[:, None], cost, out=cost)
     cost += y.half_squares
     if y is x:
@@ -74,7 +93,7 @@ def displacements(plan: Matrix, x: Cloud, y: Cloud) -> NDArray[Any]:
     if x.given.dtype != plan.dtype:  # The smallest entries would become denormal numbers.
         plan = plan + DUST * x.mass
         plan -= DUST * x.mass
-    sums = plan.astype(x.given.dtype, copy=False) @ y.given
+    sums = product(plan.astype(x.given.dtype, copy=False), y.given)
     result: NDArray[Any] = sums[:, -1:] * x.given[:, :-1]
     result -= sums[:, :-1]
     return result
@@ -133,6 +152,9 @@ class DenseKernel:
         self.kernel, self._plan, self.v = numpy.empty_like(cost), numpy.empty_like(cost), numpy.ones_like(b)
         self._matrix = numpy.empty((len(b), len(b)), order="F")
         self._sums, self._u, self._columns = numpy.empty_like(a), numpy.empty_like(a), numpy.empty_like(b)
+        n, m = cost.shape
+        self._across = [(self.kernel[part], self._sums[part]) for part in parts(n, m)]
+        self._along = [(self.kernel[:, part], self._columns[part]) for part in parts(m, n)]
 
     def absorb(self, g: Vector, eps: float, answer: Vector | None = None) -> None:
         """Make the kernel at the potential ``g``, with the scale that makes its rows about one: the answer to it, or the largest."""
@@ -152,32 +174,43 @@ class DenseKernel:
 
     def sweep(self, times: int) -> None:
         """Sinkhorn steps: the rows are made exact, then the columns."""
-        kernel, v, u, sums, columns = self.kernel, self.v, self._u, self._sums, self._columns
+        v, u, sums, columns = self.v, self._u, self._sums, self._columns
         for _ in range(times):
-            numpy.dot(kernel, v, out=sums)
+            self._rows()
             if self.rho is None:
                 numpy.divide(self.a, sums, out=u)
-                numpy.dot(u, kernel, out=columns)
+                self._down()
                 numpy.divide(self.b, columns, out=v)
             else:
                 numpy.multiply(self._row_factor, sums**-self.share, out=u)
-                numpy.dot(u, kernel, out=columns)
+                self._down()
                 numpy.multiply(self._column_factor, columns**-self.share, out=v)
+
+    def _rows(self) -> None:
+        """Sums of the rows of ``K diag(v)``."""
+        for matrix, sums in self._across:
+            numpy.dot(matrix, self.v, out=sums)
+
+    def _down(self) -> Vector:
+        """Sums of the columns of ``diag(u) K``."""
+        for matrix, sums in self._along:
+            numpy.dot(self._u, matrix, out=sums)
+        return self._columns
 
     def look(self) -> Look:
         """Where the scaling is: the rows are made exact for it."""
         sums, a, b = self._sums, self.a, self.b
         w = numpy.log(self.v)
-        numpy.dot(self.kernel, self.v, out=sums)
+        self._rows()
         self.log_sums = numpy.log(sums) + self.scale
         if self.rho is None:
             numpy.divide(a, sums, out=self._u)
-            self.columns = numpy.dot(self._u, self.kernel, out=self._columns) * self.v
+            self.columns = self._down() * self.v
             self.wanted, root_mass = b, self.root_mass
             value = float(b @ (self.scaled_g + w)) - float(a @ self.log_sums)
         else:
             numpy.multiply(self._row_factor, sums**-self.share, out=self._u)
-            self.columns = numpy.dot(self._u, self.kernel, out=self._columns) * self.v
+            self.columns = self._down() * self.v
             density = numpy.maximum(numpy.exp((self.g + self.eps * w) * (-1 / self.rho)), TINY)
             self.wanted = b * density
             root_mass = max(math.sqrt(self.wanted.sum()), NOTHING * self.root_mass)
@@ -198,7 +231,11 @@ class DenseKernel:
         diagonal = self.columns + damping * self.b
         if self.rho is not None:
             diagonal += self.wanted * (self.eps / self.rho)
-        matrix = dsyrk(-self.share, root.T, c=self._matrix, lower=1, overwrite_c=1)
+        if root.size * len(self.b) <= QUIET[1]:
+            matrix = dsyrk(-self.share, root.T, c=self._matrix, lower=1, overwrite_c=1)
+        else:
+            matrix = product(root.T, root).T
+            matrix *= -self.share
         matrix.reshape(-1, order="F")[:: len(matrix) + 1] += diagonal
         return matrix
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 
 import numpy
+import torch
 from scipy.linalg.lapack import dposv
 
 from lightning_wdefense.transport.annealing import WARM
@@ -45,6 +46,9 @@ LONGEST = 10.0
 
 ABSORBED = 30.0
 """Largest exponent of the scaling; beyond it the kernel is made anew."""
+
+QUIET = 96
+"""Unknowns up to which SciPy solves a system without threads; beyond, it takes all cores, which may be busy."""
 
 SLACK = 1e-12
 """Share by which a dual value may fall and still count as not fallen: rounding."""
@@ -107,7 +111,7 @@ def newton(
             kernel.absorb(best, eps * cooling**level, kernel.answer())
             before, sweeps = None, FIRST_SWEEPS
             continue
-        _, step, failed = dposv(kernel.curvature(damping), look.missing, lower=1, overwrite_a=1)
+        step, failed = _solution(kernel.curvature(damping), look.missing)
         length = float(abs(step).max())
         if failed or not math.isfinite(length):
             return None
@@ -116,3 +120,12 @@ def newton(
         numpy.exp(look.w + step, out=kernel.v)
         before, sweeps = look, SWEEPS
         steps, n_iter = steps + 1, n_iter + 1
+
+
+def _solution(matrix: Matrix, right: Vector) -> tuple[Vector, bool]:
+    """Solution of a system with a positive definite matrix, of which the lower half is read, and whether it failed."""
+    if len(right) <= QUIET:
+        _, solution, failed = dposv(matrix, right, lower=1, overwrite_a=1)
+        return solution, bool(failed)
+    factor, info = torch.linalg.cholesky_ex(torch.from_numpy(matrix))
+    return torch.cholesky_solve(torch.from_numpy(right[:, None]), factor)[:, 0].numpy(), bool(info)
