@@ -144,8 +144,8 @@ FAULTS = [
     Fault(
         "the curvature forgets the reach",
         "transport/dense.py",
-        "return dsyrk(-self.share, root.T",
-        "return dsyrk(-1.0, root.T",
+        "dsyrk(-self.share, root.T",
+        "dsyrk(-1.0, root.T",
         (f"{SMALL}test_few_steps_are_enough",),
     ),
     Fault(
