@@ -102,7 +102,8 @@ def sinkhorn_divergence(
             arguments, evaluation = read_and_evaluate(*given, debias=True, warm_start=warm_start)
             warn_unless_converged(options, evaluation)
             value = evaluation.value
-            if reach is not None:  # Otherwise they are equal.
+            # Otherwise they are equal, of points without weights to the last bit.
+            if reach is not None and (a is not None or b is not None):
                 excess = arguments.x.weights.sum(-1) - arguments.y.weights.sum(-1)
                 value = value + 0.5 * evaluation.blur**p * excess.square()
     return value if x.ndim == 3 else value[0]

@@ -15,12 +15,13 @@ from lightning_wdefense.transport import triton
 from lightning_wdefense.transport.costs import checked_cost, label_disagreement
 from lightning_wdefense.transport.envelope import with_gradients
 from lightning_wdefense.transport.measures import Measure, read_measures
-from lightning_wdefense.transport.optimum import Needed, Optimum, optimum, stacked
+from lightning_wdefense.transport.optimum import Needed, Optimum, stacked
 from lightning_wdefense.transport.options import SinkhornOptions
 from lightning_wdefense.transport.precision import exact_products
-from lightning_wdefense.transport.problem import Pair, solved_at_once
+from lightning_wdefense.transport.problem import Pair
 from lightning_wdefense.transport.recorded import attempt_again
 from lightning_wdefense.transport.second_order import WEIGHT, euclidean_cost, gradients_of_weights_and_costs
+from lightning_wdefense.transport.small import problems, solved_optimum
 from lightning_wdefense.transport.warm_start import WarmStart
 from lightning_wdefense.transport.workspace import workspace
 
@@ -158,9 +159,9 @@ def evaluate(arguments: Arguments, warm_start: WarmStart | None = None) -> Evalu
     solved, blurs = [], []
     # Steps of the iteration that lead nowhere may overflow: they are taken back.
     with torch.no_grad(), exact_products(), numpy.errstate(all="ignore"), workspace() as work:
-        for i, problem in enumerate(solved_at_once(x, y, options, matrices, work)):
+        for i, problem in enumerate(problems(x, y, options, matrices, work)):
             here = start if start is None or problem.x.weights.ndim == 2 else start[i]
-            solved.append([optimum(problem, pair, needed, here if pair == "xy" else None) for pair in pairs])
+            solved.append([solved_optimum(problem, pair, needed, here if pair == "xy" else None) for pair in pairs])
             blurs.append(problem.blur)
         optima = {pair: stacked(each) for pair, each in zip(pairs, zip(*solved, strict=True), strict=True)}
         blur = blurs[0] if blurs[0].ndim else torch.stack(blurs)

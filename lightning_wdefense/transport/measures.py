@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -75,6 +76,7 @@ def read_measures(
         )
     if claims is not None:  # Of what is contained now, as padding may be NaN.
         claims.append((points_x.detach().sum() + points_y.detach().sum()).abs() < torch.inf)
+    # Of as many points without weights the masses are the same to the last bit.
     if balanced and (a is not None or b is not None or x.shape[-2] != y.shape[-2]):
         mass_x, mass_y = equal_masses(
             *(weights_x, weights_y, a, b),
@@ -242,7 +244,7 @@ def check_float(name: str, tensor: Tensor) -> None:
 def check_finite(name: str, tensor: Tensor, weights: Tensor | None = None) -> None:
     """An error if there is a NaN or an infinity in it, but for points ``(..., N, D)`` of weight zero."""
     # A sum is finite only if all its terms are, and takes a fiftieth of the time to look at; but it may overflow.
-    if bool(tensor.detach().sum().isfinite()):
+    if math.isfinite(tensor.detach().sum()):
         return
     finite = tensor.isfinite()
     if not bool((finite if weights is None else finite.all(-1) | (weights == 0)).all()):

@@ -11,6 +11,7 @@ CONVERGENCE = "tests/transport/test_convergence.py::"
 SOLVERS = "tests/transport/test_solvers.py::"
 SLICED = "tests/transport/test_sliced.py::"
 CRITIC = "tests/transport/test_critic.py::"
+SMALL = "tests/transport/test_small.py::"
 
 FAULTS = [
     # ------------------------------------------------------------------------------------------ Sinkhorn
@@ -125,6 +126,48 @@ FAULTS = [
         "self.potential.shape != like.shape or ",
         "",
         (f"{CONVERGENCE}test_warm_start", f"{CONVERGENCE}test_a_useless_start_does_no_harm"),
+    ),
+    Fault(
+        "Newton's steps down are not taken back",
+        "transport/newton.py",
+        "kernel.absorb(best, kernel.eps)",
+        "pass",
+        (f"{SMALL}test_steps_that_lead_down_are_taken_back",),
+    ),
+    Fault(
+        "Newton's method goes on for ever",
+        "transport/newton.py",
+        "n_iter >= max_iter or steps >= STEPS or falls >= FALLS",
+        "n_iter >= 10 * max_iter",
+        (f"{SMALL}test_iterations_are_limited", f"{SMALL}test_what_newton_cannot_finish_ends_as_without_it"),
+    ),
+    Fault(
+        "the curvature forgets the reach",
+        "transport/dense.py",
+        "dsyrk(-self.share, root.T",
+        "dsyrk(-1.0, root.T",
+        (f"{SMALL}test_few_steps_are_enough",),
+    ),
+    Fault(
+        "the kernel of a small problem is never made anew",
+        "transport/newton.py",
+        "if abs(look.w).max() > ABSORBED:",
+        "if False:",
+        ("tests/transport/test_small.py", "tests/transport/test_convergence.py"),
+    ),
+    Fault(
+        "small points without weight have no potential",
+        "transport/small.py",
+        "g[kept], plan[:, kept] = found.g, found.plan",
+        "g[:], plan[:, kept] = 0, found.plan\n    g[kept] = found.g",
+        (f"{SMALL}test_is_what_the_iteration_finds", f"{VALUES}test_points_of_no_weight_know_their_potential"),
+    ),
+    Fault(
+        "gradients of small problems forget the distance",
+        "transport/small.py",
+        "numpy.where(distances > 0, plan / distances, 0)",
+        "plan",
+        (f"{SMALL}test_is_what_the_iteration_finds",),
     ),
     Fault(
         "half precision stays half",

@@ -10,10 +10,13 @@ from lightning_wdefense.transport import (
     WarmStart,
     arrays,
     costs,
+    newton,
     sinkhorn,
     sinkhorn_divergence,
     solver,
 )
+
+pytestmark = pytest.mark.usefixtures("either_way")
 
 EXACT = {"tol": 1e-6, "max_iter": 5_000}
 
@@ -73,6 +76,7 @@ def test_annealing_saves_iterations(monkeypatch):
 
     found = iterations()
     monkeypatch.setattr(solver, "levels_above", lambda mean, eps: 0)
+    monkeypatch.setattr(newton, "WARMEST", 0)
     assert found < 0.7 * iterations()
 
 

@@ -5,6 +5,8 @@ import torch
 
 from lightning_wdefense.transport import sinkhorn, sinkhorn_divergence
 
+pytestmark = pytest.mark.usefixtures("either_way")
+
 EXACT = {"tol": 1e-10, "max_iter": 20_000}
 FUNCTIONS = {"divergence": sinkhorn_divergence, "sinkhorn": lambda *args, **options: sinkhorn(*args, **options).value}
 

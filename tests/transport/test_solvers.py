@@ -14,6 +14,8 @@ from lightning_wdefense.transport import (
     sinkhorn_divergence,
 )
 
+pytestmark = pytest.mark.usefixtures("either_way")
+
 
 def clouds(n=20, m=15, d=3, batch=(), dtype=torch.float64):
     rng = torch.Generator().manual_seed(0)

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from lightning_wdefense.transport import sinkhorn, sinkhorn_divergence
 
+pytestmark = pytest.mark.usefixtures("either_way")
+
 EXACT = {"tol": 1e-9, "max_iter": 20_000}
 
 

@@ -11,6 +11,8 @@ from lightning_wdefense.transport import (
     sliced_wasserstein,
 )
 
+pytestmark = pytest.mark.usefixtures("either_way")
+
 PADDING = [0.0, -999.0, 1e9, 3e38, float("inf"), float("-inf"), float("nan")]
 HERE_X, HERE_Y = [1, 2, 4, 5, 6, 8, 9, 10, 12, 14, 15, 17], [0, 1, 3, 6, 7, 8, 11, 12, 15]
 
