@@ -12,6 +12,7 @@ SOLVERS = "tests/transport/test_solvers.py::"
 SLICED = "tests/transport/test_sliced.py::"
 CRITIC = "tests/transport/test_critic.py::"
 SMALL = "tests/transport/test_small.py::"
+SPECULATION = "tests/transport/test_speculation.py::test_interpreted"
 
 FAULTS = [
     # ------------------------------------------------------------------------------------------ Sinkhorn
@@ -310,5 +311,41 @@ FAULTS = [
         "as_matrix(weight).copy_(retract(as_matrix(weight), lr))",
         "pass",
         (f"{CRITIC}test_no_layer_exceeds_one",),
+    ),
+    # ------------------------------------------------------------------------------- without waiting for a GPU
+    Fault(
+        "speculation is never judged",
+        "transport/speculation.py",
+        "return int(n_iter) if good else None",
+        "return int(n_iter)",
+        (f"{SPECULATION}[garbage]",),
+    ),
+    Fault(
+        "claims about values are not looked at",
+        "transport/speculation.py",
+        "good = holds == 1 and all(",
+        "good = all(",
+        (f"{SPECULATION}[errors]",),
+    ),
+    Fault(
+        "a graph lets go of weights that it reads",
+        "transport/recorded.py",
+        "self._read = x, y  #",
+        "del x, y  #",
+        (f"{SPECULATION}[kept alive]",),
+    ),
+    Fault(
+        "graphs are taken for problems of other settings",
+        "transport/recorded.py",
+        "key = options, tuple(pairs), needed, weighted,",
+        "key = tuple(pairs), weighted,",
+        (f"{SPECULATION}[recorded]",),
+    ),
+    Fault(
+        "a graph's results lie in its own memory",
+        "transport/recorded.py",
+        "self._results.clone()",
+        "self._results",
+        (f"{SPECULATION}[recorded]",),
     ),
 ]
