@@ -93,6 +93,8 @@ def _leveldb_records(data: bytes) -> Iterator[bytes]:
             continue
         _, length, kind = RECORD.unpack_from(data, position)
         position += RECORD.size
+        if position + length > len(data):  # it is being written
+            return
         record += data[position : position + length]
         position += length
         if kind in (FULL, LAST):
