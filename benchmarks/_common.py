@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 
 def processor(device: str) -> str:
@@ -37,6 +39,21 @@ def command(script: str, argv: Sequence[str]) -> str:
         else:
             words.append(word)
     return " ".join(words)
+
+
+def hand_written_pgd(model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int) -> Tensor:
+    """What a careful user would write into a step: so many passes in eval mode, the sign and the clamps, and train mode again."""
+    model.eval()
+    adversarial = (x + torch.empty_like(x).uniform_(-eps, eps)).clamp(0, 1)
+    for _ in range(steps):
+        adversarial.requires_grad_()
+        loss = F.cross_entropy(model(adversarial), y, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, adversarial)
+        with torch.no_grad():
+            adversarial = x + (adversarial + 2.5 * eps / steps * gradient.sign() - x).clamp(-eps, eps)
+            adversarial = adversarial.clamp(0, 1)
+    model.train()
+    return adversarial
 
 
 def ratio_interval(ours: Sequence[float], theirs: Sequence[float], draws: int = 2000) -> list[float]:

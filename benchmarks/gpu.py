@@ -134,19 +134,8 @@ def installed(wheels: Path | None, folder: str) -> list[str]:
     if wheels is None:
         return []
     files = [str(file) for file in sorted(wheels.glob("*.whl"))]
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--no-index",
-        "--no-deps",
-        "--no-compile",
-        "--target",
-        folder,
-    ]
-    outcome = subprocess.run([*command, *files], capture_output=True, text=True)
+    pip = ["-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile", "--target"]
+    outcome = subprocess.run([sys.executable, *pip, folder, *files], capture_output=True, text=True)
     if outcome.returncode:
         print(
             f"The wheels could not be installed, so their stages' parts are left out: {outcome.stderr.strip()[-300:]}",

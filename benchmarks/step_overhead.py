@@ -19,7 +19,7 @@ from pathlib import Path
 import lightning as L
 import torch
 import torch.nn.functional as F
-from _common import hardware, ratio_interval
+from _common import hand_written_pgd, hardware, ratio_interval
 from _files import scratch, write_atomically, write_text
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
@@ -79,18 +79,7 @@ class HandWritten(Plain):
 
     def training_step(self, batch, batch_idx):
         x, y = batch
-        self.eval()
-        step = 2.5 * EPS / self.steps
-        adversarial = (x + torch.empty_like(x).uniform_(-EPS, EPS)).clamp(0, 1)
-        for _ in range(self.steps):
-            adversarial.requires_grad_()
-            loss = F.cross_entropy(self(adversarial), y, reduction="sum")
-            (gradient,) = torch.autograd.grad(loss, adversarial)
-            with torch.no_grad():
-                adversarial = x + (adversarial + step * gradient.sign() - x).clamp(-EPS, EPS)
-                adversarial = adversarial.clamp(0, 1)
-        self.train()
-        return F.cross_entropy(self(adversarial), y)
+        return F.cross_entropy(self(hand_written_pgd(self, x, y, EPS, self.steps)), y)
 
 
 class StepTimer(L.Callback):

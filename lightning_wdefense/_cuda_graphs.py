@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import cache
 from typing import TypeVar
 
@@ -14,6 +14,11 @@ T = TypeVar("T")
 
 WARMUP = 3
 """Passes before a recording, in which libraries choose their algorithms."""
+
+
+def like(tensor: torch.Tensor) -> tuple[Hashable, ...]:
+    """What another tensor must have in common with one that a graph reads."""
+    return tensor.shape, tensor.dtype, tensor.device
 
 
 def record(compute: Callable[[], T], device: torch.device) -> tuple[Callable[[], None], T]:

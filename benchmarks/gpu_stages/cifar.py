@@ -7,21 +7,21 @@ APGD-CE and the targeted APGD leave of the first 1,000 test images, with its 95%
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
+from defenses_variants import Variant
+from scipy.stats import binomtest
 from torch import Tensor
 
 from gpu_stages.book import Row
-from gpu_stages.classifier import Classifier, OnCard, network, trainer
+from gpu_stages.classifier import Classifier, Clock, OnCard, network, trainer
 from gpu_stages.context import Context
-from lightning_wdefense import Recipe, ThreatModel, WassersteinDefense
+from lightning_wdefense import ThreatModel, WassersteinDefense
 from lightning_wdefense.attacks import PGD, Execution, worst_case
 from lightning_wdefense.attacks.autoattack import autoattack_part
 
@@ -42,28 +42,8 @@ PART = 15 * 2**20
 """Bytes of a file of a checkpoint."""
 
 
-@dataclass(frozen=True)
-class Run:
-    """A recipe with changes, perhaps with averaged weights.
-
-    ``passes`` is what a step costs, in forward and backward passes, by which the time of the others follows from that of the first.
-    """
-
-    recipe: str
-    passes: float
-    changes: Mapping[str, Any] = field(default_factory=dict)
-    averaged: bool = False
-
-    @property
-    def name(self) -> str:
-        return " + ".join((self.recipe, *self.changes, *["ema"] * self.averaged))
-
-
-RUNS = (
-    Run("pgd-at", STEPS + 1),
-    Run("class-transport", STEPS + 2.5),
-    Run("trades", STEPS + 5, {"awp": 0.005}, averaged=True),
-)
+RUNS = {"pgd-at": STEPS + 1, "class-transport": STEPS + 2.5, "trades:awp=0.005+avg": STEPS + 5}
+"""Recipes in their order, and what a step of each costs in forward and backward passes: from the first one's time follow the others'."""
 
 
 @dataclass(frozen=True)
@@ -89,11 +69,10 @@ def images(context: Context) -> Images:
     return Images(x, y.long().flatten(), test_x, test_y.long().flatten())
 
 
-def callbacks(run: Run, context: Context) -> list[L.Callback]:
+def callbacks(run: Variant, context: Context) -> list[L.Callback]:
     execution = Execution(precision="bf16", channels_last=True, graph=True)
-    recipe = Recipe.named(run.recipe, ThreatModel(eps=EPS), warmup_epochs=0, execution=execution, **run.changes)
-    assert isinstance(recipe.attack, PGD)
-    recipe = replace(recipe, attack=replace(recipe.attack, steps=STEPS))
+    recipe = run.with_changes({"attack.steps": STEPS}).recipe(ThreatModel(eps=EPS))
+    recipe = replace(recipe, warmup_epochs=0, execution=execution)
     averaging: list[L.Callback] = []
     if run.averaged:
         from lightning.pytorch.callbacks import EMAWeightAveraging
@@ -102,7 +81,7 @@ def callbacks(run: Run, context: Context) -> list[L.Callback]:
     return [*averaging, WassersteinDefense(recipe, seed=0)]
 
 
-def fit(run: Run, data: Images, context: Context, *more: L.Callback, **limits: Any) -> tuple[Classifier, float]:
+def fit(run: Variant, data: Images, context: Context, *more: L.Callback, **limits: Any) -> tuple[Classifier, float]:
     """A trained module, and how long the training took."""
     L.seed_everything(0, verbose=False)
     module = Classifier(network(context.rehearse), LR)
@@ -113,24 +92,6 @@ def fit(run: Run, data: Images, context: Context, *more: L.Callback, **limits: A
     training.fit(module, loader)
     context.synchronize()
     return module.to(context.device).eval(), time.perf_counter() - start
-
-
-class Clock(L.Callback):
-    """Seconds of a step, once those are over in which things happen for the first time."""
-
-    def __init__(self, context: Context) -> None:
-        self.context, self.times = context, [math.nan] * 2
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.global_step in (WARM, WARM + TRIAL):
-            self.context.synchronize()
-            self.times[trainer.global_step != WARM] = time.perf_counter()
-
-    @property
-    def seconds(self) -> float:
-        return (self.times[1] - self.times[0]) / TRIAL
 
 
 class Deadline(L.Callback):
@@ -144,18 +105,11 @@ class Deadline(L.Callback):
             self.met = trainer.should_stop = True
 
 
-def seconds_of_an_epoch(run: Run, data: Images, context: Context) -> float:
+def seconds_of_an_epoch(run: Variant, data: Images, context: Context) -> float:
     """From a short training."""
-    clock = Clock(context)
+    clock = Clock(WARM, TRIAL)
     fit(run, data, context, clock, max_steps=WARM + TRIAL + 1, max_epochs=-1)
-    return clock.seconds * max(1, len(data.y) // BATCH)
-
-
-def wilson(right: int, of: int) -> list[float]:
-    """95% interval of a share, in percent."""
-    z, p = 1.96, right / of
-    middle, half = p + z**2 / (2 * of), z * math.sqrt(p * (1 - p) / of + z**2 / (4 * of**2))
-    return [100 * (middle - half) / (1 + z**2 / of), 100 * (middle + half) / (1 + z**2 / of)]
+    return clock.seconds[0] * max(1, len(data.y) // BATCH)
 
 
 def evaluated(module: Classifier, data: Images, context: Context) -> Row:
@@ -177,12 +131,12 @@ def evaluated(module: Classifier, data: Images, context: Context) -> Row:
         "clean %": 100 * clean,
         "PGD-20 %": 100 * float(pgd.robust.float().mean()),
         "robust %": 100 * robust / len(y),
-        "95%": wilson(robust, len(y)),
+        "95%": [100 * share for share in binomtest(robust, len(y)).proportion_ci(method="wilson")],
         "evaluation, s": time.perf_counter() - start,
     }
 
 
-def keep(module: Classifier, run: Run, context: Context) -> None:
+def keep(module: Classifier, run: Variant, context: Context) -> None:
     """The weights in half precision, in files of at most :data:`PART` bytes."""
     parts: list[dict[str, Tensor]] = [{}]
     size = 0
@@ -195,27 +149,28 @@ def keep(module: Classifier, run: Run, context: Context) -> None:
         parts[-1][name] = small.contiguous()
         size += small.nbytes
     for i, part in enumerate(parts):
-        torch.save(part, context.book.folder / f"cifar_{run.recipe}.{i}.pt")
+        torch.save(part, context.book.folder / f"cifar_{run.name}.{i}.pt")
 
 
-def plan(data: Images, context: Context) -> tuple[int, list[Run]]:
+def plan(data: Images, context: Context) -> tuple[int, list[Variant]]:
     """How many epochs, and of which recipes: all of them if there is time for enough epochs."""
     known = context.book.stage(context.stage)
     if known.get("rows"):  # those that are there were trained for so long
-        return known["epochs"], [run for run in RUNS if run.name in known["runs"]]
-    first = seconds_of_an_epoch(RUNS[0], data, context)
-    taken = {run.name: first * run.passes / RUNS[0].passes for run in RUNS}
-    for count in range(len(RUNS), 0, -1):
-        some = RUNS[:count]
-        epochs = int((context.left - EVALUATION * count) / (1.1 * sum(taken[run.name] for run in some)))
+        return known["epochs"], [Variant.parse(label) for label in known["runs"]]
+    runs = [Variant.parse(label) for label in RUNS]
+    a_pass = seconds_of_an_epoch(runs[0], data, context) / RUNS[runs[0].label]
+    taken = {label: a_pass * passes for label, passes in RUNS.items()}
+    for count in range(len(runs), 0, -1):
+        some = runs[:count]
+        epochs = int((context.left - EVALUATION * count) / (1.1 * sum(taken[run.label] for run in some)))
         if epochs >= LEAST or count == 1:
             break
     epochs = 1 if context.rehearse else min(MOST, max(1, epochs))
     context.book.note(
-        context.stage, epochs=epochs, runs=[run.name for run in some],
+        context.stage, epochs=epochs, runs=[run.label for run in some],
         foretold={name: round(seconds, 2) for name, seconds in taken.items()},
     )  # fmt: skip
-    return epochs, list(some)
+    return epochs, some
 
 
 def run(context: Context) -> None:
@@ -223,13 +178,13 @@ def run(context: Context) -> None:
     data = images(context)
     epochs, runs = plan(data, context)
 
-    def one(run: Run) -> Row:
+    def one(run: Variant) -> Row:
         deadline = Deadline(context)
         module, seconds = fit(run, data, context, deadline, max_epochs=epochs)
         found: Row = {"epochs": epochs, "cut short": deadline.met, "training, s": seconds}
-        context.book.row(context.stage, run.name, found | {"error": "not evaluated yet"})
+        context.book.row(context.stage, run.label, found | {"error": "not evaluated yet"})
         keep(module, run, context)
         return found | evaluated(module, data, context)
 
     for each in runs:
-        context.measure(each.name, lambda run=each: one(run), seconds=30)
+        context.measure(each.label, lambda run=each: one(run), seconds=30)

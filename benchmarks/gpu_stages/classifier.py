@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -82,3 +83,30 @@ def trainer(device: torch.device, precision: str, callbacks: list[L.Callback], *
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         num_sanity_val_steps=0, **options,
     )  # fmt: skip
+
+
+class Clock(L.Callback):
+    """Looks at the clock every so many steps, and makes the host wait for the device only then.
+
+    Args:
+        warm: steps before, in which things happen for the first time.
+        block: steps between two looks.
+    """
+
+    def __init__(self, warm: int, block: int) -> None:
+        self.warm, self.block = warm, block
+        self.times: list[float] = []
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step - self.warm
+        if step >= 0 and step % self.block == 0:
+            if pl_module.device.type == "cuda":
+                torch.cuda.synchronize()
+            self.times.append(time.perf_counter())
+
+    @property
+    def seconds(self) -> list[float]:
+        """Of a step, in each block."""
+        return [(end - start) / self.block for start, end in zip(self.times, self.times[1:], strict=False)]

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import importlib.util
 import statistics
-import time
 from typing import Any, NamedTuple
 
-import lightning as L
 import torch
 import torch.nn.functional as F
+from _common import hand_written_pgd
 from torch import Tensor
 
 from gpu_stages.book import Row
-from gpu_stages.classifier import Classifier, OnCard, network, trainer
+from gpu_stages.classifier import Classifier, Clock, OnCard, network, trainer
 from gpu_stages.context import Context, timed
 from lightning_wdefense import Recipe, ThreatModel, WassersteinDefense
 from lightning_wdefense.attacks import PGD, Execution
@@ -81,37 +80,7 @@ class Bare(Classifier):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x, y = batch
-        self.eval()
-        adversarial = (x + torch.empty_like(x).uniform_(-EPS, EPS)).clamp(0, 1)
-        for _ in range(STEPS):
-            adversarial.requires_grad_()
-            loss = F.cross_entropy(self(adversarial), y, reduction="sum")
-            (gradient,) = torch.autograd.grad(loss, adversarial)
-            with torch.no_grad():
-                adversarial = adversarial + 2.5 * EPS / STEPS * gradient.sign()
-                adversarial = (x + (adversarial - x).clamp(-EPS, EPS)).clamp(0, 1)
-        self.train()
-        return F.cross_entropy(self(adversarial), y)
-
-
-class Clock(L.Callback):
-    """Looks at the clock every :data:`BLOCK` steps, and makes the host wait for the device only then."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        if batch_idx >= WARM and (batch_idx - WARM) % BLOCK == 0:
-            if pl_module.device.type == "cuda":
-                torch.cuda.synchronize()
-            self.times.append(time.perf_counter())
-
-    @property
-    def milliseconds(self) -> list[float]:
-        """Of a step, in each block."""
-        return [1e3 * (end - start) / BLOCK for start, end in zip(self.times, self.times[1:], strict=False)]
+        return F.cross_entropy(self(hand_written_pgd(self, x, y, EPS, STEPS)), y)
 
 
 def step(side: Side, context: Context) -> Row:
@@ -121,7 +90,7 @@ def step(side: Side, context: Context) -> Row:
     x = torch.rand(side.batch * 4, 3, 32, 32, device=context.device)
     y = torch.randint(10, (len(x),), device=context.device)
     net = network(context.rehearse)
-    clock, callbacks = Clock(), []
+    clock, callbacks = Clock(WARM, BLOCK), []
     if side.recipe is None:
         module: Classifier = Bare(net)
     else:
@@ -132,8 +101,9 @@ def step(side: Side, context: Context) -> Row:
     fit = trainer(context.device, side.precision, [*callbacks, clock], max_steps=steps, max_epochs=-1)
     # One long epoch, so that what ends an epoch is not timed.
     fit.fit(module, Repeated(OnCard(x, y, side.batch, 0), steps))
-    taken = statistics.median(clock.milliseconds)
-    found: Row = {"ms": taken, "least to most": [min(clock.milliseconds), max(clock.milliseconds)]}
+    each = [1e3 * seconds for seconds in clock.seconds]
+    taken = statistics.median(each)
+    found: Row = {"ms": taken, "least to most": [min(each), max(each)]}
     bare = context.book.stage(context.stage).get("rows", {}).get(side.bare.name, {}).get("ms")
     if side.recipe is not None and bare:
         found["to bare"] = taken / bare

@@ -1,8 +1,9 @@
 """The debiased Sinkhorn divergence with its gradients to both clouds, against peers.
 
 Milliseconds by the wall clock at an error of the gradients against a float64 solution. The floor is what the launches of ours cost
-on this machine, and three cost matrices written once and read twice. ``as a graph`` is ours with ``LIGHTNING_WDEFENSE_RECORD=1``, ``judged step by step`` is ours where the host waits for the device to judge each part. ``tuned`` is the fastest scaling whose gradient error is at
-most 1%.
+on this machine, and three cost matrices written once and read twice. ``as a graph`` is ours with ``LIGHTNING_WDEFENSE_RECORD=1``,
+``judged step by step`` is ours where the host waits for the device to judge each part. ``tuned`` is the fastest scaling whose
+gradient error is at most 1%.
 """
 
 from __future__ import annotations
@@ -144,9 +145,10 @@ def streamed(size: int, context: Context) -> Row:
 
 def run(context: Context) -> None:
     context.measure("this machine", lambda: machine(context))
-    for i, (problem, blur) in enumerate(TOYS if context.rehearse else PROBLEMS):
+    problems = TOYS if context.rehearse else PROBLEMS
+    for i, (problem, blur) in enumerate(problems):
         context.measure(f"{problem.name}, blur {blur:g}", lambda p=problem, b=blur: compare(p, b, context), seconds=5)
-        if i == min(1, len(TOYS) - 1 if context.rehearse else 1):
+        if i == min(1, len(problems) - 1):  # early, for they say most
             for size in STREAMED:
                 context.measure(f"{size} points, streamed", lambda size=size: streamed(size, context), seconds=10)
     if importlib.util.find_spec("flash_sinkhorn") and not context.rehearse:

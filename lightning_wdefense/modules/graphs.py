@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric, MetricCollection
 
-from lightning_wdefense._cuda_graphs import record
+from lightning_wdefense._cuda_graphs import like, record
 from lightning_wdefense.modules.module_state import OF_EVERY_MODULE, attributes_kept, buffers_kept
 from lightning_wdefense.modules.random_state import RandomState
 
@@ -74,7 +74,7 @@ class Replays:
             compute: does it, with no other tensors than these and the module's own.
             tensors: on one device.
         """
-        what = name, self._kind, *map(_like, tensors), *_surroundings(tensors[0].device)
+        what = name, self._kind, *map(like, tensors), *_surroundings(tensors[0].device)
         if what not in self._ready:
             self._ready[what] = self._prepared(what, compute, tensors)
         return (self._ready[what] or compute)(*tensors)
@@ -330,11 +330,7 @@ def _tensors_of(module: nn.Module) -> list[Tensor]:
 def _token(value: Any) -> Hashable:
     if not isinstance(value, Tensor):
         return value
-    return (value.data_ptr(), *_like(value), value.stride()) if _is_plain(value) else id(value)
-
-
-def _like(tensor: Tensor) -> tuple[Hashable, ...]:
-    return tensor.shape, tensor.dtype, tensor.device
+    return (value.data_ptr(), *like(value), value.stride()) if _is_plain(value) else id(value)
 
 
 def _surroundings(device: torch.device) -> tuple[Hashable, ...]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_wdefense._cuda_graphs import record
+from lightning_wdefense._cuda_graphs import like, record
 from lightning_wdefense.transport.measures import Measure
 from lightning_wdefense.transport.optimum import Needed, Optimum
 from lightning_wdefense.transport.options import SinkhornOptions
@@ -65,7 +65,8 @@ def attempt_again(
     # Weights that were not given are the same every time.
     changing = [x.points, y.points, *([x.weights, y.weights] if weighted else []), *labels, start]
     stream = torch.cuda.current_stream(x.points.device).cuda_stream if x.points.is_cuda else 0
-    key = options, tuple(pairs), needed, weighted, stream, tuple(map(_like, changing))
+    kinds = tuple(None if each is None else like(each) for each in changing)
+    key = options, tuple(pairs), needed, weighted, stream, kinds
     with _lock:
         graph = _graphs.get(key)
         if graph is None and key in _recent:
@@ -151,7 +152,3 @@ def _recordable(x: Measure, y: Measure) -> bool:
 def _copied(measure: Measure) -> Measure:
     points, weights, labels = measure
     return Measure(points.clone(), weights.clone(), None if labels is None else labels.clone())
-
-
-def _like(tensor: Tensor | None) -> Hashable:
-    return None if tensor is None else (tensor.shape, tensor.dtype, tensor.device)

@@ -19,11 +19,13 @@ UNROLLED = 4
 ALIGNED = 16
 """Rows begin at multiples of so many entries, so that the solver loads four at once."""
 
+STRIDE = tl.constexpr(ALIGNED)
+
 
 @triton.jit(do_not_specialize=["n", "m", "depth"])
 def pairwise(x, y, cost, n, m, depth, ROOT: tl.constexpr, TILE: tl.constexpr, UNROLLED: tl.constexpr):
     """A tile of ``|x - y|`` or of half its square; what lies beyond the last column is finite and means nothing."""
-    stride = tl.cdiv(m, 16) * 16
+    stride = tl.cdiv(m, STRIDE) * STRIDE
     across = tl.cdiv(stride, TILE)
     tiles = tl.cdiv(n, TILE) * across
     problem = (tl.program_id(0) // tiles).to(tl.int64)

@@ -9,7 +9,7 @@ the same order, so that they also take the same decisions.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -42,6 +42,18 @@ class Slabs(NamedTuple):
     def entries(self) -> int:
         """Size of a slab."""
         return self.rows * self.columns
+
+
+def launch_settings(slabs: Slabs) -> dict[str, Any]:
+    """How programs with such slabs are launched. Eight warps have 64 registers a thread for the matrix, and as many for vectors."""
+    return {
+        "PROGRAMS": slabs.programs,
+        "ROWS": slabs.rows,
+        "WIDTH": slabs.columns,
+        "num_warps": 16 if slabs.entries > SLAB else min(8, max(1, slabs.entries // 1024)),
+        "launch_cooperative_grid": slabs.programs > 1,  # fails if they cannot all run at once
+        "enable_fp_fusion": True,
+    }
 
 
 def spread(n: int, m: int, size: int, device: torch.device) -> Slabs | None:

@@ -19,8 +19,15 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lightning_wdefense.transport import anderson, annealing, iteration, kernel
-from lightning_wdefense.transport.triton.pairwise import ALIGNED
-from lightning_wdefense.transport.triton.persistent import COLUMNS, SLAB, Slabs, add_up, meeting_place, power_of_two
+from lightning_wdefense.transport.triton.pairwise import ALIGNED, STRIDE
+from lightning_wdefense.transport.triton.persistent import (
+    COLUMNS,
+    Slabs,
+    add_up,
+    launch_settings,
+    meeting_place,
+    power_of_two,
+)
 
 # In Triton's interpreter a constant on the left of a tensor may make a constant of the product: tensors come first below.
 WARMEST = tl.constexpr(annealing.WARMEST)
@@ -118,7 +125,7 @@ def sinkhorn(
     problem, own = tl.program_id(0) // PROGRAMS, tl.program_id(0) % PROGRAMS
     rows, columns, slots = own * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH), tl.arange(0, SLOTS)
     # So that a thread loads, and then keeps, four columns at once: half the registers go to the vectors otherwise.
-    stride = tl.cdiv(m, 16) * 16
+    stride = tl.cdiv(m, STRIDE) * STRIDE
     cost += problem.to(tl.int64) * n * stride
     shares, totals, arrived = shares + problem * PROGRAMS * WIDTH, totals + problem * WIDTH, arrived + problem
     eps, mean = tl.load(eps + problem), tl.load(mean + problem)
@@ -260,16 +267,8 @@ def launch(
     """
     (size, n), m = a.shape, b.shape[1]
     sinkhorn[(size * slabs.programs,)](
-        *(
-            cost,
-            a,
-            b,
-            eps,
-            mean,
-            b if start is None else start,
-            found,
-            report,
-        ),  # one that is not read, if there is none
+        # Some tensor in the place of a start that there is not: it is not read.
+        *(cost, a, b, eps, mean, b if start is None else start, found, report),
         *meeting_place(size, slabs, b.device),
         *(n, m, rho, tol, max_iter, int(start is not None)),
         **settings(slabs, rho),
@@ -277,16 +276,7 @@ def launch(
 
 
 def settings(slabs: Slabs, rho: float) -> dict[str, Any]:
-    """What the kernel is compiled for. Eight warps have 64 registers a thread for the matrix, and as many for vectors."""
+    """What the kernel is compiled for."""
     memory = anderson.MEMORY if slabs.columns < COLUMNS else 4
-    return {
-        "BALANCED": rho == math.inf,
-        "PROGRAMS": slabs.programs,
-        "ROWS": slabs.rows,
-        "WIDTH": slabs.columns,
-        "SLOTS": power_of_two(memory),
-        "MEMORY": memory,
-        "num_warps": 16 if slabs.entries > SLAB else min(8, max(1, slabs.entries // 1024)),
-        "launch_cooperative_grid": slabs.programs > 1,  # fails if they cannot all run at once
-        "enable_fp_fusion": True,
-    }
+    history = {"SLOTS": power_of_two(memory), "MEMORY": memory}
+    return {"BALANCED": rho == math.inf, **history, **launch_settings(slabs)}

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -13,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_wdefense.transport import symmetric as reference
-from lightning_wdefense.transport.triton.pairwise import ALIGNED
-from lightning_wdefense.transport.triton.persistent import SLAB, Slabs, meet
+from lightning_wdefense.transport.triton.pairwise import STRIDE
+from lightning_wdefense.transport.triton.persistent import Slabs, launch_settings, meet
 from lightning_wdefense.transport.triton.small import gibbs
 
 AVERAGING = tl.constexpr(reference.AVERAGING)
@@ -41,7 +42,7 @@ def average(
     """Potentials of all problems, ``PROGRAMS`` programs for each, and a report: the error and the number of iterations."""
     problem, own = tl.program_id(0) // PROGRAMS, tl.program_id(0) % PROGRAMS
     rows, columns = own * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
-    stride = tl.cdiv(n, 16) * 16
+    stride = tl.cdiv(n, STRIDE) * STRIDE
     cost += problem.to(tl.int64) * n * stride
     answers, arrived = answers + problem * 2 * WIDTH, arrived + problem
     temperature = tl.load(eps + problem)
@@ -112,17 +113,6 @@ def launch(
     )
 
 
-def settings(slabs: Slabs, rho: float) -> dict[str, object]:
+def settings(slabs: Slabs, rho: float) -> dict[str, Any]:
     """What the kernel is compiled for."""
-    return {
-        "BALANCED": rho == math.inf,
-        "PROGRAMS": slabs.programs,
-        "ROWS": slabs.rows,
-        "WIDTH": slabs.columns,
-        "num_warps": 16 if slabs.entries > SLAB else min(8, max(1, slabs.entries // 1024)),
-        "launch_cooperative_grid": slabs.programs > 1,  # fails if they cannot all run at once
-        "enable_fp_fusion": True,
-    }
-
-
-assert ALIGNED == 16  # as the stride of both kernels
+    return {"BALANCED": rho == math.inf, **launch_settings(slabs)}
