@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_wdefense.transport.entropic import warn_unless_converged
-from lightning_wdefense.transport.evaluation import read_and_evaluate, read_arguments
+from lightning_wdefense.transport.evaluation import Given, read_and_evaluate, read_arguments
 from lightning_wdefense.transport.options import Cost, NamedCost, SinkhornOptions, Solver
 from lightning_wdefense.transport.second_opinion import geomloss_evaluation
 from lightning_wdefense.transport.warm_start import WarmStart
@@ -95,11 +95,11 @@ def sinkhorn_divergence(
     """
     options = SinkhornOptions(p, blur, relative_blur, reach, cost, label_cost, tol, max_iter, solver)
     with torch.autocast(x.device.type if isinstance(x, Tensor) else "cpu", enabled=False):
-        given = x, y, a, b, x_labels, y_labels, options
+        given = Given(x, y, a, b, x_labels, y_labels, options, debias=True)
         if options.solver == "geomloss":
-            value = geomloss_evaluation(read_arguments(*given, debias=True)).value
+            value = geomloss_evaluation(read_arguments(given)).value
         else:
-            arguments, evaluation = read_and_evaluate(*given, debias=True, warm_start=warm_start)
+            arguments, evaluation = read_and_evaluate(given, warm_start)
             warn_unless_converged(options, evaluation)
             value = evaluation.value
             # Otherwise they are equal, of points without weights to the last bit.

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_wdefense.transport.evaluation import Evaluation, read_and_evaluate, read_arguments
+from lightning_wdefense.transport.evaluation import Evaluation, Given, read_and_evaluate, read_arguments
 from lightning_wdefense.transport.options import Cost, NamedCost, SinkhornOptions, Solver
 from lightning_wdefense.transport.second_opinion import geomloss_evaluation
 from lightning_wdefense.transport.warm_start import WarmStart
@@ -122,11 +122,11 @@ def sinkhorn(
     """
     options = SinkhornOptions(p, blur, relative_blur, reach, cost, label_cost, tol, max_iter, solver)
     with torch.autocast(x.device.type if isinstance(x, Tensor) else "cpu", enabled=False):
-        given = x, y, a, b, x_labels, y_labels, options
+        given = Given(x, y, a, b, x_labels, y_labels, options, debias=False)
         if options.solver == "geomloss":
-            evaluation = geomloss_evaluation(read_arguments(*given, debias=False))
+            evaluation = geomloss_evaluation(read_arguments(given))
         else:
-            _, evaluation = read_and_evaluate(*given, debias=False, warm_start=warm_start)
+            _, evaluation = read_and_evaluate(given, warm_start)
             warn_unless_converged(options, evaluation)
     solution = evaluation.optima["xy"]
     per_problem = evaluation.value, solution.f, solution.g, solution.error, evaluation.blur

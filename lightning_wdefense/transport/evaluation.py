@@ -26,6 +26,19 @@ from lightning_wdefense.transport.warm_start import WarmStart
 from lightning_wdefense.transport.workspace import workspace
 
 
+class Given(NamedTuple):
+    """What was passed, as it was passed; ``debias`` asks for the transports of both measures to themselves too."""
+
+    x: Tensor
+    y: Tensor
+    a: Tensor | None
+    b: Tensor | None
+    x_labels: Tensor | None
+    y_labels: Tensor | None
+    options: SinkhornOptions
+    debias: bool
+
+
 class Arguments(NamedTuple):
     """What was passed, checked: batched measures with their graphs, and the caller's own costs ``(B, N, M)`` with theirs."""
 
@@ -54,26 +67,11 @@ class Evaluation(NamedTuple):
     judged: bool = False
 
 
-def read_arguments(
-    x: Tensor,
-    y: Tensor,
-    a: Tensor | None,
-    b: Tensor | None,
-    x_labels: Tensor | None,
-    y_labels: Tensor | None,
-    options: SinkhornOptions,
-    *,
-    debias: bool,
-    claims: list[Tensor] | None = None,
-) -> Arguments:
-    """Check the arguments. With ``debias`` also the transports of both measures to themselves will be solved.
-
-    ``claims`` is as for :func:`~.measures.read_measures`.
-    """
+def read_arguments(given: Given, claims: list[Tensor] | None = None) -> Arguments:
+    """Check the arguments; ``claims`` is as for :func:`~.measures.read_measures`."""
+    x, y, a, b, x_labels, y_labels, options, debias = given
     if options.label_cost is not None and (x_labels is None or y_labels is None):
-        missing = " and ".join(
-            name for name, given in (("x_labels", x_labels), ("y_labels", y_labels)) if given is None
-        )
+        missing = " and ".join(name for name in ("x_labels", "y_labels") if getattr(given, name) is None)
         raise ValueError(f"label_cost={options.label_cost} needs labels: pass {missing}, or label_cost=None.")
     source, target = read_measures(
         *(x, y, a, b, x_labels, y_labels),
@@ -94,45 +92,24 @@ def read_arguments(
     return Arguments(source, target, options, matrices, pairs)
 
 
-def read_and_evaluate(
-    x: Tensor,
-    y: Tensor,
-    a: Tensor | None,
-    b: Tensor | None,
-    x_labels: Tensor | None,
-    y_labels: Tensor | None,
-    options: SinkhornOptions,
-    *,
-    debias: bool,
-    warm_start: WarmStart | None = None,
-) -> tuple[Arguments, Evaluation]:
+def read_and_evaluate(given: Given, warm_start: WarmStart | None = None) -> tuple[Arguments, Evaluation]:
     """:func:`read_arguments` and :func:`evaluate`, on a GPU without waiting for it if that turns out to be good enough."""
-    guess = _speculate(x, y, a, b, x_labels, y_labels, options, debias, warm_start)
+    guess = _speculate(given, warm_start)
     if guess is not None:
         return guess
-    arguments = read_arguments(x, y, a, b, x_labels, y_labels, options, debias=debias)
+    arguments = read_arguments(given)
     return arguments, evaluate(arguments, warm_start)
 
 
 @torch.compiler.disable
-def _speculate(
-    x: Tensor,
-    y: Tensor,
-    a: Tensor | None,
-    b: Tensor | None,
-    x_labels: Tensor | None,
-    y_labels: Tensor | None,
-    options: SinkhornOptions,
-    debias: bool,
-    warm_start: WarmStart | None,
-) -> tuple[Arguments, Evaluation] | None:
-    if not isinstance(x, Tensor) or not triton.available(x.device) or callable(options.cost):
+def _speculate(given: Given, warm_start: WarmStart | None) -> tuple[Arguments, Evaluation] | None:
+    if not isinstance(given.x, Tensor) or not triton.available(given.x.device) or callable(given.options.cost):
         return None
     claims: list[Tensor] = []
-    arguments = read_arguments(x, y, a, b, x_labels, y_labels, options, debias=debias, claims=claims)
+    arguments = read_arguments(given, claims)
     needed = _needed(arguments)
     start = None if warm_start is None else warm_start.recall(arguments.y.weights)
-    weighted = a is not None or b is not None
+    weighted = given.a is not None or given.b is not None
     with torch.no_grad(), exact_products():
         guess = attempt_again(
             *(arguments.x, arguments.y, arguments.options, arguments.pairs, needed, start), weighted=weighted
