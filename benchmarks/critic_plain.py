@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from lightning_wdefense.defenses.critic import CriticDiscrepancy
 from lightning_wdefense.transport import CriticTraining, WassersteinCritic
-from lightning_wdefense.transport.critic import Average, CriticObjective
-from lightning_wdefense.transport.critic_training import CriticUpdate
+from lightning_wdefense.transport.critic.network import Average, CriticObjective
+from lightning_wdefense.transport.critic.training import CriticUpdate
 
 
 class PlainNetwork(nn.Module):

@@ -34,7 +34,7 @@ from wasserstein_report import markdown, plot
 
 from lightning_wdefense import ThreatModel
 from lightning_wdefense.attacks import WassersteinAttack, wasserstein_feasibility
-from lightning_wdefense.attacks.local_transport import LocalTransport, square
+from lightning_wdefense.attacks.wasserstein.local_transport import LocalTransport, square
 
 OURS = "ours"
 TOLERANCE = 1e-5

@@ -13,8 +13,8 @@ from lightning_wdefense.defenses import DISCREPANCIES, CriticDiscrepancy, Recipe
 from lightning_wdefense.defenses.discrepancies import SlicedTransport, Transport
 from lightning_wdefense.defenses.recipe import mean_cross_entropy
 from lightning_wdefense.transport import SinkhornDivergence, SlicedWasserstein
-from lightning_wdefense.transport.options import SinkhornOptions
-from lightning_wdefense.transport.sliced_options import SlicedOptions
+from lightning_wdefense.transport.entropic.options import SinkhornOptions
+from lightning_wdefense.transport.sliced.options import SlicedOptions
 
 PACKAGE = __name__.split(".")[0]
 

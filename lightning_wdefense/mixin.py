@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from lightning_wdefense._compat import is_a
-from lightning_wdefense._guests import settle
 from lightning_wdefense._seeding import seeded_generator
 from lightning_wdefense.callbacks.restoration import restore_in_time
 from lightning_wdefense.callbacks.schedule import batches_begun, is_logging_step, noise_generator, warmup_radius
 from lightning_wdefense.defenses.branch import Branch
 from lightning_wdefense.defenses.defense import Defense
 from lightning_wdefense.defenses.recipe import Recipe
+from lightning_wdefense.modules.guests import settle
 
 _CHECKPOINT_KEY = "wasserstein_defense"
 

@@ -23,7 +23,7 @@ from gpu_stages.classifier import Classifier, Clock, OnCard, network, trainer
 from gpu_stages.context import Context
 from lightning_wdefense import ThreatModel, WassersteinDefense
 from lightning_wdefense.attacks import PGD, Execution, worst_case
-from lightning_wdefense.attacks.autoattack import autoattack_part
+from lightning_wdefense.attacks.standard.autoattack import autoattack_part
 
 EPS = 8 / 255
 BATCH = 256

@@ -74,7 +74,7 @@ def solves(context: Context) -> list[list[Solve]]:
 
 def check_solve(case: Solve, device: str) -> Row:
     """Errors of the marginals in float64, and how long a solve took."""
-    from lightning_wdefense.transport.triton import potential
+    from lightning_wdefense.transport.entropic.triton import potential
 
     rng = torch.Generator().manual_seed(case.n + 31 * case.m)
     x, y = (torch.randn(case.batch, size, 16, generator=rng).to(device) for size in (case.n, case.m))
@@ -114,7 +114,7 @@ def marginal_error(cost: Tensor, a: Tensor, b: Tensor, eps: Tensor, rho: float |
 
 def check_stream(n: int, m: int, d: int, device: str) -> Row:
     """Errors of the sums over a kernel that is never stored, against float64, in units of what they are exact to."""
-    from lightning_wdefense.transport.triton.streaming import log_sums, weighted_points
+    from lightning_wdefense.transport.entropic.triton.streaming import log_sums, weighted_points
 
     rng = torch.Generator().manual_seed(n + m)
     x, y = (torch.randn(size, d, generator=rng).to(device) / math.sqrt(d) for size in (n, m))
@@ -154,9 +154,9 @@ def _checked(cases: list[Solve], device: str) -> list[tuple[str, Row]]:
 
 def take_over(context: Context) -> Row:
     """PyTorch's answers where the kernels raise, and where they return nonsense, beside those of the kernels."""
-    import lightning_wdefense.transport.triton as kernels
+    import lightning_wdefense.transport.entropic.triton as kernels
     from lightning_wdefense.transport import sinkhorn_divergence
-    from lightning_wdefense.transport.triton import small
+    from lightning_wdefense.transport.entropic.triton import small
 
     rng = torch.Generator().manual_seed(0)
     size = 4 if context.rehearse else 128
@@ -176,7 +176,7 @@ def take_over(context: Context) -> Row:
     for name, fault in {"raising": broken, "nonsense": nonsense}.items():
         with (
             mock.patch.object(small, "launch", fault),
-            mock.patch("lightning_wdefense.transport.recorded.DEVICES", frozenset()),
+            mock.patch("lightning_wdefense.transport.entropic.gpu.recorded.DEVICES", frozenset()),
             warnings.catch_warnings(record=True) as caught,
         ):
             warnings.simplefilter("always")

@@ -26,7 +26,7 @@ from gpu_stages.classifier import Classifier, OnCard, network, trainer
 from gpu_stages.context import Context
 from lightning_wdefense import Recipe, RobustnessMonitor, ThreatModel, WassersteinDefense
 from lightning_wdefense.attacks import PGD, AutoAttack, WassersteinAttack, worst_case
-from lightning_wdefense.attacks.feasibility import wasserstein_feasibility
+from lightning_wdefense.attacks.wasserstein.feasibility import wasserstein_feasibility
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ["tests/transport", "tests/modules", "tests/attacks", "tests/metrics"]

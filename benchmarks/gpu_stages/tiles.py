@@ -1,6 +1,6 @@
 """Which tiles and which precision the streaming kernels should have: time of a pass, and its error against float64.
 
-A choice of the developer, not of a user: what is best here goes into ``transport/triton/streaming.py`` by hand.
+A choice of the developer, not of a user: what is best here goes into ``transport/entropic/triton/streaming.py`` by hand.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SETTINGS = [
 @contextlib.contextmanager
 def tiles(setting: tuple[Any, ...]) -> Iterator[None]:
     """The streaming kernels are compiled for a setting inside."""
-    from lightning_wdefense.transport.triton import streaming
+    from lightning_wdefense.transport.entropic.triton import streaming
 
     precision, rows, columns, depth, warps, stages = setting
     settings = {"ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "PRECISION": precision, "num_warps": warps}
@@ -53,7 +53,7 @@ def clouds(points: int, d: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
 
 def compile_for(setting: tuple[Any, ...], d: int, device: str) -> None:
     """In a process of its own; what is compiled stays in Triton's cache."""
-    from lightning_wdefense.transport.triton.streaming import log_sums, weighted_points
+    from lightning_wdefense.transport.entropic.triton.streaming import log_sums, weighted_points
 
     x, y, exponents = clouds(256, d, device)
     with tiles(setting):
@@ -61,7 +61,7 @@ def compile_for(setting: tuple[Any, ...], d: int, device: str) -> None:
 
 
 def one(setting: tuple[Any, ...], d: int, context: Context) -> Row:
-    from lightning_wdefense.transport.triton.streaming import log_sums, weighted_points
+    from lightning_wdefense.transport.entropic.triton.streaming import log_sums, weighted_points
 
     points = 20 if context.rehearse else POINTS
     x, y, exponents = clouds(points, d, context.device.type)

@@ -1,21 +1,21 @@
 """Adversarial inputs for any callable model: ``attack(model, inputs, labels) -> adversarial inputs``."""
 
-from lightning_wdefense.attacks.autoattack import AutoAttack
 from lightning_wdefense.attacks.base import Attack
-from lightning_wdefense.attacks.feasibility import wasserstein_feasibility
-from lightning_wdefense.attacks.feature_scattering import FeatureScattering
-from lightning_wdefense.attacks.fgsm import FGSM
-from lightning_wdefense.attacks.gibbs_noise import GibbsNoise
-from lightning_wdefense.attacks.lagrangian import LagrangianAttack
+from lightning_wdefense.attacks.gradient.feature_scattering import FeatureScattering
+from lightning_wdefense.attacks.gradient.fgsm import FGSM
+from lightning_wdefense.attacks.gradient.gibbs_noise import GibbsNoise
+from lightning_wdefense.attacks.gradient.lagrangian import LagrangianAttack
+from lightning_wdefense.attacks.gradient.pgd import PGD
+from lightning_wdefense.attacks.gradient.sinkhorn import SinkhornAttack
+from lightning_wdefense.attacks.gradient.soft_ball import SoftBallPGD
 from lightning_wdefense.attacks.learned import LearnedAttack
-from lightning_wdefense.attacks.pgd import PGD
-from lightning_wdefense.attacks.places import Perturb
 from lightning_wdefense.attacks.registry import ATTACKS, get_attack
-from lightning_wdefense.attacks.sinkhorn import SinkhornAttack
-from lightning_wdefense.attacks.soft_ball import SoftBallPGD
+from lightning_wdefense.attacks.standard.autoattack import AutoAttack
+from lightning_wdefense.attacks.standard.torchattack import TorchAttack
+from lightning_wdefense.attacks.steps.places import Perturb
 from lightning_wdefense.attacks.threat import ThreatModel
-from lightning_wdefense.attacks.torchattack import TorchAttack
-from lightning_wdefense.attacks.wasserstein import WassersteinAttack
+from lightning_wdefense.attacks.wasserstein.attack import WassersteinAttack
+from lightning_wdefense.attacks.wasserstein.feasibility import wasserstein_feasibility
 from lightning_wdefense.attacks.worst_case import WorstCase, worst_case
 from lightning_wdefense.modules.execution import Execution
 

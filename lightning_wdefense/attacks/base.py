@@ -12,15 +12,15 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from lightning_wdefense._autograd import gradients
 from lightning_wdefense.attacks.labels import class_labels, counted, hard_labels
 from lightning_wdefense.attacks.losses import AttackLoss, cross_entropy, kl_divergence, margin
 from lightning_wdefense.attacks.parts import OnParts
 from lightning_wdefense.attacks.threat import Box, ThreatModel, check_threat
+from lightning_wdefense.modules.autograd import gradients
 from lightning_wdefense.modules.execution import Execution
 from lightning_wdefense.modules.graphs import Replays
-from lightning_wdefense.modules.isolation import isolated
 from lightning_wdefense.modules.outputs import check_logits, logits_of, predictions
+from lightning_wdefense.modules.state.isolation import isolated
 
 Model = Callable[[Tensor], Any]
 AttackT = TypeVar("AttackT", bound="Attack")

@@ -7,17 +7,17 @@ from functools import partial
 from typing import Any
 
 from lightning_wdefense._names import resolved, unknown_name
-from lightning_wdefense.attacks.autoattack import PARTS, AutoAttack, autoattack_part
 from lightning_wdefense.attacks.base import Attack
-from lightning_wdefense.attacks.feature_scattering import FeatureScattering
-from lightning_wdefense.attacks.fgsm import FGSM
-from lightning_wdefense.attacks.gibbs_noise import GibbsNoise
-from lightning_wdefense.attacks.lagrangian import LagrangianAttack
-from lightning_wdefense.attacks.pgd import PGD
-from lightning_wdefense.attacks.sinkhorn import SinkhornAttack
-from lightning_wdefense.attacks.soft_ball import SoftBallPGD
+from lightning_wdefense.attacks.gradient.feature_scattering import FeatureScattering
+from lightning_wdefense.attacks.gradient.fgsm import FGSM
+from lightning_wdefense.attacks.gradient.gibbs_noise import GibbsNoise
+from lightning_wdefense.attacks.gradient.lagrangian import LagrangianAttack
+from lightning_wdefense.attacks.gradient.pgd import PGD
+from lightning_wdefense.attacks.gradient.sinkhorn import SinkhornAttack
+from lightning_wdefense.attacks.gradient.soft_ball import SoftBallPGD
+from lightning_wdefense.attacks.standard.autoattack import PARTS, AutoAttack, autoattack_part
 from lightning_wdefense.attacks.threat import ThreatModel, check_threat
-from lightning_wdefense.attacks.wasserstein import WassersteinAttack
+from lightning_wdefense.attacks.wasserstein.attack import WassersteinAttack
 
 Attacks = Sequence[str | Attack] | Mapping[str, str | Attack]
 """Several attacks: names, attacks, or a mapping from names of your own to either."""

@@ -14,7 +14,7 @@ import torch
 from lightning_wdefense._compat import Callback, LightningModule, Trainer, rank_zero_warn
 from lightning_wdefense._strategy import check_strategy
 from lightning_wdefense.attacks import ThreatModel
-from lightning_wdefense.attacks.places import Perturb
+from lightning_wdefense.attacks.steps.places import Perturb
 from lightning_wdefense.attacks.threat import check_threat
 from lightning_wdefense.callbacks.interception import intercept_training_step
 from lightning_wdefense.callbacks.restoration import restore_in_time

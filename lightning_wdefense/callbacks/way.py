@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lightning_wdefense._compat import rank_zero_warn
 from lightning_wdefense.attacks.base import Attack
-from lightning_wdefense.attacks.first_look import ConsumedError, Look, first_look, part_differs
-from lightning_wdefense.attacks.places import Site
+from lightning_wdefense.attacks.steps.first_look import ConsumedError, Look, first_look, part_differs
+from lightning_wdefense.attacks.steps.places import Site
 from lightning_wdefense.attacks.threat import ThreatModel
 from lightning_wdefense.callbacks.target import Target
 from lightning_wdefense.defenses.defense import Defense

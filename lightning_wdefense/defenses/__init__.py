@@ -13,11 +13,11 @@ from lightning_wdefense.defenses.discrepancies import (
     paired_l2,
     weighted_kl,
 )
-from lightning_wdefense.defenses.generators import ResidualGenerator
-from lightning_wdefense.defenses.purified import PurifiedClassifier
-from lightning_wdefense.defenses.purifier import WassersteinPurifier
+from lightning_wdefense.defenses.purifier.generators import ResidualGenerator
+from lightning_wdefense.defenses.purifier.purified import PurifiedClassifier
+from lightning_wdefense.defenses.purifier.purifier import WassersteinPurifier
 from lightning_wdefense.defenses.recipe import RECIPES, Recipe
-from lightning_wdefense.defenses.smoothing import Certificate, WassersteinSmoothing, certified_accuracy_curve
+from lightning_wdefense.defenses.smoothing.smoothing import Certificate, WassersteinSmoothing, certified_accuracy_curve
 
 __all__ = [
     "DISCREPANCIES",

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from lightning_wdefense._dtype import default_dtype
 from lightning_wdefense.attacks.labels import class_labels
 from lightning_wdefense.defenses.branch import Branch
-from lightning_wdefense.modules.isolation import eager
 from lightning_wdefense.modules.outputs import logits_of
+from lightning_wdefense.modules.state.isolation import eager
 from lightning_wdefense.transport import CriticTraining, WassersteinCritic
-from lightning_wdefense.transport.critic import Average, check_settings
-from lightning_wdefense.transport.critic_training import check_max_steps
-from lightning_wdefense.transport.layerwise import check_rate
-from lightning_wdefense.transport.lipschitz import Lipschitz
+from lightning_wdefense.transport.critic.layerwise import check_rate
+from lightning_wdefense.transport.critic.lipschitz import Lipschitz
+from lightning_wdefense.transport.critic.network import Average, check_settings
+from lightning_wdefense.transport.critic.training import check_max_steps
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_wdefense._guests import Guest
 from lightning_wdefense.attacks import LearnedAttack
 from lightning_wdefense.attacks.labels import class_labels, counted, hard_labels
 from lightning_wdefense.defenses.branch import Branch
@@ -21,6 +20,7 @@ from lightning_wdefense.defenses.objective import combine
 from lightning_wdefense.defenses.passes import ModelPasses, Passes
 from lightning_wdefense.defenses.recipe import Recipe
 from lightning_wdefense.defenses.weight_perturbation import WeightPerturbation
+from lightning_wdefense.modules.guests import Guest
 from lightning_wdefense.modules.outputs import predictions
 from lightning_wdefense.modules.recording import ForwardRecorder, trial_pass
 

@@ -14,9 +14,9 @@ from lightning_wdefense._names import unknown_name
 from lightning_wdefense.attacks.labels import class_labels, counted, hard_labels
 from lightning_wdefense.attacks.losses import elementwise_kl, kl_divergence
 from lightning_wdefense.defenses.critic import CriticDiscrepancy
-from lightning_wdefense.detection.two_sample import multiscale_kernel
 from lightning_wdefense.modules.outputs import float32_or_better, logits_of
 from lightning_wdefense.transport import SinkhornDivergence, SlicedWasserstein, sinkhorn
+from lightning_wdefense.transport.kernels.gaussian import squared_mmd
 
 Discrepancy = Callable[[Tensor, Tensor, Any], Tensor] | CriticDiscrepancy
 
@@ -42,9 +42,7 @@ def mmd(clean: Tensor, adversarial: Tensor, labels: Any = None) -> Tensor:
     Their bandwidths are the mean squared distance between two points of the pooled batch (a constant for the gradient) times 1/4, 1/2,
     1, 2 and 4; the kernels' mean is taken, so that the value lies in [0, 2].
     """
-    kernel = multiscale_kernel(float32_or_better(torch.cat([_rows(clean), _rows(adversarial)])))
-    n = len(clean)
-    return kernel[:n, :n].mean() + kernel[n:, n:].mean() - 2 * kernel[:n, n:].mean()
+    return squared_mmd(float32_or_better(_rows(clean)), float32_or_better(_rows(adversarial)))
 
 
 def coral(clean: Tensor, adversarial: Tensor, labels: Any = None) -> Tensor:

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from lightning_wdefense.attacks.base import Attack
-from lightning_wdefense.attacks.first_look import Look
-from lightning_wdefense.attacks.places import Site
-from lightning_wdefense.attacks.through_step import attack_step, whole_loss
+from lightning_wdefense.attacks.steps.first_look import Look
+from lightning_wdefense.attacks.steps.places import Site
+from lightning_wdefense.attacks.steps.through_step import attack_step, whole_loss
 from lightning_wdefense.defenses.branch import Branch
 from lightning_wdefense.modules.execution import Execution
-from lightning_wdefense.modules.isolation import eager, isolated, own_pass
 from lightning_wdefense.modules.outputs import Picked, tensor_of
-from lightning_wdefense.modules.random_state import RandomState
 from lightning_wdefense.modules.recording import OUTPUTS, ForwardRecorder, Recording
+from lightning_wdefense.modules.state.isolation import eager, isolated, own_pass
+from lightning_wdefense.modules.state.random_state import RandomState
 from lightning_wdefense.modules.steps import Step
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lightning_wdefense._autograd import gradients
+from lightning_wdefense.modules.autograd import gradients
 
 
 class WeightPerturbation:

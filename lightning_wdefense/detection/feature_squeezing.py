@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lightning_wdefense.attacks.threat import ThreatModel
 from lightning_wdefense.detection.base import Detector, Reads, read
-from lightning_wdefense.modules.isolation import isolated
 from lightning_wdefense.modules.outputs import float32_or_better, logits_of
+from lightning_wdefense.modules.state.isolation import isolated
 
 
 def reduce_bit_depth(data: Tensor, bits: int, bounds: tuple[float, float] = (0.0, 1.0)) -> Tensor:

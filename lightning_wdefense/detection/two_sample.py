@@ -12,12 +12,11 @@ from torch import Tensor
 from lightning_wdefense._names import unknown_name
 from lightning_wdefense.modules.outputs import float32_or_better
 from lightning_wdefense.transport import sinkhorn_divergence
-from lightning_wdefense.transport.measures import read_measures
+from lightning_wdefense.transport.clouds.measures import read_measures
+from lightning_wdefense.transport.kernels.energy import contrast, euclidean_distances
+from lightning_wdefense.transport.kernels.gaussian import multiscale_kernel
 
 StatisticName = Literal["sinkhorn", "mmd", "energy"]
-
-SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
-"""Squared bandwidths of the kernel's parts, in units of the mean squared distance."""
 
 RELATIVE_BLUR = 0.2
 """Of the Sinkhorn statistic, in units of the root of the pooled samples' mean cost."""
@@ -48,7 +47,7 @@ def two_sample_test(
         x: ``(N, ...)``, such as features of clean samples.
         y: ``(M, ...)``, such as features of a batch under suspicion.
         statistic: ``"sinkhorn"`` for the Sinkhorn divergence (cost ``|x - y|^2 / 2``), ``"mmd"`` for the squared maximum mean discrepancy
-            with :func:`multiscale_kernel`, ``"energy"`` for the energy distance ``2 E|x - y| - E|x - x'| - E|y - y'|``.
+            with five Gaussian kernels around the mean squared distance, ``"energy"`` for the energy distance ``2 E|x - y| - E|x - x'| - E|y - y'|``.
         permutations: number of random relabellings; the p-value is at least ``1 / (1 + permutations)``. Each costs a transport problem
             with ``"sinkhorn"``, and next to nothing with the others.
         seed: of the relabellings.
@@ -133,36 +132,12 @@ class TwoSampleTest:
         return two_sample_test(self._clean, features, self.statistic, permutations=self.permutations, seed=self.seed)
 
 
-def multiscale_kernel(points: Tensor) -> Tensor:
-    """Mean of five Gaussian kernels ``(N, N)`` around the mean squared distance of the points (Long et al., 2015).
-
-    Their squared bandwidths are that mean (a constant for the gradient) times 1/4, 1/2, 1, 2 and 4, without the usual factor 2.
-
-    Args:
-        points: ``(N, D)``, in float32 or better.
-    """
-    products = points @ points.T
-    lengths = products.diagonal()
-    distances = (lengths.unsqueeze(0) + lengths.unsqueeze(1) - 2 * products).clamp_min(0)
-    bandwidth = distances.detach().mean().clamp_min(torch.finfo(points.dtype).tiny)
-    return torch.stack([(-distances / (scale * bandwidth)).exp() for scale in SCALES]).mean(0)
-
-
 def _mmd(points: Tensor) -> Callable[[Tensor, int], Tensor]:
-    return partial(_contrast, -multiscale_kernel(points))
+    return partial(contrast, -multiscale_kernel(points))
 
 
 def _energy(points: Tensor) -> Callable[[Tensor, int], Tensor]:
-    return partial(_contrast, torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist"))
-
-
-def _contrast(distances: Tensor, orders: Tensor, n: int) -> Tensor:
-    """``2 E d(x, y) - E d(x, x') - E d(y, y')`` for each order ``(B, N + M)``, whose first ``n`` are ``x``: ``(B,)``."""
-    m = orders.shape[1] - n
-    signs = distances.new_full(orders.shape, -1 / m).scatter(1, orders[:, :n], 1 / n)
-    values = -((signs @ distances) * signs).sum(1)
-    # Never negative but by rounding; and what rounding leaves of equal samples is not to be compared.
-    return values.where(values > 16 * torch.finfo(values.dtype).eps * distances.abs().amax(), values.new_zeros(()))
+    return partial(contrast, euclidean_distances(points))
 
 
 def _sinkhorn(points: Tensor) -> Callable[[Tensor, int], Tensor]:

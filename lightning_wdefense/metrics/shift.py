@@ -9,7 +9,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from lightning_wdefense.metrics._plot import plot_values
 from lightning_wdefense.transport import SinkhornDivergence
-from lightning_wdefense.transport.options import Cost, Solver
+from lightning_wdefense.transport.entropic.options import Cost, Solver
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric, MetricCollection
 
 from lightning_wdefense._cuda_graphs import like, record
-from lightning_wdefense.modules.module_state import OF_EVERY_MODULE, attributes_kept, buffers_kept
-from lightning_wdefense.modules.random_state import RandomState
+from lightning_wdefense.modules.state.module_state import OF_EVERY_MODULE, attributes_kept, buffers_kept
+from lightning_wdefense.modules.state.random_state import RandomState
 
 DEVICES = frozenset({"cuda"})
 """Types of the devices that graphs are recorded on."""

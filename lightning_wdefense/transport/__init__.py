@@ -1,11 +1,11 @@
 """Optimal transport on tensors: Sinkhorn costs and divergences, sliced distances and critics, usable without Lightning."""
 
-from lightning_wdefense.transport.critic import WassersteinCritic
-from lightning_wdefense.transport.critic_training import CriticDistance, CriticTraining, CriticUpdate, critic_distance
-from lightning_wdefense.transport.divergence import SinkhornDivergence, sinkhorn_divergence
-from lightning_wdefense.transport.entropic import SinkhornConvergenceWarning, SinkhornResult, sinkhorn
-from lightning_wdefense.transport.sliced import SlicedWasserstein, sliced_wasserstein
-from lightning_wdefense.transport.warm_start import WarmStart
+from lightning_wdefense.transport.critic.network import WassersteinCritic
+from lightning_wdefense.transport.critic.training import CriticDistance, CriticTraining, CriticUpdate, critic_distance
+from lightning_wdefense.transport.entropic.divergence import SinkhornDivergence, sinkhorn_divergence
+from lightning_wdefense.transport.entropic.transport import SinkhornConvergenceWarning, SinkhornResult, sinkhorn
+from lightning_wdefense.transport.entropic.warm_start import WarmStart
+from lightning_wdefense.transport.sliced.distance import SlicedWasserstein, sliced_wasserstein
 
 __all__ = [
     "CriticDistance",

@@ -19,11 +19,11 @@ from support.modules import Nasty, Snapshot, batch, classifier
 from support.threads import one_core_each, restless
 from torch import nn
 
+from lightning_wdefense._frozen import frozen
 from lightning_wdefense.attacks import PGD, SinkhornAttack, ThreatModel, get_attack
 from lightning_wdefense.defenses import ResidualGenerator
-from lightning_wdefense.modules.frozen import frozen
-from lightning_wdefense.modules.isolation import eager, isolated
 from lightning_wdefense.modules.recording import ForwardRecorder
+from lightning_wdefense.modules.state.isolation import eager, isolated
 
 CPU = torch.device("cpu")
 LINF = ThreatModel(eps=0.2)

@@ -4,58 +4,58 @@ from __future__ import annotations
 
 from faults.fault import Fault
 
-OPTIMAL = "tests/attacks/test_optimal.py::"
-TRAINING = "tests/attacks/test_training_attacks.py::"
+OPTIMAL = "tests/attacks/wasserstein/test_optimal.py::"
+TRAINING = "tests/attacks/gradient/test_training_attacks.py::"
 WORST_CASE = ("tests/attacks/test_worst_case.py",)
-LOCAL = "tests/attacks/test_local_transport.py::"
+LOCAL = "tests/attacks/wasserstein/test_local_transport.py::"
 
 FAULTS = [
     # ------------------------------------------------------------------------------------- PGD and FGSM
     Fault(
         "PGD does not project into the ball",
-        "attacks/pgd.py",
+        "attacks/gradient/pgd.py",
         "problem.project_(self.threat.ball.steepest(gradient).mul_(self._step).add_(data))",
         "problem.box.clamp_(self.threat.ball.steepest(gradient).mul_(self._step).add_(data))",
         (f"{OPTIMAL}test_reaches_the_optimum_of_a_linear_model",),
     ),
     Fault(
         "PGD's default step is that of FGSM",
-        "attacks/pgd.py",
+        "attacks/gradient/pgd.py",
         "2.5 * self.threat.eps / self.steps",
         "self.threat.eps",
         (f"{OPTIMAL}test_default_step_is_two_and_a_half_radii_over_the_steps",),
     ),
     Fault(
         "PGD takes a step too few",
-        "attacks/pgd.py",
+        "attacks/gradient/pgd.py",
         "for index in range(self.steps):\n            data = self._move",
         "for index in range(self.steps - 1):\n            data = self._move",
         ("tests/attacks/test_peers.py::test_pgd_from_the_clean_inputs_is_torchattacks_pgd",),
     ),
     Fault(
         "the Gaussian start does not know the data's range",
-        "attacks/pgd.py",
+        "attacks/gradient/pgd.py",
         "GAUSSIAN_START * spread *",
         "GAUSSIAN_START *",
         (f"{OPTIMAL}test_gaussian_start_has_the_deviation_of_trades",),
     ),
     Fault(
         "a restart must fool and raise the loss",
-        "attacks/pgd.py",
+        "attacks/gradient/pgd.py",
         "better = newly | (loss > worst[open_])",
         "better = newly & (loss > worst[open_])",
         (f"{OPTIMAL}test_each_restart_only_makes_it_worse",),
     ),
     Fault(
         "early exit forgets those that never fell",
-        "attacks/pgd.py",
+        "attacks/gradient/pgd.py",
         "        found[left] = data\n        return found",
         "        return found",
         ("tests/modules/test_execution.py::test_early_exit_leaves_each_sample_where_it_is_first_wrong",),
     ),
     Fault(
         "N-FGSM's noise is not in units of eps",
-        "attacks/fgsm.py",
+        "attacks/gradient/fgsm.py",
         "self.noise * eps, problem.generator",
         "self.noise, problem.generator",
         (f"{OPTIMAL}test_n_fgsm_is_its_formula",),
@@ -63,52 +63,52 @@ FAULTS = [
     # -------------------------------------------------------------------------------- attacks for training
     Fault(
         "the multiplier descends",
-        "attacks/soft_ball.py",
+        "attacks/gradient/soft_ball.py",
         "(self.threat.eps - float(displacement))",
         "(float(displacement) - self.threat.eps)",
         (f"{TRAINING}test_the_multiplier_ascends_and_stays_above_zero",),
     ),
     Fault(
         "displacement is measured in model units",
-        "attacks/soft_ball.py",
+        "attacks/gradient/soft_ball.py",
         "to_data = self.threat.to_data",
         "to_data = lambda inputs: inputs",
         (f"{TRAINING}test_displacement_is_measured_in_data_units",),
     ),
     Fault(
         "the Lagrangian rewards distance",
-        "attacks/lagrangian.py",
+        "attacks/gradient/lagrangian.py",
         "- 2 * gamma * (data - clean)",
         "+ 2 * gamma * (data - clean)",
         (f"{TRAINING}test_lagrangian_solves_a_linear_loss",),
     ),
     Fault(
         "the default gamma forgets the root of the dimension",
-        "attacks/lagrangian.py",
+        "attacks/gradient/lagrangian.py",
         "self.threat.eps * math.sqrt(elements)",
         "self.threat.eps * elements",
         (f"{TRAINING}test_lagrangian_default_moves_a_unit_gradient_to_the_edge",),
     ),
     Fault(
         "the temperature multiplies",
-        "attacks/gibbs_noise.py",
+        "attacks/gradient/gibbs_noise.py",
         "loss / self.temperature + gumbel",
         "loss * self.temperature + gumbel",
         (f"{TRAINING}test_gibbs_noise_picks_with_the_weights_of_the_softmax",),
     ),
     Fault(
         "scattering's gradient shrinks with the batch",
-        "attacks/feature_scattering.py",
+        "attacks/gradient/feature_scattering.py",
         "value.new_tensor(float(len(data)))",
         "value.new_ones(())",
         (f"{TRAINING}test_scattering_in_float16_whatever_the_batch",),
     ),
     Fault(
         "the Sinkhorn attack shows itself",
-        "attacks/sinkhorn.py",
+        "attacks/gradient/sinkhorn.py",
         "weights[-1] = -self.weight * len(data)",
         "weights[-1] = self.weight * len(data)",
-        ("tests/attacks/test_sinkhorn.py::test_takes_its_step_along_the_gradient",),
+        ("tests/attacks/gradient/test_sinkhorn.py::test_takes_its_step_along_the_gradient",),
     ),
     # ------------------------------------------------------------------------------------ several attacks
     Fault(
@@ -134,66 +134,66 @@ FAULTS = [
     ),
     Fault(
         "FAB aims at no target",
-        "attacks/autoattack.py",
+        "attacks/standard/autoattack.py",
         '{"multi_targeted": True, "steps": 100}',
         '{"steps": 100}',
-        ("tests/attacks/test_autoattack.py::test_the_parts_are_the_published_ones",),
+        ("tests/attacks/standard/test_autoattack.py::test_the_parts_are_the_published_ones",),
     ),
     Fault(
         "a later part of AutoAttack overwrites what an earlier one broke",
-        "attacks/autoattack.py",
+        "attacks/standard/autoattack.py",
         "fooled[open_] = rest.fooled(rest.outputs(adversarial[open_]))",
         "rest.fooled(rest.outputs(adversarial[open_]))",
-        ("tests/attacks/test_autoattack.py::test_leaves_no_more_than_any_of_its_parts",),
+        ("tests/attacks/standard/test_autoattack.py::test_leaves_no_more_than_any_of_its_parts",),
     ),
     Fault(
         "torchattacks' radius is not rescaled with the bounds",
-        "attacks/torchattack.py",
+        "attacks/standard/torchattack.py",
         "self.threat.eps / (high - low)",
         "self.threat.eps",
-        ("tests/attacks/test_torchattack.py::test_a_radius_is_rescaled_with_the_bounds",),
+        ("tests/attacks/standard/test_torchattack.py::test_a_radius_is_rescaled_with_the_bounds",),
     ),
     # ----------------------------------------------------------------------------------- transport of images
     Fault(
         "costs of moves heed no order",
-        "attacks/local_transport.py",
+        "attacks/wasserstein/local_transport.py",
         "math.sqrt(square) ** p for",
         "math.sqrt(square) for",
         (f"{LOCAL}test_a_square",),
     ),
     Fault(
         "plans are stretched to the budget",
-        "attacks/nearest_plan.py",
+        "attacks/wasserstein/nearest_plan.py",
         "clamp_min(torch.finfo(cost.dtype).tiny)).clamp(max=1)",
         "clamp_min(torch.finfo(cost.dtype).tiny))",
         (f"{LOCAL}test_what_is_legal_stays_as_it_is",),
     ),
     Fault(
         "the budget goes to the worst moves first",
-        "attacks/best_plan.py",
+        "attacks/wasserstein/best_plan.py",
         "descending=True",
         "descending=False",
         (f"{LOCAL}test_the_best_plan_is_the_linear_programs",),
     ),
     Fault(
         "feasibility forgives a change of mass",
-        "attacks/feasibility.py",
+        "attacks/wasserstein/feasibility.py",
         " & (self.mass <= tol)",
         "",
-        ("tests/attacks/test_feasibility.py::test_feasible_is_each_of_the_three",),
+        ("tests/attacks/wasserstein/test_feasibility.py::test_feasible_is_each_of_the_three",),
     ),
     Fault(
         "the distance is not the root of its cost",
-        "attacks/feasibility.py",
+        "attacks/wasserstein/feasibility.py",
         "/ float(clean.sum())) ** (1 / p)",
         "/ float(clean.sum()))",
-        ("tests/attacks/test_feasibility.py::test_it_is_the_distance_of_optimal_transport",),
+        ("tests/attacks/wasserstein/test_feasibility.py::test_it_is_the_distance_of_optimal_transport",),
     ),
     Fault(
         "a sample that fell gets up in the next round",
-        "attacks/wasserstein.py",
+        "attacks/wasserstein/attack.py",
         "self.fooled[index] |= fooled",
         "self.fooled[index] = fooled",
-        ("tests/attacks/test_wasserstein.py::test_a_sample_that_fell_stays_fallen",),
+        ("tests/attacks/wasserstein/test_wasserstein.py::test_a_sample_that_fell_stays_fallen",),
     ),
 ]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from faults.fault import Fault
 
 CONTRACT = "tests/attacks/test_contract.py::"
-OPTIMAL = "tests/attacks/test_optimal.py::"
-TRAINING = "tests/attacks/test_training_attacks.py::"
+OPTIMAL = "tests/attacks/wasserstein/test_optimal.py::"
+TRAINING = "tests/attacks/gradient/test_training_attacks.py::"
 GRAPHS = "tests/modules/test_graphs.py::"
 NASTY = (
     f"{CONTRACT}test_leaves_a_nasty_module_as_it_was[linf-pgd]",
@@ -69,13 +69,19 @@ FAULTS = [
     ),
     Fault(
         "modes are restored as the module's own",
-        "modules/isolation.py",
+        "modules/state/isolation.py",
         "            submodule.training = training",
         "            submodule.training = module.training",
         NASTY,
     ),
-    Fault("written buffers are not restored", "modules/kept_value.py", "tensor.copy_(self.value)", "pass", NASTY),
-    Fault("NumPy's random state is not restored", "modules/isolation.py", "np.random.set_state(numpy)", "pass", NASTY),
+    Fault("written buffers are not restored", "modules/state/kept_value.py", "tensor.copy_(self.value)", "pass", NASTY),
+    Fault(
+        "NumPy's random state is not restored",
+        "modules/state/isolation.py",
+        "np.random.set_state(numpy)",
+        "pass",
+        NASTY,
+    ),
     Fault(
         "the penultimate layer is the first linear one",
         "modules/recording.py",

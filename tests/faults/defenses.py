@@ -7,8 +7,8 @@ from faults.fault import Fault
 DEFENSE = "tests/callbacks/test_defense.py::"
 DISCREPANCIES = "tests/defenses/test_discrepancies.py::"
 DDP = "tests/callbacks/test_ddp.py::"
-PURIFIER = "tests/defenses/test_purifier.py::"
-SMOOTHING = "tests/defenses/test_smoothing.py::"
+PURIFIER = "tests/defenses/purifier/test_purifier.py::"
+SMOOTHING = "tests/defenses/smoothing/test_smoothing.py::"
 
 
 def formula(recipe: str) -> tuple[str, ...]:
@@ -84,7 +84,7 @@ FAULTS = [
     ),
     Fault(
         "MMD counts the mixed pairs once",
-        "defenses/discrepancies.py",
+        "transport/kernels/gaussian.py",
         "- 2 * kernel[:n, n:].mean()",
         "- kernel[:n, n:].mean()",
         formula("mmd"),
@@ -183,7 +183,7 @@ FAULTS = [
     ),
     Fault(
         "what was frozen is thawed",
-        "modules/frozen.py",
+        "_frozen.py",
         "parameter.requires_grad_(flag)",
         "parameter.requires_grad_(True)",
         (f"{PURIFIER}test_the_classifier_and_the_random_state_stay_as_they_were",),
@@ -191,49 +191,49 @@ FAULTS = [
     # ------------------------------------------------------------------------------------------ purifiers
     Fault(
         "the purifier's noise does not know the batch",
-        "defenses/purifier.py",
+        "defenses/purifier/purifier.py",
         "self.current_epoch, batch_idx, self.global_rank",
         "self.current_epoch, 0, self.global_rank",
         (f"{PURIFIER}test_noise_differs_by_seed_epoch_batch_and_rank",),
     ),
     Fault(
         "the purifier's noise does not know the epoch",
-        "defenses/purifier.py",
+        "defenses/purifier/purifier.py",
         "self.current_epoch, batch_idx, self.global_rank",
         "0, batch_idx, self.global_rank",
         (f"{PURIFIER}test_noise_differs_by_seed_epoch_batch_and_rank",),
     ),
     Fault(
         "reconstruction is measured in model units",
-        "defenses/purifier.py",
+        "defenses/purifier/purifier.py",
         "(self.threat.to_data(float32_or_better(each)) for each in (inputs, purified))",
         "(float32_or_better(each) for each in (inputs, purified))",
         (f"{PURIFIER}test_normalised_inputs_make_no_difference",),
     ),
     Fault(
         "reconstruction has no weight",
-        "defenses/purifier.py",
+        "defenses/purifier/purifier.py",
         'self.weights["reconstruction"] * parts["reconstruction"]',
         'parts["reconstruction"]',
         (f"{PURIFIER}test_a_weight_of_zero_drops_the_term",),
     ),
     Fault(
         "the purifier's critic is not averaged over ranks",
-        "defenses/purifier.py",
+        "defenses/purifier/purifier.py",
         "generator=noise, average=average, measure=True",
         "generator=noise, measure=True",
         (f"{DDP}test_ranks_hold_the_same_purifier_and_critic",),
     ),
     Fault(
         "BPDA passes no gradient on",
-        "defenses/purified.py",
+        "defenses/purifier/purified.py",
         "return gradient, None",
         "return torch.zeros_like(gradient), None",
         (f"{PURIFIER}test_bpda_differentiates_the_classifier_at_the_purified_point",),
     ),
     Fault(
         "purified inputs may leave the bounds",
-        "defenses/generators.py",
+        "defenses/purifier/generators.py",
         "return torch.clamp(purified, low, high)",
         "return purified",
         (f"{PURIFIER}test_normalised_inputs_make_no_difference",),
@@ -241,56 +241,56 @@ FAULTS = [
     # ------------------------------------------------------------------------------------------ smoothing
     Fault(
         "the Euclidean radius is that of the Manhattan distance",
-        "defenses/smoothing.py",
+        "defenses/smoothing/smoothing.py",
         '(math.sqrt(2) if self.ground == "euclidean" else 1.0)',
         "1.0",
         (f"{SMOOTHING}test_radius_beside_the_papers",),
     ),
     Fault(
         "the radius counts half the share of noisy images",
-        "defenses/smoothing.py",
+        "defenses/smoothing/smoothing.py",
         "(2 * (1 - probability))",
         "(1 - probability)",
         (f"{SMOOTHING}test_the_radius_is_exact_for_a_linear_model",),
     ),
     Fault(
         "sigma is taken for the Laplace scale",
-        "defenses/smoothing.py",
+        "defenses/smoothing/smoothing.py",
         "scale = self.sigma / math.sqrt(2) * data.sum(",
         "scale = self.sigma * data.sum(",
         (f"{SMOOTHING}test_sigma_is_the_standard_deviation_of_a_share_of_the_mass",),
     ),
     Fault(
         "the certificate takes the estimate for its lower bound",
-        "defenses/smoothing.py",
+        "defenses/smoothing/smoothing.py",
         "self.radius(lower_bound(counts, self.samples, self.alpha)).float()",
         "self.radius(counts / self.samples).float()",
         (f"{SMOOTHING}test_certificates_are_wrong_no_more_often_than_alpha",),
     ),
     Fault(
         "the confidence is that of a two-sided bound",
-        "defenses/binomial.py",
+        "defenses/smoothing/binomial.py",
         "< math.log(alpha)",
         "< math.log(alpha / 2)",
         (f"{SMOOTHING}test_lower_bound",),
     ),
     Fault(
         "the p-value is one-sided",
-        "defenses/binomial.py",
+        "defenses/smoothing/binomial.py",
         "(2 * torch.tensor(tails, dtype=torch.float64).exp())",
         "torch.tensor(tails, dtype=torch.float64).exp()",
         (f"{SMOOTHING}test_p_value",),
     ),
     Fault(
         "a certified answer need not be right",
-        "defenses/smoothing.py",
+        "defenses/smoothing/smoothing.py",
         "(right & (certificate.radii > eps))",
         "(certificate.radii > eps)",
         (f"{SMOOTHING}test_certified_accuracy",),
     ),
     Fault(
         "a radius includes its end",
-        "defenses/smoothing.py",
+        "defenses/smoothing/smoothing.py",
         "certificate.radii > eps)",
         "certificate.radii >= eps)",
         (f"{SMOOTHING}test_certified_accuracy",),

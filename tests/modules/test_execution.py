@@ -15,8 +15,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_wdefense.attacks import FGSM, PGD, Execution, ThreatModel, execution
-from lightning_wdefense.modules.isolation import isolated
 from lightning_wdefense.modules.recording import ForwardRecorder
+from lightning_wdefense.modules.state.isolation import isolated
 
 THREAT = ThreatModel(eps=0.1)
 ATTACK = PGD(THREAT, steps=3)

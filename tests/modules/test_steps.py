@@ -305,7 +305,7 @@ def test_under_a_trainer_nothing_gets_out(logger, tmp_path):
 
 
 def test_the_other_branch_draws_as_the_users_own_call(module):
-    from lightning_wdefense.modules.random_state import RandomState
+    from lightning_wdefense.modules.state.random_state import RandomState
 
     start, step = RandomState(torch.device("cpu")), step_of(module)
     module.net[3].p = 0.9

@@ -11,7 +11,7 @@ from scipy.optimize import linprog
 from scipy.sparse import csr_array, vstack
 from torch import Tensor
 
-from lightning_wdefense.attacks.local_transport import LocalTransport, square
+from lightning_wdefense.attacks.wasserstein.local_transport import LocalTransport, square
 
 
 @dataclass(frozen=True)

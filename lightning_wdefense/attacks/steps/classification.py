@@ -1,0 +1,65 @@
+"""Whether a loss is a classifier's: measured, not guessed from shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_wdefense.attacks.labels import class_labels, counted, hard_labels
+from lightning_wdefense.modules.autograd import gradients
+from lightning_wdefense.modules.outputs import float32_or_better, has_one_output, logits_of, tensor_of
+
+SAME = 1e-3
+"""Relative difference below which two losses are one."""
+
+SHARE = 0.9
+"""Share of the samples whose loss must fall in the logit of their own class, more than in any other, for logits to be a classifier's."""
+
+
+def is_classification(outputs: Any, labels: Any, loss: Tensor) -> bool:
+    """Whether this loss is a classifier's, of these outputs as logits and these labels as classes.
+
+    It is if it is their cross-entropy; or if it falls in the logit of the sample's own class more than in any other, and either does not change
+    when a constant is added to all logits of a sample (label smoothing, class weights, focal and margin losses), or rises in all others
+    (one logit against the rest).
+
+    Args:
+        outputs: with the loss's graph.
+        labels: of the batch.
+        loss: a scalar.
+    """
+    try:
+        labels = class_labels(labels, outputs, check_values=True)
+        values = tensor_of(outputs)
+        logits = logits_of(outputs)
+    except (TypeError, ValueError):
+        return False
+    with torch.no_grad():
+        target = labels.to(float32_or_better(logits).dtype) if labels.is_floating_point() else labels
+        entropy = F.cross_entropy(float32_or_better(logits), target)
+    if not bool(loss.isfinite()):  # it has diverged, and so have they
+        return not bool(entropy.isfinite())
+    same = max(SAME, 4 * torch.finfo(values.dtype).eps, 4 * torch.finfo(loss.dtype).eps)
+    if abs(float(entropy) - float(loss.detach())) <= same * (1e-6 + abs(float(entropy))):
+        return True
+    if has_one_output(outputs) or not values.requires_grad:
+        return False
+    (slope,) = gradients(loss, [values], retain_graph=True)
+    if slope is None:
+        return False
+    rows = float32_or_better(slope).movedim(1, -1).flatten(0, -2)
+    classes = hard_labels(labels).flatten()
+    size = rows.abs().sum(1)
+    seen = (size > 0) & counted(classes)
+    if not bool(seen.any()):
+        return False
+    rows, classes, size = rows[seen], classes[seen], size[seen]
+    own = rows.gather(1, classes.unsqueeze(1)).squeeze(1)
+    falls = (own < 0) & (rows.argmin(1) == classes)
+    invariant = bool((rows.sum(1).abs() <= 10 * same * size).all())
+    others = size + own  # the sum of the others' slopes, if none of them is negative
+    against_the_rest = bool((((rows >= 0).sum(1) == rows.shape[1] - 1) & (others > 0))[falls].all())
+    return float(falls.float().mean()) >= SHARE and (invariant or against_the_rest)

@@ -1,0 +1,206 @@
+"""The attack in the Wasserstein ball: it moves the mass of pixels, and what it returns are images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_wdefense._names import unknown_name
+from lightning_wdefense.attacks.base import Attack, Problem
+from lightning_wdefense.attacks.losses import AttackLoss, check_loss, given_losses
+from lightning_wdefense.attacks.norms import per_sample, random_normal, random_uniform
+from lightning_wdefense.attacks.threat import ThreatModel, check_threat
+from lightning_wdefense.attacks.wasserstein.best_plan import best_plan
+from lightning_wdefense.attacks.wasserstein.local_transport import (
+    LocalTransport,
+    check_images,
+    check_neighbourhood,
+    square,
+    without_rounding,
+)
+from lightning_wdefense.attacks.wasserstein.nearest_plan import legal
+from lightning_wdefense.attacks.wasserstein.plan_ascent import ASCENTS, Ascent, Method
+
+
+@dataclass(frozen=True)
+class WassersteinAttack(Attack):
+    """Moves pixel mass, within each channel and to near pixels, by transport plans of bounded cost, and stays inside the bounds.
+
+    An image ``x`` becomes ``x'`` if mass can be carried from pixel to pixel, at most ``neighbourhood // 2`` rows and columns far, so that ``x``
+    turns into ``x'``; ``W_p(x, x') = (sum of mass * distance^p / mass of the image)^(1 / p)``, in pixels, must be ``eps`` at most. That pixels
+    stay in the bounds is part of the problem: overfull pixels have prices in every step, and every image that the model is shown is legal.
+    Attacks that clamp afterwards lose mass; see :func:`wasserstein_feasibility` for what an image really costs.
+
+    Args:
+        threat: what the attacker may do (norm ``wasserstein``); ``eps`` is in pixels: 0.1 moves all mass by a tenth of a pixel, or a tenth of
+            it by one. ``bounds`` begin with 0, the value without mass, or are ``None``.
+        steps: of each run.
+        methods: ``"projected"`` (steps along the gradient and the projection of the plan) and ``"frank-wolfe"`` (averages of exact solutions
+            of the linear problem; a step costs a third). Each sample keeps the worst of all.
+        neighbourhood: pixels along the side of the square to which a pixel's mass may go, odd: 3 to 9 is usual.
+        p: order of the distance, 1 or 2.
+        restarts: rounds of all methods; the first begins with the clean images, the others with random plans. Later runs attack only what is
+            still classified correctly, unless the loss does not say what that is.
+        loss: ``"ce"``, ``"margin"``, ``"kl"``, or a callable ``(outputs, labels) -> per-sample loss``; ``None`` for cross-entropy in the
+            first round, the margin in the second, and so on.
+        early_exit: leave each sample where it is first misclassified; needs a loss that says what that is.
+        seed: seeds the noise of calls that are given no generator.
+
+    Raises:
+        ValueError: for another norm, bounds that do not begin with 0, an unknown method or loss, an even neighbourhood, or numbers out of
+            range; at the call, for inputs that are no images ``(N, C, H, W)``, are smaller than the neighbourhood, have negative pixels or no mass.
+
+    References:
+        Wong, Schmidt, Kolter, "Wasserstein adversarial examples via projected Sinkhorn iterations", ICML 2019 (the threat). Wu, Wang, Yu,
+        "Stronger and faster Wasserstein adversarial attacks", ICML 2020 (both methods, without the bounds).
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
+        >>> threat = ThreatModel(norm="wasserstein", eps=0.2)
+        >>> inputs = torch.rand(4, 1, 8, 8)
+        >>> adversarial = WassersteinAttack(threat, steps=5)(model, inputs, torch.tensor([0, 1, 2, 0]))
+        >>> bool((adversarial.sum((1, 2, 3)) - inputs.sum((1, 2, 3))).abs().max() < 1e-3)
+        True
+    """
+
+    name: ClassVar[str] = "wasserstein"
+
+    threat: ThreatModel
+    steps: int = 40
+    methods: Sequence[Method] = ("projected", "frank-wolfe")
+    neighbourhood: int = 5
+    p: int = 1
+    restarts: int = 2
+    loss: AttackLoss | None = None
+    early_exit: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "methods", (self.methods,) if isinstance(self.methods, str) else tuple(self.methods))
+        if self.loss is not None:
+            check_loss(self.loss)
+        check_ball(self.threat, self.neighbourhood, self.p)
+        for method in self.methods:
+            if method not in get_args(Method):
+                raise ValueError(unknown_name("method", method, get_args(Method)))
+        if not self.methods:
+            raise ValueError(f"methods= is empty: name at least one of {', '.join(get_args(Method))}.")
+        for name in ("steps", "restarts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.early_exit and not self._knows_fooled:
+            raise ValueError(
+                f'early_exit=True ends where a sample is misclassified, which loss={self.loss!r} does not say: use loss=None, "ce" or '
+                '"margin", or early_exit=False.'
+            )
+
+    @property
+    def _knows_fooled(self) -> bool:
+        return self.loss in (None, "ce", "margin")
+
+    def of_losses(self) -> Attack | None:
+        """The same attack on a model that returns its losses itself."""
+        return replace(self, loss=given_losses, early_exit=False) if self._knows_fooled else None
+
+    def perturb(self, problem: Problem) -> Tensor:
+        """The adversarial inputs, in data units."""
+        data = without_rounding(problem.data, problem.dtype)
+        check_images(data, self.neighbourhood)
+        if self.loss == "kl":
+            problem = problem.with_clean_outputs()
+        # In units in which the largest legal pixel is 1.
+        scale = float(data.amax() if self.threat.bounds is None else self.threat.bounds[1])
+        images = data / scale
+        budget = self.threat.eps**self.p * images.sum((1, 2, 3))
+        room = None if problem.box.high is None else problem.box.high / scale
+        transport = LocalTransport.of(images, budget, room, square(self.neighbourhood, self.p))
+        found = Found(problem.data.clone(), problem)
+        for round_ in range(self.restarts):
+            loss = self.loss or ("ce", "margin")[round_ % 2]
+            for method in self.methods:
+                open_ = (~found.fooled).nonzero().squeeze(1)
+                if len(open_) == 0:
+                    return found.images
+                part = transport.select(open_)
+                start = part.stay()
+                if round_ > 0 or self.loss == "kl":
+                    start = _random_plan(part, problem.generator)
+                self._climb(problem, open_, ASCENTS[method](part, start, self.steps), loss, scale, found)
+        return found.images
+
+    def _climb(
+        self, problem: Problem, index: Tensor, ascent: Ascent, loss: AttackLoss, scale: float, found: Found
+    ) -> None:
+        # All of them are taken as they are, so that labels that do not fit meet the checks.
+        part = problem if len(index) == len(problem.data) else problem.select(index)
+        for step in range(self.steps + 1):
+            images = ascent.transport.arrived(ascent.legal) * scale
+            last = step == self.steps
+            point = images.requires_grad_(not last)
+            with torch.set_grad_enabled(not last):
+                outputs = part.forward(point)
+                values = part.loss(outputs, loss, check=step == 0)
+            fooled = part.fooled(outputs) if self._knows_fooled else torch.zeros_like(values, dtype=torch.bool)
+            judged = part.loss(outputs, "margin") if self.loss is None else values
+            found.keep(index, images.detach(), fooled, judged.detach())
+            if last:
+                return
+            gradient = part.differentiate(values, point, torch.ones_like(values))
+            values = values.detach()
+            if self.early_exit and bool(fooled.any()):
+                stay = (~fooled).nonzero().squeeze(1)
+                if len(stay) == 0:
+                    return
+                index, part, ascent = index[stay], part.select(stay), ascent.select(stay)
+                gradient, values = gradient[stay], values[stay]
+            ascent.move(gradient, values)
+
+
+class Found:
+    """The worst image of each sample so far: a misclassified one before any other, then the one of larger loss."""
+
+    def __init__(self, images: Tensor, problem: Problem) -> None:
+        self.images = images
+        self.fooled = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+        self.loss = torch.full((len(images),), -torch.inf, device=images.device)
+
+    def keep(self, index: Tensor, images: Tensor, fooled: Tensor, loss: Tensor) -> None:
+        """Look at more images of some samples."""
+        loss = loss.to(self.loss.dtype)
+        # Of equals the later: where the loss of a confident model rounds to 0 they are not equal.
+        better = (fooled & ~self.fooled[index]) | ((fooled == self.fooled[index]) & (loss >= self.loss[index]))
+        self.images[index] = torch.where(per_sample(better, images), images, self.images[index])
+        self.loss[index] = torch.where(better, loss, self.loss[index])
+        self.fooled[index] |= fooled
+
+
+def _random_plan(transport: LocalTransport, generator: torch.Generator) -> Tensor:
+    """The best plan for random values, taken in a random part."""
+    values = random_normal(transport.budget.new_empty(transport.shape), generator)
+    share = random_uniform(transport.budget, generator).view(-1, 1, 1)
+    return legal(transport, torch.lerp(transport.stay(), best_plan(transport, values), share))
+
+
+def check_ball(threat: ThreatModel, size: int, p: int) -> None:
+    """Refuse a threat model or a setting that describes no Wasserstein ball of images.
+
+    Raises:
+        ValueError: saying what it must be.
+    """
+    check_threat(threat, "A Wasserstein ball")
+    if threat.norm != "wasserstein":
+        raise ValueError(f'A Wasserstein attack needs ThreatModel(norm="wasserstein"), got norm={threat.norm!r}.')
+    if threat.bounds is not None and threat.bounds[0] != 0:
+        raise ValueError(
+            f"bounds must begin with 0, the value of a pixel without mass, got {threat.bounds}: say with mean= and std= how the pipeline "
+            "normalised images that began with 0."
+        )
+    check_neighbourhood(size)
+    if p not in (1, 2):
+        raise ValueError(f"p must be 1 or 2, got {p}.")

@@ -1,0 +1,271 @@
+"""What the monitors share: measure on validation and test batches, log at the end of the epoch, leave no trace."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from lightning_wdefense._compat import LightningModule, Trainer, dataloader_suffix
+from lightning_wdefense._strategy import check_strategy
+from lightning_wdefense.attacks.steps.places import Perturb
+from lightning_wdefense.attacks.threat import ThreatModel
+from lightning_wdefense.callbacks.evaluation.hooks import PREFIX, EvaluationHooks, Stage, batches_of
+from lightning_wdefense.callbacks.evaluation.progress import RichProgress, TqdmProgress, attack_progress
+from lightning_wdefense.callbacks.evaluation.shadow import Shadow
+from lightning_wdefense.callbacks.evaluation.subject import Observed, Subject
+from lightning_wdefense.callbacks.evaluation.way import EvaluationWay
+from lightning_wdefense.callbacks.schedule import evaluation_generator, is_due
+from lightning_wdefense.callbacks.support import attacked_model
+from lightning_wdefense.callbacks.target import Target, Through
+from lightning_wdefense.modules.batches import Inputs, Labels
+from lightning_wdefense.modules.outputs import Pick
+from lightning_wdefense.modules.paths import map_tensors
+from lightning_wdefense.modules.recording import OUTPUTS, ForwardRecorder
+
+MeasuresT = TypeVar("MeasuresT")
+Noise = Callable[[], torch.Generator]
+
+
+class EvaluationMonitor(EvaluationHooks, Generic[MeasuresT]):
+    """Attacks validation and test batches, measures, and logs at the end of each epoch.
+
+    It skips the sanity check, keeps to its schedule (on epochs in between the last values are logged again, so that monitored
+    keys never go missing), works under ``inference_mode`` and the trainer's precision, and tells several dataloaders apart. Subclasses
+    say what is measured: :meth:`new_measures`, :meth:`measure` and :meth:`compute`.
+
+    Args:
+        every_n_epochs: measure only every so many training epochs (the first validation always).
+        max_batches: measure only the first batches of each dataloader.
+        features: where features are taken from; ``None`` for nowhere.
+        model: dotted path to the submodule that takes the inputs and returns logits, if not the module itself.
+        through: how the adversary gets at the model, see :class:`~lightning_wdefense.callbacks.evaluation.way.EvaluationWay`.
+        perturb: the submodule whose output is attacked, if it is not the inputs.
+        inputs: where the inputs are in a batch.
+        labels: the same for the labels.
+        outputs: where in what the model returns its logits are.
+        ignore_index: label of elements that count for nothing.
+        dataloaders: indices of those whose batches are attacked; ``None`` for all that can be.
+        seed: seeds the attacks' noise.
+        progress: show a progress bar.
+        name: tells several monitors apart.
+
+    Raises:
+        ValueError: if ``every_n_epochs`` or ``max_batches`` is below 1.
+    """
+
+    attacks_a_batch: int = 1
+    evaluates_again: ClassVar[bool] = False
+    """Whether the module's own evaluation runs once more, on what :meth:`measure` returns."""
+
+    def __init__(
+        self,
+        *,
+        every_n_epochs: int,
+        max_batches: int | None,
+        features: str | None,
+        model: str | None,
+        through: Through,
+        perturb: str | Perturb | None,
+        inputs: Inputs,
+        labels: Labels,
+        outputs: Pick,
+        ignore_index: int | None = None,
+        dataloaders: Sequence[int] | None = None,
+        seed: int,
+        progress: bool,
+        name: str | None,
+    ) -> None:
+        if every_n_epochs < 1:
+            raise ValueError(f"every_n_epochs must be at least 1, got {every_n_epochs}.")
+        if max_batches is not None and max_batches < 1:
+            raise ValueError(f"max_batches must be at least 1, or None for all, got {max_batches}.")
+        self.every_n_epochs, self.max_batches, self.features = every_n_epochs, max_batches, features
+        self.model, self.seed, self.progress, self.name, self.through = model, seed, progress, name, through
+        self._target = Target.of(through, inputs, labels, perturb=perturb, outputs=outputs, ignore_index=ignore_index)
+        self.perturb, self.ignore_index = self._target.perturb, ignore_index
+        self.dataloaders = None if dataloaders is None else tuple(dataloaders)
+        self._way = EvaluationWay(self._target)
+        self._shadow: Shadow | None = None
+        self._clean: Any = None
+        self._measures: dict[int, MeasuresT] = {}
+        self._last: dict[str, dict[str, float]] = {}
+        self._epoch: int | None = None
+        self._bar: TqdmProgress | RichProgress | None = None
+
+    @abstractmethod
+    def new_measures(self, device: torch.device) -> MeasuresT:
+        """What is kept of one dataloader, still empty."""
+
+    @property
+    @abstractmethod
+    def _threat(self) -> ThreatModel:
+        """What the attacker may do."""
+
+    @abstractmethod
+    def check(self, subject: Subject) -> None:
+        """Refuse, in the sanity check, a batch that cannot be measured."""
+
+    @abstractmethod
+    def measure(self, measures: MeasuresT, subject: Subject, noise: Noise) -> Tensor | None:
+        """Attack a batch and add to the measures; gradients are off, and ``noise`` makes the batch's generator anew.
+
+        Returns:
+            The attacked values, for a monitor that :attr:`evaluates_again`.
+        """
+
+    @abstractmethod
+    def compute(self, measures: MeasuresT, trainer: Trainer, key: Callable[[str], str]) -> dict[str, float]:
+        """The values of one dataloader, the same on every rank, by short names that ``key`` makes long."""
+
+    @property
+    def state_key(self) -> str:
+        """Identifies the callback in a checkpoint: by ``name`` alone."""
+        return f"{type(self).__name__}({self.name!r})"
+
+    def state_dict(self) -> dict[str, Any]:
+        """The last values, which a resumed run logs on epochs that are not measured, and the epoch they are of."""
+        return {"last": self._last, "epoch": self._epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the last values back."""
+        self._last, self._epoch = dict(state_dict["last"]), state_dict["epoch"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is in no evaluation: it has no progress bar and nothing half measured.
+        return self.__dict__ | {
+            "_bar": None,
+            "_measures": {},
+            "_shadow": None,
+            "_clean": None,
+            "_way": EvaluationWay(self._target),
+        }
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check early that the strategy leaves the model whole."""
+        check_strategy(trainer, type(self).__name__)
+        self._way = EvaluationWay(self._target)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check before the first epoch what is needed only after it."""
+        self._check_features(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Close the progress bar and drop what was half measured."""
+        self._close()
+
+    def observe(self, subject: Subject, *batches: Tensor) -> Observed:
+        """The outputs and features ``(N, D)`` of passes in eval mode that leave no trace."""
+        return subject.observe(OUTPUTS if self.features is None else self.features, *batches)
+
+    def show(self, attack: str, left: Tensor) -> None:
+        """Say on the progress bar that another attack is done, and which samples are left."""
+        assert self._bar is not None
+        self._bar.advance(f"{attack}: {int(left.sum())}/{len(left)} left in the batch")
+
+    def _epoch_starts(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> None:
+        self._close()
+        if trainer.sanity_checking or not is_due(trainer, self._epoch, self.every_n_epochs):
+            return
+        self._check_features(pl_module)
+        limit = float("inf") if self.max_batches is None else self.max_batches
+        total = sum(min(limit, batches) for batches in batches_of(trainer, stage)) * self.attacks_a_batch
+        self._bar = attack_progress(trainer, total, show=self.progress)
+
+    def _is_measured(self, trainer: Trainer, batch_idx: int, dataloader_idx: int) -> bool:
+        """Whether a batch is attacked, or, the first ones of the sanity check, looked at."""
+        if self.dataloaders is not None and dataloader_idx not in self.dataloaders:
+            return False
+        if trainer.sanity_checking:
+            return batch_idx == 0
+        return self._bar is not None and not (self.max_batches is not None and batch_idx >= self.max_batches)
+
+    def _batch_starts(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        stage: Stage,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        if self.evaluates_again and self._bar is not None and self._shadow is None:
+            self._shadow = Shadow(trainer, pl_module, stage)
+        self._clean = None
+        if self._is_measured(trainer, batch_idx, dataloader_idx):
+            with torch.inference_mode(False):  # where the copies can be differentiated
+                self._clean = map_tensors(batch, torch.clone)  # the step may write to its batch
+
+    def _batch_ends(
+        self, trainer: Trainer, pl_module: LightningModule, stage: Stage, batch_idx: int, dataloader_idx: int
+    ) -> None:
+        if not self._is_measured(trainer, batch_idx, dataloader_idx):
+            return
+        place = batch_idx, dataloader_idx if len(batches_of(trainer, stage)) > 1 else None
+        # Evaluation loops run under inference_mode, where even a metric's state could not be used again.
+        batch, self._clean = self._clean, None
+        with torch.inference_mode(False), torch.no_grad(), trainer.precision_plugin.forward_context():
+            model = attacked_model(pl_module, self.model, needs_forward=self.through == "model")
+            subject = self._way.subject(pl_module, model, self._threat, stage, batch, place)
+            if subject is None:
+                return
+            if trainer.sanity_checking:
+                self.check(subject)
+                return
+            inputs = subject.inputs
+
+            def noise() -> torch.Generator:
+                return evaluation_generator(trainer, self.seed, batch_idx, dataloader_idx, inputs.device)
+
+            if dataloader_idx not in self._measures:
+                self._measures[dataloader_idx] = self.new_measures(inputs.device)
+            self.check(subject)
+            with subject.ready(), torch.no_grad():
+                attacked = self.measure(self._measures[dataloader_idx], subject, noise)
+            if attacked is not None and self._shadow is not None:
+                with subject.site.moved(attacked) as moved:
+                    self._shadow.step(moved, *place)
+
+    def _epoch_ends(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> None:
+        self._way.check()
+        if trainer.sanity_checking:
+            return
+        if self._bar is not None:
+            prefix = f"{PREFIX[stage]}/{self.name}/" if self.name else f"{PREFIX[stage]}/"
+            values: dict[str, float] = {}
+            dataloaders = len(batches_of(trainer, stage))
+            for index in range(dataloaders):
+                if self._leaves_out(stage, index):
+                    continue
+                # Every rank takes part in the reduction, also one whose share of the data was empty.
+                measures = self._measures.get(index) or self.new_measures(pl_module.device)
+                suffix = dataloader_suffix(index) if dataloaders > 1 else ""
+
+                def key(short: str, suffix: str = suffix) -> str:
+                    return prefix + short + suffix
+
+                values |= {key(short): value for short, value in self.compute(measures, trainer, key).items()}
+            if self._shadow is not None:
+                prefix = f"robust/{self.name}/" if self.name else "robust/"
+                values |= {prefix + key: value for key, value in self._shadow.finish().items()}
+            self._last[PREFIX[stage]] = values
+            if stage == "validation":
+                self._epoch = trainer.current_epoch
+            self._close()
+        # The values are the same on every rank already; sync_dist only keeps Lightning from warning that they are not.
+        pl_module.log_dict(self._last[PREFIX[stage]], sync_dist=True, add_dataloader_idx=False)
+
+    def _leaves_out(self, stage: Stage, index: int) -> bool:
+        return self._way.is_left_out(stage, index) or (self.dataloaders is not None and index not in self.dataloaders)
+
+    def _check_features(self, pl_module: LightningModule) -> None:
+        model = attacked_model(pl_module, self.model, needs_forward=self.through == "model")
+        ForwardRecorder(model, OUTPUTS if self.features is None else self.features)
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._bar, self._measures, self._shadow, self._clean = None, {}, None, None

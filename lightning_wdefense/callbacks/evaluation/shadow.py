@@ -1,0 +1,111 @@
+"""What a module's own evaluation would have logged had its batches been attacked."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_wdefense._compat import LightningModule, Trainer
+from lightning_wdefense.modules.paths import map_tensors
+from lightning_wdefense.modules.state.isolation import isolated
+from lightning_wdefense.modules.state.plain_state import PlainState
+from lightning_wdefense.modules.state.silence import logging_to, result_collection, running, still
+from lightning_wdefense.modules.steps import own_step
+
+
+class Shadow:
+    """A second course of an evaluation epoch, on attacked batches, beside the one that the trainer runs.
+
+    It has metrics, containers and logged values of its own: those of the module are exchanged for them while it runs, and come back
+    after. The module's step, its hooks around each batch and at the end of the epoch are called as Lightning calls them; what they log is
+    averaged and reduced over ranks as Lightning does it.
+
+    Args:
+        trainer: in an evaluation epoch, before its first step.
+        module: the user's.
+        stage: ``"validation"`` or ``"test"``.
+    """
+
+    def __init__(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        self._trainer, self._module, self._stage = trainer, module, stage
+        self._results = result_collection()(training=False)
+        self._state = PlainState(module)
+        self._loader: int | None = None
+        self._stepped = False
+        self._values: dict[str, Tensor] = {}
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def step(self, batch: Any, batch_idx: int, dataloader_idx: int | None) -> None:
+        """Have the module evaluate an attacked batch.
+
+        Args:
+            batch: the attacked one.
+            batch_idx: its place in the dataloader.
+            dataloader_idx: which dataloader, where there are several.
+        """
+        self._stepped = True
+        module, name = self._module, f"{self._stage}_step"
+        batch = map_tensors(batch, torch.clone)  # which the step may write to
+        function = own_step(module, name)
+        with self._alive():
+            results = self._results
+            if dataloader_idx != self._loader:
+                self._collect()  # as Lightning does, before a metric goes on with another dataloader
+            self._loader = dataloader_idx
+            results.batch, results.batch_size, results.dataloader_idx = batch, None, dataloader_idx
+            arguments = (batch, batch_idx) if dataloader_idx is None else (batch, batch_idx, dataloader_idx)
+            self._hook(f"on_{self._stage}_batch_start", *arguments)
+            with running(module, name):
+                output = function(batch, *step_arguments(function, batch_idx, dataloader_idx))
+            self._hook(f"on_{self._stage}_batch_end", output, *arguments)
+            results.batch = results.batch_size = None
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def finish(self) -> dict[str, float]:
+        """End the epoch, and take what was logged over it, by the module's own keys: nothing, if no batch was attacked."""
+        if not self._stepped:  # the module's hook may count on batches
+            return {}
+        with self._alive():
+            self._collect()
+            self._results.dataloader_idx = None
+            self._hook(f"on_{self._stage}_epoch_end")
+            self._values |= self._results.metrics(on_step=False)["callback"]
+        return {key: float(value) for key, value in self._values.items()}
+
+    def _collect(self) -> None:
+        self._results.dataloader_idx = self._loader
+        self._values |= self._results.metrics(on_step=False)["callback"]
+
+    def _hook(self, name: str, *arguments: Any) -> None:
+        with running(self._module, name):
+            getattr(self._module, name)(*arguments)
+
+    @contextlib.contextmanager
+    def _alive(self) -> Iterator[None]:
+        module = self._module
+        with isolated(module, module.device, evaluation=False), torch.no_grad(), still(module):
+            theirs = PlainState(module)
+            self._state.restore()
+            self._state.usable()
+            try:
+                with logging_to(self._trainer, self._results):
+                    yield
+            finally:
+                self._state = PlainState(module)
+                theirs.restore()
+
+
+def step_arguments(function: Callable[..., Any], batch_idx: int, dataloader_idx: int | None = None) -> tuple[int, ...]:
+    """What a step takes besides the batch, as Lightning gives it: the batch's index, and that of its dataloader where there are several."""
+    parameters = list(inspect.signature(function).parameters.values())
+    positional = [each for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    several = len(positional) >= 2 or any(each.kind == each.VAR_POSITIONAL for each in parameters)
+    indices = (batch_idx,) if several or any(each.name == "batch_idx" for each in parameters) else ()
+    return indices if dataloader_idx is None else (*indices, dataloader_idx)

@@ -1,0 +1,1 @@
+"""Randomised smoothing with flows of mass: certificates against the Wasserstein adversary."""

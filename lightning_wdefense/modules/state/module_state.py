@@ -1,0 +1,155 @@
+"""What a forward pass may change in a module besides its parameters and modes: buffers, and tensors in plain attributes."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lightning_wdefense.modules.state.kept_value import KeptValue, count_of, put_back
+
+Keep = Callable[..., Tensor]
+
+LARGEST = 2**22
+"""Elements of a plain attribute whose values are kept; a larger one is a data set rather than a state that passes write to."""
+
+_ABSENT = object()
+_REFILLED = frozenset({list, dict, OrderedDict, defaultdict, deque})
+_INTERESTING = (Tensor, list, tuple, dict, deque)
+_LEAVES = frozenset({int, float, str, bool, type(None)})
+OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+"""Attributes that are looked after elsewhere, as parameters and mode are, or without tensors."""
+
+
+@contextlib.contextmanager
+def buffers_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """The buffers and their values are afterwards as they were."""
+    owners = [(submodule, submodule._buffers, dict(submodule._buffers)) for submodule in modules]
+    with _values_kept() as keep:
+        try:
+            for submodule, buffers, found in owners:
+                for name, buffer in found.items():
+                    if buffer is not None:
+                        _put(buffers, name, keep(buffer, count_of(submodule, name)))
+            yield
+        finally:
+            for _, buffers, found in owners:
+                for name in set(buffers.keys()) - set(found):
+                    del buffers[name]
+                for name, buffer in found.items():
+                    buffers[name] = buffer
+
+
+@contextlib.contextmanager
+def attributes_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Tensors in plain attributes, also in lists, tuples, dicts and deques there, are afterwards those that were there.
+
+    Such are the weights that ``nn.utils.weight_norm`` and ``spectral_norm`` compute, and caches. Values are kept of attributes that are
+    tensors themselves, of at most :data:`LARGEST` elements. Tensors inside of other objects, and attributes without tensors, are left alone.
+    """
+    owners = [(vars(submodule), _own(vars(submodule))) for submodule in modules]
+    values = [value for _, found in owners for value in found.values()]
+    containers = [(each, each.copy()) for each in _inside(values) if type(each) in _REFILLED]
+    with _values_kept() as keep, _cached_parametrizations_kept(modules):
+        try:
+            for attributes, found in owners:
+                for name, value in found.items():
+                    # Not those in containers, which may be all outputs of an epoch.
+                    small = isinstance(value, Tensor) and (value.numel() <= LARGEST or value.is_inference())
+                    _put(attributes, name, keep(value) if small else value)
+            yield
+        finally:
+            for container, found in containers:
+                if not _same(container, found) and _holds_tensors(container, found):
+                    container.clear()
+                    container.extend(found) if isinstance(found, (list, deque)) else container.update(found)
+            for attributes, found in owners:
+                now = _own(attributes)
+                if _same(now, found):
+                    continue
+                for name in now.keys() | found.keys():
+                    before, after = found.get(name, _ABSENT), now.get(name, _ABSENT)
+                    if before is after or not _holds_tensors(before, after):
+                        continue
+                    if before is _ABSENT:
+                        del attributes[name]
+                    else:
+                        attributes[name] = before
+
+
+@contextlib.contextmanager
+def _values_kept() -> Iterator[Keep]:
+    """Yields what takes note of a tensor that no graph has made, and returns it, or a copy if no graph may save it."""
+    copies: dict[int, tuple[Tensor, Tensor]] = {}
+    kept: list[KeptValue] = []
+
+    def keep(tensor: Tensor, count: Tensor | None = None) -> Tensor:
+        if id(tensor) not in copies and tensor.grad_fn is None and not isinstance(tensor, nn.Parameter):
+            inference = tensor.is_inference()
+            if not inference:
+                kept.append(KeptValue(tensor, None if count is None or count.is_inference() else count))
+            copies[id(tensor)] = tensor, tensor.detach().clone() if inference else tensor
+        return copies.get(id(tensor), (tensor, tensor))[1]
+
+    try:
+        yield keep
+    finally:
+        put_back(kept)
+
+
+@contextlib.contextmanager
+def _cached_parametrizations_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
+    # Under parametrize.cached() the user would train with weights that were computed without a graph, and we with theirs.
+    ids = {id(submodule) for submodule in modules}
+
+    def take() -> dict[Any, Any]:
+        found = parametrize._cache  # another one after each cached() of the user's
+        return {key: found.pop(key) for key in list(found) if key[0] in ids}
+
+    before = take()
+    try:
+        yield
+    finally:
+        take()
+        if parametrize._cache_enabled:
+            parametrize._cache.update(before)
+
+
+def _own(attributes: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in attributes.items() if name not in OF_EVERY_MODULE}
+
+
+def _inside(values: Iterable[Any]) -> Iterator[Any]:
+    """The tensors and containers among these values, and in them."""
+    waiting, seen = list(values), set()
+    while waiting:
+        value = waiting.pop()
+        if type(value) in _LEAVES or not isinstance(value, _INTERESTING) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        yield value
+        if not isinstance(value, Tensor):
+            waiting.extend(parts(value))
+
+
+def _holds_tensors(*values: Any) -> bool:
+    return any(isinstance(each, Tensor) for each in _inside(values))
+
+
+def parts(container: Any) -> Iterable[Any]:
+    """What is in a list, tuple, dict or the like."""
+    return container.values() if isinstance(container, dict) else container
+
+
+def _same(container: Any, other: Any) -> bool:
+    return len(container) == len(other) and all(map(operator.is_, parts(container), parts(other)))
+
+
+def _put(container: Any, key: Any, value: Any) -> None:
+    if container[key] is not value:
+        container[key] = value

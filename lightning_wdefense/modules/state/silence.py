@@ -1,0 +1,226 @@
+"""Nothing that a module's step logs or steps gets out: not to the trainer, its loggers, its optimizers."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from lightning_wdefense._compat import LightningModule, Trainer, is_a
+from lightning_wdefense.modules.guests import ABSENT, Guest, depart, settle
+
+Logged = dict[str, Any]
+
+
+@contextlib.contextmanager
+def logging_to(trainer: Trainer, results: Any) -> Iterator[None]:
+    """Inside, ``self.log`` writes to this collection of results, and the loggers take nothing."""
+    connector, loop = trainer._logger_connector, _loop_of(trainer)
+    before, current, loggers = getattr(loop, "_results", None), connector._current_fx, trainer.loggers
+    trainer.loggers = [SilentLogger(each) for each in loggers]  # type: ignore[misc]
+    if loop is not None:  # it runs
+        loop._results = results
+    try:
+        yield
+    finally:
+        connector._current_fx, trainer.loggers = current, loggers
+        if loop is not None:
+            loop._results = before
+
+
+@contextlib.contextmanager
+def silenced(module: LightningModule, fx: str) -> Iterator[Logged]:
+    """Inside, code of the module runs as its hook ``fx``, and what it logs and steps goes nowhere.
+
+    Args:
+        module: the user's.
+        fx: such as ``"training_step"``.
+
+    Yields:
+        The last value of each key that was logged, with its graph.
+    """
+    trainer: Any = getattr(module, "_trainer", None)
+    logged: Logged = {}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(still(module))
+        for each in _lightning_modules(module):  # Lightning's own would take the graph from what is logged
+            stack.enter_context(_in_place_of(each, _logs_to(logged)))
+        if is_a(trainer, "Trainer"):
+            stack.enter_context(running(module, fx))
+            stack.enter_context(logging_to(trainer, nowhere()))
+        yield logged
+
+
+@contextlib.contextmanager
+def still(module: LightningModule) -> Iterator[None]:
+    """Inside, what a module calls of its optimizers, schedulers and manual optimisation has no effect."""
+    with contextlib.ExitStack() as stack:
+        for each in _lightning_modules(module):
+            stack.enter_context(_in_place_of(each, _of_no_effect(each)))
+        yield
+
+
+def _lightning_modules(module: LightningModule) -> list[Any]:
+    return [each for each in module.modules() if is_a(each, "LightningModule")]
+
+
+@contextlib.contextmanager
+def running(module: LightningModule, fx: str) -> Iterator[None]:
+    """Inside, ``self.log`` believes itself in the hook ``fx``."""
+    before = module._current_fx_name
+    module._current_fx_name = fx
+    try:
+        yield
+    finally:
+        module._current_fx_name = before
+
+
+def nowhere() -> Any:
+    """Lightning's collection of results that keeps nothing."""
+
+    class Nowhere(result_collection()):  # type: ignore[misc]
+        def log(self, *args: Any, **kwargs: Any) -> None:
+            pass
+
+    return Nowhere(training=False)
+
+
+def result_collection() -> Any:
+    """Lightning's class of the results that an epoch logs."""
+    package = Trainer.__module__.split(".trainer")[0]
+    return sys.modules[f"{package}.trainer.connectors.logger_connector.result"]._ResultCollection  # type: ignore[attr-defined]
+
+
+def _loop_of(trainer: Trainer) -> Any:
+    """The loop whose results ``self.log`` writes to at this moment."""
+    loop: Any = trainer._active_loop
+    if hasattr(loop, "epoch_loop"):
+        loop = loop.epoch_loop if trainer.training else loop.epoch_loop.val_loop
+    return loop
+
+
+class SilentLogger:
+    """Looks like a logger and can be read like it, but whatever is logged to it or to its experiment is dropped."""
+
+    def __init__(self, logger: Any) -> None:
+        self._logger = logger
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        return type(self._logger)
+
+    @property
+    def experiment(self) -> Nothing:
+        """Takes every call and every attribute."""
+        return Nothing()
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._logger, name)
+        return Nothing() if callable(found) else found
+
+
+class Nothing:
+    """Every attribute, item and result of it is nothing again."""
+
+    def __getattr__(self, name: str) -> Nothing:
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Nothing:
+        """Nothing."""
+        return self
+
+    def __getitem__(self, key: Any) -> Nothing:
+        return self
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+
+class Still:
+    """An optimizer or a scheduler that can be read, and does nothing."""
+
+    _STILL = frozenset({"step", "zero_grad", "load_state_dict", "add_param_group", "toggle_model"})
+
+    def __init__(self, moving: Any) -> None:
+        self.__dict__["_moving"] = moving
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        return type(self._moving)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._STILL:
+            return _nothing
+        found = getattr(self._moving, name)
+        if name == "param_groups":  # a step may set learning rates there
+            return [dict(each) for each in found]
+        return Still(found) if name in ("optimizer", "_optimizer") else found
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        pass
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _of_no_effect(module: LightningModule) -> dict[str, Callable[..., Any]]:
+    """What a step may call of its LightningModule that moves something, each without effect."""
+
+    def still(name: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            found = getattr(type(module), name)(module, *args, **kwargs)
+            return [Still(each) for each in found] if isinstance(found, list) else found and Still(found)
+
+        return call
+
+    nothing = ("manual_backward", "backward", "toggle_optimizer", "untoggle_optimizer", "clip_gradients", "print")
+    return {name: still(name) for name in ("optimizers", "lr_schedulers")} | dict.fromkeys(nothing, _nothing)
+
+
+def _logs_to(logged: Logged) -> dict[str, Callable[..., Any]]:
+    def log(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        logged[name] = value
+
+    def log_dict(dictionary: Any, *args: Any, **kwargs: Any) -> None:
+        logged.update(dictionary)
+
+    return {"log": log, "log_dict": log_dict}
+
+
+class _InPlace(Guest):
+    """A function in place of one of the module's methods, which copies of the module do not have."""
+
+    def __init__(self, host: LightningModule, name: str, function: Callable[..., Any]) -> None:
+        self.host, self._name, self._function = host, name, function
+        self._previous = vars(host).get(name, ABSENT)
+        vars(host)[name] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(*args, **kwargs)
+
+    def left_behind(self) -> Any:
+        return self._previous
+
+    def in_a_copy(self, host: Any) -> Any:
+        return getattr(type(host), self._name).__get__(host)
+
+    def restore(self) -> None:
+        """Put the module's own back."""
+        if self._previous is ABSENT:
+            vars(self.host).pop(self._name, None)
+        else:
+            vars(self.host)[self._name] = self._previous
+
+
+@contextlib.contextmanager
+def _in_place_of(module: LightningModule, functions: dict[str, Callable[..., Any]]) -> Iterator[None]:
+    guests = [_InPlace(module, name, function) for name, function in functions.items()]
+    settle(module)
+    try:
+        yield
+    finally:
+        for guest in guests:
+            guest.restore()
+        depart(module)

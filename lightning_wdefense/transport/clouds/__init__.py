@@ -1,0 +1,1 @@
+"""Weighted point clouds: read from what was passed, checked and padded, and multiplied without losing digits."""

@@ -1,0 +1,154 @@
+"""Attempts as CUDA graphs, for problems of a shape that comes again and again, as the batches of a training do.
+
+An attempt is some eighty launches, which take the host many times as long as they take the GPU; recorded, it is one. Only where the
+environment has ``LIGHTNING_WDEFENSE_RECORD=1``: it has not been seen to be right on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections import OrderedDict, deque
+from collections.abc import Hashable, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_wdefense._cuda_graphs import like, record
+from lightning_wdefense.transport.clouds.measures import Measure
+from lightning_wdefense.transport.entropic.gpu.speculation import Attempt, attempt
+from lightning_wdefense.transport.entropic.options import SinkhornOptions
+from lightning_wdefense.transport.entropic.problem.problem import Pair
+from lightning_wdefense.transport.entropic.solver.optimum import Needed, Optimum
+
+DEVICES = frozenset({"cuda"} if os.environ.get("LIGHTNING_WDEFENSE_RECORD") == "1" else ())
+"""Types of the devices on which attempts are recorded."""
+
+LARGEST = 2**22
+"""Entries of all costs up to which an attempt is recorded: the GPU is busy for longer than the host with a larger one, and a graph
+keeps the memory of all that it computes."""
+
+KEPT = 4
+"""Graphs that are kept, those that were taken last."""
+
+RECENT = 8
+"""Calls among which one is looked for that was alike."""
+
+_lock = threading.Lock()
+_graphs: OrderedDict[Hashable, _Recorded] = OrderedDict()
+_recent: deque[Hashable] = deque(maxlen=RECENT)
+_refused = threading.Event()
+
+
+def attempt_again(
+    x: Measure,
+    y: Measure,
+    options: SinkhornOptions,
+    pairs: Sequence[Pair],
+    needed: Needed,
+    start: Tensor | None,
+    *,
+    weighted: bool,
+) -> Attempt | None:
+    """:func:`~.speculation.attempt`, by a graph of the attempts that were alike before, if there is one."""
+
+    def plainly(x: Measure, y: Measure, start: Tensor | None) -> Attempt | None:
+        return attempt(x, y, options, pairs, needed, start, weighted=weighted)
+
+    if _refused.is_set() or not _recordable(x, y):
+        return plainly(x, y, start)
+    x, y = x.detached(), y.detached()
+    labels = (x.labels, y.labels) if options.label_cost is not None else (None, None)
+    # Weights that were not given are the same every time.
+    changing = [x.points, y.points, *([x.weights, y.weights] if weighted else []), *labels, start]
+    stream = torch.cuda.current_stream(x.points.device).cuda_stream if x.points.is_cuda else 0
+    kinds = tuple(None if each is None else like(each) for each in changing)
+    key = options, tuple(pairs), needed, weighted, stream, kinds
+    with _lock:
+        graph = _graphs.get(key)
+        if graph is None and key in _recent:
+            graph = _recorded(plainly, x, y, start, weighted)
+        if graph is None:
+            _recent.append(key)
+        else:
+            _graphs[key] = graph
+            _graphs.move_to_end(key)
+            while len(_graphs) > KEPT:
+                _graphs.popitem(last=False)
+            return graph(changing)
+    return plainly(x, y, start)
+
+
+class _Recorded:
+    """An attempt as a graph, which reads and writes tensors of its own."""
+
+    def __init__(self, plainly: Any, x: Measure, y: Measure, start: Tensor | None, weighted: bool) -> None:
+        x, y = _copied(x), _copied(y)
+        start = None if start is None else start.clone()
+        weights = [x.weights, y.weights] if weighted else []
+        self._own = [x.points, y.points, *weights, x.labels, y.labels, start]
+        self._read = x, y  # a graph keeps nothing alive that it reads, and weights that do not change are read as well
+
+        def compute() -> tuple[Tensor, Attempt]:
+            found = plainly(x, y, start)
+            assert found is not None
+            # One tensor, so that one copy is enough to have the results in memory of their own.
+            return torch.cat([each.reshape(-1) for each in _fields(found) if isinstance(each, Tensor)]), found
+
+        self._replay, (self._results, found) = record(compute, x.points.device)
+        self._pairs, self._limits = list(found.optima), [limit for _, limit in found.errors]
+        self._fields = [each.shape if isinstance(each, Tensor) else each for each in _fields(found)]
+        self._sizes = [each.numel() for each in self._fields if isinstance(each, torch.Size)]
+
+    def __call__(self, given: Sequence[Tensor | None]) -> Attempt:
+        for own, each in zip(self._own, given, strict=True):
+            if own is not None and each is not None:
+                own.copy_(each)
+        self._replay()
+        # Not as views of one tensor: what is done to one of them in place would count as done to all.
+        parts = iter(torch.unsafe_split_with_sizes(self._results.clone(), self._sizes))
+        fields: list[Any] = [next(parts).view(each) if isinstance(each, torch.Size) else each for each in self._fields]
+        width = len(Optimum._fields)
+        optima = {pair: Optimum(*fields[i * width : (i + 1) * width]) for i, pair in enumerate(self._pairs)}
+        blur, n_iter, *errors = fields[len(optima) * width :]
+        return Attempt(optima, blur, n_iter, list(zip(errors, self._limits, strict=True)))
+
+
+def _fields(found: Attempt) -> list[Any]:
+    """All that is in an attempt, in a row, but for the tolerances."""
+    return [*chain(*found.optima.values()), found.blur, found.n_iter, *(error for error, _ in found.errors)]
+
+
+def _recorded(plainly: Any, x: Measure, y: Measure, start: Tensor | None, weighted: bool) -> _Recorded | None:
+    try:
+        # Later calls outside of inference mode write to its tensors.
+        with torch.inference_mode(False), torch.no_grad():
+            if plainly(x, y, start) is None:  # the kernels are not made for it
+                return None
+            return _Recorded(plainly, x, y, start, weighted)
+    except torch.cuda.OutOfMemoryError:
+        return None
+    except Exception as error:  # a driver may raise anything
+        _refused.set()
+        message = str(error).strip().partition("\n")[0]
+        warnings.warn(
+            f"Transport could not be recorded as a CUDA graph ({type(error).__name__}: {message}), so it is launched piece by piece from now "
+            "on: the results are the same.",
+            stacklevel=2,
+        )
+        return None
+
+
+def _recordable(x: Measure, y: Measure) -> bool:
+    (size, n), m, device = x.weights.shape, y.weights.shape[1], x.points.device
+    if device.type not in DEVICES or size * (n + m) ** 2 > LARGEST:
+        return False
+    return not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+
+
+def _copied(measure: Measure) -> Measure:
+    points, weights, labels = measure
+    return Measure(points.clone(), weights.clone(), None if labels is None else labels.clone())

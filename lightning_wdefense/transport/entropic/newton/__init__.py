@@ -1,0 +1,1 @@
+"""The same for small problems on a CPU, by Newton's method in NumPy."""

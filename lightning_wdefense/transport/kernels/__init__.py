@@ -1,0 +1,1 @@
+"""Kernel distances between samples: the maximum mean discrepancy and the energy distance."""

@@ -1,0 +1,1 @@
+"""Sliced Wasserstein distances: transport in one dimension, along many directions."""

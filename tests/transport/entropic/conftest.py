@@ -1,0 +1,13 @@
+"""What tests of transports share."""
+
+import pytest
+
+from lightning_wdefense.transport.entropic.newton import small
+
+
+@pytest.fixture(params=["small", "large"])
+def either_way(request, monkeypatch):
+    """Once as it comes, small problems by Newton's method, and once as large ones are solved."""
+    if request.param == "large":
+        monkeypatch.setattr(small, "SMALL", 0)
+    return request.param
