@@ -13,9 +13,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from lightning_wdefense.attacks.wasserstein.ascent import steepest
 from lightning_wdefense.attacks.wasserstein.local_transport import LocalTransport
-from lightning_wdefense.attacks.wasserstein.nearest_plan import Prices, legal, nearest_plan, nearest_plan_with_room
-from lightning_wdefense.attacks.wasserstein.plan_ascent import steepest
+from lightning_wdefense.attacks.wasserstein.projection import Prices, legal, nearest_plan, nearest_plan_with_room
 
 ENTROPY = 1e-3
 """Of the smoothed linear oracle, for gradients whose largest entry is 1."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from lightning_wdefense._exclusive import exclusive
+from lightning_wdefense._locks import exclusive
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from lightning_wdefense._exclusive import exclusive
+from lightning_wdefense._locks import exclusive
 
 
 def seeded_generator(device: torch.device, *place: int) -> torch.Generator:

@@ -17,7 +17,7 @@ from lightning_wdefense.callbacks.schedule import batches_begun, is_logging_step
 from lightning_wdefense.defenses.branch import Branch
 from lightning_wdefense.defenses.defense import Defense
 from lightning_wdefense.defenses.recipe import Recipe
-from lightning_wdefense.modules.guests import settle
+from lightning_wdefense.modules.attachments import settle
 
 _CHECKPOINT_KEY = "wasserstein_defense"
 

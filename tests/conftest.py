@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from lightning_wdefense.attacks import PGD, ThreatModel
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # A worker a core: more threads would only wait for each other, in the processes that tests start as well.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 DIGITS_EPS = 0.2
 """L-infinity radius that the robust model of ``digits_cnn`` was trained for; the digits lie in [0, 1]."""

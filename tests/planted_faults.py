@@ -129,7 +129,7 @@ class Copy:
         if child == 0:
             code = 70  # of an error outside of pytest
             try:
-                code = self._run_here(output, ["-q", "-p", "no:cacheprovider", *arguments])
+                code = self._run_here(output, ["-q", "-p", "no:cacheprovider", "-n", "0", "-m", "", *arguments])
             finally:
                 os._exit(code)
         end, ended, status = time.monotonic() + limit, 0, 0

@@ -176,7 +176,7 @@ def take_over(context: Context) -> Row:
     for name, fault in {"raising": broken, "nonsense": nonsense}.items():
         with (
             mock.patch.object(small, "launch", fault),
-            mock.patch("lightning_wdefense.transport.entropic.gpu.recorded.DEVICES", frozenset()),
+            mock.patch("lightning_wdefense.transport.entropic.gpu.graphs.DEVICES", frozenset()),
             warnings.catch_warnings(record=True) as caught,
         ):
             warnings.simplefilter("always")

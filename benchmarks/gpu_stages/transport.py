@@ -71,7 +71,7 @@ def compare(problem: Problem, blur: float, context: Context) -> Row:
     call = _ours({}, case.x, case.y, case.blur)
     ours = side(call, case, context)
     found = {"ours, ms": ours["ms"], "10% to 90%": ours["10% to 90%"], "gradient error": ours["gradient error"]}
-    with mock.patch("lightning_wdefense.transport.entropic.gpu.recorded.DEVICES", frozenset({"cuda"})):
+    with mock.patch("lightning_wdefense.transport.entropic.gpu.graphs.DEVICES", frozenset({"cuda"})):
         again = side(call, case, context)
         found |= {"as a graph, ms": again["ms"], "the graph's error": worst_errors(call(), case.exact).gradient}
     with mock.patch("lightning_wdefense.transport.entropic.evaluation._speculate", return_value=None):

@@ -8,11 +8,11 @@ from lightning_wdefense.attacks.gradient.lagrangian import LagrangianAttack
 from lightning_wdefense.attacks.gradient.pgd import PGD
 from lightning_wdefense.attacks.gradient.sinkhorn import SinkhornAttack
 from lightning_wdefense.attacks.gradient.soft_ball import SoftBallPGD
-from lightning_wdefense.attacks.learned import LearnedAttack
+from lightning_wdefense.attacks.multiplier import LearnedAttack
 from lightning_wdefense.attacks.registry import ATTACKS, get_attack
 from lightning_wdefense.attacks.standard.autoattack import AutoAttack
 from lightning_wdefense.attacks.standard.torchattack import TorchAttack
-from lightning_wdefense.attacks.steps.places import Perturb
+from lightning_wdefense.attacks.steps.sites import Perturb
 from lightning_wdefense.attacks.threat import ThreatModel
 from lightning_wdefense.attacks.wasserstein.attack import WassersteinAttack
 from lightning_wdefense.attacks.wasserstein.feasibility import wasserstein_feasibility

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_wdefense.attacks.labels import class_labels, counted, hard_labels
 from lightning_wdefense.attacks.losses import AttackLoss, cross_entropy, kl_divergence, margin
-from lightning_wdefense.attacks.parts import OnParts
+from lightning_wdefense.attacks.partial_batches import OnParts
 from lightning_wdefense.attacks.threat import Box, ThreatModel, check_threat
 from lightning_wdefense.modules.autograd import gradients
 from lightning_wdefense.modules.execution import Execution

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_wdefense.attacks.base import Attack, Model
 from lightning_wdefense.attacks.labels import class_labels, counted, hard_labels, ignoring
-from lightning_wdefense.attacks.parts import OnParts
+from lightning_wdefense.attacks.partial_batches import OnParts
 from lightning_wdefense.modules.outputs import check_logits, predictions, warn_of_no_prediction
 from lightning_wdefense.modules.state.isolation import isolated
 

@@ -14,14 +14,14 @@ import torch
 from lightning_wdefense._compat import Callback, LightningModule, Trainer, rank_zero_warn
 from lightning_wdefense._strategy import check_strategy
 from lightning_wdefense.attacks import ThreatModel
-from lightning_wdefense.attacks.steps.places import Perturb
+from lightning_wdefense.attacks.steps.sites import Perturb
 from lightning_wdefense.attacks.threat import check_threat
 from lightning_wdefense.callbacks.interception import intercept_training_step
+from lightning_wdefense.callbacks.requirements import attacked_model, check_automatic_optimization, check_returns_loss
 from lightning_wdefense.callbacks.restoration import restore_in_time
+from lightning_wdefense.callbacks.route import Way
 from lightning_wdefense.callbacks.schedule import batches_begun, is_logging_step, noise_generator, warmup_radius
-from lightning_wdefense.callbacks.support import attacked_model, check_automatic_optimization, check_returns_loss
 from lightning_wdefense.callbacks.target import Target, Through
-from lightning_wdefense.callbacks.way import Way
 from lightning_wdefense.defenses.branch import Branch
 from lightning_wdefense.defenses.defense import UNTRAINED, Defense
 from lightning_wdefense.defenses.recipe import Recipe

@@ -14,9 +14,9 @@ from lightning_wdefense._compat import Trainer, rank_zero_warn
 from lightning_wdefense._names import resolved
 from lightning_wdefense.attacks import Attack, ThreatModel, worst_case
 from lightning_wdefense.attacks.registry import evaluation_attacks
-from lightning_wdefense.attacks.steps.places import Perturb
+from lightning_wdefense.attacks.steps.sites import Perturb
+from lightning_wdefense.callbacks.evaluation.attacked_batch import Subject
 from lightning_wdefense.callbacks.evaluation.base import EvaluationMonitor, Noise
-from lightning_wdefense.callbacks.evaluation.subject import Subject
 from lightning_wdefense.callbacks.target import Through
 from lightning_wdefense.detection import DETECTORS, CriticScore, Detector, FeatureSqueezing, get_detector
 from lightning_wdefense.metrics import AUROC, Detectability

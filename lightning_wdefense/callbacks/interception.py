@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning_wdefense._compat import LightningModule
-from lightning_wdefense.modules.guests import ABSENT, Guest, depart, settle
+from lightning_wdefense.modules.attachments import ABSENT, Guest, depart, settle
 
 Step = Callable[..., Any]
 Interceptor = Callable[..., Any]

@@ -11,11 +11,11 @@ from torch import Tensor
 from lightning_wdefense._compat import Trainer, rank_zero_warn
 from lightning_wdefense.attacks import Attack, ThreatModel, WorstCase, worst_case
 from lightning_wdefense.attacks.registry import Attacks, evaluation_attacks
-from lightning_wdefense.attacks.steps.places import Perturb
+from lightning_wdefense.attacks.steps.sites import Perturb
+from lightning_wdefense.callbacks.evaluation.attacked_batch import StepSubject, Subject
 from lightning_wdefense.callbacks.evaluation.base import EvaluationMonitor, Noise
 from lightning_wdefense.callbacks.evaluation.measures import Measures
 from lightning_wdefense.callbacks.evaluation.pictures import log_curve
-from lightning_wdefense.callbacks.evaluation.subject import StepSubject, Subject
 from lightning_wdefense.callbacks.target import Through
 from lightning_wdefense.metrics import AccuracyCurve, TransportShift
 from lightning_wdefense.modules.batches import Inputs, Labels

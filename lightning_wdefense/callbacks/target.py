@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_wdefense._names import unknown_name
 from lightning_wdefense.attacks.labels import ignoring
-from lightning_wdefense.attacks.steps.places import InputSite, Perturb, Site
+from lightning_wdefense.attacks.steps.sites import InputSite, Perturb, Site
 from lightning_wdefense.attacks.threat import ThreatModel
 from lightning_wdefense.modules.batches import Batches, Inputs, Labels
 from lightning_wdefense.modules.outputs import Pick, picking

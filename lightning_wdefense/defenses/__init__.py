@@ -13,8 +13,8 @@ from lightning_wdefense.defenses.discrepancies import (
     paired_l2,
     weighted_kl,
 )
+from lightning_wdefense.defenses.purifier.classifier import PurifiedClassifier
 from lightning_wdefense.defenses.purifier.generators import ResidualGenerator
-from lightning_wdefense.defenses.purifier.purified import PurifiedClassifier
 from lightning_wdefense.defenses.purifier.purifier import WassersteinPurifier
 from lightning_wdefense.defenses.recipe import RECIPES, Recipe
 from lightning_wdefense.defenses.smoothing.smoothing import Certificate, WassersteinSmoothing, certified_accuracy_curve

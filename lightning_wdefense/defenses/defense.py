@@ -16,11 +16,11 @@ from lightning_wdefense.attacks.labels import class_labels, counted, hard_labels
 from lightning_wdefense.defenses.branch import Branch
 from lightning_wdefense.defenses.critic import CriticDiscrepancy, LiveCritic
 from lightning_wdefense.defenses.discrepancies import Transport, get_discrepancy
+from lightning_wdefense.defenses.forward_passes import ModelPasses, Passes
 from lightning_wdefense.defenses.objective import combine
-from lightning_wdefense.defenses.passes import ModelPasses, Passes
 from lightning_wdefense.defenses.recipe import Recipe
 from lightning_wdefense.defenses.weight_perturbation import WeightPerturbation
-from lightning_wdefense.modules.guests import Guest
+from lightning_wdefense.modules.attachments import Guest
 from lightning_wdefense.modules.outputs import predictions
 from lightning_wdefense.modules.recording import ForwardRecorder, trial_pass
 

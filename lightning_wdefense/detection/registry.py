@@ -9,9 +9,9 @@ from lightning_wdefense.detection.base import Detector
 from lightning_wdefense.detection.critic import CriticScore
 from lightning_wdefense.detection.feature_squeezing import FeatureSqueezing
 from lightning_wdefense.detection.kernel_density import KernelDensity
+from lightning_wdefense.detection.logits import Energy, MaxSoftmax
 from lightning_wdefense.detection.mahalanobis import Mahalanobis
 from lightning_wdefense.detection.neighbors import LID, KNNDistance
-from lightning_wdefense.detection.outputs import Energy, MaxSoftmax
 
 DETECTORS: dict[str, type[Detector]] = {
     detector.name: detector

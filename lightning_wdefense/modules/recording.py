@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_wdefense._names import unknown_name
-from lightning_wdefense.modules.guests import hook
+from lightning_wdefense.modules.attachments import hook
 from lightning_wdefense.modules.outputs import tensor_of
 from lightning_wdefense.modules.state.isolation import eager, isolated, own_passes
 

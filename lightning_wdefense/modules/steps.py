@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_wdefense._compat import LightningModule
-from lightning_wdefense.modules.guests import Guest
+from lightning_wdefense.modules.attachments import Guest
 from lightning_wdefense.modules.paths import map_tensors
 from lightning_wdefense.modules.state.isolation import isolated
-from lightning_wdefense.modules.state.plain_state import PlainState
+from lightning_wdefense.modules.state.muted_logging import Logged, silenced
 from lightning_wdefense.modules.state.random_state import RandomState
-from lightning_wdefense.modules.state.silence import Logged, silenced
+from lightning_wdefense.modules.state.step_state import PlainState
 
 Noise = Literal["off", "training", "own"]
 

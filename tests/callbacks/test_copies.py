@@ -16,7 +16,7 @@ from support.lightning_modules import DigitsClassifier, digits, digits_loaders, 
 from torch import nn
 
 from lightning_wdefense import Recipe, RobustnessMonitor, ThreatModel, WassersteinDefense, WassersteinDefenseMixin
-from lightning_wdefense.modules.guests import Guest
+from lightning_wdefense.modules.attachments import Guest
 from lightning_wdefense.modules.recording import ForwardRecorder
 
 THREAT = ThreatModel(eps=0.2)

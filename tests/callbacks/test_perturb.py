@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_wdefense import Recipe, RobustnessMonitor, ThreatModel, WassersteinDefense
 from lightning_wdefense.attacks import PGD
-from lightning_wdefense.attacks.steps.places import Perturb
+from lightning_wdefense.attacks.steps.sites import Perturb
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

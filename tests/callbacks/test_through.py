@@ -15,8 +15,8 @@ from torchmetrics import Accuracy
 from lightning_wdefense import Recipe, RobustnessMonitor, ThreatModel, WassersteinDefense
 from lightning_wdefense.attacks import PGD
 from lightning_wdefense.attacks.labels import ignoring
-from lightning_wdefense.attacks.steps.first_look import first_look
-from lightning_wdefense.attacks.steps.places import InputSite
+from lightning_wdefense.attacks.steps.inspection import first_look
+from lightning_wdefense.attacks.steps.sites import InputSite
 from lightning_wdefense.defenses import RECIPES
 from lightning_wdefense.modules.batches import Batches
 from lightning_wdefense.modules.steps import Step, own_step

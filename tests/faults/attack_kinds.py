@@ -163,14 +163,14 @@ FAULTS = [
     ),
     Fault(
         "plans are stretched to the budget",
-        "attacks/wasserstein/nearest_plan.py",
+        "attacks/wasserstein/projection.py",
         "clamp_min(torch.finfo(cost.dtype).tiny)).clamp(max=1)",
         "clamp_min(torch.finfo(cost.dtype).tiny))",
         (f"{LOCAL}test_what_is_legal_stays_as_it_is",),
     ),
     Fault(
         "the budget goes to the worst moves first",
-        "attacks/wasserstein/best_plan.py",
+        "attacks/wasserstein/linear_oracle.py",
         "descending=True",
         "descending=False",
         (f"{LOCAL}test_the_best_plan_is_the_linear_programs",),

@@ -74,7 +74,7 @@ FAULTS = [
         "            submodule.training = module.training",
         NASTY,
     ),
-    Fault("written buffers are not restored", "modules/state/kept_value.py", "tensor.copy_(self.value)", "pass", NASTY),
+    Fault("written buffers are not restored", "modules/state/snapshot.py", "tensor.copy_(self.value)", "pass", NASTY),
     Fault(
         "NumPy's random state is not restored",
         "modules/state/isolation.py",

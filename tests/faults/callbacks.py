@@ -131,7 +131,7 @@ FAULTS = [
     ),
     Fault(
         "the recorder's hooks stay on the model",
-        "callbacks/evaluation/subject.py",
+        "callbacks/evaluation/attacked_batch.py",
         "return [recorder.observe(batch.detach().clone()) for batch in batches]  # the model may work in place\n        finally:\n            recorder.detach()",
         "return [recorder.observe(batch.detach().clone()) for batch in batches]\n        finally:\n            pass",
         ("tests/callbacks/test_monitor_invisible.py",),

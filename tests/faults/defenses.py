@@ -226,7 +226,7 @@ FAULTS = [
     ),
     Fault(
         "BPDA passes no gradient on",
-        "defenses/purifier/purified.py",
+        "defenses/purifier/classifier.py",
         "return gradient, None",
         "return torch.zeros_like(gradient), None",
         (f"{PURIFIER}test_bpda_differentiates_the_classifier_at_the_purified_point",),

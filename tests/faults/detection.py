@@ -18,7 +18,7 @@ FAULTS = [
     ),
     Fault(
         "the energy has the wrong sign",
-        "detection/outputs.py",
+        "detection/logits.py",
         "return -float32_or_better(logits_of(logits)).logsumexp(1)",
         "return float32_or_better(logits_of(logits)).logsumexp(1)",
         (f"{VALUES}test_max_softmax_and_energy",),

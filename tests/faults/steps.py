@@ -9,7 +9,7 @@ GAIN = "tests/pipelines/test_defended.py::test_gain"
 MONITORED = "tests/pipelines/test_monitored.py::test_own_metric_under_attack"
 STEPS, SHADOW, THROUGH = (
     "tests/modules/test_steps.py",
-    "tests/callbacks/evaluation/test_shadow.py",
+    "tests/callbacks/evaluation/test_user_metrics.py",
     "tests/callbacks/test_through.py",
 )
 
@@ -17,21 +17,21 @@ FAULTS = [
     # -------------------------------------------------------------------------------- the step as a function
     Fault(
         "containers are not put back",
-        "modules/state/plain_state.py",
+        "modules/state/step_state.py",
         "if not _same(container, content):",
         "if False:",
         (STEPS, f"{INVISIBLE}[appends_outputs]"),
     ),
     Fault(
         "values of metrics and parameters are not put back",
-        "modules/state/kept_value.py",
+        "modules/state/snapshot.py",
         "written = [each for each in kept if each.written]",
         "written: list[KeptValue] = []",
         (STEPS, f"{INVISIBLE}[byol]"),
     ),
     Fault(
         "parameters that the step moves stay moved",
-        "modules/state/plain_state.py",
+        "modules/state/step_state.py",
         "self._keep_parameters(list(module.parameters()))",
         "pass",
         (STEPS, f"{INVISIBLE}[byol]"),
@@ -52,14 +52,14 @@ FAULTS = [
     ),
     Fault(
         "loggers take what the attack logs",
-        "modules/state/silence.py",
+        "modules/state/muted_logging.py",
         "[SilentLogger(each) for each in loggers]",
         "loggers",
         (STEPS,),
     ),
     Fault(
         "schedulers are stepped by the attack",
-        "modules/state/silence.py",
+        "modules/state/muted_logging.py",
         "            return _nothing\n",
         "            return getattr(self._moving, name)\n",
         (STEPS,),
@@ -67,7 +67,7 @@ FAULTS = [
     # -------------------------------------------------------------------------------------------- first look
     Fault(
         "values that the step changes first go unseen",
-        "attacks/steps/first_look.py",
+        "attacks/steps/inspection.py",
         "if not torch.equal(received, values.detach().to(received.dtype)):",
         "if False:",
         (THROUGH, f"{GAIN}[normalised_in_step]"),
@@ -81,14 +81,14 @@ FAULTS = [
     ),
     Fault(
         "a consumed iterator goes unseen",
-        "attacks/steps/first_look.py",
+        "attacks/steps/inspection.py",
         "if moved and iterators_of(step.module):",
         "if False:",
         ("tests/pipelines/test_refused.py::test_refused[consumed_iterator]",),
     ),
     Fault(
         "a loss that does not depend on the inputs goes unseen",
-        "callbacks/way.py",
+        "callbacks/route.py",
         "if not self.plain and not look.depends:",
         "if False:",
         ("tests/pipelines/test_refused.py::test_refused[detached_inputs]", THROUGH),
@@ -96,21 +96,21 @@ FAULTS = [
     # ------------------------------------------------------------------------------------------- the shadow
     Fault(
         "the shadow counts on in the user's metrics",
-        "callbacks/evaluation/shadow.py",
+        "callbacks/evaluation/user_metrics.py",
         "                theirs.restore()\n",
         "                pass\n",
         (SHADOW, f"{INVISIBLE}[metric_compute]"),
     ),
     Fault(
         "the shadow forgets between batches",
-        "callbacks/evaluation/shadow.py",
+        "callbacks/evaluation/user_metrics.py",
         "                self._state = PlainState(module)\n",
         "                pass\n",
         (SHADOW, f"{MONITORED}[metric_compute]"),
     ),
     Fault(
         "the end of the epoch is not the user's own",
-        "callbacks/evaluation/shadow.py",
+        "callbacks/evaluation/user_metrics.py",
         'self._hook(f"on_{self._stage}_epoch_end")',
         "pass",
         (SHADOW, f"{MONITORED}[metric_compute]"),
@@ -125,9 +125,9 @@ FAULTS = [
     # ----------------------------------------------------------------------------------- where it acts
     Fault(
         "padding is moved",
-        "attacks/steps/places.py",
+        "attacks/steps/sites.py",
         "            delta = delta * self._free.to(delta.dtype)",
         "            pass",
-        ("tests/attacks/steps/test_places.py", "tests/callbacks/test_perturb.py"),
+        ("tests/attacks/steps/test_sites.py", "tests/callbacks/test_perturb.py"),
     ),
 ]

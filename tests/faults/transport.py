@@ -11,7 +11,7 @@ CONVERGENCE = "tests/transport/entropic/test_convergence.py::"
 SOLVERS = "tests/transport/entropic/test_solvers.py::"
 SLICED = "tests/transport/sliced/test_sliced.py::"
 CRITIC = "tests/transport/critic/test_critic.py::"
-SMALL = "tests/transport/entropic/test_small.py::"
+SMALL = "tests/transport/entropic/test_newton.py::"
 SPECULATION = "tests/transport/entropic/test_speculation.py::test_interpreted"
 
 FAULTS = [
@@ -130,42 +130,42 @@ FAULTS = [
     ),
     Fault(
         "Newton's steps down are not taken back",
-        "transport/entropic/newton/newton.py",
+        "transport/entropic/newton/method.py",
         "kernel.absorb(best, kernel.eps)",
         "pass",
         (f"{SMALL}test_steps_that_lead_down_are_taken_back",),
     ),
     Fault(
         "Newton's method goes on for ever",
-        "transport/entropic/newton/newton.py",
+        "transport/entropic/newton/method.py",
         "n_iter >= max_iter or steps >= STEPS or falls >= FALLS",
         "n_iter >= 10 * max_iter",
         (f"{SMALL}test_iterations_are_limited", f"{SMALL}test_what_newton_cannot_finish_ends_as_without_it"),
     ),
     Fault(
         "the curvature forgets the reach",
-        "transport/entropic/newton/dense.py",
+        "transport/entropic/newton/kernel.py",
         "dsyrk(-self.share, root.T",
         "dsyrk(-1.0, root.T",
         (f"{SMALL}test_few_steps_are_enough",),
     ),
     Fault(
         "the kernel of a small problem is never made anew",
-        "transport/entropic/newton/newton.py",
+        "transport/entropic/newton/method.py",
         "if abs(look.w).max() > ABSORBED:",
         "if False:",
-        ("tests/transport/entropic/test_small.py", "tests/transport/entropic/test_convergence.py"),
+        ("tests/transport/entropic/test_newton.py", "tests/transport/entropic/test_convergence.py"),
     ),
     Fault(
         "small points without weight have no potential",
-        "transport/entropic/newton/small.py",
+        "transport/entropic/newton/problem.py",
         "g[kept], plan[:, kept] = found.g, found.plan",
         "g[:], plan[:, kept] = 0, found.plan\n    g[kept] = found.g",
         (f"{SMALL}test_is_what_the_iteration_finds", f"{VALUES}test_points_of_no_weight_know_their_potential"),
     ),
     Fault(
         "gradients of small problems forget the distance",
-        "transport/entropic/newton/small.py",
+        "transport/entropic/newton/problem.py",
         "numpy.where(distances > 0, plan / distances, 0)",
         "plan",
         (f"{SMALL}test_is_what_the_iteration_finds",),
@@ -329,21 +329,21 @@ FAULTS = [
     ),
     Fault(
         "a graph lets go of weights that it reads",
-        "transport/entropic/gpu/recorded.py",
+        "transport/entropic/gpu/graphs.py",
         "self._read = x, y  #",
         "del x, y  #",
         (f"{SPECULATION}[kept alive]",),
     ),
     Fault(
         "graphs are taken for problems of other settings",
-        "transport/entropic/gpu/recorded.py",
+        "transport/entropic/gpu/graphs.py",
         "key = options, tuple(pairs), needed, weighted,",
         "key = tuple(pairs), weighted,",
         (f"{SPECULATION}[recorded]",),
     ),
     Fault(
         "a graph's results lie in its own memory",
-        "transport/entropic/gpu/recorded.py",
+        "transport/entropic/gpu/graphs.py",
         "self._results.clone()",
         "self._results",
         (f"{SPECULATION}[recorded]",),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_wdefense.attacks.base import Problem
 from lightning_wdefense.attacks.gradient.pgd import PGD
-from lightning_wdefense.attacks.learned import LearnedAttack
+from lightning_wdefense.attacks.multiplier import LearnedAttack
 from lightning_wdefense.modules.outputs import float32_or_better
 
 

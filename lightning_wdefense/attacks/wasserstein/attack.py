@@ -14,7 +14,8 @@ from lightning_wdefense.attacks.base import Attack, Problem
 from lightning_wdefense.attacks.losses import AttackLoss, check_loss, given_losses
 from lightning_wdefense.attacks.norms import per_sample, random_normal, random_uniform
 from lightning_wdefense.attacks.threat import ThreatModel, check_threat
-from lightning_wdefense.attacks.wasserstein.best_plan import best_plan
+from lightning_wdefense.attacks.wasserstein.ascent import ASCENTS, Ascent, Method
+from lightning_wdefense.attacks.wasserstein.linear_oracle import best_plan
 from lightning_wdefense.attacks.wasserstein.local_transport import (
     LocalTransport,
     check_images,
@@ -22,8 +23,7 @@ from lightning_wdefense.attacks.wasserstein.local_transport import (
     square,
     without_rounding,
 )
-from lightning_wdefense.attacks.wasserstein.nearest_plan import legal
-from lightning_wdefense.attacks.wasserstein.plan_ascent import ASCENTS, Ascent, Method
+from lightning_wdefense.attacks.wasserstein.projection import legal
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,15 @@ from torch import Tensor
 
 from lightning_wdefense._compat import LightningModule, Trainer, dataloader_suffix
 from lightning_wdefense._strategy import check_strategy
-from lightning_wdefense.attacks.steps.places import Perturb
+from lightning_wdefense.attacks.steps.sites import Perturb
 from lightning_wdefense.attacks.threat import ThreatModel
+from lightning_wdefense.callbacks.evaluation.attacked_batch import Observed, Subject
 from lightning_wdefense.callbacks.evaluation.hooks import PREFIX, EvaluationHooks, Stage, batches_of
 from lightning_wdefense.callbacks.evaluation.progress import RichProgress, TqdmProgress, attack_progress
-from lightning_wdefense.callbacks.evaluation.shadow import Shadow
-from lightning_wdefense.callbacks.evaluation.subject import Observed, Subject
-from lightning_wdefense.callbacks.evaluation.way import EvaluationWay
+from lightning_wdefense.callbacks.evaluation.route import EvaluationWay
+from lightning_wdefense.callbacks.evaluation.user_metrics import Shadow
+from lightning_wdefense.callbacks.requirements import attacked_model
 from lightning_wdefense.callbacks.schedule import evaluation_generator, is_due
-from lightning_wdefense.callbacks.support import attacked_model
 from lightning_wdefense.callbacks.target import Target, Through
 from lightning_wdefense.modules.batches import Inputs, Labels
 from lightning_wdefense.modules.outputs import Pick
@@ -42,7 +42,7 @@ class EvaluationMonitor(EvaluationHooks, Generic[MeasuresT]):
         max_batches: measure only the first batches of each dataloader.
         features: where features are taken from; ``None`` for nowhere.
         model: dotted path to the submodule that takes the inputs and returns logits, if not the module itself.
-        through: how the adversary gets at the model, see :class:`~lightning_wdefense.callbacks.evaluation.way.EvaluationWay`.
+        through: how the adversary gets at the model, see :class:`~lightning_wdefense.callbacks.evaluation.route.EvaluationWay`.
         perturb: the submodule whose output is attacked, if it is not the inputs.
         inputs: where the inputs are in a batch.
         labels: the same for the labels.

@@ -19,8 +19,8 @@ from lightning_wdefense.attacks import Attack, ThreatModel, get_attack, worst_ca
 from lightning_wdefense.attacks.registry import evaluation_attacks
 from lightning_wdefense.defenses.branch import Branch
 from lightning_wdefense.defenses.critic import CriticDiscrepancy, LiveCritic
+from lightning_wdefense.defenses.purifier.classifier import PurifiedClassifier
 from lightning_wdefense.defenses.purifier.generators import BoundedGenerator, generator_for
-from lightning_wdefense.defenses.purifier.purified import PurifiedClassifier
 from lightning_wdefense.defenses.recipe import mean_cross_entropy
 from lightning_wdefense.modules.batches import Batches, Key
 from lightning_wdefense.modules.outputs import float32_or_better

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from lightning_wdefense._exclusive import exclusive
+from lightning_wdefense._locks import exclusive
 from lightning_wdefense.modules.state.module_state import attributes_kept, buffers_kept
-from lightning_wdefense.modules.state.shared import Shared
+from lightning_wdefense.modules.state.process_settings import Shared
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lightning_wdefense.modules.state.kept_value import KeptValue, count_of, put_back
+from lightning_wdefense.modules.state.snapshot import KeptValue, count_of, put_back
 
 Keep = Callable[..., Tensor]
 

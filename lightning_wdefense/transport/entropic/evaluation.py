@@ -14,14 +14,14 @@ from torch.nn import functional as F
 from lightning_wdefense.transport.clouds.measures import Measure, read_measures
 from lightning_wdefense.transport.clouds.precision import exact_products
 from lightning_wdefense.transport.entropic import triton
-from lightning_wdefense.transport.entropic.gpu.recorded import attempt_again
+from lightning_wdefense.transport.entropic.gpu.graphs import attempt_again
 from lightning_wdefense.transport.entropic.gradients.envelope import with_gradients
 from lightning_wdefense.transport.entropic.gradients.second_order import (
     WEIGHT,
     euclidean_cost,
     gradients_of_weights_and_costs,
 )
-from lightning_wdefense.transport.entropic.newton.small import problems, solved_optimum
+from lightning_wdefense.transport.entropic.newton.problem import problems, solved_optimum
 from lightning_wdefense.transport.entropic.options import SinkhornOptions
 from lightning_wdefense.transport.entropic.problem.costs import checked_cost, label_disagreement
 from lightning_wdefense.transport.entropic.problem.problem import Pair

@@ -11,11 +11,11 @@ from support.plans import Program, programs_of, transport_of
 from torch import Tensor
 
 from lightning_wdefense.attacks import ThreatModel, wasserstein_feasibility
-from lightning_wdefense.attacks.wasserstein.best_plan import best_plan
-from lightning_wdefense.attacks.wasserstein.cheaper_plan import Potentials, cheaper_plan
+from lightning_wdefense.attacks.wasserstein.ascent import ASCENTS
+from lightning_wdefense.attacks.wasserstein.cost_reduction import Potentials, cheaper_plan
+from lightning_wdefense.attacks.wasserstein.linear_oracle import best_plan
 from lightning_wdefense.attacks.wasserstein.local_transport import LocalTransport, square
-from lightning_wdefense.attacks.wasserstein.nearest_plan import Prices, legal, nearest_plan, nearest_plan_with_room
-from lightning_wdefense.attacks.wasserstein.plan_ascent import ASCENTS
+from lightning_wdefense.attacks.wasserstein.projection import Prices, legal, nearest_plan, nearest_plan_with_room
 
 KINDS = {
     "full": lambda x: x,

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from lightning_wdefense import Recipe, RobustnessMonitor, ThreatModel, WassersteinDefense
 from lightning_wdefense.attacks import WassersteinAttack, get_attack, wasserstein_feasibility
+from lightning_wdefense.attacks.wasserstein.ascent import steepest
 from lightning_wdefense.attacks.wasserstein.attack import Found
-from lightning_wdefense.attacks.wasserstein.best_plan import best_plan
+from lightning_wdefense.attacks.wasserstein.linear_oracle import best_plan
 from lightning_wdefense.attacks.wasserstein.local_transport import LocalTransport, square
-from lightning_wdefense.attacks.wasserstein.nearest_plan import legal, nearest_plan
-from lightning_wdefense.attacks.wasserstein.plan_ascent import steepest
+from lightning_wdefense.attacks.wasserstein.projection import legal, nearest_plan
 
 
 def ball(eps: float, **options) -> ThreatModel:

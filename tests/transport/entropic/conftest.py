@@ -2,7 +2,7 @@
 
 import pytest
 
-from lightning_wdefense.transport.entropic.newton import small
+from lightning_wdefense.transport.entropic.newton import problem as small
 
 
 @pytest.fixture(params=["small", "large"])

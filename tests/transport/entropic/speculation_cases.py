@@ -22,7 +22,8 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_wdefense.transport import WarmStart, sinkhorn, sinkhorn_divergence
 from lightning_wdefense.transport.entropic import evaluation
-from lightning_wdefense.transport.entropic.gpu import recorded, speculation
+from lightning_wdefense.transport.entropic.gpu import graphs as recorded
+from lightning_wdefense.transport.entropic.gpu import speculation
 from lightning_wdefense.transport.entropic.triton import small, symmetric
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_wdefense.transport import SinkhornConvergenceWarning, WarmStart, sinkhorn, sinkhorn_divergence
-from lightning_wdefense.transport.entropic.newton import newton
+from lightning_wdefense.transport.entropic.newton import method as newton
 from lightning_wdefense.transport.entropic.problem import costs
 from lightning_wdefense.transport.entropic.solver import arrays
 from lightning_wdefense.transport.entropic.solver import potentials as solver

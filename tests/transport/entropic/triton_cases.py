@@ -186,7 +186,7 @@ def check_end_to_end(name: str, device: str = "cpu") -> str:
     """
     from lightning_wdefense.transport import sinkhorn, sinkhorn_divergence
     from lightning_wdefense.transport.entropic import evaluation
-    from lightning_wdefense.transport.entropic.newton import small
+    from lightning_wdefense.transport.entropic.newton import problem as small
     from lightning_wdefense.transport.entropic.problem import costs
 
     generator = torch.Generator().manual_seed(0)

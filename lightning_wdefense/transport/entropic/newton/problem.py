@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_wdefense.transport.clouds.measures import Measure
-from lightning_wdefense.transport.entropic.newton.averaging import averaged
-from lightning_wdefense.transport.entropic.newton.dense import (
+from lightning_wdefense.transport.entropic.newton.kernel import (
     Cloud,
     Matrix,
     Potentials,
@@ -25,7 +24,8 @@ from lightning_wdefense.transport.entropic.newton.dense import (
     half_squared_distances,
     price,
 )
-from lightning_wdefense.transport.entropic.newton.newton import newton
+from lightning_wdefense.transport.entropic.newton.method import newton
+from lightning_wdefense.transport.entropic.newton.symmetric import averaged
 from lightning_wdefense.transport.entropic.options import SinkhornOptions
 from lightning_wdefense.transport.entropic.problem.costs import distance
 from lightning_wdefense.transport.entropic.problem.problem import Pair, Problem, solved_at_once

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from lightning_wdefense.attacks.base import Attack
-from lightning_wdefense.attacks.steps.first_look import Look
-from lightning_wdefense.attacks.steps.places import Site
-from lightning_wdefense.attacks.steps.through_step import attack_step, whole_loss
+from lightning_wdefense.attacks.steps.inspection import Look
+from lightning_wdefense.attacks.steps.sites import Site
+from lightning_wdefense.attacks.steps.step_attack import attack_step, whole_loss
 from lightning_wdefense.defenses.branch import Branch
 from lightning_wdefense.modules.execution import Execution
 from lightning_wdefense.modules.outputs import Picked, tensor_of

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_wdefense.attacks import PGD, ThreatModel
-from lightning_wdefense.attacks.steps.places import InputSite, Perturb
+from lightning_wdefense.attacks.steps.sites import InputSite, Perturb
 from lightning_wdefense.modules.batches import Batches
 
 L2 = ThreatModel(norm="l2", eps=0.7, bounds=None)

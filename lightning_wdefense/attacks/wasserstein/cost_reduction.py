@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_wdefense.attacks.wasserstein.local_transport import LocalTransport
-from lightning_wdefense.attacks.wasserstein.nearest_plan import filled
+from lightning_wdefense.attacks.wasserstein.projection import filled
 
 
 class Potentials(NamedTuple):

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
 
-from lightning_wdefense.modules.state.kept_value import KeptValue, count_of, put_back
 from lightning_wdefense.modules.state.module_state import LARGEST, OF_EVERY_MODULE, parts
+from lightning_wdefense.modules.state.snapshot import KeptValue, count_of, put_back
 
 MOST = 2**26
 """Elements of all parameters together, 256 MiB of float32, whose values are kept; of larger models those of frozen ones, if they are no more."""

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_wdefense.transport import SinkhornConvergenceWarning, WarmStart, sinkhorn, sinkhorn_divergence
-from lightning_wdefense.transport.entropic.newton import newton, small
+from lightning_wdefense.transport.entropic.newton import method as newton
+from lightning_wdefense.transport.entropic.newton import problem as small
 
 EXACT = {"tol": 1e-7, "max_iter": 20_000}
 

@@ -10,10 +10,10 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_wdefense.attacks.wasserstein.best_plan import best_plan
-from lightning_wdefense.attacks.wasserstein.cheaper_plan import Potentials, cheaper_plan
+from lightning_wdefense.attacks.wasserstein.cost_reduction import Potentials, cheaper_plan
+from lightning_wdefense.attacks.wasserstein.linear_oracle import best_plan
 from lightning_wdefense.attacks.wasserstein.local_transport import LocalTransport
-from lightning_wdefense.attacks.wasserstein.nearest_plan import Prices, affordable, fitting, nearest_plan_with_room
+from lightning_wdefense.attacks.wasserstein.projection import Prices, affordable, fitting, nearest_plan_with_room
 
 Method = Literal["projected", "frank-wolfe"]
 AscentT = TypeVar("AscentT", bound="Ascent")

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from lightning_wdefense._compat import rank_zero_warn
 from lightning_wdefense.attacks.base import Attack
-from lightning_wdefense.attacks.steps.first_look import ConsumedError, Look, first_look, part_differs
-from lightning_wdefense.attacks.steps.places import Site
+from lightning_wdefense.attacks.steps.inspection import ConsumedError, Look, first_look, part_differs
+from lightning_wdefense.attacks.steps.sites import Site
 from lightning_wdefense.attacks.threat import ThreatModel
 from lightning_wdefense.callbacks.target import Target
 from lightning_wdefense.defenses.defense import Defense
-from lightning_wdefense.defenses.passes import Passes, StepPasses
+from lightning_wdefense.defenses.forward_passes import Passes, StepPasses
 from lightning_wdefense.modules.paths import map_tensors
 from lightning_wdefense.modules.steps import Step
 

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_wdefense.attacks.steps.classification import SAME, is_classification
-from lightning_wdefense.attacks.steps.places import Site
+from lightning_wdefense.attacks.steps.sites import Site
+from lightning_wdefense.modules.attachments import hook
 from lightning_wdefense.modules.autograd import gradients
-from lightning_wdefense.modules.guests import hook
 from lightning_wdefense.modules.outputs import tensor_of
 from lightning_wdefense.modules.recording import CONVOLUTIONS
 from lightning_wdefense.modules.state.isolation import eager, isolated, own_passes
-from lightning_wdefense.modules.state.plain_state import iterators_of
+from lightning_wdefense.modules.state.step_state import iterators_of
 from lightning_wdefense.modules.steps import Noise, Step
 
 Source = Literal["model", "head"]

@@ -13,8 +13,8 @@ from torch import Tensor
 from lightning_wdefense._compat import LightningModule, Trainer
 from lightning_wdefense.modules.paths import map_tensors
 from lightning_wdefense.modules.state.isolation import isolated
-from lightning_wdefense.modules.state.plain_state import PlainState
-from lightning_wdefense.modules.state.silence import logging_to, result_collection, running, still
+from lightning_wdefense.modules.state.muted_logging import logging_to, result_collection, running, still
+from lightning_wdefense.modules.state.step_state import PlainState
 from lightning_wdefense.modules.steps import own_step
 
 

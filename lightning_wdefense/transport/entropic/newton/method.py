@@ -15,7 +15,7 @@ import torch
 from scipy.linalg.lapack import dposv
 
 from lightning_wdefense.transport.entropic.constants import WARM
-from lightning_wdefense.transport.entropic.newton.dense import DenseKernel, Look, Matrix, Potentials, Vector
+from lightning_wdefense.transport.entropic.newton.kernel import DenseKernel, Look, Matrix, Potentials, Vector
 
 COOLING = 4.0
 """Largest ratio between a temperature of the annealing and the next one."""

@@ -10,13 +10,13 @@ from torch import nn
 
 from lightning_wdefense._compat import LightningModule, is_a, rank_zero_warn
 from lightning_wdefense.attacks.labels import class_labels
-from lightning_wdefense.attacks.steps.first_look import Look, first_look
-from lightning_wdefense.attacks.steps.places import Site
+from lightning_wdefense.attacks.steps.inspection import Look, first_look
+from lightning_wdefense.attacks.steps.sites import Site
 from lightning_wdefense.attacks.threat import ThreatModel
-from lightning_wdefense.callbacks.evaluation.shadow import step_arguments
-from lightning_wdefense.callbacks.evaluation.subject import ModelSubject, StepSubject, Subject
+from lightning_wdefense.callbacks.evaluation.attacked_batch import ModelSubject, StepSubject, Subject
+from lightning_wdefense.callbacks.evaluation.user_metrics import step_arguments
+from lightning_wdefense.callbacks.route import integers, keeps_whole, log_step
 from lightning_wdefense.callbacks.target import Target
-from lightning_wdefense.callbacks.way import integers, keeps_whole, log_step
 from lightning_wdefense.modules.state.isolation import isolated
 from lightning_wdefense.modules.steps import Step, own_step
 

@@ -7,7 +7,7 @@ import math
 import numpy
 
 from lightning_wdefense.transport.entropic.constants import AVERAGING, SELF_ACCURACY
-from lightning_wdefense.transport.entropic.newton.dense import FLOOR, Matrix, Potentials, Vector, parts
+from lightning_wdefense.transport.entropic.newton.kernel import FLOOR, Matrix, Potentials, Vector, parts
 
 STEP, MOMENTUM = 4 / (1 + math.sqrt(2)) ** 2, ((math.sqrt(2) - 1) / (math.sqrt(2) + 1)) ** 2
 """Of the fastest iteration of second order where eigenvalues, one and those of the plan, are between 1 and 2."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from lightning_wdefense._compat import LightningModule, Trainer, is_a
-from lightning_wdefense.modules.guests import ABSENT, Guest, depart, settle
+from lightning_wdefense.modules.attachments import ABSENT, Guest, depart, settle
 
 Logged = dict[str, Any]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_wdefense.attacks.base import Attack
-from lightning_wdefense.attacks.steps.places import Site
+from lightning_wdefense.attacks.steps.sites import Site
 from lightning_wdefense.modules.execution import Execution
 from lightning_wdefense.modules.recording import ForwardRecorder, Recording
 from lightning_wdefense.modules.steps import Noise, Step

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_wdefense.attacks.threat import ThreatModel
+from lightning_wdefense.modules.attachments import hook
 from lightning_wdefense.modules.batches import Batches
-from lightning_wdefense.modules.guests import hook
 from lightning_wdefense.modules.outputs import float32_or_better
 from lightning_wdefense.modules.paths import at, resolve
 from lightning_wdefense.modules.recording import submodule

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from lightning_wdefense._compat import rank_zero_warn
 from lightning_wdefense.attacks.base import Attack
-from lightning_wdefense.attacks.steps.first_look import Look
-from lightning_wdefense.attacks.steps.places import Site
-from lightning_wdefense.attacks.steps.through_step import StepModel, attack_step
+from lightning_wdefense.attacks.steps.inspection import Look
+from lightning_wdefense.attacks.steps.sites import Site
+from lightning_wdefense.attacks.steps.step_attack import StepModel, attack_step
 from lightning_wdefense.modules.outputs import Picked, picking
 from lightning_wdefense.modules.recording import OUTPUTS, PENULTIMATE, ForwardRecorder
 from lightning_wdefense.modules.state.isolation import eager, isolated
