@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_wdefense._compat import is_a
 from lightning_wdefense._seeding import seeded_generator
-from lightning_wdefense.callbacks.restoration import restore_in_time
+from lightning_wdefense.callbacks.restoration import add_restoring_callback
 from lightning_wdefense.callbacks.schedule import batches_begun, is_logging_step, noise_generator, warmup_radius
 from lightning_wdefense.defenses.branch import Branch
 from lightning_wdefense.defenses.defense import Defense
@@ -142,7 +142,7 @@ class WassersteinDefenseMixin:
         if trainer is not None and trainer.training and is_logging_step(trainer):
             measured = defense.measure(passes, adversarial)
         if trainer is not None and recipe.awp > 0:
-            restore_in_time(trainer, defense, defense.restore_weights)
+            add_restoring_callback(trainer, defense, defense.restore_weights)
         with defense.perturbed_weights(passes, adversarial, self.task_loss) as until_backward:
             clean: Branch | None = passes.run(inputs) if recipe.needs("clean") else None
             attacked: Branch | None = passes.run(adversarial) if recipe.needs("adversarial") else None

@@ -18,8 +18,8 @@ from lightning_wdefense.attacks.steps.sites import Perturb
 from lightning_wdefense.attacks.threat import check_threat
 from lightning_wdefense.callbacks.interception import intercept_training_step
 from lightning_wdefense.callbacks.requirements import attacked_model, check_automatic_optimization, check_returns_loss
-from lightning_wdefense.callbacks.restoration import restore_in_time
-from lightning_wdefense.callbacks.route import Way
+from lightning_wdefense.callbacks.restoration import add_restoring_callback
+from lightning_wdefense.callbacks.route import Route
 from lightning_wdefense.callbacks.schedule import batches_begun, is_logging_step, noise_generator, warmup_radius
 from lightning_wdefense.callbacks.target import Target, Through
 from lightning_wdefense.defenses.branch import Branch
@@ -99,7 +99,7 @@ class WassersteinDefense(Callback):
         self.model, self.seed, self.name, self.through = model, seed, name, through
         self._target = Target.of(through, inputs, labels, perturb=perturb, outputs=outputs, ignore_index=ignore_index)
         self.perturb = self._target.perturb
-        self._way = self._new_way()
+        self._route = self._new_route()
         self._undo: list[Callable[[], None]] = []
         self._defense: Defense | None = None
         self._learned: dict[str, Any] = {}
@@ -114,7 +114,7 @@ class WassersteinDefense(Callback):
         if stage != "fit":
             return
         self._restore()
-        self._way = self._new_way()
+        self._route = self._new_route()
         if not batches_begun(trainer):  # a fit that goes on with the same trainer goes on with what was learned
             self._learned = {}
         check_automatic_optimization(pl_module)
@@ -174,8 +174,8 @@ class WassersteinDefense(Callback):
             self._undo += [self._defense.recorder.detach, self._defense.restore_weights]
         return self._defense
 
-    def _new_way(self) -> Way:
-        return Way(self._target, self.recipe.threat or ThreatModel())
+    def _new_route(self) -> Route:
+        return Route(self._target, self.recipe.threat or ThreatModel())
 
     def _restore(self) -> None:
         self._learned = self.state_dict()
@@ -194,9 +194,9 @@ class WassersteinDefense(Callback):
     ) -> Any:
         recipe, defense = self.recipe, self._bind(pl_module)
         own = Step(pl_module, own_step(pl_module, "training_step"), "training_step", args, kwargs)
-        restore_in_time(trainer, defense, self._restore)
+        add_restoring_callback(trainer, defense, self._restore)
         batches = defense.count_batch(trainer, batches_begun(trainer))
-        found = self._way.passes(own, defense, batch)
+        found = self._route.passes(own, defense, batch)
         if found is None:  # the user's way to skip a batch, before there was anything to look at
             return step(batch, *args, **kwargs)
         site, passes = found

@@ -15,7 +15,7 @@ from lightning_wdefense._names import resolved
 from lightning_wdefense.attacks import Attack, ThreatModel, worst_case
 from lightning_wdefense.attacks.registry import evaluation_attacks
 from lightning_wdefense.attacks.steps.sites import Perturb
-from lightning_wdefense.callbacks.evaluation.attacked_batch import Subject
+from lightning_wdefense.callbacks.evaluation.attacked_batch import AttackedBatch
 from lightning_wdefense.callbacks.evaluation.base import EvaluationMonitor, Noise
 from lightning_wdefense.callbacks.target import Through
 from lightning_wdefense.detection import DETECTORS, CriticScore, Detector, FeatureSqueezing, get_detector
@@ -50,7 +50,7 @@ class Samples:
         return torch.cat(self.parts[part]) if self.parts[part] else None
 
 
-class Stores:
+class DetectionMeasures:
     """What is kept of one dataloader: clean samples to learn from, and clean and attacked ones to judge by.
 
     Of detectors that read inputs the scores are kept, in ``metrics``, and not the inputs.
@@ -62,7 +62,7 @@ class Stores:
         self.metrics = {name: Detectability().to(device) for name in detectors}
 
 
-class DetectionMonitor(EvaluationMonitor[Stores]):
+class DetectionMonitor(EvaluationMonitor[DetectionMeasures]):
     """Attacks validation and test batches of any LightningModule and logs how well detectors tell the attacked samples.
 
     Logged at the end of each epoch, with ``{stage}`` ``val`` or ``test``: ``{stage}/auroc_{detector}``, the area under the ROC curve
@@ -150,32 +150,32 @@ class DetectionMonitor(EvaluationMonitor[Stores]):
         self.detectors = named_detectors(detectors, threat)
         self.aurocs: dict[str, AUROC] = {}
 
-    def new_measures(self, device: torch.device) -> Stores:
-        """Empty stores for one dataloader."""
-        return Stores(self.detectors, device)
+    def new_measures(self, device: torch.device) -> DetectionMeasures:
+        """Empty measures for one dataloader."""
+        return DetectionMeasures(self.detectors, device)
 
     @property
     def _threat(self) -> ThreatModel:
         return self.threat
 
-    def check(self, subject: Subject) -> None:
+    def check(self, attacked_batch: AttackedBatch) -> None:
         """Refuse a batch whose labels are not classes of the outputs.
 
         Raises:
             ValueError: saying so.
         """
-        if not subject.classifies:
+        if not attacked_batch.classifies:
             raise ValueError(
                 "DetectionMonitor judges classifiers, and the labels of the batch are not seen to be classes of the model's outputs: say where the "
                 'logits are with outputs= or model=, and through="model" for a plain pass of it.'
             )
 
-    def measure(self, measures: Stores, subject: Subject, noise: Noise) -> None:
+    def measure(self, measures: DetectionMeasures, attacked_batch: AttackedBatch, noise: Noise) -> None:
         """Attack every second sample, and keep what the detectors read of the batch."""
-        inputs, labels, model = subject.inputs, subject.labels, subject.model
+        inputs, labels, model = attacked_batch.inputs, attacked_batch.labels, attacked_batch.model
         judged = (torch.arange(len(inputs), device=inputs.device) + measures.samples) % 2 == 1
         measures.samples += len(inputs)
-        attacks = {name: subject.fitted(attack) for name, attack in self.attack.items()}
+        attacks = {name: attacked_batch.fitted(attack) for name, attack in self.attack.items()}
         result = worst_case(model, attacks, inputs, labels, samples=judged, generator=noise, on_attack=self.show)
         if result.labels.ndim > 1:
             raise ValueError(
@@ -185,7 +185,7 @@ class DetectionMonitor(EvaluationMonitor[Stores]):
         right, broken = result.attacked, result.attacked & (predicted != result.labels)
         clean = inputs.detach().clone()
         # Whole batches, since not every model takes a part of one.
-        before, after = self.observe(subject, clean, result.inputs)
+        before, after = self.observe(attacked_batch, clean, result.inputs)
         for samples, (outputs, features), mask in (
             (measures.learn, before, ~judged),
             (measures.clean, before, right),
@@ -199,7 +199,7 @@ class DetectionMonitor(EvaluationMonitor[Stores]):
                 sides = [judge.score(part) if len(part) else clean.new_empty(0) for part in parts]
                 measures.metrics[name].update(*(scores[scores.isfinite()] for scores in sides))
 
-    def compute(self, measures: Stores, trainer: Trainer, key: Callable[[str], str]) -> dict[str, float]:
+    def compute(self, measures: DetectionMeasures, trainer: Trainer, key: Callable[[str], str]) -> dict[str, float]:
         """Let the detectors learn, and judge them."""
         values: dict[str, float] = {}
         # The metrics' own tensors were not made under inference_mode either.
@@ -212,25 +212,25 @@ class DetectionMonitor(EvaluationMonitor[Stores]):
                 values[short] = float(self.aurocs[key(short)].value)
         return values
 
-    def _judge(self, name: str, detector: Detector, stores: Stores, device: torch.device) -> list[Tensor]:
+    def _judge(self, name: str, detector: Detector, measures: DetectionMeasures, device: torch.device) -> list[Tensor]:
         """Scores of the clean and of the attacked samples of this rank; none if the detector could not learn."""
         none = [torch.empty(0, device=device)] * 2
         if detector.learns:
-            features, labels = (of_all_ranks(stores.learn.read(part), device) for part in (detector.reads, "labels"))
+            features, labels = (gather_rows(measures.learn.read(part), device) for part in (detector.reads, "labels"))
             try:
                 detector = copy.copy(detector).fit(features, labels.flatten().long())
             except ValueError as error:
                 # A collapsed model or a rare class is no reason to end a run.
                 rank_zero_warn(f"The detector {name!r} could not be fitted, so its AUROC is NaN. {error}")
                 return none
-        sides = [stores.clean.read(detector.reads), stores.attacked.read(detector.reads)]
+        sides = [measures.clean.read(detector.reads), measures.attacked.read(detector.reads)]
         return [
             empty if side is None else torch.cat([detector.score(part) for part in side.split(PART)])
             for side, empty in zip(sides, none, strict=True)
         ]
 
 
-def of_all_ranks(rows: Tensor | None, device: torch.device) -> Tensor:
+def gather_rows(rows: Tensor | None, device: torch.device) -> Tensor:
     """Rows ``(N, D)`` of all ranks, of which some may have none; without any, ``(0, 1)``."""
     if jit_distributed_available():
         width = torch.tensor(0 if rows is None else rows.shape[1], device=device)

@@ -15,10 +15,10 @@ from lightning_wdefense._strategy import check_strategy
 from lightning_wdefense.attacks import Attack, ThreatModel
 from lightning_wdefense.attacks.labels import class_labels, hard_labels
 from lightning_wdefense.attacks.registry import evaluation_attacks
-from lightning_wdefense.callbacks.evaluation.attacked_batch import StepSubject, Subject
+from lightning_wdefense.callbacks.evaluation.attacked_batch import AttackedBatch, StepBatch
 from lightning_wdefense.callbacks.evaluation.hooks import PREFIX, EvaluationHooks, Stage, batches_of
 from lightning_wdefense.callbacks.evaluation.pictures import Picture, log_pictures, shows_pictures
-from lightning_wdefense.callbacks.evaluation.route import EvaluationWay
+from lightning_wdefense.callbacks.evaluation.route import EvaluationRoute
 from lightning_wdefense.callbacks.requirements import attacked_model
 from lightning_wdefense.callbacks.schedule import evaluation_generator, is_due
 from lightning_wdefense.callbacks.target import Target, Through
@@ -83,14 +83,14 @@ class AdversarialExampleLogger(EvaluationHooks):
         self.threat, self.samples, self.every_n_epochs, self.class_names = threat, samples, every_n_epochs, class_names
         self.model, self.seed, self.through = model, seed, through
         self._target = Target.of(through, inputs, labels, outputs=outputs)
-        self._way = EvaluationWay(self._target)
+        self._route = EvaluationRoute(self._target)
         self._epoch: int | None = None
         self._clean: Any = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check early that the strategy leaves the model whole."""
         check_strategy(trainer, "AdversarialExampleLogger")
-        self._way = EvaluationWay(self._target)
+        self._route = EvaluationRoute(self._target)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check before the first epoch what is needed only after it."""
@@ -113,7 +113,7 @@ class AdversarialExampleLogger(EvaluationHooks):
         self, trainer: Trainer, pl_module: LightningModule, stage: Stage, batch_idx: int, dataloader_idx: int
     ) -> None:
         if trainer.sanity_checking:
-            self._foresee(trainer, pl_module)
+            self._check_early(trainer, pl_module)
         elif is_due(trainer, self._epoch, self.every_n_epochs):
             self._show(trainer, pl_module, stage, batch_idx, dataloader_idx)
 
@@ -122,16 +122,16 @@ class AdversarialExampleLogger(EvaluationHooks):
         if shown and stage == "validation":
             self._epoch = trainer.current_epoch
 
-    def _foresee(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _check_early(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Before the first epoch, see that the model's classes have names."""
         batch, self._clean = self._clean, None
         if self.class_names is None or batch is None:
             return
         with torch.inference_mode(False), trainer.precision_plugin.forward_context():
-            subject = self._subject(pl_module, "validation", batch, None)
-            with subject.ready():
-                ((outputs, _),) = subject.observe(OUTPUTS, subject.inputs)
-            if subject.classifies:
+            attacked_batch = self._attacked_batch(pl_module, "validation", batch, None)
+            with attacked_batch.ready():
+                ((outputs, _),) = attacked_batch.observe(OUTPUTS, attacked_batch.inputs)
+            if attacked_batch.classifies:
                 self._check_names(logits_of(outputs).shape[1])
 
     def _show(
@@ -142,8 +142,8 @@ class AdversarialExampleLogger(EvaluationHooks):
             return
         with torch.inference_mode(False), trainer.precision_plugin.forward_context():
             several = len(batches_of(trainer, stage)) > 1
-            subject = self._subject(pl_module, stage, batch, dataloader_idx if several else None)
-            inputs = subject.inputs
+            attacked_batch = self._attacked_batch(pl_module, stage, batch, dataloader_idx if several else None)
+            inputs = attacked_batch.inputs
             if inputs.ndim != 4 or inputs.shape[1] not in (1, 3, 4):
                 rank_zero_warn(
                     "AdversarialExampleLogger shows images (N, C, H, W) of 1, 3 or 4 channels; inputs of shape "
@@ -152,41 +152,47 @@ class AdversarialExampleLogger(EvaluationHooks):
                 return
             shown = torch.arange(min(self.samples, len(inputs)), device=inputs.device)
             generator = evaluation_generator(trainer, self.seed, batch_idx, dataloader_idx, inputs.device)
-            if subject.classifies:
-                attacked, captions = self._classified(subject, shown, generator)
+            if attacked_batch.classifies:
+                attacked, captions = self._classified(attacked_batch, shown, generator)
             else:
-                attacked, captions = self._by_loss(subject, shown, generator)
+                attacked, captions = self._by_loss(attacked_batch, shown, generator)
             clean, attacked = inputs.detach()[shown], attacked[shown]
-        pictures = triptychs(self.threat.to_data(clean.float()), self.threat.to_data(attacked.float()), self.threat)
+        pictures = side_by_side(self.threat.to_data(clean.float()), self.threat.to_data(attacked.float()), self.threat)
         log_pictures(trainer, f"{PREFIX[stage]}/adversarial_examples", pictures, captions)
 
-    def _subject(self, pl_module: LightningModule, stage: Stage, batch: Any, dataloader_idx: int | None) -> Subject:
+    def _attacked_batch(
+        self, pl_module: LightningModule, stage: Stage, batch: Any, dataloader_idx: int | None
+    ) -> AttackedBatch:
         model = attacked_model(pl_module, self.model, needs_forward=self.through == "model")
-        subject = self._way.subject(pl_module, model, self.threat, stage, batch, (0, dataloader_idx))
-        assert subject is not None  # the first dataloader's
-        return subject
+        attacked_batch = self._route.attacked_batch(pl_module, model, self.threat, stage, batch, (0, dataloader_idx))
+        assert attacked_batch is not None  # the first dataloader's
+        return attacked_batch
 
-    def _classified(self, subject: Subject, shown: Tensor, generator: torch.Generator) -> tuple[Tensor, list[str]]:
+    def _classified(
+        self, attacked_batch: AttackedBatch, shown: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, list[str]]:
         """The attacked inputs, and what the classifier says of those that are shown."""
-        inputs, labels, attack = subject.inputs, subject.labels, subject.fitted(self.attack)
-        with subject.ready():
-            attacked = attack(subject.model, inputs, labels, generator=generator, samples=shown)
+        inputs, labels, attack = attacked_batch.inputs, attacked_batch.labels, attacked_batch.fitted(self.attack)
+        with attacked_batch.ready():
+            attacked = attack(attacked_batch.model, inputs, labels, generator=generator, samples=shown)
             # Whole batches, since not every model takes a part of one.
-            (outputs, _), (attacked_outputs, _) = subject.observe(OUTPUTS, inputs, attacked)
+            (outputs, _), (attacked_outputs, _) = attacked_batch.observe(OUTPUTS, inputs, attacked)
         target = hard_labels(class_labels(labels.detach().clone(), outputs))[shown]
         self._check_names(logits_of(outputs).shape[1])
-        before, after = (_verdicts(each)[: len(shown)] for each in (outputs, attacked_outputs))
+        before, after = (_classes_and_confidences(each)[: len(shown)] for each in (outputs, attacked_outputs))
         return attacked, [
             f"label {self._class(label)}; clean: {self._class(was)} ({sure:.0%}); attacked: {self._class(now)} ({sure_now:.0%})"
             for label, (was, sure), (now, sure_now) in zip(target.tolist(), before, after, strict=True)
         ]
 
-    def _by_loss(self, subject: Subject, shown: Tensor, generator: torch.Generator) -> tuple[Tensor, list[str]]:
+    def _by_loss(
+        self, attacked_batch: AttackedBatch, shown: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, list[str]]:
         """The attacked inputs, and the loss of the whole batch, where there are no classes."""
-        assert isinstance(subject, StepSubject)
-        attacked = subject.attack(self.attack, generator)
-        with subject.ready():
-            clean, worst = subject.loss(subject.inputs), subject.loss(attacked)
+        assert isinstance(attacked_batch, StepBatch)
+        attacked = attacked_batch.attack(self.attack, generator)
+        with attacked_batch.ready():
+            clean, worst = attacked_batch.loss(attacked_batch.inputs), attacked_batch.loss(attacked)
         return attacked, [f"loss of the batch: {clean:.3g}; attacked: {worst:.3g}"] * len(shown)
 
     def _class(self, index: int) -> str:
@@ -205,7 +211,7 @@ class AdversarialExampleLogger(EvaluationHooks):
             )
 
 
-def triptychs(clean: Tensor, attacked: Tensor, threat: ThreatModel) -> list[Picture]:
+def side_by_side(clean: Tensor, attacked: Tensor, threat: ThreatModel) -> list[Picture]:
     """One picture a sample: clean | attacked | perturbation, whose largest value is drawn as full contrast around grey.
 
     Args:
@@ -225,6 +231,6 @@ def triptychs(clean: Tensor, attacked: Tensor, threat: ThreatModel) -> list[Pict
     return list((rows * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy().astype(np.uint8))
 
 
-def _verdicts(outputs: Any) -> list[tuple[int, float]]:
+def _classes_and_confidences(outputs: Any) -> list[tuple[int, float]]:
     confidence = logits_of(outputs).detach().float().softmax(1).amax(1)
     return list(zip(predictions(outputs).tolist(), confidence.tolist(), strict=True))

@@ -12,7 +12,7 @@ from lightning_wdefense._compat import Trainer, rank_zero_warn
 from lightning_wdefense.attacks import Attack, ThreatModel, WorstCase, worst_case
 from lightning_wdefense.attacks.registry import Attacks, evaluation_attacks
 from lightning_wdefense.attacks.steps.sites import Perturb
-from lightning_wdefense.callbacks.evaluation.attacked_batch import StepSubject, Subject
+from lightning_wdefense.callbacks.evaluation.attacked_batch import AttackedBatch, StepBatch
 from lightning_wdefense.callbacks.evaluation.base import EvaluationMonitor, Noise
 from lightning_wdefense.callbacks.evaluation.measures import Measures
 from lightning_wdefense.callbacks.evaluation.pictures import log_curve
@@ -142,16 +142,18 @@ class RobustnessMonitor(EvaluationMonitor[Measures]):
     def _threat(self) -> ThreatModel:
         return self.threat
 
-    def check(self, subject: Subject) -> None:
+    def check(self, attacked_batch: AttackedBatch) -> None:
         """Refuse attacks that need a classifier where there is none.
 
         Raises:
             ValueError: naming them.
         """
-        if subject.classifies:
+        if attacked_batch.classifies:
             return
         for name, attack in self.attacks.items():
-            if attack.of_losses() is None and not (callable(getattr(attack, "loss", None)) and subject.has_outputs):
+            if attack.of_losses() is None and not (
+                callable(getattr(attack, "loss", None)) and attacked_batch.has_outputs
+            ):
                 raise ValueError(
                     f"The attack {name!r} reads logits, and the labels of the batch are not seen to be classes of the outputs (measured: the loss "
                     'does not fall in the logit of the own class): attack the loss of the step with attacks=["pgd"], or say where the logits are '
@@ -160,15 +162,15 @@ class RobustnessMonitor(EvaluationMonitor[Measures]):
         if self.epsilons is not None:
             rank_zero_warn("epsilons= draws the curve of an accuracy; for the loss of this step it is left out.")
 
-    def measure(self, measures: Measures, subject: Subject, noise: Noise) -> Tensor:
+    def measure(self, measures: Measures, attacked_batch: AttackedBatch, noise: Noise) -> Tensor:
         """Attack the batch."""
-        if isinstance(subject, StepSubject) and not subject.classifies:
-            return self._measure_loss(measures, subject, noise)
+        if isinstance(attacked_batch, StepBatch) and not attacked_batch.classifies:
+            return self._measure_loss(measures, attacked_batch, noise)
 
         def run(attacks: Mapping[str, Attack], **options: Any) -> WorstCase:
             options |= {"ignore_index": self.ignore_index, "generator": noise, "on_attack": self.show}
-            fitted = {name: subject.fitted(attack) for name, attack in attacks.items()}
-            return worst_case(subject.model, fitted, subject.inputs, subject.labels, **options)
+            fitted = {name: attacked_batch.fitted(attack) for name, attack in attacks.items()}
+            return worst_case(attacked_batch.model, fitted, attacked_batch.inputs, attacked_batch.labels, **options)
 
         # The module's own metrics may be others than accuracy, so samples that were wrong before are moved as well.
         by_gradient = next(iter(self.attacks.values())).of_losses() is not None
@@ -180,21 +182,21 @@ class RobustnessMonitor(EvaluationMonitor[Measures]):
             measures.curve.update(self._curve(run, result), result.labels)
         if measures.shift is not None and result.attacked.any():
             # The whole batch, since not every model takes a part of one.
-            (_, clean), (_, moved) = self.observe(subject, subject.inputs, result.inputs)
+            (_, clean), (_, moved) = self.observe(attacked_batch, attacked_batch.inputs, result.inputs)
             clean, moved = clean[result.attacked], moved[result.attacked]
             self._add_shift(measures.shift, clean, moved)
         return result.inputs
 
-    def _measure_loss(self, measures: Measures, subject: StepSubject, noise: Noise) -> Tensor:
+    def _measure_loss(self, measures: Measures, attacked_batch: StepBatch, noise: Noise) -> Tensor:
         """Attack the step's own loss, which is one for the whole batch: the attack that raises it most counts."""
-        size = subject.site.size
-        clean = subject.loss(subject.inputs)
+        size = attacked_batch.site.size
+        clean = attacked_batch.loss(attacked_batch.inputs)
         measures.attacked.update(size)
         measures.losses["clean_loss"].update(clean * size)
-        worst, largest = subject.inputs, clean
+        worst, largest = attacked_batch.inputs, clean
         for name, attack in self.attacks.items():
-            found = subject.attack(attack, noise())
-            loss = subject.loss(found)
+            found = attacked_batch.attack(attack, noise())
+            loss = attacked_batch.loss(found)
             measures.losses[f"robust_loss_{name}"].update(loss * size)
             if not loss <= largest:
                 worst, largest = found, loss
@@ -202,7 +204,7 @@ class RobustnessMonitor(EvaluationMonitor[Measures]):
             self._bar.advance(f"{name}: loss {clean:.3g} to {loss:.3g}")
         measures.losses["robust_loss"].update(largest * size)
         if measures.shift is not None:
-            (_, before), (_, after) = self.observe(subject, subject.inputs, worst)
+            (_, before), (_, after) = self.observe(attacked_batch, attacked_batch.inputs, worst)
             self._add_shift(measures.shift, before, after)
         return worst
 

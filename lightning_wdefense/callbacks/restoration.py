@@ -9,7 +9,7 @@ from lightning_wdefense._compat import Callback, LightningModule, Trainer, is_a
 from lightning_wdefense.defenses.defense import Defense
 
 
-def restore_in_time(trainer: Trainer, defense: Defense, finish: Callable[[], None]) -> None:
+def add_restoring_callback(trainer: Trainer, defense: Defense, finish: Callable[[], None]) -> None:
     """Have a trainer undo what a defense does to its module, from now until its run ends or fails.
 
     Perturbed weights come back before an optimizer steps, and with the end of the batch; a step that skips its backward pass leaves them.
@@ -20,16 +20,16 @@ def restore_in_time(trainer: Trainer, defense: Defense, finish: Callable[[], Non
         finish: called when the run ends or fails.
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    if any(isinstance(each, _Restorer) and each.defense is defense for each in callbacks):
+    if any(isinstance(each, _RestoringCallback) and each.defense is defense for each in callbacks):
         return
     # In front, so that no other callback meets perturbed weights, nor fails before it; the learning rate finder looks for its own there. It
     # puts another list in place of the trainer's, in which not even the callback is that is at work. A new list, for Lightning may be
     # walking along the old one.
     place = sum(is_a(each, "_LRCallback") for each in callbacks)
-    trainer.callbacks = [*callbacks[:place], _Restorer(defense, finish), *callbacks[place:]]  # type: ignore[attr-defined]
+    trainer.callbacks = [*callbacks[:place], _RestoringCallback(defense, finish), *callbacks[place:]]  # type: ignore[attr-defined]
 
 
-class _Restorer(Callback):
+class _RestoringCallback(Callback):
     """Hooks of the module's own would not do: users override them without ``super()``."""
 
     def __init__(self, defense: Defense, finish: Callable[[], None]) -> None:

@@ -17,14 +17,14 @@ from lightning_wdefense.attacks.steps.sites import Site
 from lightning_wdefense.attacks.threat import ThreatModel
 from lightning_wdefense.callbacks.target import Target
 from lightning_wdefense.defenses.defense import Defense
-from lightning_wdefense.defenses.forward_passes import Passes, StepPasses
+from lightning_wdefense.defenses.forward_passes import ForwardPasses, StepPasses
 from lightning_wdefense.modules.paths import map_tensors
 from lightning_wdefense.modules.steps import Step
 
 log = logging.getLogger(__name__)
 
 
-class Way:
+class Route:
     """The way through one module, chosen at its first batch.
 
     A plain forward pass is the fast way: losses by sample, early exit, restarts. It is taken where a first look at the step shows it to be
@@ -72,14 +72,14 @@ class Way:
         if not self.plain and not look.depends:
             raise ValueError(self._no_gradient(step, site))
         if self.plain and model is not None:
-            self._whole = keeps_whole(model, site.values, target.pick)
+            self._whole = needs_whole_batches(model, site.values, target.pick)
         if not self.plain and target.may_be_plain:
-            log_step(step, step.name, look)
+            log_route(step, step.name, look)
         self.look = look
         return look
 
-    def passes(self, step: Step, defense: Defense, batch: Any) -> tuple[Site, Passes] | None:
-        """Passes over a batch, and what the adversary moves in it; ``None`` for a first batch whose step returned no loss."""
+    def passes(self, step: Step, defense: Defense, batch: Any) -> tuple[Site, ForwardPasses] | None:
+        """ForwardPasses over a batch, and what the adversary moves in it; ``None`` for a first batch whose step returned no loss."""
         recipe = defense.recipe
         if self.look is None and not self.plain:
             assert recipe.attack is not None
@@ -114,14 +114,14 @@ class Way:
         if perturb is not None:
             return f"{who}the output of perturb={perturb.path!r}: name a submodule that it depends on, without detach() behind it."
         if not site.values.is_floating_point():
-            return f"{who}the inputs differentiably. {integers(site.values)}"
+            return f"{who}the inputs differentiably. {integer_inputs_advice(site.values)}"
         return (
             f"{who}the inputs: is there a detach(), a no_grad() block, an argmax, or a cast to integers on the way? Or are these not the "
             "inputs that the model reads: name those with inputs=, or the submodule whose output is to be attacked with perturb=."
         )
 
 
-def integers(values: Tensor) -> str:
+def integer_inputs_advice(values: Tensor) -> str:
     """What to do where the inputs are integers."""
     return (
         f"The inputs are integers ({values.dtype}). Of token ids or categorical columns attack the output of the layer that embeds them, "
@@ -129,7 +129,7 @@ def integers(values: Tensor) -> str:
     )
 
 
-def log_step(step: Step, seen: str, look: Look) -> None:
+def log_route(step: Step, seen: str, look: Look) -> None:
     """Log why the adversary goes through a step, though the plain forward pass is faster.
 
     Args:
@@ -147,7 +147,7 @@ def log_step(step: Step, seen: str, look: Look) -> None:
     )
 
 
-def keeps_whole(model: nn.Module, values: Tensor, pick: Callable[[Any], Any]) -> bool:
+def needs_whole_batches(model: nn.Module, values: Tensor, pick: Callable[[Any], Any]) -> bool:
     """Whether plain passes must take whole batches, which a warning says."""
     reason = part_differs(model, values, pick)
     if reason:

@@ -98,7 +98,7 @@ class CriticDiscrepancy:
         return CriticTraining(critic, lr=self.lr, max_steps=self.max_steps)
 
 
-class LiveCritic:
+class OnlineCritic:
     """A critic in training, from its first batch on.
 
     Args:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from lightning_wdefense.attacks import LearnedAttack
 from lightning_wdefense.attacks.labels import class_labels, counted, hard_labels
 from lightning_wdefense.defenses.branch import Branch
-from lightning_wdefense.defenses.critic import CriticDiscrepancy, LiveCritic
+from lightning_wdefense.defenses.critic import CriticDiscrepancy, OnlineCritic
 from lightning_wdefense.defenses.discrepancies import Transport, get_discrepancy
-from lightning_wdefense.defenses.forward_passes import ModelPasses, Passes
+from lightning_wdefense.defenses.forward_passes import ForwardPasses, ModelPasses
 from lightning_wdefense.defenses.objective import combine
 from lightning_wdefense.defenses.recipe import Recipe
 from lightning_wdefense.defenses.weight_perturbation import WeightPerturbation
@@ -47,10 +47,10 @@ class Defense(Guest):
         self.batches: int | None = 0
         self._counted: tuple[int, int] | None = None
         self.multiplier: float | None = None
-        self.critic: LiveCritic | None = None
+        self.critic: OnlineCritic | None = None
         self._discrepancy = None if recipe.discrepancy is None else get_discrepancy(recipe.discrepancy)
         if isinstance(self._discrepancy, CriticDiscrepancy):
-            self.critic = LiveCritic(self._discrepancy)
+            self.critic = OnlineCritic(self._discrepancy)
         self.recorder = ForwardRecorder(model, recipe.features, pick)
         self.perturbation = WeightPerturbation(model, recipe.awp)
 
@@ -87,7 +87,7 @@ class Defense(Guest):
 
     def adversarial(
         self,
-        passes: Passes,
+        passes: ForwardPasses,
         *,
         radius: float = 1.0,
         generator: torch.Generator | None = None,
@@ -161,7 +161,7 @@ class Defense(Guest):
 
     @contextlib.contextmanager
     def perturbed_weights(
-        self, passes: Passes, adversarial: Tensor, task_loss: Callable[[Any, Any], Tensor] | None = None
+        self, passes: ForwardPasses, adversarial: Tensor, task_loss: Callable[[Any, Any], Tensor] | None = None
     ) -> Iterator[Callable[[Tensor], None]]:
         """Where the recipe has ``awp``, the weights are moved uphill on its loss inside; buffers and random state are not.
 
@@ -188,7 +188,7 @@ class Defense(Guest):
         try:
             if recipe.awp > 0:
                 perturbation.undo()
-                with passes.traceless(evaluation=False):
+                with passes.without_side_effects(evaluation=False):
                     clean = passes.run(passes.values) if recipe.needs("clean") else None
                     attacked = passes.run(adversarial) if recipe.needs("adversarial") else None
                     seen = clean if recipe.sees == "clean" else attacked
@@ -196,7 +196,7 @@ class Defense(Guest):
                     loss = seen.loss
                     if loss is None:
                         loss = (task_loss or recipe.task_loss)(seen.outputs, passes.labels)
-                    steps = perturbation.uphill(self.combine(loss, clean, attacked, passes)[0])
+                    steps = perturbation.ascent_steps(self.combine(loss, clean, attacked, passes)[0])
                 perturbation.apply(steps)  # out here, where nobody takes moved weights for a trace
             yield until_backward
         except BaseException:
@@ -207,7 +207,7 @@ class Defense(Guest):
                 perturbation.undo()
 
     def combine(
-        self, task_loss: Tensor, clean: Branch | None, adversarial: Branch | None, passes: Passes
+        self, task_loss: Tensor, clean: Branch | None, adversarial: Branch | None, passes: ForwardPasses
     ) -> tuple[Tensor, dict[str, Any]]:
         """The training loss and its parts: see :func:`~lightning_wdefense.defenses.objective.combine`."""
         seen = clean if clean is not None else adversarial
@@ -236,13 +236,13 @@ class Defense(Guest):
         """Take perturbed weights back now: the backward pass failed, or never came."""
         self.perturbation.undo()
 
-    def measure(self, passes: Passes, adversarial: Tensor) -> dict[str, Tensor]:
+    def measure(self, passes: ForwardPasses, adversarial: Tensor) -> dict[str, Tensor]:
         """What the attack did, in eval mode and without a trace: accuracies, success, and the transport cost of the features.
 
         Costs two passes. Accuracies are left out where the labels are not classes of the outputs, and the transport where there
         are no features, or none that are finite. Through the step its own loss on both sides is measured as well.
         """
-        with passes.traceless():
+        with passes.without_side_effects():
             clean, attacked = passes.run(passes.values), passes.run(adversarial)
         measured: dict[str, Tensor] = {}
         if clean.loss is not None and attacked.loss is not None:

@@ -24,7 +24,7 @@ from lightning_wdefense.modules.state.random_state import RandomState
 from lightning_wdefense.modules.steps import Step
 
 
-class Passes(ABC):
+class ForwardPasses(ABC):
     """One batch, and the passes over it that a recipe needs.
 
     Attributes:
@@ -46,7 +46,7 @@ class Passes(ABC):
         """A pass of ours over these values, with a graph, in the module's own modes."""
 
     @abstractmethod
-    def traceless(self, *, evaluation: bool = True) -> contextlib.AbstractContextManager[Any]:
+    def without_side_effects(self, *, evaluation: bool = True) -> contextlib.AbstractContextManager[Any]:
         """Inside, passes leave no trace, in eval mode or in the module's own modes."""
 
     @abstractmethod
@@ -63,7 +63,7 @@ class Passes(ABC):
         return self.labels
 
 
-class ModelPasses(Passes):
+class ModelPasses(ForwardPasses):
     """Plain forward passes of a model.
 
     Args:
@@ -108,7 +108,7 @@ class ModelPasses(Passes):
             recording.outputs = [outputs if self._pick is None else self._pick(outputs)]
         return self._branch(recording)
 
-    def traceless(self, *, evaluation: bool = True) -> contextlib.AbstractContextManager[Any]:
+    def without_side_effects(self, *, evaluation: bool = True) -> contextlib.AbstractContextManager[Any]:
         """Isolated from the user's module."""
         return _isolated_eager(self.model, self.values.device, evaluation)
 
@@ -163,7 +163,7 @@ class ModelPasses(Passes):
         return Branch(outputs[0], self._recorder.features_of(outputs[0], recording, size))
 
 
-class StepPasses(Passes):
+class StepPasses(ForwardPasses):
     """Calls of the module's own step.
 
     Args:
@@ -213,7 +213,7 @@ class StepPasses(Passes):
             result = call(batch)
         return self.branch_of(recording, result)
 
-    def traceless(self, *, evaluation: bool = True) -> contextlib.AbstractContextManager[Any]:
+    def without_side_effects(self, *, evaluation: bool = True) -> contextlib.AbstractContextManager[Any]:
         """A rehearsal of the step."""
         return self._step.rehearsal(self.values.device, self._look.noise if evaluation else "own")
 

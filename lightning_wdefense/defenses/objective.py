@@ -15,7 +15,7 @@ from lightning_wdefense.defenses.recipe import Recipe
 from lightning_wdefense.modules.outputs import float32_or_better, logits_of
 
 
-def runner_up(outputs: Any, labels: Any) -> Tensor:
+def mart_margin_loss(outputs: Any, labels: Any) -> Tensor:
     """``-log(1 - max_{k != y} p_k)``, the batch mean: with cross-entropy it makes MART's boosted one (Wang et al., 2020)."""
     logits = float32_or_better(logits_of(outputs))
     classes = hard_labels(class_labels(labels, outputs, check_values=True))
@@ -63,14 +63,14 @@ def combine(
         loss = loss + recipe.weight * parts["discrepancy"]
     if recipe.margin_weight > 0:
         assert adversarial is not None
-        parts["margin_loss"] = runner_up(adversarial.outputs, labels)
+        parts["margin_loss"] = mart_margin_loss(adversarial.outputs, labels)
         loss = loss + recipe.margin_weight * parts["margin_loss"]
     if not bool(torch.isfinite(loss).all()):
-        _explain(recipe, parts)
+        _raise_not_finite(recipe, parts)
     return loss, {name: part.detach() for name, part in ({"loss": loss} | parts).items()}
 
 
-def _explain(recipe: Recipe, parts: dict[str, Tensor]) -> None:
+def _raise_not_finite(recipe: Recipe, parts: dict[str, Tensor]) -> None:
     culprits = [name for name, part in parts.items() if not bool(torch.isfinite(part).all())]
     values = ", ".join(f"{name} = {float(part.detach().float().mean()):.4g}" for name, part in parts.items())
     advice = {

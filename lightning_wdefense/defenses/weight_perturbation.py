@@ -26,7 +26,7 @@ class WeightPerturbation:
         self.model, self.size = model, size
         self._kept: list[tuple[nn.Parameter, Tensor]] = []
 
-    def uphill(self, loss: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
+    def ascent_steps(self, loss: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
         """By how much each weight moves towards a larger ``loss``; weights that it does not depend on stay."""
         weights = [weight for weight in self.model.parameters() if weight.requires_grad and weight.ndim > 1]
         directions = gradients(loss, weights) if weights else ()

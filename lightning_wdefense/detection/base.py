@@ -109,7 +109,7 @@ class Detector(ABC):
             return sum(self.score_layer(*each) for each in zip(fitted, layers, strict=True))  # type: ignore[return-value]
 
 
-def at_least(needed: int, features: Tensor, reason: str) -> None:
+def check_enough_samples(needed: int, features: Tensor, reason: str) -> None:
     """Refuse too few samples.
 
     Raises:

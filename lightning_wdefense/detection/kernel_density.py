@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_wdefense.detection.base import Detector, at_least, spread
+from lightning_wdefense.detection.base import Detector, check_enough_samples, spread
 
 
 class Kernels(NamedTuple):
@@ -49,7 +49,7 @@ class KernelDensity(Detector):
 
     def fit_layer(self, features: Tensor, labels: Tensor | None) -> Kernels:
         """Keep the clean features, and choose the bandwidth."""
-        at_least(2, features, "to estimate a density")
+        check_enough_samples(2, features, "to estimate a density")
         if self.bandwidth is not None:
             return Kernels(features, self.bandwidth)
         samples, width = features.shape

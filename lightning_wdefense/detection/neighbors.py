@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_wdefense.detection.base import Detector, at_least
+from lightning_wdefense.detection.base import Detector, check_enough_samples
 
 
 def nearest_distances(points: Tensor, references: Tensor, k: int) -> Tensor:
@@ -25,7 +25,7 @@ class _Neighbors(Detector):
 
     def fit_layer(self, features: Tensor, labels: Tensor | None) -> Tensor:
         """Keep the clean features."""
-        at_least(self.k, features, f"to find {self.k} neighbours")
+        check_enough_samples(self.k, features, f"to find {self.k} neighbours")
         return features
 
 

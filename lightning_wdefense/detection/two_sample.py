@@ -13,7 +13,7 @@ from lightning_wdefense._names import unknown_name
 from lightning_wdefense.modules.outputs import float32_or_better
 from lightning_wdefense.transport import sinkhorn_divergence
 from lightning_wdefense.transport.clouds.measures import read_measures
-from lightning_wdefense.transport.kernels.energy import contrast, euclidean_distances
+from lightning_wdefense.transport.kernels.energy import energy_distances, euclidean_distances
 from lightning_wdefense.transport.kernels.gaussian import multiscale_kernel
 
 StatisticName = Literal["sinkhorn", "mmd", "energy"]
@@ -133,11 +133,11 @@ class TwoSampleTest:
 
 
 def _mmd(points: Tensor) -> Callable[[Tensor, int], Tensor]:
-    return partial(contrast, -multiscale_kernel(points))
+    return partial(energy_distances, -multiscale_kernel(points))
 
 
 def _energy(points: Tensor) -> Callable[[Tensor, int], Tensor]:
-    return partial(contrast, euclidean_distances(points))
+    return partial(energy_distances, euclidean_distances(points))
 
 
 def _sinkhorn(points: Tensor) -> Callable[[Tensor, int], Tensor]:

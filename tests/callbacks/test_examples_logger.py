@@ -15,7 +15,7 @@ from torch import nn
 from lightning_wdefense import AdversarialExampleLogger, ThreatModel
 from lightning_wdefense.attacks import PGD
 from lightning_wdefense.callbacks import examples
-from lightning_wdefense.callbacks.examples import MIN_SIDE, triptychs
+from lightning_wdefense.callbacks.examples import MIN_SIDE, side_by_side
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -63,7 +63,7 @@ def test_pixels(channels, bounds, side):
     delta = torch.rand(2, channels, side, side, generator=generator) * 0.2 - 0.1
     attacked = (clean + delta).clamp(low, high)
     threat = ThreatModel(eps=0.1, bounds=bounds)
-    for index, picture in enumerate(triptychs(clean, attacked, threat)):
+    for index, picture in enumerate(side_by_side(clean, attacked, threat)):
         assert picture.shape[0] >= min(MIN_SIDE, side)
         change = attacked[index] - clean[index]
         expected = [
@@ -78,7 +78,7 @@ def test_pixels(channels, bounds, side):
 
 def test_no_perturbation_is_grey_and_no_bounds_take_the_images_range():
     clean = torch.linspace(-2, 6, 64).reshape(1, 1, 8, 8)
-    (picture,) = triptychs(clean, clean, ThreatModel(eps=0.1, bounds=None))
+    (picture,) = side_by_side(clean, clean, ThreatModel(eps=0.1, bounds=None))
     first, second, third = panels(picture, 8)
     assert (first.min(), first.max()) == (0, 255)
     assert (first == second).all()

@@ -23,7 +23,7 @@ from lightning_wdefense import (
 from lightning_wdefense.attacks import PGD
 from lightning_wdefense.defenses import RECIPES
 from lightning_wdefense.defenses.discrepancies import weighted_kl
-from lightning_wdefense.defenses.objective import runner_up
+from lightning_wdefense.defenses.objective import mart_margin_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -93,12 +93,12 @@ def test_mart_on_masks_weighs_each_pixel():
     rows = lambda z: z.movedim(1, -1).reshape(-1, 3)  # noqa: E731
     expected = weighted_kl(rows(clean), rows(moved), labels.flatten())
     torch.testing.assert_close(weighted_kl(clean, moved, labels), expected * 30)
-    torch.testing.assert_close(runner_up(moved, labels), runner_up(rows(moved), labels.flatten()))
+    torch.testing.assert_close(mart_margin_loss(moved, labels), mart_margin_loss(rows(moved), labels.flatten()))
     kept = torch.rand(4, 5, 6) > 0.3
     expected = weighted_kl(rows(clean)[kept.flatten()], rows(moved)[kept.flatten()], labels[kept])
     ignored = labels.masked_fill(~kept, -100)
     torch.testing.assert_close(weighted_kl(clean, moved, ignored), expected * kept.sum() / 4)
-    torch.testing.assert_close(runner_up(moved, ignored), runner_up(rows(moved)[kept.flatten()], labels[kept]))
+    torch.testing.assert_close(mart_margin_loss(moved, ignored), mart_margin_loss(rows(moved)[kept.flatten()], labels[kept]))
 
 
 class TwoHeads(DigitsClassifier):

@@ -8,7 +8,7 @@ import torch
 
 from lightning_wdefense.defenses import DISCREPANCIES, ClassTransport, get_discrepancy
 from lightning_wdefense.defenses.branch import Branch
-from lightning_wdefense.defenses.critic import CriticDiscrepancy, LiveCritic
+from lightning_wdefense.defenses.critic import CriticDiscrepancy, OnlineCritic
 from lightning_wdefense.transport import SlicedWasserstein
 
 N, D, CLASSES = 12, 3, 3
@@ -144,7 +144,7 @@ class TestClassTransport:
 @pytest.mark.parametrize("penalty", [0.05, 5.0])
 def test_a_weak_penalty_of_the_critic_pulls_no_harder_than_a_strong_one(penalty):
     """Two clouds at a distance of 2: a penalty of 0.05 lets the critic's own gap come to more than ten times that."""
-    live = LiveCritic(CriticDiscrepancy("gradient-penalty", penalty, lr=0.1, by_class=False))
+    live = OnlineCritic(CriticDiscrepancy("gradient-penalty", penalty, lr=0.1, by_class=False))
     y = torch.randn(128, 4, generator=torch.Generator().manual_seed(0))
     x = y + torch.tensor([2.0, 0.0, 0.0, 0.0])
     for _ in range(100):
@@ -155,7 +155,7 @@ def test_a_weak_penalty_of_the_critic_pulls_no_harder_than_a_strong_one(penalty)
 
 def test_the_critic_learns_nothing_from_the_models_loss(clouds):
     x, y, _ = clouds
-    live = LiveCritic(CriticDiscrepancy(by_class=False))
+    live = OnlineCritic(CriticDiscrepancy(by_class=False))
     live.update(Branch(None, x), Branch(None, y), None)
     assert live._training is not None
     before = [each.grad for each in live._training.critic.parameters()]

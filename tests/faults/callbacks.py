@@ -167,8 +167,8 @@ FAULTS = [
     Fault(
         "pictures are drawn in model units",
         "callbacks/examples.py",
-        "triptychs(self.threat.to_data(clean.float()), self.threat.to_data(attacked.float()), self.threat)",
-        "triptychs(clean.float(), attacked.float(), self.threat)",
+        "side_by_side(self.threat.to_data(clean.float()), self.threat.to_data(attacked.float()), self.threat)",
+        "side_by_side(clean.float(), attacked.float(), self.threat)",
         ("tests/callbacks/test_examples_logger.py",),
     ),
     Fault(

@@ -23,7 +23,7 @@ from lightning_wdefense.modules.steps import Step
 Observed = list[tuple[Any, Tensor]]
 
 
-class Subject:
+class AttackedBatch:
     """A batch under evaluation.
 
     Attributes:
@@ -60,7 +60,7 @@ class Subject:
         raise NotImplementedError
 
 
-class ModelSubject(Subject):
+class ModelBatch(AttackedBatch):
     """A batch that a plain forward pass takes.
 
     Args:
@@ -96,7 +96,7 @@ class ModelSubject(Subject):
             recorder.detach()
 
 
-class StepSubject(Subject):
+class StepBatch(AttackedBatch):
     """A batch that the module's own step takes.
 
     Args:

@@ -13,11 +13,11 @@ from lightning_wdefense._compat import LightningModule, Trainer, dataloader_suff
 from lightning_wdefense._strategy import check_strategy
 from lightning_wdefense.attacks.steps.sites import Perturb
 from lightning_wdefense.attacks.threat import ThreatModel
-from lightning_wdefense.callbacks.evaluation.attacked_batch import Observed, Subject
+from lightning_wdefense.callbacks.evaluation.attacked_batch import AttackedBatch, Observed
 from lightning_wdefense.callbacks.evaluation.hooks import PREFIX, EvaluationHooks, Stage, batches_of
 from lightning_wdefense.callbacks.evaluation.progress import RichProgress, TqdmProgress, attack_progress
-from lightning_wdefense.callbacks.evaluation.route import EvaluationWay
-from lightning_wdefense.callbacks.evaluation.user_metrics import Shadow
+from lightning_wdefense.callbacks.evaluation.route import EvaluationRoute
+from lightning_wdefense.callbacks.evaluation.user_metrics import AttackedEvaluation
 from lightning_wdefense.callbacks.requirements import attacked_model
 from lightning_wdefense.callbacks.schedule import evaluation_generator, is_due
 from lightning_wdefense.callbacks.target import Target, Through
@@ -42,7 +42,7 @@ class EvaluationMonitor(EvaluationHooks, Generic[MeasuresT]):
         max_batches: measure only the first batches of each dataloader.
         features: where features are taken from; ``None`` for nowhere.
         model: dotted path to the submodule that takes the inputs and returns logits, if not the module itself.
-        through: how the adversary gets at the model, see :class:`~lightning_wdefense.callbacks.evaluation.route.EvaluationWay`.
+        through: how the adversary gets at the model, see :class:`~lightning_wdefense.callbacks.evaluation.route.EvaluationRoute`.
         perturb: the submodule whose output is attacked, if it is not the inputs.
         inputs: where the inputs are in a batch.
         labels: the same for the labels.
@@ -88,8 +88,8 @@ class EvaluationMonitor(EvaluationHooks, Generic[MeasuresT]):
         self._target = Target.of(through, inputs, labels, perturb=perturb, outputs=outputs, ignore_index=ignore_index)
         self.perturb, self.ignore_index = self._target.perturb, ignore_index
         self.dataloaders = None if dataloaders is None else tuple(dataloaders)
-        self._way = EvaluationWay(self._target)
-        self._shadow: Shadow | None = None
+        self._route = EvaluationRoute(self._target)
+        self._attacked_evaluation: AttackedEvaluation | None = None
         self._clean: Any = None
         self._measures: dict[int, MeasuresT] = {}
         self._last: dict[str, dict[str, float]] = {}
@@ -106,11 +106,11 @@ class EvaluationMonitor(EvaluationHooks, Generic[MeasuresT]):
         """What the attacker may do."""
 
     @abstractmethod
-    def check(self, subject: Subject) -> None:
+    def check(self, attacked_batch: AttackedBatch) -> None:
         """Refuse, in the sanity check, a batch that cannot be measured."""
 
     @abstractmethod
-    def measure(self, measures: MeasuresT, subject: Subject, noise: Noise) -> Tensor | None:
+    def measure(self, measures: MeasuresT, attacked_batch: AttackedBatch, noise: Noise) -> Tensor | None:
         """Attack a batch and add to the measures; gradients are off, and ``noise`` makes the batch's generator anew.
 
         Returns:
@@ -139,15 +139,15 @@ class EvaluationMonitor(EvaluationHooks, Generic[MeasuresT]):
         return self.__dict__ | {
             "_bar": None,
             "_measures": {},
-            "_shadow": None,
+            "_attacked_evaluation": None,
             "_clean": None,
-            "_way": EvaluationWay(self._target),
+            "_route": EvaluationRoute(self._target),
         }
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check early that the strategy leaves the model whole."""
         check_strategy(trainer, type(self).__name__)
-        self._way = EvaluationWay(self._target)
+        self._route = EvaluationRoute(self._target)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check before the first epoch what is needed only after it."""
@@ -157,9 +157,9 @@ class EvaluationMonitor(EvaluationHooks, Generic[MeasuresT]):
         """Close the progress bar and drop what was half measured."""
         self._close()
 
-    def observe(self, subject: Subject, *batches: Tensor) -> Observed:
+    def observe(self, attacked_batch: AttackedBatch, *batches: Tensor) -> Observed:
         """The outputs and features ``(N, D)`` of passes in eval mode that leave no trace."""
-        return subject.observe(OUTPUTS if self.features is None else self.features, *batches)
+        return attacked_batch.observe(OUTPUTS if self.features is None else self.features, *batches)
 
     def show(self, attack: str, left: Tensor) -> None:
         """Say on the progress bar that another attack is done, and which samples are left."""
@@ -192,8 +192,8 @@ class EvaluationMonitor(EvaluationHooks, Generic[MeasuresT]):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        if self.evaluates_again and self._bar is not None and self._shadow is None:
-            self._shadow = Shadow(trainer, pl_module, stage)
+        if self.evaluates_again and self._bar is not None and self._attacked_evaluation is None:
+            self._attacked_evaluation = AttackedEvaluation(trainer, pl_module, stage)
         self._clean = None
         if self._is_measured(trainer, batch_idx, dataloader_idx):
             with torch.inference_mode(False):  # where the copies can be differentiated
@@ -209,28 +209,28 @@ class EvaluationMonitor(EvaluationHooks, Generic[MeasuresT]):
         batch, self._clean = self._clean, None
         with torch.inference_mode(False), torch.no_grad(), trainer.precision_plugin.forward_context():
             model = attacked_model(pl_module, self.model, needs_forward=self.through == "model")
-            subject = self._way.subject(pl_module, model, self._threat, stage, batch, place)
-            if subject is None:
+            attacked_batch = self._route.attacked_batch(pl_module, model, self._threat, stage, batch, place)
+            if attacked_batch is None:
                 return
             if trainer.sanity_checking:
-                self.check(subject)
+                self.check(attacked_batch)
                 return
-            inputs = subject.inputs
+            inputs = attacked_batch.inputs
 
             def noise() -> torch.Generator:
                 return evaluation_generator(trainer, self.seed, batch_idx, dataloader_idx, inputs.device)
 
             if dataloader_idx not in self._measures:
                 self._measures[dataloader_idx] = self.new_measures(inputs.device)
-            self.check(subject)
-            with subject.ready(), torch.no_grad():
-                attacked = self.measure(self._measures[dataloader_idx], subject, noise)
-            if attacked is not None and self._shadow is not None:
-                with subject.site.moved(attacked) as moved:
-                    self._shadow.step(moved, *place)
+            self.check(attacked_batch)
+            with attacked_batch.ready(), torch.no_grad():
+                attacked = self.measure(self._measures[dataloader_idx], attacked_batch, noise)
+            if attacked is not None and self._attacked_evaluation is not None:
+                with attacked_batch.site.moved(attacked) as moved:
+                    self._attacked_evaluation.step(moved, *place)
 
     def _epoch_ends(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> None:
-        self._way.check()
+        self._route.check()
         if trainer.sanity_checking:
             return
         if self._bar is not None:
@@ -248,9 +248,9 @@ class EvaluationMonitor(EvaluationHooks, Generic[MeasuresT]):
                     return prefix + short + suffix
 
                 values |= {key(short): value for short, value in self.compute(measures, trainer, key).items()}
-            if self._shadow is not None:
+            if self._attacked_evaluation is not None:
                 prefix = f"robust/{self.name}/" if self.name else "robust/"
-                values |= {prefix + key: value for key, value in self._shadow.finish().items()}
+                values |= {prefix + key: value for key, value in self._attacked_evaluation.finish().items()}
             self._last[PREFIX[stage]] = values
             if stage == "validation":
                 self._epoch = trainer.current_epoch
@@ -259,7 +259,7 @@ class EvaluationMonitor(EvaluationHooks, Generic[MeasuresT]):
         pl_module.log_dict(self._last[PREFIX[stage]], sync_dist=True, add_dataloader_idx=False)
 
     def _leaves_out(self, stage: Stage, index: int) -> bool:
-        return self._way.is_left_out(stage, index) or (self.dataloaders is not None and index not in self.dataloaders)
+        return self._route.is_left_out(stage, index) or (self.dataloaders is not None and index not in self.dataloaders)
 
     def _check_features(self, pl_module: LightningModule) -> None:
         model = attacked_model(pl_module, self.model, needs_forward=self.through == "model")
@@ -268,4 +268,4 @@ class EvaluationMonitor(EvaluationHooks, Generic[MeasuresT]):
     def _close(self) -> None:
         if self._bar is not None:
             self._bar.close()
-        self._bar, self._measures, self._shadow, self._clean = None, {}, None, None
+        self._bar, self._measures, self._attacked_evaluation, self._clean = None, {}, None, None

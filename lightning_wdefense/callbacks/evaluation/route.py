@@ -13,9 +13,9 @@ from lightning_wdefense.attacks.labels import class_labels
 from lightning_wdefense.attacks.steps.inspection import Look, first_look
 from lightning_wdefense.attacks.steps.sites import Site
 from lightning_wdefense.attacks.threat import ThreatModel
-from lightning_wdefense.callbacks.evaluation.attacked_batch import ModelSubject, StepSubject, Subject
+from lightning_wdefense.callbacks.evaluation.attacked_batch import AttackedBatch, ModelBatch, StepBatch
 from lightning_wdefense.callbacks.evaluation.user_metrics import step_arguments
-from lightning_wdefense.callbacks.route import integers, keeps_whole, log_step
+from lightning_wdefense.callbacks.route import integer_inputs_advice, log_route, needs_whole_batches
 from lightning_wdefense.callbacks.target import Target
 from lightning_wdefense.modules.state.isolation import isolated
 from lightning_wdefense.modules.steps import Step, own_step
@@ -24,8 +24,8 @@ Place = tuple[int, int | None]
 """Index of a batch, and of its dataloader where there are several."""
 
 
-class Plain(NamedTuple):
-    """Plain forward passes.
+class PlainPasses(NamedTuple):
+    """PlainPasses forward passes.
 
     Attributes:
         whole: never over a part of a batch.
@@ -34,7 +34,7 @@ class Plain(NamedTuple):
     whole: bool
 
 
-class EvaluationWay:
+class EvaluationRoute:
     """The way through a module's evaluation, chosen at the first batch of each dataloader.
 
     What is climbed is the loss that the evaluation's own step returns, else the one it logs (a key with ``loss`` in it), else that of
@@ -46,12 +46,12 @@ class EvaluationWay:
 
     def __init__(self, target: Target) -> None:
         self._target = target
-        self._seen: dict[tuple[str, int], tuple[str, Look] | Plain | None] = {}
+        self._seen: dict[tuple[str, int], tuple[str, Look] | PlainPasses | None] = {}
         self._refused: TypeError | ValueError | None = None
 
-    def subject(
+    def attacked_batch(
         self, module: LightningModule, model: nn.Module, threat: ThreatModel, stage: str, batch: Any, place: Place
-    ) -> Subject | None:
+    ) -> AttackedBatch | None:
         """A batch as it is attacked; ``None`` for one that cannot be.
 
         Args:
@@ -75,14 +75,14 @@ class EvaluationWay:
         if found is None:
             return None
         target = self._target
-        if isinstance(found, Plain):
+        if isinstance(found, PlainPasses):
             _, labels = target.read(batch)
             inputs = target.inputs(batch, threat)
-            return ModelSubject(model, inputs, labels, target.outputs, takes_parts=not found.whole)
+            return ModelBatch(model, inputs, labels, target.outputs, takes_parts=not found.whole)
         name, look = found
         step = _step(module, name, place)
         site = target.site(step, batch, threat, look.noise)
-        return StepSubject(step, site, target.labels(batch), look, model, target.outputs)
+        return StepBatch(step, site, target.labels(batch), look, model, target.outputs)
 
     def is_left_out(self, stage: str, dataloader_idx: int) -> bool:
         """Whether the batches of a dataloader cannot be attacked."""
@@ -99,10 +99,10 @@ class EvaluationWay:
 
     def _examine(
         self, module: LightningModule, model: nn.Module, threat: ThreatModel, stage: str, batch: Any, place: Place
-    ) -> tuple[str, Look] | Plain:
+    ) -> tuple[str, Look] | PlainPasses:
         target = self._target
         if target.through == "model":
-            return Plain(False)
+            return PlainPasses(False)
         labels = target.labels(batch)
         reasons: list[str] = []
         looks: list[Look] = []
@@ -128,26 +128,26 @@ class EvaluationWay:
             elif not look.depends:
                 reasons.append(f"the loss of {name} does not depend on what is to be attacked")
             elif target.may_be_plain and look.plain and look.outputs == "model":
-                return Plain(keeps_whole(model, site.values, target.pick))
+                return PlainPasses(needs_whole_batches(model, site.values, target.pick))
             else:
-                found = self._evaluated(looks, stage, name)
+                found = self._step_to_attack(looks, stage, name)
                 if found is None:
-                    return Plain(keeps_whole(model, site.values, target.pick))
+                    return PlainPasses(needs_whole_batches(model, site.values, target.pick))
                 if target.may_be_plain:
-                    log_step(_step(module, found[0], place), name, look)
+                    log_route(_step(module, found[0], place), name, look)
                 return found
-        if target.may_be_plain and self._fits(model, batch, looks):
-            return Plain(False)
+        if target.may_be_plain and self._plain_pass_fits(model, batch, looks):
+            return PlainPasses(False)
         what = f"A batch of the {stage} dataloader {place[1] or 0} cannot be attacked: {'; '.join(reasons)}."
         if site is not None and not site.values.is_floating_point():
-            raise TypeError(f"{what} {integers(site.values)}")
+            raise TypeError(f"{what} {integer_inputs_advice(site.values)}")
         if labels is None:
             target.batches.read(batch)  # or it says what it knows labels by
         raise ValueError(
             f"{what} Return the loss from {stage}_step, or log it under a key with 'loss' in it; or name what is attacked with inputs= or perturb=."
         )
 
-    def _evaluated(self, looks: list[Look], stage: str, name: str) -> tuple[str, Look] | None:
+    def _step_to_attack(self, looks: list[Look], stage: str, name: str) -> tuple[str, Look] | None:
         """The step to go through: the evaluation's own, where the logits that the loss of ``training_step`` showed are seen in it as well; ``None`` for plain passes.
 
         What ``training_step`` does besides, such as augmenting, is no part of the evaluation.
@@ -164,7 +164,7 @@ class EvaluationWay:
             return f"{stage}_step", replace(look, noise=own.noise, pick=pick)
         return (name, look) if own.model_ran or not own.head_ran else (f"{stage}_step", replace(look, noise=own.noise))
 
-    def _fits(self, model: nn.Module, batch: Any, looks: list[Look]) -> bool:
+    def _plain_pass_fits(self, model: nn.Module, batch: Any, looks: list[Look]) -> bool:
         """Whether, for want of a loss, a plain pass may be taken: none of the steps was seen to run the model on anything else."""
         if any(look.model_ran and not look.plain for look in looks):
             return False

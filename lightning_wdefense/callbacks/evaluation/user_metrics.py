@@ -18,7 +18,7 @@ from lightning_wdefense.modules.state.step_state import PlainState
 from lightning_wdefense.modules.steps import own_step
 
 
-class Shadow:
+class AttackedEvaluation:
     """A second course of an evaluation epoch, on attacked batches, beside the one that the trainer runs.
 
     It has metrics, containers and logged values of its own: those of the module are exchanged for them while it runs, and come back

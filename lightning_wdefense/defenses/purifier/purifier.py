@@ -18,7 +18,7 @@ from lightning_wdefense._strategy import check_strategy
 from lightning_wdefense.attacks import Attack, ThreatModel, get_attack, worst_case
 from lightning_wdefense.attacks.registry import evaluation_attacks
 from lightning_wdefense.defenses.branch import Branch
-from lightning_wdefense.defenses.critic import CriticDiscrepancy, LiveCritic
+from lightning_wdefense.defenses.critic import CriticDiscrepancy, OnlineCritic
 from lightning_wdefense.defenses.purifier.classifier import PurifiedClassifier
 from lightning_wdefense.defenses.purifier.generators import BoundedGenerator, generator_for
 from lightning_wdefense.defenses.recipe import mean_cross_entropy
@@ -118,7 +118,7 @@ class WassersteinPurifier(LightningModule):
         self.evaluation = evaluation_attacks([evaluation], threat)
         generator = generator_for(classifier) if generator is None else generator
         self.purified = PurifiedClassifier(BoundedGenerator(generator, threat), classifier)
-        self._critic = LiveCritic(critic or CriticDiscrepancy())
+        self._critic = OnlineCritic(critic or CriticDiscrepancy())
         self._batches = Batches(inputs, labels)
 
     def forward(self, inputs: Tensor) -> Tensor:

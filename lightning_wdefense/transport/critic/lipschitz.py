@@ -59,7 +59,7 @@ class CriticNetwork(nn.Module):
         generator = torch.Generator().manual_seed(seed)
 
         def linear(inputs: int, outputs: int) -> nn.Linear:
-            return _drawn(nn.utils.skip_init(nn.Linear, inputs, outputs, dtype=torch.float32), generator)
+            return _initialised(nn.utils.skip_init(nn.Linear, inputs, outputs, dtype=torch.float32), generator)
 
         patches: list[nn.Module] = []
         if len(shape) == 3 and math.prod(shape) > _LARGEST_FLAT:
@@ -68,7 +68,7 @@ class CriticNetwork(nn.Module):
             while min(height, side) >= 8:
                 pad = (0, -side % 2, 0, -height % 2)
                 convolution = nn.utils.skip_init(nn.Conv2d, channels, out, 2, stride=2, dtype=torch.float32)
-                patches += [nn.ZeroPad2d(pad), _drawn(convolution, generator), GroupSort()]
+                patches += [nn.ZeroPad2d(pad), _initialised(convolution, generator), GroupSort()]
                 channels, height, side, out = out, (height + 1) // 2, (side + 1) // 2, 2 * out
             shape = (channels, height, side)
         inputs = math.prod(shape)
@@ -97,7 +97,7 @@ class ClassShift(nn.Module):
         )
 
 
-def _drawn(layer: _Layer, generator: torch.Generator) -> _Layer:
+def _initialised(layer: _Layer, generator: torch.Generator) -> _Layer:
     """A linear layer or a convolution with the weights and biases that it has by default, from a generator."""
     bound = as_matrix(layer.weight).shape[1] ** -0.5
     with torch.no_grad():

@@ -95,7 +95,7 @@ class CriticTraining:
         # Backward passes and the optimiser's products would be cast as well.
         with torch.autocast(x.device.type, enabled=False), exact_products():
             backward = partial(self._backward, x, y, labels, generator, average)
-            with self._seen(x, y, average):
+            with self._adapted(x, y, average):
                 first = backward()
             self.agreement = MEMORY * self.agreement + (1 - MEMORY) * self.optimizer.agreement()
             steps = 1 + round((self.max_steps - 1) * max(self.agreement, 0.0))
@@ -121,7 +121,7 @@ class CriticTraining:
         self.agreement = state["agreement"]
 
     @contextlib.contextmanager
-    def _seen(self, x: Tensor, y: Tensor, average: Average | None) -> Iterator[None]:
+    def _adapted(self, x: Tensor, y: Tensor, average: Average | None) -> Iterator[None]:
         """The critic takes note of a batch, unless it turns out not to do inside, as one may for a module of the user's."""
         critic = self.critic
         before = critic.centre, critic.scale, critic.batches

@@ -11,7 +11,7 @@ def euclidean_distances(points: Tensor) -> Tensor:
     return torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def contrast(distances: Tensor, orders: Tensor, n: int) -> Tensor:
+def energy_distances(distances: Tensor, orders: Tensor, n: int) -> Tensor:
     """``2 E d(x, y) - E d(x, x') - E d(y, y')`` for each way to divide a pooled sample in two: ``(B,)``.
 
     It is the energy distance for Euclidean distances, and the squared maximum mean discrepancy for minus a kernel.
