@@ -2,9 +2,14 @@
 
 from lightning_wdefense.transport.critic.network import WassersteinCritic
 from lightning_wdefense.transport.critic.training import CriticDistance, CriticTraining, CriticUpdate, critic_distance
-from lightning_wdefense.transport.entropic.divergence import SinkhornDivergence, sinkhorn_divergence
-from lightning_wdefense.transport.entropic.transport import SinkhornConvergenceWarning, SinkhornResult, sinkhorn
-from lightning_wdefense.transport.entropic.warm_start import WarmStart
+from lightning_wdefense.transport.entropic import (
+    SinkhornConvergenceWarning,
+    SinkhornDivergence,
+    SinkhornResult,
+    WarmStart,
+    sinkhorn,
+    sinkhorn_divergence,
+)
 from lightning_wdefense.transport.sliced.distance import SlicedWasserstein, sliced_wasserstein
 
 __all__ = [

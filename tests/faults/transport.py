@@ -67,7 +67,7 @@ FAULTS = [
     ),
     Fault(
         "gradients of points are those without debiasing",
-        "transport/entropic/evaluation.py",
+        "transport/entropic/gradients/envelope.py",
         "one if one is None or other is None else one.sub_(other)",
         "one",
         (f"{GRADIENTS}test_gradients_of_points_and_weights",),
@@ -179,9 +179,9 @@ FAULTS = [
     ),
     Fault(
         "autocast reaches Sinkhorn",
-        "transport/entropic/divergence.py",
-        'if isinstance(x, Tensor) else "cpu", enabled=False)',
-        'if isinstance(x, Tensor) else "cpu", enabled=torch.is_autocast_enabled("cpu"))',
+        "transport/entropic/evaluation.py",
+        'if isinstance(given.x, Tensor) else "cpu", enabled=False)',
+        'if isinstance(given.x, Tensor) else "cpu", enabled=torch.is_autocast_enabled("cpu"))',
         (f"{STATE}test_autocast_changes_nothing",),
     ),
     Fault(
@@ -337,8 +337,8 @@ FAULTS = [
     Fault(
         "graphs are taken for problems of other settings",
         "transport/entropic/gpu/graphs.py",
-        "key = options, tuple(pairs), needed, weighted,",
-        "key = tuple(pairs), weighted,",
+        "key = options, pairs, needed, weighted,",
+        "key = pairs, weighted,",
         (f"{SPECULATION}[recorded]",),
     ),
     Fault(

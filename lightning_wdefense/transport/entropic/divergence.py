@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-import torch
 from torch import Tensor, nn
 
-from lightning_wdefense.transport.entropic.evaluation import Given, read_and_evaluate, read_arguments
-from lightning_wdefense.transport.entropic.geomloss_solver import geomloss_evaluation
+from lightning_wdefense.transport.entropic.evaluation import evaluate
 from lightning_wdefense.transport.entropic.options import Cost, NamedCost, SinkhornOptions, Solver
-from lightning_wdefense.transport.entropic.transport import warn_unless_converged
+from lightning_wdefense.transport.entropic.problem.arguments import Given
 from lightning_wdefense.transport.entropic.warm_start import WarmStart
 
 
@@ -94,18 +92,13 @@ def sinkhorn_divergence(
         2.0
     """
     options = SinkhornOptions(p, blur, relative_blur, reach, cost, label_cost, tol, max_iter, solver)
-    with torch.autocast(x.device.type if isinstance(x, Tensor) else "cpu", enabled=False):
-        given = Given(x, y, a, b, x_labels, y_labels, options, debias=True)
-        if options.solver == "geomloss":
-            value = geomloss_evaluation(read_arguments(given)).value
-        else:
-            arguments, evaluation = read_and_evaluate(given, warm_start)
-            warn_unless_converged(options, evaluation)
-            value = evaluation.value
-            # Otherwise they are equal, of points without weights to the last bit.
-            if reach is not None and (a is not None or b is not None):
-                excess = arguments.x.weights.sum(-1) - arguments.y.weights.sum(-1)
-                value = value + 0.5 * evaluation.blur**p * excess.square()
+    evaluation = evaluate(Given(x, y, a, b, x_labels, y_labels, options, debias=True), warm_start)
+    value = evaluation.value
+    # geomloss counts it in; without weights the two sums are equal to the last bit.
+    if reach is not None and solver == "native" and (a is not None or b is not None):
+        source, target, *_ = evaluation.arguments
+        excess = source.weights.sum(-1) - target.weights.sum(-1)
+        value = value + 0.5 * evaluation.blur**p * excess.square()
     return value if x.ndim == 3 else value[0]
 
 

@@ -6,37 +6,36 @@ geomloss stops after one annealing sweep, so that it has an accuracy but no tole
 from __future__ import annotations
 
 import math
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_wdefense.transport.entropic.evaluation import Arguments, Evaluation
 from lightning_wdefense.transport.entropic.gradients.envelope import with_gradients
 from lightning_wdefense.transport.entropic.options import Cost, SinkhornOptions
+from lightning_wdefense.transport.entropic.problem.arguments import Arguments
 from lightning_wdefense.transport.entropic.problem.costs import label_disagreement
 from lightning_wdefense.transport.entropic.problem.problem import Problem
 from lightning_wdefense.transport.entropic.problem.workspace import Workspace
 from lightning_wdefense.transport.entropic.solver.dual import density
-from lightning_wdefense.transport.entropic.solver.optimum import Optimum
+from lightning_wdefense.transport.entropic.solver.optimum import Optimum, Transports
 
 SCALING = 0.99
 """Ratio between two blurs of geomloss's annealing: its default of 0.5 leaves gradients 22% to 82% wrong."""
 
 
-def geomloss_evaluation(arguments: Arguments) -> Evaluation:
-    """What geomloss finds: the value with its gradients, the potentials, and the marginal error that they leave."""
-    x, y, options, matrices, pairs = arguments
-    inputs = x.weights, x.points, y.weights, y.points
+def geomloss_transports(arguments: Arguments) -> tuple[Tensor, Transports]:
+    """What geomloss finds: the value with its gradients, and the transport with the marginal error of its potentials."""
+    inputs = arguments.x.weights, arguments.x.points, arguments.y.weights, arguments.y.points
     with torch.no_grad():
-        problem = Problem(
-            x.detached(), y.detached(), options, {pair: each.detach() for pair, each in matrices.items()}, Workspace()
-        )
+        x, y, options, matrices, *_ = arguments.detached()
+        problem = Problem(x, y, options, matrices, Workspace())
         constants = [tensor.detach() for tensor in inputs]
         potentials = _run(problem, constants, debias=False, potentials=True)
         f, g = (torch.cat(each) for each in zip(*potentials, strict=True))
-    debias = len(pairs) > 1
+    debias = len(arguments.pairs) > 1
     differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     leaves = [constant.requires_grad_(differentiable) for constant in constants]
     value = torch.cat(_run(problem, leaves, debias=debias))
@@ -50,13 +49,13 @@ def geomloss_evaluation(arguments: Arguments) -> Evaluation:
         value = with_gradients(value.detach(), inputs, gradients)
     error = _marginal_error(problem, f, g)
     of = dict.fromkeys(("of_x", "of_y", "of_a", "of_b", "of_cost"))
-    return Evaluation(value, {"xy": Optimum(value.detach(), f, g, _temperatures(problem), error, **of)}, problem.blur)
+    optimum = Optimum(value.detach(), f, g, _temperatures(problem), error, **of)
+    return value, Transports({"xy": optimum}, problem.blur)
 
 
 def _run(problem: Problem, tensors: list[Tensor], **mode: bool) -> list[Any]:
     """Call geomloss on each problem of the batch by itself: it knows one blur for all."""
-    from geomloss import SamplesLoss
-
+    losses = _geomloss()
     a, x, b, y = tensors
     options, cost = problem.options, problem.options.cost
     if options.label_cost is not None and problem.x.labels is not None and problem.y.labels is not None:
@@ -67,7 +66,7 @@ def _run(problem: Problem, tensors: list[Tensor], **mode: bool) -> list[Any]:
     results = []
     for i, (blur, diameter) in enumerate(zip(problem.blur.tolist(), _diameters(problem).tolist(), strict=True)):
         one = slice(i, i + 1)
-        loss = SamplesLoss(
+        loss = losses.SamplesLoss(
             "sinkhorn",
             p=options.p,
             blur=blur,
@@ -82,6 +81,16 @@ def _run(problem: Problem, tensors: list[Tensor], **mode: bool) -> list[Any]:
         with torch.set_grad_enabled(torch.is_grad_enabled()):
             results.append(loss(a[one], x[one], b[one], y[one]))
     return results
+
+
+def _geomloss() -> ModuleType:
+    try:
+        import geomloss
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            'solver="geomloss" needs geomloss: pip install "lightning-wdefense[geomloss]". The default, "native", does not.'
+        ) from error
+    return geomloss
 
 
 def _labelled_cost(options: SinkhornOptions, label_cost: float, n_classes: int) -> Cost:

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from lightning_wdefense.transport.entropic.evaluation import Evaluation, Given, read_and_evaluate, read_arguments
-from lightning_wdefense.transport.entropic.geomloss_solver import geomloss_evaluation
+from lightning_wdefense.transport.entropic.evaluation import evaluate
 from lightning_wdefense.transport.entropic.options import Cost, NamedCost, SinkhornOptions, Solver
+from lightning_wdefense.transport.entropic.problem.arguments import Given
 from lightning_wdefense.transport.entropic.warm_start import WarmStart
-
-
-class SinkhornConvergenceWarning(UserWarning):
-    """The iterations ended before the plan had the right marginals, so that value and gradient are inexact."""
 
 
 class SinkhornResult(NamedTuple):
@@ -121,33 +115,8 @@ def sinkhorn(
         (2.0, True)
     """
     options = SinkhornOptions(p, blur, relative_blur, reach, cost, label_cost, tol, max_iter, solver)
-    with torch.autocast(x.device.type if isinstance(x, Tensor) else "cpu", enabled=False):
-        given = Given(x, y, a, b, x_labels, y_labels, options, debias=False)
-        if options.solver == "geomloss":
-            evaluation = geomloss_evaluation(read_arguments(given))
-        else:
-            _, evaluation = read_and_evaluate(given, warm_start)
-            warn_unless_converged(options, evaluation)
+    evaluation = evaluate(Given(x, y, a, b, x_labels, y_labels, options, debias=False), warm_start)
     solution = evaluation.optima["xy"]
     per_problem = evaluation.value, solution.f, solution.g, solution.error, evaluation.blur
     value, f, g, error, used_blur = per_problem if x.ndim == 3 else (tensor[0] for tensor in per_problem)
     return SinkhornResult(value, f, g, solution.n_iter, error, error <= tol, used_blur)
-
-
-def warn_unless_converged(options: SinkhornOptions, evaluation: Evaluation) -> None:
-    """One warning for all the transports of a call.
-
-    The error has one digit so that the same text comes back, which Python's default filter shows once.
-    """
-    if evaluation.judged:
-        return
-    errors = (optimum.error for optimum in evaluation.optima.values())
-    error = max(float(each if each.numel() == 1 else each.max()) for each in errors)
-    if not error <= options.tol:
-        warnings.warn(
-            f"Sinkhorn stopped after max_iter={options.max_iter} iterations at a marginal error of {error:.0e}, above "
-            f"tol={options.tol:g}: value and gradient are inexact. Use a larger blur, a larger max_iter or tol, or "
-            "float64 inputs if the blur is so small that float32 cannot resolve it.",
-            SinkhornConvergenceWarning,
-            stacklevel=3,
-        )

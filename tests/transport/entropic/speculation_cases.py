@@ -156,13 +156,13 @@ LARGE = {
 def careful_calls() -> Iterator[list[int]]:
     """Counts how often the careful way was taken."""
     calls: list[int] = []
-    careful = evaluation.evaluate
+    careful = evaluation._solve
 
     def counted(*args: Any) -> Any:
         calls.append(1)
         return careful(*args)
 
-    with mock.patch.object(evaluation, "evaluate", counted):
+    with mock.patch.object(evaluation, "_solve", counted):
         yield calls
 
 

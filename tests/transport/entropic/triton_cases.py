@@ -18,6 +18,7 @@ from lightning_wdefense.transport.entropic.problem.costs import matrix_cost
 from lightning_wdefense.transport.entropic.problem.workspace import Workspace
 from lightning_wdefense.transport.entropic.solver import potentials as solver
 from lightning_wdefense.transport.entropic.solver.dual import semi_dual
+from lightning_wdefense.transport.entropic.solver.kernel import GibbsKernel
 from lightning_wdefense.transport.entropic.triton import potential
 
 TOL = 1e-3
@@ -118,11 +119,8 @@ def check_solve(name: str, case: Case, device: str = "cpu") -> str:
     settings = (temperature, case.rho, average, case.tol)
     start, max_iter = None, 1000
     reference = solver.solve(
-        matrix_cost(cost.double()),
-        *(a.double(), b.double()),
+        GibbsKernel(matrix_cost(cost.double()), a.double(), b.double(), case.rho, Workspace()),
         temperature.double() if isinstance(temperature, Tensor) else temperature,
-        case.rho,
-        Workspace(),
         mean=average.double() if isinstance(average, Tensor) else average,
         tol=1e-6,
         max_iter=3000,

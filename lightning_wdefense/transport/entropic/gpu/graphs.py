@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_wdefense._cuda_graphs import like, record
+from lightning_wdefense._cuda_graphs import record, tensor_signature
 from lightning_wdefense.transport.clouds.measures import Measure
 from lightning_wdefense.transport.entropic.gpu.speculation import Attempt, attempt
-from lightning_wdefense.transport.entropic.options import SinkhornOptions
-from lightning_wdefense.transport.entropic.problem.problem import Pair
-from lightning_wdefense.transport.entropic.solver.optimum import Needed, Optimum
+from lightning_wdefense.transport.entropic.problem.arguments import Arguments
+from lightning_wdefense.transport.entropic.solver.optimum import Optimum, Transports
 
 DEVICES = frozenset({"cuda"} if os.environ.get("LIGHTNING_WDEFENSE_RECORD") == "1" else ())
 """Types of the devices on which attempts are recorded."""
@@ -43,34 +42,22 @@ _recent: deque[Hashable] = deque(maxlen=RECENT)
 _refused = threading.Event()
 
 
-def attempt_again(
-    x: Measure,
-    y: Measure,
-    options: SinkhornOptions,
-    pairs: Sequence[Pair],
-    needed: Needed,
-    start: Tensor | None,
-    *,
-    weighted: bool,
-) -> Attempt | None:
-    """:func:`~.speculation.attempt`, by a graph of the attempts that were alike before, if there is one."""
-
-    def plainly(x: Measure, y: Measure, start: Tensor | None) -> Attempt | None:
-        return attempt(x, y, options, pairs, needed, start, weighted=weighted)
-
-    if _refused.is_set() or not _recordable(x, y):
-        return plainly(x, y, start)
-    x, y = x.detached(), y.detached()
+def attempt_again(arguments: Arguments, start: Tensor | None) -> Attempt | None:
+    """An attempt, by the graph of earlier ones of the same shapes if there is one."""
+    if _refused.is_set() or not _recordable(arguments):
+        return attempt(arguments, start)
+    arguments = arguments.detached()
+    x, y, options, _, pairs, needed, weighted = arguments
     labels = (x.labels, y.labels) if options.label_cost is not None else (None, None)
     # Weights that were not given are the same every time.
     changing = [x.points, y.points, *([x.weights, y.weights] if weighted else []), *labels, start]
     stream = torch.cuda.current_stream(x.points.device).cuda_stream if x.points.is_cuda else 0
-    kinds = tuple(None if each is None else like(each) for each in changing)
-    key = options, tuple(pairs), needed, weighted, stream, kinds
+    kinds = tuple(None if each is None else tensor_signature(each) for each in changing)
+    key = options, pairs, needed, weighted, stream, kinds
     with _lock:
         graph = _graphs.get(key)
         if graph is None and key in _recent:
-            graph = _recorded(plainly, x, y, start, weighted)
+            graph = _recorded(arguments, start)
         if graph is None:
             _recent.append(key)
         else:
@@ -79,27 +66,28 @@ def attempt_again(
             while len(_graphs) > KEPT:
                 _graphs.popitem(last=False)
             return graph(changing)
-    return plainly(x, y, start)
+    return attempt(arguments, start)
 
 
 class _Recorded:
     """An attempt as a graph, which reads and writes tensors of its own."""
 
-    def __init__(self, plainly: Any, x: Measure, y: Measure, start: Tensor | None, weighted: bool) -> None:
-        x, y = _copied(x), _copied(y)
+    def __init__(self, arguments: Arguments, start: Tensor | None) -> None:
+        arguments = arguments._replace(x=_copied(arguments.x), y=_copied(arguments.y))
         start = None if start is None else start.clone()
-        weights = [x.weights, y.weights] if weighted else []
+        x, y = arguments.x, arguments.y
+        weights = [x.weights, y.weights] if arguments.weighted else []
         self._own = [x.points, y.points, *weights, x.labels, y.labels, start]
         self._read = x, y  # a graph keeps nothing alive that it reads, and weights that do not change are read as well
 
         def compute() -> tuple[Tensor, Attempt]:
-            found = plainly(x, y, start)
+            found = attempt(arguments, start)
             assert found is not None
             # One tensor, so that one copy is enough to have the results in memory of their own.
             return torch.cat([each.reshape(-1) for each in _fields(found) if isinstance(each, Tensor)]), found
 
         self._replay, (self._results, found) = record(compute, x.points.device)
-        self._pairs, self._limits = list(found.optima), [limit for _, limit in found.errors]
+        self._pairs, self._limits = list(found.transports.optima), [limit for _, limit in found.errors]
         self._fields = [each.shape if isinstance(each, Tensor) else each for each in _fields(found)]
         self._sizes = [each.numel() for each in self._fields if isinstance(each, torch.Size)]
 
@@ -114,21 +102,22 @@ class _Recorded:
         width = len(Optimum._fields)
         optima = {pair: Optimum(*fields[i * width : (i + 1) * width]) for i, pair in enumerate(self._pairs)}
         blur, n_iter, *errors = fields[len(optima) * width :]
-        return Attempt(optima, blur, n_iter, list(zip(errors, self._limits, strict=True)))
+        return Attempt(Transports(optima, blur), n_iter, list(zip(errors, self._limits, strict=True)))
 
 
 def _fields(found: Attempt) -> list[Any]:
     """All that is in an attempt, in a row, but for the tolerances."""
-    return [*chain(*found.optima.values()), found.blur, found.n_iter, *(error for error, _ in found.errors)]
+    optima, blur = found.transports
+    return [*chain(*optima.values()), blur, found.n_iter, *(error for error, _ in found.errors)]
 
 
-def _recorded(plainly: Any, x: Measure, y: Measure, start: Tensor | None, weighted: bool) -> _Recorded | None:
+def _recorded(arguments: Arguments, start: Tensor | None) -> _Recorded | None:
     try:
         # Later calls outside of inference mode write to its tensors.
         with torch.inference_mode(False), torch.no_grad():
-            if plainly(x, y, start) is None:  # the kernels are not made for it
+            if attempt(arguments, start) is None:  # the kernels are not made for it
                 return None
-            return _Recorded(plainly, x, y, start, weighted)
+            return _Recorded(arguments, start)
     except torch.cuda.OutOfMemoryError:
         return None
     except Exception as error:  # a driver may raise anything
@@ -142,7 +131,8 @@ def _recorded(plainly: Any, x: Measure, y: Measure, start: Tensor | None, weight
         return None
 
 
-def _recordable(x: Measure, y: Measure) -> bool:
+def _recordable(arguments: Arguments) -> bool:
+    x, y = arguments.x, arguments.y
     (size, n), m, device = x.weights.shape, y.weights.shape[1], x.points.device
     if device.type not in DEVICES or size * (n + m) ** 2 > LARGEST:
         return False

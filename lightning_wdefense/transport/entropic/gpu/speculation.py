@@ -16,20 +16,20 @@ from lightning_wdefense.transport.clouds.measures import Measure
 from lightning_wdefense.transport.entropic import triton
 from lightning_wdefense.transport.entropic.constants import NOTHING, SELF_ACCURACY, TINY
 from lightning_wdefense.transport.entropic.options import SinkhornOptions
+from lightning_wdefense.transport.entropic.problem.arguments import Arguments, Needed, Pair
 from lightning_wdefense.transport.entropic.problem.costs import label_disagreement, too_large
-from lightning_wdefense.transport.entropic.problem.problem import Pair, blur_of
+from lightning_wdefense.transport.entropic.problem.problem import blur_of
 from lightning_wdefense.transport.entropic.solver.dual import semi_dual
-from lightning_wdefense.transport.entropic.solver.optimum import Needed, Optimum, of_weights
+from lightning_wdefense.transport.entropic.solver.optimum import Optimum, Transports, of_weights
 
 MARGIN = 0.9
 """Share of the tolerance that the kernels are asked for: their sums are in another order than those of the check."""
 
 
 class Attempt(NamedTuple):
-    """Transports that may be wrong, the blur ``(B,)``, and what :meth:`passed` judges them by: errors and their tolerances."""
+    """Transports that may be wrong, and what :meth:`passed` judges them by: errors and their tolerances."""
 
-    optima: dict[Pair, Optimum]
-    blur: Tensor
+    transports: Transports
     n_iter: Tensor
     errors: list[tuple[Tensor, float]]
 
@@ -49,34 +49,20 @@ def look(evidence: Tensor) -> list[float]:
     return values
 
 
-def attempt(
-    x: Measure,
-    y: Measure,
-    options: SinkhornOptions,
-    pairs: Sequence[Pair],
-    needed: Needed,
-    start: Tensor | None,
-    *,
-    weighted: bool,
-) -> Attempt | None:
+def attempt(arguments: Arguments, start: Tensor | None) -> Attempt | None:
     """Transports between measures, or ``None`` if the kernels are not made for them.
 
     Args:
-        x: the one measure.
-        y: the other one.
-        options: the settings; the cost is not the caller's own.
-        pairs: which transports.
-        needed: gradients that somebody will ask for.
+        arguments: without a cost of the caller's own.
         start: potential ``(B, M)`` to start from.
-        weighted: whether weights were given; otherwise they are all the same, and their sum is one.
     """
+    x, y, options, _, pairs, needed, weighted = arguments.detached()
     sizes = {"x": x.weights.shape[1], "y": y.weights.shape[1]}
     # Transports of one shape are a single batch.
     together = len(pairs) > 1 and sizes["x"] == sizes["y"]
     groups: list[tuple[Pair, ...]] = [tuple(pairs)] if together else [(pair,) for pair in pairs]
     if x.weights.dtype != torch.float32 or not all(_fits(group, sizes, x) for group in groups):
         return None
-    x, y = x.detached(), y.detached()
     centre = torch.lerp(x.points.mean(-2, keepdim=True), y.points.mean(-2, keepdim=True), 0.5)
     x, y = (measure._replace(points=measure.points - centre) for measure in (x, y))
     stacks = []
@@ -103,7 +89,7 @@ def attempt(
         errors += stack.check(potentials, each, options, needed, optima, weighted=weighted)
         if stack.between > 0:
             n_iter.append(report[: stack.between, 1].max())
-    return Attempt(optima, blur, n_iter[0], errors)
+    return Attempt(Transports(optima, blur), n_iter[0], errors)
 
 
 class _Stack(NamedTuple):

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy
 import torch
 from numpy.typing import NDArray
-from scipy.linalg.blas import dsyrk
 
 from lightning_wdefense.transport.entropic.constants import NOTHING, TINY
 from lightning_wdefense.transport.entropic.problem.costs import ROUNDING
@@ -232,6 +231,8 @@ class DenseKernel:
         if self.rho is not None:
             diagonal += self.wanted * (self.eps / self.rho)
         if root.size * len(self.b) <= QUIET[1]:
+            from scipy.linalg.blas import dsyrk  # a third of a second, for those alone who need it
+
             matrix = dsyrk(-self.share, root.T, c=self._matrix, lower=1, overwrite_c=1)
         else:
             matrix = product(root.T, root).T

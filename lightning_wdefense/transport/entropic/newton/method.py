@@ -12,7 +12,6 @@ import math
 
 import numpy
 import torch
-from scipy.linalg.lapack import dposv
 
 from lightning_wdefense.transport.entropic.constants import WARM
 from lightning_wdefense.transport.entropic.newton.kernel import DenseKernel, Look, Matrix, Potentials, Vector
@@ -125,6 +124,8 @@ def newton(
 def _solution(matrix: Matrix, right: Vector) -> tuple[Vector, bool]:
     """Solution of a system with a positive definite matrix, of which the lower half is read, and whether it failed."""
     if len(right) <= QUIET:
+        from scipy.linalg.lapack import dposv  # a third of a second, for those alone who need it
+
         _, solution, failed = dposv(matrix, right, lower=1, overwrite_a=1)
         return solution, bool(failed)
     factor, info = torch.linalg.cholesky_ex(torch.from_numpy(matrix))

@@ -26,11 +26,11 @@ from lightning_wdefense.transport.entropic.newton.kernel import (
 )
 from lightning_wdefense.transport.entropic.newton.method import newton
 from lightning_wdefense.transport.entropic.newton.symmetric import averaged
-from lightning_wdefense.transport.entropic.options import SinkhornOptions
+from lightning_wdefense.transport.entropic.problem.arguments import Arguments, Needed, Pair
 from lightning_wdefense.transport.entropic.problem.costs import distance
-from lightning_wdefense.transport.entropic.problem.problem import Pair, Problem, solved_at_once
+from lightning_wdefense.transport.entropic.problem.problem import Problem
 from lightning_wdefense.transport.entropic.problem.workspace import Workspace
-from lightning_wdefense.transport.entropic.solver.optimum import IDENTITY, Needed, Optimum, optimum, stacked
+from lightning_wdefense.transport.entropic.solver.optimum import IDENTITY, Optimum, Transports, optimum, solved, stacked
 
 SMALL = 192
 """Points of the larger cloud up to which Newton's method is worth its matrix."""
@@ -99,16 +99,20 @@ class SmallProblem(Problem):
         return not self.matrices and self.options.p == 2
 
 
-def problems(
-    x: Measure, y: Measure, options: SinkhornOptions, matrices: Mapping[Pair, Tensor], work: Workspace
-) -> Iterator[Problem]:
-    """The problems of a batch: few small ones on a CPU one by one, others as :func:`~.problem.solved_at_once` says."""
-    sizes = x.weights.shape[-1], y.weights.shape[-1]
-    if x.points.device.type != "cpu" or max(sizes) > SMALL or len(x.points) > FEW:
-        yield from solved_at_once(x, y, options, matrices, work)
-        return
+def suits(size: int, n: int, m: int, device: torch.device) -> bool:
+    """Whether ``size`` problems ``(N, M)`` are few, small and on a CPU."""
+    return device.type == "cpu" and max(n, m) <= SMALL and size <= FEW
+
+
+def transports(arguments: Arguments, start: Tensor | None, work: Workspace) -> Transports:
+    """As :func:`lightning_wdefense.transport.entropic.solver.optimum.transports`, for calls that :func:`suits`."""
+    return solved(_problems(arguments, work), _solved, arguments, start)
+
+
+def _problems(arguments: Arguments, work: Workspace) -> Iterator[SmallProblem]:
+    x, y, options, matrices, *_ = arguments.detached()
     size, labels = len(x.points), (x.labels, y.labels)
-    arrays = [(each.points.detach().numpy(), each.weights.detach().numpy()) for each in (x, y)]
+    arrays = [(each.points.numpy(), each.weights.numpy()) for each in (x, y)]
     for i in range(size):
         points, weights = zip(
             *((p[i].astype(numpy.float64), w[i].astype(numpy.float64)) for p, w in arrays), strict=True
@@ -122,16 +126,14 @@ def problems(
             Measure(torch.from_numpy(c.given[:, :-1]), torch.from_numpy(w[i]), None if label is None else label[i])
             for c, (_, w), label in zip(clouds, arrays, labels, strict=True)
         ]
-        own = {pair: each[i].detach() for pair, each in matrices.items()}
+        own = {pair: each[i] for pair, each in matrices.items()}
         yield SmallProblem(
             around_zero[0], around_zero[1], options, own, work, {"x": clouds[0], "y": clouds[1]}, alone=size == 1
         )
 
 
-def solved_optimum(problem: Problem, pair: Pair, needed: Needed, start: Tensor | None = None) -> Optimum:
-    """:func:`~.optimum.optimum`, for small problems in a shorter time; where that fails, it ends as it would have without."""
-    if not isinstance(problem, SmallProblem):
-        return optimum(problem, pair, needed, start)
+def _solved(problem: SmallProblem, pair: Pair, needed: Needed, start: Tensor | None) -> Optimum:
+    """The optimum by Newton's method; where that fails, by the solver for problems of any size."""
     found = _between(problem, start) if pair == "xy" else _within(problem, pair)
     result = None if found is None else _optimum(problem, pair, needed.of(pair), found)
     if result is not None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lightning_wdefense.transport.clouds.measures import Measure
 from lightning_wdefense.transport.entropic.options import SinkhornOptions
+from lightning_wdefense.transport.entropic.problem.arguments import Arguments, Pair
 from lightning_wdefense.transport.entropic.problem.costs import (
     GroundCost,
     distance,
@@ -22,8 +22,6 @@ from lightning_wdefense.transport.entropic.problem.costs import (
     within_a_cloud,
 )
 from lightning_wdefense.transport.entropic.problem.workspace import Workspace
-
-Pair = Literal["xy", "xx", "yy"]
 
 LOOPED = 2**18
 """Entries of a cost from which a CPU solves the problems of a batch one by one, each in its cache."""
@@ -56,7 +54,7 @@ class Problem:
         cost, label_cost = self._between if pair == "xy" else self._geometric(pair), self.options.label_cost
         if label_cost is None:
             return cost
-        return with_labels(cost, *self.measures(pair), label_cost).stored(self.x.points, self.work, "labelled cost")
+        return with_labels(cost, *self.measures(pair), label_cost).stored(self.x.weights, self.work, "labelled cost")
 
     @cached_property
     def blur(self) -> Tensor:
@@ -100,10 +98,10 @@ class Problem:
         else:
             cost = half_squared_distance(x, y, self.eps if isinstance(self.eps, float) else float(self.eps.min()))
         if pair == "xy":
-            return cost.stored(x.points, self.work, "cost")
+            return cost.stored(x.weights, self.work, "cost")
         # Within a cloud the kernel is made but once, except that the gradient of a distance asks for it again.
         cost = within_a_cloud(cost)
-        return cost.stored(x.points, self.work, "cost") if self.options.p == 1 else cost
+        return cost.stored(x.weights, self.work, "cost") if self.options.p == 1 else cost
 
 
 def blur_of(mean: Tensor, options: SinkhornOptions) -> Tensor:
@@ -117,14 +115,11 @@ def blur_of(mean: Tensor, options: SinkhornOptions) -> Tensor:
     return (options.relative_blur * mean ** (1 / options.p)).clamp(min=floor)
 
 
-def solved_at_once(
-    x: Measure, y: Measure, options: SinkhornOptions, matrices: Mapping[Pair, Tensor], work: Workspace
-) -> Iterator[Problem]:
+def problems(arguments: Arguments, work: Workspace) -> Iterator[Problem]:
     """The batch ``(B, N, D)`` of problems, or each problem of it by itself, without a graph and around a common centre."""
-    x, y = x.detached(), y.detached()
+    x, y, options, matrices, *_ = arguments.detached()
     centre = 0.5 * (x.mean() + y.mean())
     x, y = (measure._replace(points=measure.points - centre) for measure in (x, y))
-    matrices = {pair: matrix.detach() for pair, matrix in matrices.items()}
     (size, n), m = x.weights.shape, y.weights.shape[1]
     if size > 1 and (n * m < LOOPED or x.points.is_cuda):
         yield Problem(x, y, options, matrices, work)

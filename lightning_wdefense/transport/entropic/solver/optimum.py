@@ -6,34 +6,21 @@ nothing of the iterations that found it is kept.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from lightning_wdefense.transport.entropic.problem.problem import Pair, Problem
+from lightning_wdefense.transport.entropic import triton
+from lightning_wdefense.transport.entropic.problem.arguments import Arguments, Needed, Pair
+from lightning_wdefense.transport.entropic.problem.problem import Problem, problems
+from lightning_wdefense.transport.entropic.problem.workspace import Workspace
 from lightning_wdefense.transport.entropic.solver.dual import density, price, semi_dual
-from lightning_wdefense.transport.entropic.solver.potentials import Solution, solve
+from lightning_wdefense.transport.entropic.solver.kernel import GibbsKernel
+from lightning_wdefense.transport.entropic.solver.potentials import solve
 from lightning_wdefense.transport.entropic.solver.symmetric import solve_symmetric
-
-
-class Needed(NamedTuple):
-    """Gradients that somebody will ask for."""
-
-    x: bool
-    y: bool
-    a: bool
-    b: bool
-    cost: bool
-
-    def of(self, pair: Pair) -> Needed:
-        """Those that the transport between two of the measures contributes to."""
-        if pair == "xy":
-            return self
-        points, weights = (self.x, self.a) if pair == "xx" else (self.y, self.b)
-        return Needed(points, points, weights, weights, self.cost)
-
+from lightning_wdefense.transport.entropic.solver.tiled import TiledKernel
 
 IDENTITY = 0.1
 """Share of the tolerance below which mass that leaves its point, in a transport to itself, does not count."""
@@ -58,19 +45,55 @@ class Optimum(NamedTuple):
     of_cost: Tensor | None
 
 
+class Transports(NamedTuple):
+    """The solved transports of a call by pair, and the blur ``(B,)``, in units of the distance."""
+
+    optima: Mapping[Pair, Optimum]
+    blur: Tensor
+
+
+P = TypeVar("P", bound=Problem)
+
+
+def transports(arguments: Arguments, start: Tensor | None, work: Workspace) -> Transports:
+    """Solve all transports of a call, the first one from the potential ``start`` ``(B, M)`` if it is given."""
+    return solved(problems(arguments, work), optimum, arguments, start)
+
+
+def solved(
+    parts: Iterable[P],
+    solve: Callable[[P, Pair, Needed, Tensor | None], Optimum],
+    arguments: Arguments,
+    start: Tensor | None,
+) -> Transports:
+    """What ``solve`` finds of each part of a batch, as a batch."""
+    results, blurs = [], []
+    for i, problem in enumerate(parts):
+        here = start if start is None or problem.x.weights.ndim == 2 else start[i]
+        results.append(
+            [solve(problem, pair, arguments.needed, here if pair == "xy" else None) for pair in arguments.pairs]
+        )
+        blurs.append(problem.blur)
+    optima = {pair: stacked(each) for pair, each in zip(arguments.pairs, zip(*results, strict=True), strict=True)}
+    return Transports(optima, blurs[0] if blurs[0].ndim else torch.stack(blurs))
+
+
 def optimum(problem: Problem, pair: Pair, needed: Needed, start: Tensor | None = None) -> Optimum:
     """Solve the transport between two measures of a problem, from the potential ``start`` if it is given."""
     options, eps, rho = problem.options, problem.eps, problem.options.rho
     (x, y), cost, needed = problem.measures(pair), problem.ground_cost(pair), needed.of(pair)
     a, b, tol, max_iter = x.weights, y.weights, options.tol, options.max_iter
+    # Of large clouds on a GPU Triton makes the kernel tile by tile.
+    large = cost.points is not None and cost.too_large(a) and a.ndim == 1 and a.dtype == torch.float32
+    kernel = (TiledKernel if large and triton.available(a.device) else GibbsKernel)(cost, a, b, rho, problem.work)
     if pair == "xy":
-        solution = solve(cost, a, b, eps, rho, problem.work, mean=problem.mean, tol=tol, max_iter=max_iter, start=start)
+        solution = solve(kernel, eps, mean=problem.mean, tol=tol, max_iter=max_iter, start=start)
     else:
-        solution = solve_symmetric(cost, a, eps, rho, problem.work, tol=tol, max_iter=max_iter)
-    f, g, n_iter, error, kernel = solution
+        solution = solve_symmetric(kernel, eps, tol=tol, max_iter=max_iter)
+    f, g, n_iter, error = solution
     of_x = of_y = None
     if not needed.cost and (needed.x or needed.y):
-        of_x, of_y = _of_points(problem, pair, needed, solution)
+        of_x, of_y = _of_points(problem, pair, needed, kernel, g)
     return Optimum(
         value=semi_dual(f, g, a, b, eps if isinstance(eps, float) else eps[:, 0], rho).to(a.dtype),
         f=f,
@@ -106,11 +129,13 @@ def of_weights(potential: Tensor, others: Tensor, eps: float | Tensor, rho: floa
     return price(potential, rho) - eps * (density(potential, rho) - others.sum(-1, keepdim=True))
 
 
-def _of_points(problem: Problem, pair: Pair, needed: Needed, solution: Solution) -> tuple[Tensor | None, Tensor | None]:
+def _of_points(
+    problem: Problem, pair: Pair, needed: Needed, kernel: GibbsKernel, g: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
     x, y = problem.measures(pair)
-    if pair != "xy" and _stays(x.weights, solution.g, problem):
+    if pair != "xy" and _stays(x.weights, g, problem):
         return None, None
-    return solution.kernel.displacements(x.points, y.points, of_x=needed.x, of_y=needed.y and pair == "xy")
+    return kernel.displacements(x.points, y.points, of_x=needed.x, of_y=needed.y and pair == "xy")
 
 
 def _stays(weights: Tensor, potential: Tensor, problem: Problem) -> bool:

@@ -14,37 +14,29 @@ from torch import Tensor
 
 from lightning_wdefense.transport.entropic import triton
 from lightning_wdefense.transport.entropic.constants import COOLING, ENTRY, PATIENCE, REHEATINGS, WARM, WARMEST
-from lightning_wdefense.transport.entropic.problem.costs import GroundCost
-from lightning_wdefense.transport.entropic.problem.workspace import Workspace
 from lightning_wdefense.transport.entropic.solver.iteration import Iteration
 from lightning_wdefense.transport.entropic.solver.kernel import GibbsKernel
-from lightning_wdefense.transport.entropic.solver.tiled import gibbs_kernel
 
 
 class Solution(NamedTuple):
-    """Potentials of a problem or of a batch: ``f`` the exact answer to ``g``, and the plan of both."""
+    """Potentials of a problem or of a batch: ``f`` the exact answer to ``g``."""
 
     f: Tensor
     g: Tensor
     n_iter: int
     error: Tensor
-    kernel: GibbsKernel
 
 
 def solve(
-    cost: GroundCost,
-    a: Tensor,
-    b: Tensor,
+    kernel: GibbsKernel,
     eps: float | Tensor,
-    rho: float | None,
-    work: Workspace,
     *,
     mean: float | Tensor,
     tol: float,
     max_iter: int,
     start: Tensor | None = None,
 ) -> Solution:
-    """Potentials of the transport of ``a`` to ``b``, to a relative marginal error of ``tol``.
+    """Potentials of the transport of the rows to the columns, to a relative marginal error of ``tol``.
 
     On a GPU, Triton finds them in one launch where it can, and what follows is their check.
 
@@ -52,18 +44,15 @@ def solve(
     temperatures than others of its batch stays at its first one, so that it takes the same path as it would alone.
 
     Args:
-        cost: the ground cost.
-        a: weights of the rows.
-        b: weights of the columns.
+        kernel: the kernel of the problem, which is the plan of the potentials afterwards.
         eps: final temperature, a number or ``(B, 1)``.
-        rho: price of creating or destroying mass, or ``None``.
-        work: where the kernel is kept.
         mean: the mean cost, a number or ``(B, 1)``: the annealing starts below it.
         tol: error at which to stop.
         max_iter: most iterations, those of the annealing included.
         start: potential on ``y`` to start from.
     """
-    iteration = Iteration(gibbs_kernel(cost, a, b, rho, work), b)
+    cost, a, b, rho = kernel.cost, kernel.a, kernel.b, kernel.rho
+    iteration = Iteration(kernel, b)
     levels = levels_above(mean, eps)
     if triton.available(a.device) and not cost.too_large(a):
         found = triton.potential(cost.rows().contiguous(), a, b, eps, rho, mean, tol, max_iter, start)
@@ -99,11 +88,10 @@ def solve(
             break
         else:
             level -= 1
-    kernel = iteration.kernel
     f = kernel.row_potential()
     if kernel.kept is not None:
         g = torch.where(b > 0, g, kernel.column_potential(f))
-    return Solution(f, g, n_iter, error, kernel)
+    return Solution(f, g, n_iter, error)
 
 
 def levels_above(mean: float | Tensor, eps: float | Tensor) -> int | Tensor:

@@ -6,28 +6,24 @@ import torch
 from torch import Tensor
 
 from lightning_wdefense.transport.entropic.constants import ABSORBED, AVERAGING, SELF_ACCURACY
-from lightning_wdefense.transport.entropic.problem.costs import GroundCost
-from lightning_wdefense.transport.entropic.problem.workspace import Workspace
 from lightning_wdefense.transport.entropic.solver.arrays import Array, array, longest, namespace, norm, tensor
+from lightning_wdefense.transport.entropic.solver.kernel import GibbsKernel
 from lightning_wdefense.transport.entropic.solver.potentials import Solution
-from lightning_wdefense.transport.entropic.solver.tiled import gibbs_kernel
 
 
 def solve_symmetric(
-    cost: GroundCost,
-    a: Tensor,
+    kernel: GibbsKernel,
     eps: float | Tensor,
-    rho: float | None,
-    work: Workspace,
     *,
     tol: float,
     max_iter: int,
 ) -> Solution:
-    """Potentials of the transport of ``a`` to itself, found by averaging.
+    """Potentials of the transport of a measure to itself, found by averaging.
 
     For a cost that is zero on the diagonal the scaling lies between ``n^-1/2`` and ``a^-1/2``, whatever the temperature.
     """
-    kernel, xp = gibbs_kernel(cost, a, a, rho, work), namespace(a)
+    a = kernel.a
+    xp = namespace(a)
     root_a, root_mass = array(xp, a.sqrt()), array(xp, a.sum(-1).sqrt())
     g = torch.zeros_like(a)
     kernel.absorb(g, eps)
@@ -53,4 +49,4 @@ def solve_symmetric(
     kernel.symmetrise(scaled)
     f = kernel.row_potential()
     error = torch.as_tensor(error, dtype=a.dtype, device=a.device)
-    return Solution(f, torch.where(a > 0, eps * scaled, f), n_iter, error, kernel)
+    return Solution(f, torch.where(a > 0, eps * scaled, f), n_iter, error)

@@ -2,19 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from lightning_wdefense.transport.entropic import triton
-from lightning_wdefense.transport.entropic.problem.costs import GroundCost
-from lightning_wdefense.transport.entropic.problem.workspace import Workspace
 from lightning_wdefense.transport.entropic.solver.kernel import GibbsKernel
-
-
-def gibbs_kernel(cost: GroundCost, a: Tensor, b: Tensor, rho: float | None, work: Workspace) -> GibbsKernel:
-    """The kernel in the form that suits the size of the problem and the device."""
-    large = cost.points is not None and cost.too_large(a) and a.ndim == 1 and a.dtype == torch.float32
-    return (TiledKernel if large and triton.available(a.device) else GibbsKernel)(cost, a, b, rho, work)
 
 
 class TiledKernel(GibbsKernel):
