@@ -16,7 +16,7 @@ WARMUP = 3
 """Passes before a recording, in which libraries choose their algorithms."""
 
 
-def like(tensor: torch.Tensor) -> tuple[Hashable, ...]:
+def tensor_signature(tensor: torch.Tensor) -> tuple[Hashable, ...]:
     """What another tensor must have in common with one that a graph reads."""
     return tensor.shape, tensor.dtype, tensor.device
 

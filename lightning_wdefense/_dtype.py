@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from lightning_wdefense._locks import exclusive
+from lightning_wdefense._locks import locked
 
 
 @contextlib.contextmanager
@@ -19,7 +19,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     if torch.get_default_dtype() == dtype:
         yield
         return
-    with exclusive([torch.set_default_dtype]):
+    with locked([torch.set_default_dtype]):
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:

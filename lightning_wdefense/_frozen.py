@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from lightning_wdefense._locks import exclusive
+from lightning_wdefense._locks import locked
 
 
 @contextlib.contextmanager
@@ -16,7 +16,7 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
     Other threads that would freeze or isolate it wait.
     """
-    with exclusive(module.modules()):
+    with locked(module.modules()):
         flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
         try:
             for parameter, _ in flags:

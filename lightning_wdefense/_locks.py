@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 
-class Exclusive:
+class ObjectLocks:
     """Objects that one thread at a time holds: several at once, and again by the thread that holds them already.
 
     All of them are taken together or none is, so that their order does not matter. Where threads that hold something wait for each other
@@ -83,7 +83,7 @@ class Exclusive:
         self._holders = {key: holder for key, holder in self._holders.items() if holder[0] == me}
 
 
-exclusive = Exclusive()
+locked = ObjectLocks()
 """The one of this package."""
 
 

@@ -19,7 +19,7 @@ from lightning_wdefense.transport.sliced.options import SlicedOptions
 PACKAGE = __name__.split(".")[0]
 
 
-def configuration() -> list[type]:
+def configuration_classes() -> list[type]:
     """Our classes that are settings and nothing else: threat models, attacks (those to come as well), recipes and what these hold."""
     ours = [cls for cls in _below(Attack) if cls.__module__.split(".")[0] == PACKAGE]
     discrepancies = [type(it) for it in DISCREPANCIES.values() if type(it).__module__.split(".")[0] == PACKAGE]
@@ -35,7 +35,7 @@ def register() -> None:
     Beside classes there are the pure functions by which a recipe computes its loss, and ``set``, which modules without parameters hold.
     """
     functions = [it for it in DISCREPANCIES.values() if isinstance(it, FunctionType)]
-    torch.serialization.add_safe_globals([*configuration(), mean_cross_entropy, *functions, set])
+    torch.serialization.add_safe_globals([*configuration_classes(), mean_cross_entropy, *functions, set])
 
 
 def _below(cls: type[Any]) -> Iterator[type[Any]]:

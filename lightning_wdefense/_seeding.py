@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from lightning_wdefense._locks import exclusive
+from lightning_wdefense._locks import locked
 
 
 def seeded_generator(device: torch.device, *place: int) -> torch.Generator:
@@ -21,14 +21,14 @@ def seeded_generator(device: torch.device, *place: int) -> torch.Generator:
 _GLOBAL_RANDOM_STATE = object()
 
 
-def alone_with_random_state() -> contextlib.AbstractContextManager[None]:
+def locked_random_state() -> contextlib.AbstractContextManager[None]:
     """Inside, no other thread seeds the global random states for code of ours that draws from them."""
-    return exclusive([_GLOBAL_RANDOM_STATE])
+    return locked([_GLOBAL_RANDOM_STATE])
 
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Draws on the CPU are seeded inside, as those of layers that are made; the global random state is afterwards as it was."""
-    with alone_with_random_state(), torch.random.fork_rng(devices=[]):
+    with locked_random_state(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the accelerators as well
         yield

@@ -17,7 +17,7 @@ from lightning_wdefense.callbacks.schedule import batches_begun, is_logging_step
 from lightning_wdefense.defenses.branch import Branch
 from lightning_wdefense.defenses.defense import Defense
 from lightning_wdefense.defenses.recipe import Recipe
-from lightning_wdefense.modules.attachments import settle
+from lightning_wdefense.modules.attachments import exclude_from_copies
 
 _CHECKPOINT_KEY = "wasserstein_defense"
 
@@ -87,7 +87,7 @@ class WassersteinDefenseMixin:
             defense.load_state_dict(found or {})  # of a copy: what the original had learned
             # Past nn.Module.__setattr__, which would register the recorder's model (this module) as its own child.
             object.__setattr__(self, "_defense", found := defense)
-            settle(self)  # type: ignore[arg-type]
+            exclude_from_copies(self)  # type: ignore[arg-type]
         return found
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import torch
 from support.lightning_modules import DigitsClassifier, quiet_trainer
 
 from lightning_wdefense import Recipe, ThreatModel
-from lightning_wdefense._safe_globals import configuration
+from lightning_wdefense._safe_globals import configuration_classes
 from lightning_wdefense.attacks import PGD, Execution, get_attack
 from lightning_wdefense.attacks.registry import ATTACKS
 from lightning_wdefense.defenses import DISCREPANCIES, RECIPES
@@ -65,8 +65,8 @@ def test_nothing_of_others_is_let_in():
     class Theirs(PGD):
         pass
 
-    assert Theirs not in configuration()
-    assert {cls.__module__.split(".")[0] for cls in configuration()} == {"lightning_wdefense"}
+    assert Theirs not in configuration_classes()
+    assert {cls.__module__.split(".")[0] for cls in configuration_classes()} == {"lightning_wdefense"}
     with pytest.raises(Exception, match=r"(?i)weights.only"):
         loaded(replace(Recipe.named("pgd-at", THREAT), task_loss=torch.nn.functional.mse_loss))
 

@@ -12,9 +12,9 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from lightning_wdefense.attacks.labels import class_labels, counted, hard_labels
+from lightning_wdefense.attacks.labels import class_labels, hard_labels, not_ignored
 from lightning_wdefense.attacks.losses import AttackLoss, cross_entropy, kl_divergence, margin
-from lightning_wdefense.attacks.partial_batches import OnParts
+from lightning_wdefense.attacks.partial_batches import PartialBatchModel
 from lightning_wdefense.attacks.threat import Box, ThreatModel, check_threat
 from lightning_wdefense.modules.autograd import gradients
 from lightning_wdefense.modules.execution import Execution
@@ -124,7 +124,9 @@ class Attack(ABC):
             generator = generator or torch.Generator(inputs.device).manual_seed(self.seed)
             problem = Problem(
                 model,
-                OnParts(run, clean, whole=execution.whole or not getattr(model, "takes_parts", True)),
+                PartialBatchModel(
+                    run, clean, whole=execution.whole or not getattr(model, "accepts_partial_batches", True)
+                ),
                 data,
                 labels,
                 box,
@@ -224,7 +226,7 @@ class Problem:
         """The same problem with the clean outputs known, at the cost of a forward pass."""
         return replace(self, clean_outputs=logits_of(self.outputs(self.data)))
 
-    def examined(self, loss: AttackLoss) -> Any:
+    def checked_outputs(self, loss: AttackLoss) -> Any:
         """The model's outputs on the clean inputs, after :meth:`check`, for attacks that do not differentiate them by themselves."""
         outputs = self.forward(self.data.detach().requires_grad_())
         self.check(outputs, loss)
@@ -334,5 +336,5 @@ class Problem:
     def fooled(self, outputs: Any) -> Tensor:
         """Which samples these outputs misclassify, ``(N,)`` boolean."""
         labels = hard_labels(class_labels(self.labels, outputs))
-        wrong = (predictions(outputs) != labels) & counted(labels)
+        wrong = (predictions(outputs) != labels) & not_ignored(labels)
         return wrong.flatten(1).any(1) if wrong.ndim > 1 else wrong

@@ -23,7 +23,7 @@ def hard_labels(labels: Tensor) -> Tensor:
     return labels.argmax(1) if labels.is_floating_point() else labels
 
 
-def ignoring(labels: Any, ignore_index: int | None) -> Any:
+def replace_ignore_index(labels: Any, ignore_index: int | None) -> Any:
     """A copy of the labels in which ``ignore_index`` is :data:`IGNORED`."""
     if not isinstance(labels, Tensor):
         return labels
@@ -34,7 +34,7 @@ def ignoring(labels: Any, ignore_index: int | None) -> Any:
     return (labels if labels.is_floating_point() else labels.long()).masked_fill_(ignored, IGNORED)
 
 
-def counted(labels: Tensor) -> Tensor:
+def not_ignored(labels: Tensor) -> Tensor:
     """Which hard labels are of a class, and not :data:`IGNORED`."""
     return labels != IGNORED
 

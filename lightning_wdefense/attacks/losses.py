@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_wdefense._names import unknown_name
-from lightning_wdefense.attacks.labels import counted, hard_labels
+from lightning_wdefense.attacks.labels import hard_labels, not_ignored
 from lightning_wdefense.modules.outputs import float32_or_better, logits_of
 
 LossName = Literal["ce", "kl", "margin"]
@@ -31,7 +31,7 @@ def margin(outputs: Any, labels: Tensor) -> Tensor:
     classes = hard_labels(labels)
     right = classes.clamp_min(0).unsqueeze(1)
     others = logits.scatter(1, right, -torch.inf).amax(1)
-    difference = (others - logits.gather(1, right).squeeze(1)).where(counted(classes), 0)
+    difference = (others - logits.gather(1, right).squeeze(1)).where(not_ignored(classes), 0)
     return _by_sample(difference)
 
 
@@ -47,7 +47,7 @@ def elementwise_kl(outputs: Any, clean_outputs: Any) -> Tensor:
     return F.kl_div(adversarial, clean, reduction="none", log_target=True).sum(1)
 
 
-def given_losses(outputs: Any, labels: Any) -> Tensor:
+def outputs_as_losses(outputs: Any, labels: Any) -> Tensor:
     """Of a model that returns its losses itself."""
     return outputs  # type: ignore[no-any-return]
 

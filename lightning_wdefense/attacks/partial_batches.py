@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_wdefense.modules.outputs import tensor_of
 
 
-class OnParts:
+class PartialBatchModel:
     """A model on parts of a batch: what is left of it, or was chosen.
 
     A model that has a fixed batch size, or squeezes, fails on sizes that its loader never gave it. Where it does, or its outputs do not

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_wdefense.attacks.base import Attack, Model
-from lightning_wdefense.attacks.labels import class_labels, counted, hard_labels, ignoring
-from lightning_wdefense.attacks.partial_batches import OnParts
+from lightning_wdefense.attacks.labels import class_labels, hard_labels, not_ignored, replace_ignore_index
+from lightning_wdefense.attacks.partial_batches import PartialBatchModel
 from lightning_wdefense.modules.outputs import check_logits, predictions, warn_of_no_prediction
 from lightning_wdefense.modules.state.isolation import isolated
 
@@ -84,7 +84,7 @@ def worst_case(
     with isolated(model, inputs.device):
         inputs = inputs.detach().clone()
         _check_inputs(inputs, attacks)
-        labels = ignoring(labels, ignore_index)
+        labels = replace_ignore_index(labels, ignore_index)
         outputs = model(
             inputs.clone().requires_grad_().clone()
         )  # whose graph says what made them; the model may work in place
@@ -96,7 +96,7 @@ def worst_case(
         open_ = torch.ones(len(inputs), dtype=torch.bool, device=inputs.device) if whole else clean == target
         if samples is not None:
             open_ = open_ & samples
-        run = OnParts(model, inputs, whole=not getattr(model, "takes_parts", True))
+        run = PartialBatchModel(model, inputs, whole=not getattr(model, "accepts_partial_batches", True))
         worst, latest, attacked = inputs.clone(), clean, open_.clone()
         broken = torch.zeros_like(open_)
         adversarial: dict[str, Tensor] = {}
@@ -112,7 +112,7 @@ def worst_case(
                 predicted[chosen] = after
                 fresh = ~broken[chosen]
                 worst[chosen[fresh]] = found[fresh]
-            wrong = (predicted != target) & counted(target)
+            wrong = (predicted != target) & not_ignored(target)
             broken = broken | (wrong.flatten(1).any(1) if whole else wrong & open_)
             adversarial[name], latest = predicted, predicted
             if on_attack is not None:

@@ -1,4 +1,4 @@
-"""The callback that makes a pipeline robust."""
+"""The callback that trains a LightningModule robustly."""
 
 from __future__ import annotations
 
@@ -26,46 +26,56 @@ from lightning_wdefense.defenses.branch import Branch
 from lightning_wdefense.defenses.defense import UNTRAINED, Defense
 from lightning_wdefense.defenses.recipe import Recipe
 from lightning_wdefense.modules.batches import Inputs, Labels
-from lightning_wdefense.modules.outputs import Pick, picking
+from lightning_wdefense.modules.outputs import Pick, output_picker
 from lightning_wdefense.modules.paths import map_tensors
-from lightning_wdefense.modules.steps import Step, own_step
+from lightning_wdefense.modules.steps import Step, unwrapped_step
 
 
 class WassersteinDefense(Callback):
-    """Trains any LightningModule robustly, without a change to it.
+    """Trains any LightningModule robustly, without changes to the module.
 
-    The module's ``training_step`` is called once a batch, with its own loss, logging and metrics; the recipe decides whether
-    it sees the clean or the adversarial inputs, and adds its terms to the loss that comes back. Logged on every logger,
-    under ``defense/``: the parts of the loss and the attack's current ``eps``; every ``log_every_n_steps`` also what the attack did
-    (``clean_acc``, ``adversarial_acc``, ``attack_success``), the ``transport_cost`` between clean and adversarial features, and what a
-    critic made of them (``critic_gap``, ``critic_distance``, ``critic_penalty``, ``critic_gradient_norm``, ``critic_steps``).
+    The callback calls the module's ``training_step`` once per batch, with the module's own loss, logging and metrics. The recipe
+    decides whether ``training_step`` gets the clean or the adversarial inputs, and adds its terms to the returned loss.
+
+    Logged on every logger, under ``defense/``, at every training step:
+
+    - the parts of the loss, and the current perturbation budget ``eps`` of the attack (data units).
+
+    Every ``log_every_n_steps`` also:
+
+    - ``clean_acc``, ``adversarial_acc`` and ``attack_success``, which describe the attack on this batch;
+    - ``transport_cost``, the Sinkhorn divergence between clean and adversarial features;
+    - for recipes with a critic: ``critic_gap``, ``critic_distance``, ``critic_penalty``, ``critic_gradient_norm`` and ``critic_steps``.
 
     Args:
         recipe: a name, see :meth:`Recipe.named`, or a :class:`Recipe`.
-        threat: what the attacker may do; needed beside a name, and absent or equal beside a ``Recipe``.
+        threat: the threat model. Required with a recipe's name. With a ``Recipe`` it must be absent or equal to the recipe's own.
         weight: replaces the recipe's weight of the discrepancy.
-        features: replaces the recipe's: ``"outputs"``, ``"penultimate"``, or a dotted path to a submodule of the model.
-        warmup_epochs: replaces the recipe's: epochs over which eps grows from 0 to the threat's.
-        through: ``"model"`` has the adversary take plain forward passes of the model, and the other branch one; ``"step"`` has it climb
-            the loss of ``training_step`` itself, whatever that does with the batch, and the other branch be one more call of it;
-            ``"auto"`` takes the first where a look at the first batch shows that both compute the same, else the second.
-        perturb: dotted path to a submodule, or a :class:`~lightning_wdefense.attacks.Perturb`, whose output is attacked in place of the
-            inputs: embeddings of tokens or categories. Its norm and eps are in units of that output (``bounds=None``).
-        model: dotted path to the submodule that takes the inputs and returns logits, where ``training_step`` calls that
-            (``self.net(x)``) and not the module itself.
-        inputs: where the inputs are in a batch: a position, key or attribute, a path (``"image.pixels"``, ``(0, 1)``), a list of several,
-            or a callable that gets (``f(batch)``) and sets (``f(batch, inputs)``) them; by default found by convention.
-        labels: the same for the labels, which only recipes that compare classes need.
-        outputs: key, position or callable that finds the logits in what the model returns; ``"logits"`` and ``"out"`` are found.
-        ignore_index: label of elements (pixels) that count for nothing, such as 255; beside it, -100 always is.
-        seed: seeds the attack's noise, which depends only on it, the epoch, the batch and the rank.
-        name: tells several of these callbacks apart, in the logs (``defense/{name}/``) and in checkpoints.
+        features: replaces the recipe's features: ``"outputs"``, ``"penultimate"``, or a dotted path to a submodule of the model.
+        warmup_epochs: replaces the recipe's number of warm-up epochs, in which eps grows from 0 to the threat model's eps.
+        through: how the attack runs the model. ``"model"``: by plain forward passes of the model; the second branch is a forward pass
+            too. ``"step"``: through ``training_step``; the attack maximises its loss, and the second branch is a second call of it.
+            ``"auto"``: ``"model"`` if an inspection of the first batch shows that both compute the same, otherwise ``"step"``.
+        perturb: dotted path to a submodule, or a :class:`~lightning_wdefense.attacks.Perturb`. The attack perturbs the output of
+            this submodule instead of the inputs, such as embeddings of tokens or categories. Norm and eps of the threat model are
+            then in units of that output (``bounds=None``).
+        model: dotted path to the submodule that takes the inputs and returns logits. Needed if ``training_step`` calls this
+            submodule (``self.net(x)``) and not the module itself.
+        inputs: where the inputs are in a batch: a position, key or attribute, a path (``"image.pixels"``, ``(0, 1)``), a list of
+            several of these, or a callable that gets (``f(batch)``) and sets (``f(batch, inputs)``) the inputs. By default they are
+            found by convention.
+        labels: the same for the labels. Only recipes that compare classes need labels.
+        outputs: key, position or callable that finds the logits in the model's return value. ``"logits"`` and ``"out"`` are found
+            without it.
+        ignore_index: label of elements (pixels) that are left out, such as 255. Elements with label -100 are always left out.
+        seed: seed of the attack's noise. The noise depends only on the seed, the epoch, the batch and the rank.
+        name: distinguishes several of these callbacks, in the logs (``defense/{name}/``) and in checkpoints.
 
     Raises:
-        ValueError: for an unknown recipe, a missing threat, or one that differs from the recipe's; in training, for
-            inputs or labels that do not fit.
+        ValueError: if the recipe is unknown, or the threat model is missing or differs from the recipe's own; in training, if
+            inputs or labels do not fit.
         MisconfigurationException: at the start of training, for manual optimisation (use
-            :class:`~lightning_wdefense.WassersteinDefenseMixin`), or a strategy that shards the parameters.
+            :class:`~lightning_wdefense.WassersteinDefenseMixin`), or for a strategy that shards the parameters.
 
     Example:
         >>> from lightning_wdefense import ThreatModel, WassersteinDefense
@@ -106,16 +116,16 @@ class WassersteinDefense(Callback):
 
     @property
     def state_key(self) -> str:
-        """Identifies the callback in a checkpoint: by ``name`` alone."""
+        """Key of the callback in a checkpoint. It depends only on ``name``."""
         return f"WassersteinDefense({self.name!r})"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Stand between Lightning and the module's ``training_step``."""
+        """Replace the module's ``training_step`` by the robust training step."""
         if stage != "fit":
             return
         self._restore()
         self._route = self._new_route()
-        if not batches_begun(trainer):  # a fit that goes on with the same trainer goes on with what was learned
+        if not batches_begun(trainer):  # a later fit with the same trainer continues with the learned state
             self._learned = {}
         check_automatic_optimization(pl_module)
         check_strategy(trainer, "WassersteinDefense")
@@ -124,38 +134,41 @@ class WassersteinDefense(Callback):
             self._undo = [intercept_training_step(pl_module, step)]
 
     def state_dict(self) -> dict[str, Any]:
-        """What the recipe has learned, and how many batches it defended, for the checkpoint."""
+        """The recipe's learned state and its number of batches, for the checkpoint."""
         if self._defense is not None:
             return self._defense.state_dict()
-        # Lightning passes an empty state over: a tuner, which saves before the first batch, would not restore this one.
+        # Lightning skips an empty state. A tuner, which saves before the first batch, would then not restore this callback.
         return self._learned or (UNTRAINED if self.recipe.active else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
         self._learned = state_dict
-        if self._defense is not None:  # a tuner takes back what its trial batches changed
+        if self._defense is not None:  # a tuner undoes what its trial batches changed
             self._defense.load_state_dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy stands before no module, and has what was learned.
+        # A copy is attached to no module, and keeps the learned state.
         return self.__dict__ | {"_undo": [], "_defense": None, "_learned": copy.deepcopy(self.state_dict())}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that model and features exist (not earlier: ``configure_model`` may make them), and that the step can be attacked."""
+        """Check that the model and the features exist, and that ``training_step`` can be attacked.
+
+        Not earlier, because ``configure_model`` may create the submodules.
+        """
         if self.recipe.active:
             self._bind(pl_module)
-            check_returns_loss(own_step(pl_module, "training_step"))
+            check_returns_loss(unwrapped_step(pl_module, "training_step"))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the module back as it was."""
+        """Restore the module's own ``training_step``."""
         self._restore()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the module back as it was (after an exception Lightning does not call ``teardown``)."""
+        """Restore the module's own ``training_step`` (after an exception Lightning does not call ``teardown``)."""
         self._restore()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so if training ended before the attack had its full radius."""
+        """Warn if training ended before the attack reached the threat model's eps."""
         batches = None if self._defense is None else self._defense.batches
         if not batches or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
@@ -163,13 +176,13 @@ class WassersteinDefense(Callback):
         if radius < 1:
             rank_zero_warn(
                 f"Training ended in the warm-up of recipe {self.recipe.name!r}: the attack reached {radius:.0%} of "
-                f"eps={self.recipe.eps:g}. Train longer or lower warmup_epochs={self.recipe.warmup_epochs:g}."
+                f"eps={self.recipe.eps:g}. Train for more epochs, or lower warmup_epochs={self.recipe.warmup_epochs:g}."
             )
 
     def _bind(self, pl_module: LightningModule) -> Defense:
         if self._defense is None:
             model = attacked_model(pl_module, self.model, needs_forward=self.through == "model")
-            self._defense = Defense(self.recipe, model, picking(self._target.outputs))
+            self._defense = Defense(self.recipe, model, output_picker(self._target.outputs))
             self._defense.load_state_dict(self._learned)
             self._undo += [self._defense.recorder.detach, self._defense.restore_weights]
         return self._defense
@@ -193,11 +206,11 @@ class WassersteinDefense(Callback):
         **kwargs: Any,
     ) -> Any:
         recipe, defense = self.recipe, self._bind(pl_module)
-        own = Step(pl_module, own_step(pl_module, "training_step"), "training_step", args, kwargs)
+        own = Step(pl_module, unwrapped_step(pl_module, "training_step"), "training_step", args, kwargs)
         add_restoring_callback(trainer, defense, self._restore)
         batches = defense.count_batch(trainer, batches_begun(trainer))
         found = self._route.passes(own, defense, batch)
-        if found is None:  # the user's way to skip a batch, before there was anything to look at
+        if found is None:  # the step returned no loss (the user skips the batch), and no batch was inspected before
             return step(batch, *args, **kwargs)
         site, passes = found
         radius = warmup_radius(trainer, recipe.warmup_epochs, batches)
@@ -207,12 +220,12 @@ class WassersteinDefense(Callback):
         measured = defense.measure(passes, adversarial) if is_logging_step(trainer) else {}
         with defense.perturbed_weights(passes, adversarial) as until_backward:
             sees_clean = recipe.sees == "clean"
-            place = contextlib.nullcontext(batch) if sees_clean else site.moved(adversarial)
+            place = contextlib.nullcontext(batch) if sees_clean else site.perturbed(adversarial)
             with passes.watch() as branch_of, place as seen_batch:
                 seen_batch = seen_batch if sees_clean else map_tensors(seen_batch, torch.clone)
                 result = step(seen_batch, *args, **kwargs)
             loss = result["loss"] if isinstance(result, dict) else result
-            if loss is None:  # the user's way to skip a batch
+            if loss is None:  # the user skips the batch
                 return result
             seen = branch_of(result)
             other: Branch | None = None
@@ -225,7 +238,7 @@ class WassersteinDefense(Callback):
             )
             total, logs = defense.combine(loss, clean, attacked, passes)
             until_backward(total)
-        if trainer.barebones:  # forbids logging, and would warn at every batch
+        if trainer.barebones:  # such a trainer forbids logging, and would warn at every batch
             return {**result, "loss": total} if isinstance(result, dict) else total
         prefix = f"defense/{self.name}/" if self.name else "defense/"
         logs = {**logs, **measured, "eps": radius * recipe.eps, **defense.learned()}
@@ -235,11 +248,16 @@ class WassersteinDefense(Callback):
 
 
 def resolve_recipe(recipe: str | Recipe, threat: ThreatModel | None, changes: dict[str, Any]) -> Recipe:
-    """The recipe that a name or a recipe, a threat and single changes mean.
+    """The recipe that the arguments of :class:`WassersteinDefense` describe.
+
+    Args:
+        recipe: a recipe or its name.
+        threat: the threat model.
+        changes: fields of the recipe to replace.
 
     Raises:
-        TypeError: for what is no recipe or no threat model.
-        ValueError: if a name comes without a threat, or a recipe with another one.
+        TypeError: if ``recipe`` is no recipe, or ``threat`` is no threat model.
+        ValueError: if a name has no threat model, or a ``Recipe`` has a different one.
     """
     if not isinstance(recipe, (str, Recipe)):
         written = (
@@ -253,11 +271,12 @@ def resolve_recipe(recipe: str | Recipe, threat: ThreatModel | None, changes: di
     if isinstance(recipe, str):
         if threat is None:
             raise ValueError(
-                f"threat= is needed beside the recipe's name {recipe!r}: WassersteinDefense({recipe!r}, threat=...)."
+                f"The recipe's name {recipe!r} needs a threat model: WassersteinDefense({recipe!r}, threat=...)."
             )
         return Recipe.named(recipe, threat, **changes)
     if threat is not None and recipe.threat is not None and threat != recipe.threat:
         raise ValueError(
-            f"threat={threat} differs from the recipe's own, {recipe.threat}: leave threat= out beside a Recipe."
+            f"threat={threat} differs from the threat model of the recipe, {recipe.threat}. A Recipe has its own threat model: leave "
+            "threat= out."
         )
     return replace(recipe, **changes)

@@ -1,4 +1,4 @@
-"""Stand between Lightning and a module's ``training_step``, and leave it as it was."""
+"""Intercepts the calls of a module's ``training_step``, and restores the module afterwards."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning_wdefense._compat import LightningModule
-from lightning_wdefense.modules.attachments import ABSENT, Guest, depart, settle
+from lightning_wdefense.modules.attachments import MISSING, Attachment, exclude_from_copies, restore_getstate
 
 Step = Callable[..., Any]
 Interceptor = Callable[..., Any]
-"""``interceptor(step, *args, **kwargs)``: calls ``step`` once and returns its result, changed or not."""
+"""``interceptor(step, *args, **kwargs)`` calls ``step`` once, and returns its result or a changed result."""
 
 
-class TrainingStepDispatcher(Guest):
-    """Stands for ``training_step`` on the instance, where accelerators, strategies and tuners all find it.
+class TrainingStepDispatcher(Attachment):
+    """Replaces ``training_step`` on the instance, where accelerators, strategies and tuners all find it.
 
-    There is one a module, so that interceptors can be added and removed in any order; the last removal restores
-    the module's ``__dict__`` as it was.
+    There is one dispatcher per module, so interceptors can be added and removed in any order. Removing the last one restores
+    the module's ``__dict__``.
     """
 
     def __init__(self, module: LightningModule) -> None:
         self.host: LightningModule = module
-        self._previous = module.__dict__.get("training_step", ABSENT)
+        self._previous = module.__dict__.get("training_step", MISSING)
         self.original: Step = module.training_step
         self._interceptors: list[Interceptor] = []
         functools.update_wrapper(self, self.original, updated=())
         # Lightning looks through __wrapped__ for the user's own signature and code.
         self.__wrapped__ = inspect.unwrap(self.original)
         module.__dict__["training_step"] = self
-        settle(module)
+        exclude_from_copies(module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own step, through all interceptors."""
@@ -40,34 +40,34 @@ class TrainingStepDispatcher(Guest):
             step = functools.partial(interceptor, step)
         return step(*args, **kwargs)
 
-    def left_behind(self) -> Any:
-        """The copy's own step."""
+    def value_in_state(self) -> Any:
+        """The ``training_step`` that a copy of the module had in its ``__dict__``."""
         return self._previous
 
-    def in_a_copy(self, host: Any) -> Any:
-        """The same, as an attribute."""
+    def value_in_copy(self, host: Any) -> Any:
+        """The step of a copy of the module, bound to that copy."""
         return type(host).training_step.__get__(host)
 
     def remove(self, interceptor: Interceptor) -> None:
-        """Take an interceptor out; without any, the module is as it was."""
+        """Remove an interceptor. After the last one, the module is restored."""
         if interceptor in self._interceptors:
             self._interceptors.remove(interceptor)
-        # If somebody wrapped the step after us, ours stays below theirs and passes every call on.
+        # If other code wrapped the step later, this dispatcher stays inside that wrapper and forwards every call.
         if not self._interceptors and self.host.__dict__.get("training_step") is self:
-            if self._previous is ABSENT:
+            if self._previous is MISSING:
                 del self.host.__dict__["training_step"]
             else:
                 self.host.__dict__["training_step"] = self._previous
-            depart(self.host)
+            restore_getstate(self.host)
 
     def add(self, interceptor: Interceptor) -> None:
-        """Put an interceptor outside of those that are there."""
+        """Add an interceptor around the existing ones."""
         if interceptor not in self._interceptors:
             self._interceptors.append(interceptor)
 
 
 def intercept_training_step(module: LightningModule, interceptor: Interceptor) -> Callable[[], None]:
-    """Send every call of ``module.training_step`` through ``interceptor``; returns the function that undoes it."""
+    """Pass every call of ``module.training_step`` through ``interceptor``; returns a function that undoes this."""
     current = module.__dict__.get("training_step")
     dispatcher = current if isinstance(current, TrainingStepDispatcher) else TrainingStepDispatcher(module)
     dispatcher.add(interceptor)

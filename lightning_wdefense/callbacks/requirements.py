@@ -1,4 +1,4 @@
-"""What a module must be for our callbacks."""
+"""Checks that a module can be attacked and trained by the callbacks, with errors that say what to change."""
 
 from __future__ import annotations
 
@@ -11,50 +11,50 @@ from typing import Any
 from torch import nn
 
 from lightning_wdefense._compat import LightningModule, MisconfigurationException
-from lightning_wdefense.modules.recording import submodule
+from lightning_wdefense.modules.recording import find_submodule
 
 
 def attacked_model(pl_module: LightningModule, path: str | None, *, needs_forward: bool = True) -> nn.Module:
     """The module itself, or its submodule at ``path``.
 
     Raises:
-        ValueError: if there is none, with the nearest ones, or the module itself has no ``forward``.
+        ValueError: if there is no such submodule (the message lists the nearest names), or the module itself has no ``forward``.
     """
     if path is not None:
-        return submodule(pl_module, path, "model")
+        return find_submodule(pl_module, path, "model")
     if needs_forward and getattr(pl_module.forward, "__qualname__", "") == "LightningModule.forward":
         children = ", ".join(repr(name) for name, _ in pl_module.named_children()) or "none"
         raise ValueError(
-            f"{type(pl_module).__name__} has no forward: name the submodule that takes the inputs and returns logits with "
+            f"{type(pl_module).__name__} has no forward method. Name the submodule that takes the inputs and returns logits with "
             f"model=. Its submodules: {children}."
         )
     return pl_module
 
 
 def check_automatic_optimization(pl_module: LightningModule) -> None:
-    """Refuse manual optimisation, which ignores the loss that ``training_step`` returns.
+    """Raise an error for manual optimisation, which ignores the loss that ``training_step`` returns.
 
     Raises:
-        MisconfigurationException: naming the mixin.
+        MisconfigurationException: if the module uses manual optimisation; the message names the mixin.
     """
     if not pl_module.automatic_optimization:
         raise MisconfigurationException(
-            "WassersteinDefense adds to the loss that training_step returns, which manual optimisation ignores: let "
+            "WassersteinDefense adds terms to the loss that training_step returns, but manual optimisation ignores this loss: let "
             f"{type(pl_module).__name__} inherit WassersteinDefenseMixin and call self.defend(inputs, labels) instead."
         )
 
 
 def check_returns_loss(step: Callable[..., Any]) -> None:
-    """Refuse a step whose code returns nothing, or that draws its batches itself.
+    """Raise an error for a step whose code returns nothing, or that takes its batches from an iterator.
 
     Raises:
-        MisconfigurationException: saying what to do.
+        MisconfigurationException: if the step is of either kind; the message says what to change.
     """
     function = inspect.unwrap(getattr(step, "__func__", step))
     if "dataloader_iter" in inspect.signature(function).parameters:
         raise MisconfigurationException(
-            "training_step(self, dataloader_iter) draws its batches itself, so the adversary cannot call it twice on one: write "
-            "training_step(self, batch, batch_idx)."
+            "training_step(self, dataloader_iter) takes its batches from an iterator, so the attack cannot call it twice on the same batch: "
+            "write training_step(self, batch, batch_idx)."
         )
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))

@@ -1,4 +1,4 @@
-"""What of a module's batches is attacked, and how the adversary may get at it."""
+"""What is attacked in a module's batches, and how the attack may run the module."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from lightning_wdefense._names import unknown_name
-from lightning_wdefense.attacks.labels import ignoring
-from lightning_wdefense.attacks.steps.sites import InputSite, Perturb, Site
+from lightning_wdefense.attacks.labels import replace_ignore_index
+from lightning_wdefense.attacks.steps.sites import InputSite, Perturb, PerturbationSite
 from lightning_wdefense.attacks.threat import ThreatModel
-from lightning_wdefense.modules.batches import Batches, Inputs, Labels
-from lightning_wdefense.modules.outputs import Pick, picking
+from lightning_wdefense.modules.batches import BatchReader, Inputs, Labels
+from lightning_wdefense.modules.outputs import Pick, output_picker
 from lightning_wdefense.modules.steps import Noise, Step
 
 Through = Literal["auto", "model", "step"]
@@ -20,31 +20,32 @@ Through = Literal["auto", "model", "step"]
 
 @dataclass(frozen=True)
 class Target:
-    """What a callback attacks, as its user says it.
+    """What a callback attacks, from the callback's arguments.
 
     Args:
-        through: by plain forward passes (``"model"``), through the module's own step, or what a first look shows to be right.
+        through: ``"model"`` for plain forward passes, ``"step"`` for the module's own step, ``"auto"`` to choose by an inspection.
         batches: finds inputs and labels.
-        perturb: the submodule whose output is attacked, if it is not the inputs.
-        outputs: where in what the model returns its outputs are.
-        ignore_index: label of elements that count for nothing.
+        perturb: the submodule whose output is attacked instead of the inputs.
+        outputs: where the outputs are in the model's return value.
+        ignore_index: label of elements that are left out.
 
     Raises:
-        ValueError: for an unknown way, or plain forward passes beside ``perturb=``.
+        ValueError: if ``through`` is unknown, or is ``"model"`` together with ``perturb=``.
     """
 
     through: Through
-    batches: Batches
+    batches: BatchReader
     perturb: Perturb | None = None
     outputs: Pick = None
     ignore_index: int | None = None
 
     def __post_init__(self) -> None:
         if self.through not in get_args(Through):
-            raise ValueError(unknown_name("way for through=", self.through, get_args(Through)))
+            raise ValueError(unknown_name("value of through=", self.through, get_args(Through)))
         if self.through == "model" and self.perturb is not None:
             raise ValueError(
-                f"perturb={self.perturb.path!r} acts inside of the step: leave through= out, or set it to 'step'."
+                f"perturb={self.perturb.path!r} acts inside of the step, so through='model' cannot be used: leave through= out, or "
+                "set it to 'step'."
             )
 
     @classmethod
@@ -58,52 +59,52 @@ class Target:
         outputs: Pick = None,
         ignore_index: int | None = None,
     ) -> Target:
-        """The target that a callback's arguments mean."""
+        """The target that a callback's arguments describe."""
         perturb = Perturb(perturb) if isinstance(perturb, str) else perturb
-        return cls(through, Batches(inputs, labels), perturb, outputs, ignore_index)
+        return cls(through, BatchReader(inputs, labels), perturb, outputs, ignore_index)
 
     @property
     def may_be_plain(self) -> bool:
-        """Whether a first look may choose plain forward passes."""
+        """Whether an inspection of the step may choose plain forward passes."""
         return self.through == "auto" and self.perturb is None
 
     def read(self, batch: Any) -> tuple[Tensor, Any]:
-        """Inputs and labels of a batch that a plain forward pass takes.
+        """Inputs and labels of a batch for a plain forward pass.
 
         Raises:
             TypeError: if the inputs are not a tensor.
             ValueError: if inputs or labels are not found.
         """
         inputs, labels = self.batches.read(batch)
-        return inputs, ignoring(labels, self.ignore_index)
+        return inputs, replace_ignore_index(labels, self.ignore_index)
 
     def labels(self, batch: Any) -> Any:
-        """The labels of a batch, if there are any."""
-        return ignoring(self.batches.labels_or_none(batch), self.ignore_index)
+        """The labels of a batch, or ``None``."""
+        return replace_ignore_index(self.batches.labels_or_none(batch), self.ignore_index)
 
     def inputs(self, batch: Any, threat: ThreatModel) -> InputSite:
-        """The inputs of a batch as what the adversary moves."""
+        """The inputs of a batch as the attacked values."""
         return InputSite(self.batches, batch, threat)
 
-    def site(self, step: Step, batch: Any, threat: ThreatModel, noise: Noise = "off") -> Site:
-        """What the adversary moves in a batch.
+    def site(self, step: Step, batch: Any, threat: ThreatModel, noise: Noise = "off") -> PerturbationSite:
+        """The values that the attack perturbs in a batch.
 
         Args:
-            step: takes the batch.
+            step: the step that runs on the batch.
             batch: the batch.
             threat: the threat model.
-            noise: how the step is to be run.
+            noise: how the random numbers of the step are treated.
         """
         if self.perturb is None:
             return self.inputs(batch, threat)
 
         def run() -> None:
-            with step.rehearsal(step.module.device, noise):
+            with step.repeatable(step.module.device, noise):
                 step(batch)
 
         return self.perturb.site(step.module, batch, threat, run)
 
     def pick(self, outputs: Any) -> Any:
-        """The outputs in what the model returns."""
-        pick = picking(self.outputs)
+        """The outputs in the model's return value."""
+        pick = output_picker(self.outputs)
         return outputs if pick is None else pick(outputs)

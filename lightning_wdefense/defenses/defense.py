@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_wdefense.attacks import LearnedAttack
-from lightning_wdefense.attacks.labels import class_labels, counted, hard_labels
+from lightning_wdefense.attacks.labels import class_labels, hard_labels, not_ignored
 from lightning_wdefense.defenses.branch import Branch
 from lightning_wdefense.defenses.critic import CriticDiscrepancy, OnlineCritic
 from lightning_wdefense.defenses.discrepancies import Transport, get_discrepancy
-from lightning_wdefense.defenses.forward_passes import ForwardPasses, ModelPasses
+from lightning_wdefense.defenses.forward_passes import ForwardPasses, ModelForwardPasses
 from lightning_wdefense.defenses.objective import combine
 from lightning_wdefense.defenses.recipe import Recipe
 from lightning_wdefense.defenses.weight_perturbation import WeightPerturbation
-from lightning_wdefense.modules.attachments import Guest
+from lightning_wdefense.modules.attachments import Attachment
 from lightning_wdefense.modules.outputs import predictions
 from lightning_wdefense.modules.recording import ForwardRecorder, trial_pass
 
@@ -28,7 +28,7 @@ UNTRAINED: dict[str, Any] = {"batches": 0, "multiplier": None, "critic": None}
 """The state of a defense that has seen no batch."""
 
 
-class Defense(Guest):
+class Defense(Attachment):
     """Binds a recipe to the module whose outputs it regularises.
 
     Copies of that module do not have it: a mixin's copy has what was learned, and makes a defense of its own.
@@ -54,7 +54,7 @@ class Defense(Guest):
         self.recorder = ForwardRecorder(model, recipe.features, pick)
         self.perturbation = WeightPerturbation(model, recipe.awp)
 
-    def left_behind(self) -> Any:
+    def value_in_state(self) -> Any:
         """What was learned, from which the copy's own goes on."""
         return copy.deepcopy(self.state_dict())
 
@@ -77,11 +77,11 @@ class Defense(Guest):
 
     def passes(
         self, inputs: Tensor, labels: Any, model: Callable[[Tensor], Any] | None = None, *, whole: bool = False
-    ) -> ModelPasses:
+    ) -> ModelForwardPasses:
         """Plain forward passes of the model (or of a callable in its place) over a batch, never over a part of it where it is ``whole``."""
         run = model or self.model
         self.recorder.attach(trial_pass(run, inputs))
-        return ModelPasses(
+        return ModelForwardPasses(
             run, self.recorder, inputs, labels, compares=self.recipe.compares, pick=self.pick, whole=whole
         )
 
@@ -253,7 +253,7 @@ class Defense(Guest):
             if not passes.classifies:
                 return measured
             target = hard_labels(class_labels(passes.labels, clean.outputs, check_values=True))
-            counts = counted(target)
+            counts = not_ignored(target)
             right = (predictions(clean.outputs) == target)[counts]
             still = (predictions(attacked.outputs) == target)[counts]
             measured["clean_acc"] = right.float().mean()

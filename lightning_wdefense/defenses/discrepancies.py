@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_wdefense._names import unknown_name
-from lightning_wdefense.attacks.labels import class_labels, counted, hard_labels
+from lightning_wdefense.attacks.labels import class_labels, hard_labels, not_ignored
 from lightning_wdefense.attacks.losses import elementwise_kl, kl_divergence
 from lightning_wdefense.defenses.critic import CriticDiscrepancy
 from lightning_wdefense.modules.outputs import float32_or_better, logits_of
@@ -33,7 +33,7 @@ def weighted_kl(clean: Tensor, adversarial: Tensor, labels: Any) -> Tensor:
     """
     classes = hard_labels(class_labels(labels, clean, check_values=True))
     right = F.softmax(float32_or_better(logits_of(clean)), 1).gather(1, classes.clamp_min(0).unsqueeze(1)).squeeze(1)
-    return (elementwise_kl(adversarial, clean) * (1 - right)).where(counted(classes), 0).sum() / len(classes)
+    return (elementwise_kl(adversarial, clean) * (1 - right)).where(not_ignored(classes), 0).sum() / len(classes)
 
 
 def mmd(clean: Tensor, adversarial: Tensor, labels: Any = None) -> Tensor:

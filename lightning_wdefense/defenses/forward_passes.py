@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from lightning_wdefense.attacks.base import Attack
-from lightning_wdefense.attacks.steps.inspection import Look
-from lightning_wdefense.attacks.steps.sites import Site
-from lightning_wdefense.attacks.steps.step_attack import attack_step, whole_loss
+from lightning_wdefense.attacks.steps.inspection import StepInspection
+from lightning_wdefense.attacks.steps.sites import PerturbationSite
+from lightning_wdefense.attacks.steps.step_attack import attack_step, required_loss
 from lightning_wdefense.defenses.branch import Branch
 from lightning_wdefense.modules.execution import Execution
-from lightning_wdefense.modules.outputs import Picked, tensor_of
+from lightning_wdefense.modules.outputs import PickedOutputModel, tensor_of
 from lightning_wdefense.modules.recording import OUTPUTS, ForwardRecorder, Recording
-from lightning_wdefense.modules.state.isolation import eager, isolated, own_pass
+from lightning_wdefense.modules.state.isolation import eager, internal_pass, isolated
 from lightning_wdefense.modules.state.random_state import RandomState
 from lightning_wdefense.modules.steps import Step
 
@@ -63,7 +63,7 @@ class ForwardPasses(ABC):
         return self.labels
 
 
-class ModelPasses(ForwardPasses):
+class ModelForwardPasses(ForwardPasses):
     """Plain forward passes of a model.
 
     Args:
@@ -95,14 +95,14 @@ class ModelPasses(ForwardPasses):
         self, attack: Attack, *, generator: torch.Generator | None = None, execution: Execution | None = None
     ) -> Tensor:
         """The inputs that the attack finds."""
-        model = self.model if self._pick is None else Picked(self.model, self._pick)
+        model = self.model if self._pick is None else PickedOutputModel(self.model, self._pick)
         if self._whole:
             execution = replace(execution or Execution(), whole=True)
         return attack(model, self.values, self.labels, generator=generator, execution=execution)
 
     def run(self, values: Tensor) -> Branch:
         """A plain forward pass."""
-        with own_pass(), self._recorder.recording() as recording:
+        with internal_pass(), self._recorder.recording() as recording:
             outputs = self.model(values)
         if self.model is not self._recorder.model:
             recording.outputs = [outputs if self._pick is None else self._pick(outputs)]
@@ -163,22 +163,29 @@ class ModelPasses(ForwardPasses):
         return Branch(outputs[0], self._recorder.features_of(outputs[0], recording, size))
 
 
-class StepPasses(ForwardPasses):
+class StepForwardPasses(ForwardPasses):
     """Calls of the module's own step.
 
     Args:
         step: the step.
         site: the batch, and what the adversary moves of it.
         labels: of the batch; ``None`` where there are none.
-        look: what a first look at the step saw.
+        inspection: what :func:`inspect_step` found.
         recorder: of the module, attached.
         compares: whether the recipe compares outputs or features.
     """
 
     def __init__(
-        self, step: Step, site: Site, labels: Any, look: Look, recorder: ForwardRecorder, *, compares: bool
+        self,
+        step: Step,
+        site: PerturbationSite,
+        labels: Any,
+        inspection: StepInspection,
+        recorder: ForwardRecorder,
+        *,
+        compares: bool,
     ) -> None:
-        self._step, self._site, self._look, self._recorder = step, site, look, recorder
+        self._step, self._site, self._inspection, self._recorder = step, site, inspection, recorder
         self.values, self.labels, self._compares = site.values, labels, compares
         self._random = RandomState(self.values.device)
 
@@ -190,7 +197,7 @@ class StepPasses(ForwardPasses):
             attack,
             self._step,
             self._site,
-            noise=self._look.noise,
+            noise=self._inspection.noise,
             recorder=self._recorder,
             read=self._read_for(attack),
             labels=self.labels,
@@ -198,24 +205,29 @@ class StepPasses(ForwardPasses):
             execution=execution,
         )
 
-    def moved(self, values: Tensor) -> contextlib.AbstractContextManager[Any]:
+    def perturbed(self, values: Tensor) -> contextlib.AbstractContextManager[Any]:
         """The batch with these values."""
-        return self._site.moved(values)
+        return self._site.perturbed(values)
 
     def run(self, values: Tensor) -> Branch:
         """One more call of the step: where the user's own began, it draws the same noise."""
         if self._step.ready:  # in a rehearsal
-            with self.moved(values) as batch, self._recorder.recording() as recording:
-                loss = whole_loss(self._step, batch)
+            with self.perturbed(values) as batch, self._recorder.recording() as recording:
+                loss = required_loss(self._step, batch)
             return self._branch(recording, loss)
-        once_more = self._step.once_more(self._random)
-        with own_pass(), once_more as call, self.moved(values) as batch, self._recorder.recording() as recording:
+        once_more = self._step.one_more_call(self._random)
+        with (
+            internal_pass(),
+            once_more as call,
+            self.perturbed(values) as batch,
+            self._recorder.recording() as recording,
+        ):
             result = call(batch)
         return self.branch_of(recording, result)
 
     def without_side_effects(self, *, evaluation: bool = True) -> contextlib.AbstractContextManager[Any]:
         """A rehearsal of the step."""
-        return self._step.rehearsal(self.values.device, self._look.noise if evaluation else "own")
+        return self._step.repeatable(self.values.device, self._inspection.noise if evaluation else "own")
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[Callable[[Any], Branch]]:
@@ -229,27 +241,27 @@ class StepPasses(ForwardPasses):
         if isinstance(labels, Tensor) and labels.ndim and len(labels) and rows % len(labels) == 0:
             soft = labels.is_floating_point()
             by_sample = labels.ndim == 1 + soft or labels.numel() == len(labels)
-            if by_sample and (not soft or self._look.outputs is not None):
+            if by_sample and (not soft or self._inspection.outputs is not None):
                 return torch.cat([labels] * (rows // len(labels)))
         return torch.zeros(rows, dtype=torch.long, device=branch.features.device)
 
     @property
     def classifies(self) -> bool:
         """Whether the outputs were seen to be logits of the labels."""
-        return self._look.outputs is not None
+        return self._inspection.outputs is not None
 
     def read(self, recording: Recording) -> Any:
         """The model's outputs in a pass: what it returned, or what the last linear layer did; of several calls the first."""
-        if recording.outputs and self._look.outputs != "head":
+        if recording.outputs and self._inspection.outputs != "head":
             outputs = recording.outputs[0]
-            return outputs if self._look.pick is None else self._look.pick(outputs)
+            return outputs if self._inspection.pick is None else self._inspection.pick(outputs)
         return recording.heads[-1]
 
     def _read_for(self, attack: Attack) -> Callable[[Recording], Any] | None:
         """How the attack is given outputs: a loss of the user's own all that the model returned, others the logits."""
-        if self._look.model_ran and callable(getattr(attack, "loss", None)):
+        if self._inspection.model_calls and callable(getattr(attack, "loss", None)):
             return lambda recording: recording.outputs[0]
-        return self.read if self._look.outputs is not None or self._look.model_ran else None
+        return self.read if self._inspection.outputs is not None or self._inspection.model_calls else None
 
     def branch_of(self, recording: Recording, result: Any) -> Branch:
         """What a call of the step showed."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_wdefense.attacks.labels import class_labels, counted, hard_labels
+from lightning_wdefense.attacks.labels import class_labels, hard_labels, not_ignored
 from lightning_wdefense.defenses.branch import Branch
 from lightning_wdefense.defenses.recipe import Recipe
 from lightning_wdefense.modules.outputs import float32_or_better, logits_of
@@ -21,7 +21,7 @@ def mart_margin_loss(outputs: Any, labels: Any) -> Tensor:
     classes = hard_labels(class_labels(labels, outputs, check_values=True))
     others = F.log_softmax(logits, 1).scatter(1, classes.clamp_min(0).unsqueeze(1), -torch.inf).amax(1)
     # log(1 - p) from log p without loss of digits near p = 0 and p = 1.
-    return -torch.log(-torch.expm1(others.clamp_max(-torch.finfo(logits.dtype).eps)))[counted(classes)].mean()
+    return -torch.log(-torch.expm1(others.clamp_max(-torch.finfo(logits.dtype).eps)))[not_ignored(classes)].mean()
 
 
 def combine(

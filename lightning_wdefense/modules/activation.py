@@ -9,11 +9,11 @@ from torch import Tensor
 
 _ACTIVATIONS = {"Softmax": "softmax", "SafeSoftmax": "softmax", "Sigmoid": "sigmoid", "Hardsigmoid": "sigmoid"}
 # What leaves probabilities probabilities: views, copies, clamps, 1 - p, and means over an ensemble.
-_PASSES_ON = {
+_PRESERVE_PROBABILITIES = {
     "Alias", "Cat", "Clamp", "ClampMax", "ClampMin", "Clone", "Expand", "Gather", "Index", "IndexSelect", "Mean", "Permute",
     "ReshapeAlias", "Rsub", "Select", "Slice", "Squeeze", "Stack", "T", "ToCopy", "Transpose", "UnsafeView", "Unsqueeze", "View",
 }  # fmt: skip
-_KNOWS_NOT = ("CompiledFunction",)
+_UNKNOWN = ("CompiledFunction",)
 
 
 def activation(outputs: Tensor) -> str | None:
@@ -34,9 +34,9 @@ def activation(outputs: Tensor) -> str | None:
             found.add(None)
             continue
         operation = re.sub(r"Backward\d*$", "", node.name())
-        if operation in _PASSES_ON:
+        if operation in _PRESERVE_PROBABILITIES:
             pending += [before for before, _ in node.next_functions]
-        elif operation.startswith(_KNOWS_NOT):
+        elif operation.startswith(_UNKNOWN):
             found.add(None)
         else:
             found.add(_ACTIVATIONS.get(operation, ""))

@@ -7,7 +7,16 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_wdefense.modules.paths import Path, at, get, listed, names_of, put, resolve, tensor_paths
+from lightning_wdefense.modules.paths import (
+    Path,
+    field_names,
+    get_field,
+    resolve,
+    tensor_paths,
+    tensors_text,
+    value_at,
+    with_value_at,
+)
 
 Key = int | str | tuple[int | str, ...] | None
 """A position, key or attribute, or a path to it: ``"image.pixels"``, ``(0, 1)``."""
@@ -22,7 +31,7 @@ INPUT_KEYS = ("image", "images", "x", "input", "inputs", "pixel_values")
 LABEL_KEYS = ("label", "labels", "y", "target", "targets")
 
 
-class Batches:
+class BatchReader:
     """Reads batches that are tuples, lists, mappings, or objects with attributes, at any depth.
 
     By convention the inputs are what has a usual name, else what is at position 0 of a tuple or list; a batch that is a tensor is its own
@@ -62,7 +71,7 @@ class Batches:
             found = self._inputs(batch)
             found = list(found) if isinstance(found, (list, tuple)) else [found]
         else:
-            found = [at(batch, path) for path in self._paths(batch)]
+            found = [value_at(batch, path) for path in self._paths(batch)]
         for each in found:
             if not isinstance(each, Tensor):
                 raise TypeError(
@@ -89,7 +98,7 @@ class Batches:
                 f"No labels were recognised in the batch, {_describe(batch)}: name theirs with labels=. Known by "
                 f"convention: position 1 of a tuple or list, or {', '.join(LABEL_KEYS)}."
             )
-        return self._labels(batch) if callable(self._labels) else at(batch, path)
+        return self._labels(batch) if callable(self._labels) else value_at(batch, path)
 
     def labels_or_none(self, batch: Any) -> Any:
         """The labels, or ``None`` where none are named and none are recognised.
@@ -108,7 +117,7 @@ class Batches:
                 return self._inputs(batch, type(as_found)(several))
             return self._inputs(batch, several[0])
         for path, each in zip(self._paths(batch), several, strict=True):
-            batch = put(batch, path, each)
+            batch = with_value_at(batch, path, each)
         return batch
 
     def _paths(self, batch: Any) -> list[Path]:
@@ -128,7 +137,7 @@ class Batches:
             return True, ()
         if self._labels is not None:
             return True, self._named(batch, "labels", self._labels)
-        names = names_of(batch)
+        names = field_names(batch)
         for name in LABEL_KEYS:
             if name in names:
                 return True, (name,)
@@ -142,7 +151,7 @@ class Batches:
         if path is not None:
             return path
         is_path = isinstance(key, tuple) or (isinstance(key, str) and "." in key)
-        there = listed(batch)
+        there = tensors_text(batch)
         raise ValueError(
             f"{role}={key!r} {'leads nowhere in' if is_path else 'names nothing in'} the batch, {_describe(batch)}."
             + (f" There are: {there}." if there else "")
@@ -153,7 +162,7 @@ def _conventional(batch: Any) -> list[Path] | None:
     """The paths of the inputs by convention; ``None`` where there are none."""
     if isinstance(batch, Tensor):
         return [()]
-    names = names_of(batch)
+    names = field_names(batch)
     key: Any = next((name for name in INPUT_KEYS if name in names), None)
     if key is None and isinstance(batch, (tuple, list)) and len(batch):
         if not isinstance(batch[0], Tensor) and _all_batches(list(batch)):
@@ -163,7 +172,7 @@ def _conventional(batch: Any) -> list[Path] | None:
         if isinstance(batch, Mapping) and _all_batches(list(batch.values())):
             return _of_each(batch, list(batch))
         return _only_floats(batch, names)
-    found = get(batch, key)
+    found = get_field(batch, key)
     if isinstance(found, Tensor) or not isinstance(found, (tuple, list, Mapping)):
         return [(key,)]
     inside = list(found.values()) if isinstance(found, Mapping) else list(found)
@@ -178,7 +187,7 @@ def _only_floats(batch: Any, names: list[Any]) -> list[Path] | None:
     found = [
         name
         for name in names
-        if isinstance(value := get(batch, name), Tensor) and value.is_floating_point() and value.ndim > 1
+        if isinstance(value := get_field(batch, name), Tensor) and value.is_floating_point() and value.ndim > 1
         if name not in LABEL_KEYS and "mask" not in str(name) and "weight" not in str(name)
     ]
     return [(found[0],)] if len(found) == 1 else None
@@ -187,7 +196,7 @@ def _only_floats(batch: Any, names: list[Any]) -> list[Path] | None:
 def _of_each(batch: Any, keys: Any) -> list[Path] | None:
     found: list[Path] = []
     for key in keys:
-        paths = _conventional(get(batch, key))
+        paths = _conventional(get_field(batch, key))
         if paths is None:
             return None
         found += [(key, *path) for path in paths]
@@ -214,7 +223,7 @@ def _is_views(values: Any) -> bool:
 
 def _leaves(batch: Any, path: Path) -> list[Path]:
     """The inputs in what a path leads to: all of a container whose tensors are alike, else those of the batch that it is."""
-    found = at(batch, path)
+    found = value_at(batch, path)
     if not isinstance(found, (tuple, list, Mapping)):
         return [path]
     deeper = [(*leaf,) for leaf in tensor_paths(found)] if _is_views(found) else _conventional(found)
@@ -222,7 +231,7 @@ def _leaves(batch: Any, path: Path) -> list[Path]:
 
 
 def _describe(batch: Any) -> str:
-    names = names_of(batch)
+    names = field_names(batch)
     if isinstance(batch, Tensor):
         return f"which is one tensor of shape {tuple(batch.shape)}"
     if isinstance(batch, (tuple, list)) and not names:

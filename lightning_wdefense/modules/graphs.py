@@ -20,20 +20,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torchmetrics import Metric, MetricCollection
 
-from lightning_wdefense._cuda_graphs import like, record
-from lightning_wdefense.modules.state.module_state import OF_EVERY_MODULE, attributes_kept, buffers_kept
+from lightning_wdefense._cuda_graphs import record, tensor_signature
+from lightning_wdefense.modules.state.module_state import MODULE_ATTRIBUTES, preserved_attributes, preserved_buffers
 from lightning_wdefense.modules.state.random_state import RandomState
 
 DEVICES = frozenset({"cuda"})
 """Types of the devices that graphs are recorded on."""
 
-KEPT = 4
+MAX_GRAPHS = 4
 """Graphs that are kept of a module, each with the memory of a pass."""
 
-RECENT = 8
+RECENT_CALLS = 8
 """Calls among which one is looked for that computed the same."""
 
-PATIENCE = 8
+WARN_AFTER = 8
 """Calls in a row that find another module than the one before until somebody is told."""
 
 _LEAVES = frozenset({int, float, str, bool, type(None)})
@@ -64,7 +64,7 @@ class Replays:
 
     def __init__(self, module: nn.Module, kind: Hashable) -> None:
         self._module, self._kind, self._kept = module, kind, _kept_with(module)
-        self._ready: dict[Hashable, Recorded | None] = {}
+        self._ready: dict[Hashable, RecordedGraph | None] = {}
 
     def __call__(self, name: Hashable, compute: Compute, *tensors: Tensor) -> Tensor:
         """``compute(*tensors)``, in memory of its own.
@@ -74,12 +74,12 @@ class Replays:
             compute: does it, with no other tensors than these and the module's own.
             tensors: on one device.
         """
-        what = name, self._kind, *map(like, tensors), *_surroundings(tensors[0].device)
+        what = name, self._kind, *map(tensor_signature, tensors), *_surroundings(tensors[0].device)
         if what not in self._ready:
             self._ready[what] = self._prepared(what, compute, tensors)
         return (self._ready[what] or compute)(*tensors)
 
-    def _prepared(self, what: Hashable, compute: Compute, tensors: Sequence[Tensor]) -> Recorded | None:
+    def _prepared(self, what: Hashable, compute: Compute, tensors: Sequence[Tensor]) -> RecordedGraph | None:
         kept = self._kept
         if kept.refused:
             return None
@@ -94,17 +94,17 @@ class Replays:
         kept.note(self._module, key, recorded)
         return recorded
 
-    def _recorded(self, compute: Compute, tensors: Sequence[Tensor]) -> Recorded:
+    def _recorded(self, compute: Compute, tensors: Sequence[Tensor]) -> RecordedGraph:
         self._kept.make_room()
         with _weights_cast_inside(tensors[0].device):
-            return Recorded(compute, tensors, examined(self._module, partial(compute, *tensors), tensors))
+            return RecordedGraph(compute, tensors, check_recordable(self._module, partial(compute, *tensors), tensors))
 
     @cached_property
     def _state(self) -> State:
         return state_of(self._module)
 
 
-class Recorded:
+class RecordedGraph:
     """A computation as a graph, which reads and writes tensors of its own.
 
     Args:
@@ -125,7 +125,7 @@ class Recorded:
         return self._result.clone()
 
 
-def examined(module: nn.Module, compute: Callable[[], Any], own: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def check_recordable(module: nn.Module, compute: Callable[[], Any], own: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Do a computation once to see whether it can be recorded.
 
     Args:
@@ -141,10 +141,10 @@ def examined(module: nn.Module, compute: Callable[[], Any], own: Sequence[Tensor
     """
     _check_kind(module)
     device = own[0].device
-    modules, random, reads = list(module.modules()), RandomState(device), _Reads(device)
-    with buffers_kept(modules), attributes_kept(modules):
+    modules, random, reads = list(module.modules()), RandomState(device), _ReadTracker(device)
+    with preserved_buffers(modules), preserved_attributes(modules):
         before, tensors = state_of(module), [*own, *_tensors_of(module)]
-        with _waits(device) as waits, reads:
+        with _synchronization_detector(device) as waits, reads:
             compute()
         written, changed = reads.written, difference(before, state_of(module))
     if drawn := random.drawn:
@@ -177,7 +177,7 @@ def _check_kind(module: nn.Module) -> None:
                 raise UnrecordableError(f"{name} holds a {type(tensor).__name__} of layout {tensor.layout}")
 
 
-class _Reads(TorchDispatchMode):
+class _ReadTracker(TorchDispatchMode):
     """Takes note of tensors that are read inside and were not made there, and whether any are foreign to the device.
 
     Scalars that were made there are not: so are numbers beside tensors.
@@ -210,7 +210,7 @@ class _Reads(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def _waits(device: torch.device) -> Iterator[Callable[[], bool]]:
+def _synchronization_detector(device: torch.device) -> Iterator[Callable[[], bool]]:
     """Yields what says whether something inside waited for the device."""
     if device.type != "cuda":
         yield lambda: False
@@ -236,21 +236,21 @@ def _weights_cast_inside(device: torch.device) -> Iterator[None]:
         yield
 
 
-class _Kept:
+class _ModuleGraphs:
     """What is kept with a module: its graphs, and what was computed lately."""
 
     def __init__(self) -> None:
-        self.graphs: OrderedDict[Key, Recorded] = OrderedDict()
-        self.recent: deque[Key] = deque(maxlen=RECENT)
+        self.graphs: OrderedDict[Key, RecordedGraph] = OrderedDict()
+        self.recent: deque[Key] = deque(maxlen=RECENT_CALLS)
         self.refused = False
         self._changes = 0
 
     def make_room(self) -> None:
         """For another graph: those go that were not taken for longest."""
-        while len(self.graphs) >= KEPT:
+        while len(self.graphs) >= MAX_GRAPHS:
             self.graphs.popitem(last=False)
 
-    def note(self, module: nn.Module, key: Key, recorded: Recorded | None) -> None:
+    def note(self, module: nn.Module, key: Key, recorded: RecordedGraph | None) -> None:
         """Of a computation in this call, and its graph if there is one."""
         if recorded is not None:
             self.graphs[key] = recorded
@@ -258,7 +258,7 @@ class _Kept:
             self._changes = 0
         elif others := [state for what, state in self.recent if what == key[0]]:
             self._changes += 1
-            if self._changes == PATIENCE:
+            if self._changes == WARN_AFTER:
                 warnings.warn(
                     f"graph=True brings nothing: {type(module).__name__} changes from one attack to the next "
                     f"({difference(others[-1], key[1])}), so no graph of it can be taken again.",
@@ -281,11 +281,11 @@ class _Kept:
 
 
 # Nothing here may refer to the module, or it would never be freed.
-_kept: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
+_kept: WeakKeyDictionary[nn.Module, _ModuleGraphs] = WeakKeyDictionary()
 
 
-def _kept_with(module: nn.Module) -> _Kept:
-    return _kept.setdefault(module, _Kept())
+def _kept_with(module: nn.Module) -> _ModuleGraphs:
+    return _kept.setdefault(module, _ModuleGraphs())
 
 
 def state_of(module: nn.Module) -> State:
@@ -319,7 +319,7 @@ def _own(module: nn.Module) -> Iterator[tuple[str, Any]]:
     yield from module._parameters.items()
     yield from module._buffers.items()
     for name, value in vars(module).items():
-        if name not in OF_EVERY_MODULE and (isinstance(value, Tensor) or type(value) in _LEAVES):
+        if name not in MODULE_ATTRIBUTES and (isinstance(value, Tensor) or type(value) in _LEAVES):
             yield name, value
 
 
@@ -330,7 +330,7 @@ def _tensors_of(module: nn.Module) -> list[Tensor]:
 def _token(value: Any) -> Hashable:
     if not isinstance(value, Tensor):
         return value
-    return (value.data_ptr(), *like(value), value.stride()) if _is_plain(value) else id(value)
+    return (value.data_ptr(), *tensor_signature(value), value.stride()) if _is_plain(value) else id(value)
 
 
 def _surroundings(device: torch.device) -> tuple[Hashable, ...]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_wdefense.modules.activation import activation
 
-ROWS = 8
+MIN_ROWS = 8
 """So many different rows that look like probabilities are evidence; a few logits may look so by chance."""
 
 _LOGITS_HINT = (
@@ -44,26 +44,26 @@ def tensor_of(outputs: Any) -> Tensor:
 Pick = str | int | Callable[[Any], Any] | None
 
 
-def picking(pick: Pick) -> Callable[[Any], Any] | None:
+def output_picker(pick: Pick) -> Callable[[Any], Any] | None:
     """What finds outputs in what a model returns: by key, attribute or position, or by a callable; ``None`` for nothing to find."""
     if pick is None or callable(pick):
         return pick  # type: ignore[return-value]
     return functools.partial(_pick, pick)
 
 
-class Picked:
+class PickedOutputModel:
     """A model whose outputs are picked from what it returns.
 
     Args:
         model: the model.
         pick: finds the outputs; ``None`` for all of them.
-        takes_parts: whether it may be run on a part of a batch.
+        accepts_partial_batches: whether it may be run on a part of a batch.
     """
 
     def __init__(
-        self, model: Callable[[Tensor], Any], pick: Callable[[Any], Any] | None, *, takes_parts: bool = True
+        self, model: Callable[[Tensor], Any], pick: Callable[[Any], Any] | None, *, accepts_partial_batches: bool = True
     ) -> None:
-        self._model, self._pick, self.takes_parts = model, pick, takes_parts
+        self._model, self._pick, self.accepts_partial_batches = model, pick, accepts_partial_batches
         self.__self__ = model if isinstance(model, nn.Module) else getattr(model, "__self__", None)
 
     def __call__(self, inputs: Tensor) -> Any:
@@ -130,7 +130,7 @@ def predictions(outputs: Any) -> Tensor:
 def check_logits(outputs: Any) -> None:
     """Refuse probabilities: cross-entropy of a softmax's output has vanishing gradients, and a sigmoid's output is never negative.
 
-    The operation that made the outputs decides, where their graph shows it; else :data:`ROWS` different rows. A single output that
+    The operation that made the outputs decides, where their graph shows it; else :data:`MIN_ROWS` different rows. A single output that
     only looks like a probability is a warning.
 
     Raises:
@@ -144,7 +144,7 @@ def check_logits(outputs: Any) -> None:
     if has_one_output(outputs):
         if made_by:
             _refuse(f"its single output ends in a {made_by}")
-        if made_by is None and len(rows) >= ROWS:
+        if made_by is None and len(rows) >= MIN_ROWS:
             warnings.warn(
                 f"The model's single output lies in [0, 1] for all {len(rows)} samples. It is read as a logit, which says class 1 "
                 "where it is positive: if it is a probability, return the logit from forward.",
@@ -154,7 +154,7 @@ def check_logits(outputs: Any) -> None:
     rounding = max(1e-3, 4 * torch.finfo(values.dtype).eps)
     if not bool(((rows.sum(1) - 1).abs() < rounding).all()):
         return
-    if made_by == "softmax" or len(rows[:1024].unique(dim=0)) >= ROWS:
+    if made_by == "softmax" or len(rows[:1024].unique(dim=0)) >= MIN_ROWS:
         _refuse("every row is non-negative and sums to 1")
 
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 Path = tuple[int | str, ...]
 
-SHOWN = 20
+MAX_SHOWN = 20
 """So many paths are listed at most in a message."""
 
 
-def names_of(batch: Any) -> list[Any]:
+def field_names(batch: Any) -> list[Any]:
     """Keys of a mapping, fields of a named tuple, public attributes of an object."""
     if isinstance(batch, Mapping):
         return list(batch)
@@ -28,14 +28,14 @@ def names_of(batch: Any) -> list[Any]:
     return [name for name in dict.fromkeys((*slots, *getattr(batch, "__dict__", ()))) if str(name)[:1] != "_"]
 
 
-def has(batch: Any, key: int | str) -> bool:
+def has_field(batch: Any, key: int | str) -> bool:
     """Whether there is something under a key, at a position, or as an attribute."""
     if isinstance(batch, (tuple, list)) and isinstance(key, int):
         return -len(batch) <= key < len(batch)
-    return key in names_of(batch) or (isinstance(key, str) and isinstance(getattr(type(batch), key, None), property))
+    return key in field_names(batch) or (isinstance(key, str) and isinstance(getattr(type(batch), key, None), property))
 
 
-def get(batch: Any, key: int | str) -> Any:
+def get_field(batch: Any, key: int | str) -> Any:
     """What is there."""
     if isinstance(batch, Mapping) or (isinstance(batch, (tuple, list)) and isinstance(key, int)):
         return batch[key]  # type: ignore[index]
@@ -47,12 +47,12 @@ def resolve(batch: Any, key: int | str | tuple[Any, ...]) -> Path | None:
     if isinstance(key, tuple):
         path: Path = ()
         for each in key:
-            found = resolve(at(batch, path), each)
+            found = resolve(value_at(batch, path), each)
             if found is None:
                 return None
             path += found
         return path
-    if has(batch, key):
+    if has_field(batch, key):
         return (key,)
     if isinstance(key, str):
         if isinstance(batch, (tuple, list)) and key.lstrip("-").isdigit():
@@ -61,32 +61,32 @@ def resolve(batch: Any, key: int | str | tuple[Any, ...]) -> Path | None:
             return (int(key),)
         for end in range(len(key) - 1, 0, -1):  # the longest name that there is, for names may hold dots
             if key[end] == "." and (head := resolve(batch, key[:end])) is not None:
-                rest = resolve(at(batch, head), key[end + 1 :])
+                rest = resolve(value_at(batch, head), key[end + 1 :])
                 if rest is not None:
                     return head + rest
     return None
 
 
-def at(batch: Any, path: Path) -> Any:
+def value_at(batch: Any, path: Path) -> Any:
     """What a path leads to."""
     for key in path:
-        batch = get(batch, key)
+        batch = get_field(batch, key)
     return batch
 
 
-def put(batch: Any, path: Path, value: Any) -> Any:
+def with_value_at(batch: Any, path: Path, value: Any) -> Any:
     """The same batch with another value there; only what is along the path is copied."""
     if not path:
         return value
-    key, value = path[0], put(get(batch, path[0]), path[1:], value)
+    key, value = path[0], with_value_at(get_field(batch, path[0]), path[1:], value)
     if isinstance(batch, tuple):
         items = list(batch)
         items[key if isinstance(key, int) else batch._fields.index(key)] = value  # type: ignore[attr-defined]
         return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
-    before = get(batch, key)
+    before = get_field(batch, key)
     changed = copy.copy(batch)
     _set(changed, key, value)
-    if get(batch, key) is not before:  # the copy shares what holds its values
+    if get_field(batch, key) is not before:  # the copy shares what holds its values
         _set(batch, key, before)
         _set(changed := copy.deepcopy(batch), key, value)
     return changed
@@ -107,7 +107,7 @@ def tensor_paths(batch: Any) -> list[Path]:
     return [path for path, _ in _walk(batch, (), set())]
 
 
-def written(path: Path) -> str:
+def path_text(path: Path) -> str:
     """A path as one may write it: a number, or a dotted string where it can be one."""
     if len(path) == 1:
         return repr(path[0])
@@ -116,11 +116,13 @@ def written(path: Path) -> str:
     return repr(".".join(map(str, path)))
 
 
-def listed(batch: Any) -> str:
+def tensors_text(batch: Any) -> str:
     """The tensors that there are in a batch, by path, for a message."""
-    found = [(written(path), value) for path, value in _walk(batch, (), set()) if path]
-    shown = [f"{path} {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}" for path, value in found[:SHOWN]]
-    return ", ".join(shown) + ", ..." * (len(found) > SHOWN)
+    found = [(path_text(path), value) for path, value in _walk(batch, (), set()) if path]
+    shown = [
+        f"{path} {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}" for path, value in found[:MAX_SHOWN]
+    ]
+    return ", ".join(shown) + ", ..." * (len(found) > MAX_SHOWN)
 
 
 def map_tensors(batch: Any, function: Callable[[Tensor], Any]) -> Any:
@@ -131,10 +133,10 @@ def map_tensors(batch: Any, function: Callable[[Tensor], Any]) -> Any:
         function: of a tensor.
     """
     for path in tensor_paths(batch):
-        value = at(batch, path)
+        value = value_at(batch, path)
         changed = function(value)
         if changed is not value:
-            batch = put(batch, path, changed)
+            batch = with_value_at(batch, path, changed)
     return batch
 
 
@@ -151,10 +153,10 @@ def _walk(value: Any, path: Path, seen: set[int]) -> Iterator[tuple[Path, Tensor
         for index, each in enumerate(value):
             yield from _walk(each, (*path, index), seen)
         return
-    for name in names_of(value):
-        if has(value, name):
+    for name in field_names(value):
+        if has_field(value, name):
             try:
-                each = get(value, name)
+                each = get_field(value, name)
             except (AttributeError, KeyError):  # a slot that is empty
                 continue
             yield from _walk(each, (*path, name), seen)

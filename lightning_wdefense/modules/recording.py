@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_wdefense._names import unknown_name
-from lightning_wdefense.modules.attachments import hook
+from lightning_wdefense.modules.attachments import attach_hook
 from lightning_wdefense.modules.outputs import tensor_of
-from lightning_wdefense.modules.state.isolation import eager, isolated, own_passes
+from lightning_wdefense.modules.state.isolation import eager, internal_pass_depth, isolated
 
 OUTPUTS, PENULTIMATE = "outputs", "penultimate"
 
@@ -58,7 +58,7 @@ class ForwardRecorder:
         self._here = (
             threading.local()
         )  # backward passes on accelerators, with what checkpointing makes again, have threads of their own
-        self._layer = None if features in (OUTPUTS, PENULTIMATE) else submodule(model, features, "features")
+        self._layer = None if features in (OUTPUTS, PENULTIMATE) else find_submodule(model, features, "features")
 
     def attach(self, example: Tensor | Callable[[], Any], *, temporary: bool = False, head: bool = False) -> None:
         """Register the hooks, once.
@@ -74,14 +74,14 @@ class ForwardRecorder:
         if self.features == PENULTIMATE or head:
             last = last_linear(self.model, trial_pass(self.model, example) if isinstance(example, Tensor) else example)
             self._layer = last if self.features == PENULTIMATE else self._layer
-        self._handles.append(hook(self.model, self._saw_outputs))
+        self._handles.append(attach_hook(self.model, self._saw_outputs))
         if self.features == PENULTIMATE:
             assert self._layer is not None
-            self._handles.append(hook(self._layer, self._saw_input, before=True))
+            self._handles.append(attach_hook(self._layer, self._saw_input, before=True))
         elif self._layer is not None:
-            self._handles.append(hook(self._layer, self._saw_features))
+            self._handles.append(attach_hook(self._layer, self._saw_features))
         if last is not None and head:
-            self._handles.append(hook(last, self._saw_head))
+            self._handles.append(attach_hook(last, self._saw_head))
         if (self._layer is not None or head) and not temporary:
             torch.compiler.reset()  # compiled code does not notice new hooks: what there is must be compiled again
 
@@ -96,7 +96,7 @@ class ForwardRecorder:
         here = self._here
         outer = getattr(here, "recording", None), getattr(here, "level", 0)
         recording = here.recording = Recording()
-        here.level = own_passes()
+        here.level = internal_pass_depth()
         try:
             yield recording
         finally:
@@ -141,7 +141,7 @@ class ForwardRecorder:
 
     def _recorded(self) -> Recording | None:
         recording: Recording | None = getattr(self._here, "recording", None)
-        return recording if recording is not None and self._here.level == own_passes() else None
+        return recording if recording is not None and self._here.level == internal_pass_depth() else None
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_here": None}
@@ -170,7 +170,7 @@ class ForwardRecorder:
             recording.features.append(args[0])
 
 
-def submodule(model: nn.Module, path: str, argument: str) -> nn.Module:
+def find_submodule(model: nn.Module, path: str, argument: str) -> nn.Module:
     """The submodule at a dotted path, or an error that lists the nearest ones."""
     known = dict(model.named_modules())
     known.pop("", None)
@@ -188,7 +188,7 @@ def last_linear(model: nn.Module, run: Callable[[], Any]) -> nn.Module:
     """
     ran: list[nn.Module] = []
     linear = [module for module in model.modules() if isinstance(module, (nn.Linear, *CONVOLUTIONS))]
-    handles = [hook(module, lambda module, args: ran.append(module), before=True) for module in linear]
+    handles = [attach_hook(module, lambda module, args: ran.append(module), before=True) for module in linear]
     try:
         with eager():
             run()

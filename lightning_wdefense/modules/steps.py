@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_wdefense._compat import LightningModule
-from lightning_wdefense.modules.attachments import Guest
+from lightning_wdefense.modules.attachments import Attachment
 from lightning_wdefense.modules.paths import map_tensors
 from lightning_wdefense.modules.state.isolation import isolated
-from lightning_wdefense.modules.state.muted_logging import Logged, silenced
+from lightning_wdefense.modules.state.muted_logging import Logged, muted
 from lightning_wdefense.modules.state.random_state import RandomState
-from lightning_wdefense.modules.state.step_state import PlainState
+from lightning_wdefense.modules.state.step_state import StepState
 
 Noise = Literal["off", "training", "own"]
 
@@ -48,7 +48,7 @@ class Step:
     ) -> None:
         self.module, self.name = module, name
         self._function, self._arguments, self._options = function, arguments, options or {}
-        self._state: PlainState | None = None
+        self._state: StepState | None = None
         self._random: RandomState | None = None
         self._training: list[nn.Module] = []
         self._flags: list[tuple[Any, str, bool]] = []
@@ -60,7 +60,7 @@ class Step:
         return self._state is not None
 
     @contextlib.contextmanager
-    def rehearsal(self, device: torch.device, noise: Noise = "off") -> Iterator[None]:
+    def repeatable(self, device: torch.device, noise: Noise = "off") -> Iterator[None]:
         """Inside, the step may be called; the module is then as in :func:`isolated`, differentiable in its inputs.
 
         Args:
@@ -76,8 +76,8 @@ class Step:
             and not isinstance(each, (*_NORMS, *_DROPOUTS))
             and noise == "training"
         ]
-        with isolated(module, device, evaluation=noise != "own"), silenced(module, self.name) as logged:
-            state = PlainState(module)
+        with isolated(module, device, evaluation=noise != "own"), muted(module, self.name) as logged:
+            state = StepState(module)
             state.usable()
             before = self._state, self._random, self._training, self.logged, self._flags
             self._state, self._random = state, RandomState(device)
@@ -132,15 +132,15 @@ class Step:
         return None
 
     @contextlib.contextmanager
-    def once_more(self, random: RandomState) -> Iterator[Callable[[Any], Any]]:
+    def one_more_call(self, random: RandomState) -> Iterator[Callable[[Any], Any]]:
         """Inside, one more call in the module's own modes, with a graph: parameters and buffers see it, nothing else does.
 
         Args:
             random: where the user's own call began to draw; afterwards the random states are as they are now.
         """
         module = self.module
-        with silenced(module, self.name):
-            state, now = PlainState(module, buffers=False), RandomState(random._device)
+        with muted(module, self.name):
+            state, now = StepState(module, buffers=False), RandomState(random._device)
             random.restore()
             try:
                 yield lambda batch: self._function(_own_copy(batch), *self._arguments, **self._options)
@@ -166,10 +166,10 @@ def _own_copy(batch: Any) -> Any:
     return map_tensors(batch, torch.clone)
 
 
-def own_step(module: LightningModule, name: str) -> Callable[..., Any]:
+def unwrapped_step(module: LightningModule, name: str) -> Callable[..., Any]:
     """A module's step without hooks of ours, and uncompiled: what it runs may be compiled."""
     function = vars(module).get(name)
-    while isinstance(function, Guest) and hasattr(function, "original"):
+    while isinstance(function, Attachment) and hasattr(function, "original"):
         function = function.original
     context = getattr(module, "_compiler_ctx", None)
     if context is not None and f"original_{name}" in context:

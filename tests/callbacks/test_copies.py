@@ -16,7 +16,7 @@ from support.lightning_modules import DigitsClassifier, digits, digits_loaders, 
 from torch import nn
 
 from lightning_wdefense import Recipe, RobustnessMonitor, ThreatModel, WassersteinDefense, WassersteinDefenseMixin
-from lightning_wdefense.modules.attachments import Guest
+from lightning_wdefense.modules.attachments import Attachment
 from lightning_wdefense.modules.recording import ForwardRecorder
 
 THREAT = ThreatModel(eps=0.2)
@@ -38,7 +38,7 @@ COPIES = {
 def assert_plain(module):
     for child in module.modules():
         held = [*child.__dict__.values(), *(hook for kind in HOOKS for hook in getattr(child, kind).values())]
-        assert not any(isinstance(it, Guest) for it in held)
+        assert not any(isinstance(it, Attachment) for it in held)
         assert "__getstate__" not in child.__dict__
     assert "training_step" not in module.__dict__
     assert b"lightning_wdefense" not in pickle.dumps(module)  # it is loaded without us
@@ -221,7 +221,7 @@ class Mixed(WassersteinDefenseMixin, DigitsClassifier):
 def test_a_mixins_copy_goes_on_from_what_was_learned(make):
     module = fit(Mixed(), user := User(make))
     twin, learned = make(module), plain(module.defense.state_dict())
-    assert all(not isinstance(it, Guest) for copied in (twin, *user.copies) for it in vars(copied).values())
+    assert all(not isinstance(it, Attachment) for copied in (twin, *user.copies) for it in vars(copied).values())
     assert learned["batches"] == 2
     assert plain(twin.defense.state_dict()) == learned
     assert twin.defense.model is twin

@@ -14,12 +14,12 @@ from torchmetrics import Accuracy
 
 from lightning_wdefense import Recipe, RobustnessMonitor, ThreatModel, WassersteinDefense
 from lightning_wdefense.attacks import PGD
-from lightning_wdefense.attacks.labels import ignoring
-from lightning_wdefense.attacks.steps.inspection import first_look
+from lightning_wdefense.attacks.labels import replace_ignore_index
+from lightning_wdefense.attacks.steps.inspection import inspect_step
 from lightning_wdefense.attacks.steps.sites import InputSite
 from lightning_wdefense.defenses import RECIPES
-from lightning_wdefense.modules.batches import Batches
-from lightning_wdefense.modules.steps import Step, own_step
+from lightning_wdefense.modules.batches import BatchReader
+from lightning_wdefense.modules.steps import Step, unwrapped_step
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 THREAT = ThreatModel(eps=0.1)
@@ -227,14 +227,14 @@ LOOKS = {
 def test_first_look(case):
     step, forward, outputs, labels, plain, source = LOOKS[case]
     module = module_with(step, forward, outputs)
-    site = InputSite(Batches(), (IMAGES, labels), THREAT)
-    own = Step(module, own_step(module, "training_step"), "training_step", (0,))
-    look = first_look(own, site, labels, module, lambda outputs: outputs)
-    assert (look.plain, look.outputs) == (plain, source), look.why
-    assert look.depends
-    assert bool(look.why) != plain
+    site = InputSite(BatchReader(), (IMAGES, labels), THREAT)
+    own = Step(module, unwrapped_step(module, "training_step"), "training_step", (0,))
+    inspection = inspect_step(own, site, labels, module, lambda outputs: outputs)
+    assert (inspection.plain, inspection.outputs) == (plain, source), inspection.reason
+    assert inspection.differentiable
+    assert bool(inspection.reason) != plain
     if case == "auxiliary":  # the first part that is a classifier's
-        assert look.pick is not None
+        assert inspection.pick is not None
 
 
 class Caught(PGD):
@@ -499,10 +499,10 @@ def test_first_look_at_masks(ignored):
     labels = torch.where(PIXELS == 255, ignored, PIXELS)
     step = lambda m, x, y: ce(m(x), y, ignore_index=ignored)  # noqa: E731
     module = module_with(step, lambda m, x: MASKS(x))
-    own = Step(module, own_step(module, "training_step"), "training_step", (0,))
-    site = InputSite(Batches(), (IMAGES, labels), THREAT)
-    look = first_look(own, site, ignoring(labels, ignored), module, lambda outputs: outputs)
-    assert (look.plain, look.outputs) == (True, "model"), look.why
+    own = Step(module, unwrapped_step(module, "training_step"), "training_step", (0,))
+    site = InputSite(BatchReader(), (IMAGES, labels), THREAT)
+    inspection = inspect_step(own, site, replace_ignore_index(labels, ignored), module, lambda outputs: outputs)
+    assert (inspection.plain, inspection.outputs) == (True, "model"), inspection.reason
 
 
 def test_both_ways_train_the_same_weights_for_every_recipe():

@@ -51,8 +51,8 @@ FAULTS = [
     Fault(
         "the step sees the other branch",
         "callbacks/defense.py",
-        "contextlib.nullcontext(batch) if sees_clean else site.moved(adversarial)",
-        "site.moved(adversarial) if sees_clean else contextlib.nullcontext(batch)",
+        "contextlib.nullcontext(batch) if sees_clean else site.perturbed(adversarial)",
+        "site.perturbed(adversarial) if sees_clean else contextlib.nullcontext(batch)",
         (f"{DEFENSE}TestLoss::test_equals_the_formula[pgd-at]",),
     ),
     Fault(

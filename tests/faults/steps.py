@@ -26,7 +26,7 @@ FAULTS = [
         "values of metrics and parameters are not put back",
         "modules/state/snapshot.py",
         "written = [each for each in kept if each.written]",
-        "written: list[KeptValue] = []",
+        "written: list[TensorSnapshot] = []",
         (STEPS, f"{INVISIBLE}[byol]"),
     ),
     Fault(
@@ -53,7 +53,7 @@ FAULTS = [
     Fault(
         "loggers take what the attack logs",
         "modules/state/muted_logging.py",
-        "[SilentLogger(each) for each in loggers]",
+        "[MutedLogger(each) for each in loggers]",
         "loggers",
         (STEPS,),
     ),
@@ -75,7 +75,7 @@ FAULTS = [
     Fault(
         "embeddings are taken for logits",
         "attacks/steps/classification.py",
-        "return float(falls.float().mean()) >= SHARE and (invariant or against_the_rest)",
+        "return float(falls.float().mean()) >= MIN_SHARE and (invariant or against_the_rest)",
         "return True",
         (THROUGH, f"{MONITORED}[hard_triplets]", f"{MONITORED}[autoencoder]"),
     ),
@@ -89,7 +89,7 @@ FAULTS = [
     Fault(
         "a loss that does not depend on the inputs goes unseen",
         "callbacks/route.py",
-        "if not self.plain and not look.depends:",
+        "if not self.plain and not inspection.differentiable:",
         "if False:",
         ("tests/pipelines/test_refused.py::test_refused[detached_inputs]", THROUGH),
     ),
@@ -104,7 +104,7 @@ FAULTS = [
     Fault(
         "the shadow forgets between batches",
         "callbacks/evaluation/user_metrics.py",
-        "                self._state = PlainState(module)\n",
+        "                self._state = StepState(module)\n",
         "                pass\n",
         (SHADOW, f"{MONITORED}[metric_compute]"),
     ),

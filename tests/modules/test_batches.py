@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_wdefense.modules.batches import INPUT_KEYS, LABEL_KEYS, Batches
+from lightning_wdefense.modules.batches import INPUT_KEYS, LABEL_KEYS, BatchReader
 from lightning_wdefense.modules.paths import map_tensors
 
 X, Y, NEW = torch.zeros(4, 3), torch.arange(4), torch.ones(4, 3)
@@ -125,7 +125,7 @@ def content(batch) -> dict:
 
 @pytest.mark.parametrize("kind", BATCHES)
 def test_read_and_replace(kind):
-    batch, batches = BATCHES[kind], Batches()
+    batch, batches = BATCHES[kind], BatchReader()
     before = content(batch)
     inputs, labels = batches.read(batch)
     assert inputs is X
@@ -145,12 +145,12 @@ def test_read_and_replace(kind):
 
 @pytest.mark.parametrize("inputs_key", INPUT_KEYS)
 def test_usual_names_of_inputs(inputs_key):
-    assert Batches().read({inputs_key: X, "label": Y})[0] is X
+    assert BatchReader().read({inputs_key: X, "label": Y})[0] is X
 
 
 @pytest.mark.parametrize("labels_key", LABEL_KEYS)
 def test_usual_names_of_labels(labels_key):
-    assert Batches().read({"image": X, labels_key: Y})[1] is Y
+    assert BatchReader().read({"image": X, labels_key: Y})[1] is Y
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_usual_names_of_labels(labels_key):
     ],
 )
 def test_given_names(batch, inputs, labels):
-    batches = Batches(inputs, labels)
+    batches = BatchReader(inputs, labels)
     assert batches.read(batch)[0] is X
     assert batches.read(batch)[1] is Y
     changed = batches.replace(batch, NEW)
@@ -202,13 +202,13 @@ def test_given_names(batch, inputs, labels):
 )
 def test_errors_list_what_is_there(batch, options, message):
     with pytest.raises(ValueError, match=message):
-        Batches(**options).read(batch)
+        BatchReader(**options).read(batch)
 
 
 @pytest.mark.parametrize("inputs", [{"deep": 1}, "text", None])
 def test_inputs_that_are_no_tensor(inputs):
     with pytest.raises(TypeError, match=rf"The inputs of the batch are a {type(inputs).__name__}.*inputs="):
-        Batches().read((inputs, Y))
+        BatchReader().read((inputs, Y))
 
 
 BOTH = {"a": (X, Y), "b": (NEW, Y)}
@@ -241,7 +241,7 @@ PATHS = [
 
 @pytest.mark.parametrize(("batch", "inputs", "expected"), PATHS)
 def test_inputs_at_any_depth(batch, inputs, expected):
-    batches = Batches(inputs)
+    batches = BatchReader(inputs)
     found = batches.inputs(batch)
     assert [id(each) for each in found] == [id(each) for each in expected]
     new = [torch.randn(4, 3) for _ in found]
@@ -254,25 +254,25 @@ def test_inputs_at_any_depth(batch, inputs, expected):
 @pytest.mark.parametrize(("batch", "key"), [(BOTH, "a.2"), (BOTH, ("c", 0)), (((X, NEW), Y), (0, 2)), (BOTH, "a.0.z")])
 def test_a_path_that_leads_nowhere_lists_those_that_lead_somewhere(batch, key):
     with pytest.raises(ValueError, match=r"leads nowhere in the batch.*There are: ") as caught:
-        Batches(key).inputs(batch)
+        BatchReader(key).inputs(batch)
     listed = re.findall(r"('[^']*'|\([^()]*\)) \(", str(caught.value).split("There are: ")[1])
     assert len(listed) >= 2
     for path in listed:
-        assert isinstance(Batches(ast.literal_eval(path)).inputs(batch)[0], torch.Tensor)
+        assert isinstance(BatchReader(ast.literal_eval(path)).inputs(batch)[0], torch.Tensor)
 
 
 def test_labels_by_path_and_callable():
-    assert Batches(labels="a.1").labels(BOTH) is Y
-    assert Batches(labels=lambda batch: batch["b"][1]).labels(BOTH) is Y
-    assert Batches().labels_or_none(BOTH) is None
-    assert Batches().labels_or_none(X) is None
+    assert BatchReader(labels="a.1").labels(BOTH) is Y
+    assert BatchReader(labels=lambda batch: batch["b"][1]).labels(BOTH) is Y
+    assert BatchReader().labels_or_none(BOTH) is None
+    assert BatchReader().labels_or_none(X) is None
     with pytest.raises(ValueError, match="labels='c' names nothing"):
-        Batches(labels="c").labels_or_none(BOTH)
+        BatchReader(labels="c").labels_or_none(BOTH)
 
 
 def test_several_tensors_are_not_one():
     with pytest.raises(ValueError, match="has 2 tensors of inputs"):
-        Batches(labels="a.1").read(BOTH)
+        BatchReader(labels="a.1").read(BOTH)
 
 
 def test_every_tensor_of_a_batch():

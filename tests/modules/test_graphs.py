@@ -146,7 +146,7 @@ def test_labels_that_change_within_an_attack(recordings):
 def test_odd_last_batches_are_not_recorded(recordings):
     model = classifier(6)
     inputs, labels = batch(6)
-    for size in 2 * [*[8] * graphs.RECENT, 5]:
+    for size in 2 * [*[8] * graphs.RECENT_CALLS, 5]:
         ATTACK(model, inputs[:size], labels[:size], execution=GRAPH)
     assert len(recordings) == 1
 
@@ -157,11 +157,11 @@ def test_as_many_as_are_kept(recordings):
     for size in range(3, 11):
         for _ in range(2):
             ATTACK(model, inputs[:size], labels[:size], execution=GRAPH)
-        assert kept(model) <= graphs.KEPT
+        assert kept(model) <= graphs.MAX_GRAPHS
     assert len(recordings) == 8
     ATTACK(model, inputs[:10], labels[:10], execution=GRAPH)
     assert len(recordings) == 8
-    assert kept(model) == graphs.KEPT
+    assert kept(model) == graphs.MAX_GRAPHS
 
 
 def test_what_differs_has_a_graph_of_its_own(recordings):
@@ -351,7 +351,7 @@ def test_why_they_are_not(kind):
     model, (inputs, _) = kind(), batch(6)
     model(inputs)
     with pytest.raises(graphs.UnrecordableError, match=REASONS[kind]):
-        graphs.examined(model, lambda: model(inputs), (inputs,))
+        graphs.check_recordable(model, lambda: model(inputs), (inputs,))
 
 
 def test_a_module_that_is_another_at_each_attack_is_named(recordings):
@@ -359,7 +359,7 @@ def test_a_module_that_is_another_at_each_attack_is_named(recordings):
     model = Wrapped()
 
     def attack_in_turns() -> None:
-        for step in range(3 * graphs.PATIENCE):
+        for step in range(3 * graphs.WARN_AFTER):
             model.progress = step
             ATTACK(model, inputs, labels, execution=GRAPH)
 
@@ -407,7 +407,7 @@ def test_tensors_from_elsewhere_are_kept_alive():
     model = Wrapped()
     inputs, _ = batch(6)
     elsewhere = torch.ones(6)
-    reads = graphs.examined(model, lambda: model(inputs * elsewhere[2:].sum()) + torch.ones(()), (inputs,))
+    reads = graphs.check_recordable(model, lambda: model(inputs * elsewhere[2:].sum()) + torch.ones(()), (inputs,))
     assert [each is elsewhere for each in reads] == [True]
 
 

@@ -17,7 +17,7 @@ from support.lightning_modules import digits, digits_loaders, quiet_trainer
 from torch import nn
 from torchmetrics import Accuracy, F1Score, MeanMetric, MetricCollection
 
-from lightning_wdefense.modules.steps import Step, own_step
+from lightning_wdefense.modules.steps import Step, unwrapped_step
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -184,14 +184,14 @@ def module():
 
 
 def step_of(module):
-    return Step(module, own_step(module, "training_step"), "training_step", (0,))
+    return Step(module, unwrapped_step(module, "training_step"), "training_step", (0,))
 
 
 @pytest.mark.parametrize("noise", ["off", "training", "own"])
 @pytest.mark.parametrize("under", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 def test_no_trace_and_one_function(module, noise, under):
     before, step = state_of(module), step_of(module)
-    with under(), step.rehearsal(torch.device("cpu"), noise):
+    with under(), step.repeatable(torch.device("cpu"), noise):
         losses = [step.loss(batch()).item() for _ in range(4)]
         x = batch()[0].clone().requires_grad_()
         (slope,) = torch.autograd.grad(step.loss((x, batch()[1])), x)
@@ -215,7 +215,7 @@ def test_the_loss_is_a_scalar(module, name, returned):
         return returned(losses)
 
     step = Step(module, function, name)
-    with step.rehearsal(torch.device("cpu")):
+    with step.repeatable(torch.device("cpu")):
         expected = module.net(batch()[0]).square().mean()
         loss = step.loss(batch())
         if name == "validation_step" and not isinstance(step(batch()), dict):
@@ -228,7 +228,7 @@ def test_the_loss_is_a_scalar(module, name, returned):
 def test_no_trace_of_a_step_that_fails(module):
     module.fail = True
     before, step = state_of(module), step_of(module)
-    with pytest.raises(RuntimeError, match="in the middle"), step.rehearsal(torch.device("cpu")):
+    with pytest.raises(RuntimeError, match="in the middle"), step.repeatable(torch.device("cpu")):
         step(batch())
     assert_same(before, state_of(module))
 
@@ -252,14 +252,14 @@ def copies_itself(module):
 def test_no_trace_of_what_a_step_does_with_the_module(module, prepare):
     prepare(module)
     before, step = state_of(module), step_of(module)
-    with step.rehearsal(torch.device("cpu")):
+    with step.repeatable(torch.device("cpu")):
         step(batch())
     assert_same(before, state_of(module))
 
 
 def test_under_autocast(module):
     before, step = state_of(module), step_of(module)
-    with torch.autocast("cpu", torch.bfloat16), step.rehearsal(torch.device("cpu")):
+    with torch.autocast("cpu", torch.bfloat16), step.repeatable(torch.device("cpu")):
         assert step(batch())["more"].dtype == torch.bfloat16
         assert step.loss(batch()) == step.loss(batch())
     assert_same(before, state_of(module))
@@ -274,7 +274,7 @@ class Calling(L.Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         step = step_of(pl_module)
         if self.times:
-            with step.rehearsal(pl_module.device):
+            with step.repeatable(pl_module.device):
                 for _ in range(self.times):
                     step(batch)
 
@@ -314,7 +314,7 @@ def test_the_other_branch_draws_as_the_users_own_call(module):
     module.training_step(batch(), 0)
     now = torch.get_rng_state()
     count, shown = module.steps, len(module.outputs)
-    with step.once_more(start) as call:
+    with step.one_more_call(start) as call:
         call(batch())["loss"].backward()
     assert torch.equal(masks[0], masks[1])
     assert torch.equal(torch.get_rng_state(), now)

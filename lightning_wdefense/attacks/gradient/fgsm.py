@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from lightning_wdefense.attacks.base import Attack, Problem
-from lightning_wdefense.attacks.losses import AttackLoss, check_loss, given_losses
+from lightning_wdefense.attacks.losses import AttackLoss, check_loss, outputs_as_losses
 from lightning_wdefense.attacks.threat import ThreatModel
 
 
@@ -68,7 +68,7 @@ class FGSM(Attack):
 
     def of_losses(self) -> Attack | None:
         """The same attack on a model that returns its losses itself."""
-        return replace(self, loss=given_losses) if self.loss in ("ce", "margin") else None
+        return replace(self, loss=outputs_as_losses) if self.loss in ("ce", "margin") else None
 
     def perturb(self, problem: Problem) -> Tensor:
         """One step from the clean (or noisy) inputs, in data units."""

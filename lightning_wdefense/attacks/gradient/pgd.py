@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_wdefense.attacks.base import Attack, Problem
-from lightning_wdefense.attacks.losses import AttackLoss, check_loss, given_losses
+from lightning_wdefense.attacks.losses import AttackLoss, check_loss, outputs_as_losses
 from lightning_wdefense.attacks.norms import random_normal
 from lightning_wdefense.attacks.threat import ThreatModel
 
@@ -86,7 +86,7 @@ class PGD(Attack):
 
     def of_losses(self) -> Attack | None:
         """The same attack on a model that returns its losses itself."""
-        return replace(self, loss=given_losses, early_exit=False) if self.loss in ("ce", "margin") else None
+        return replace(self, loss=outputs_as_losses, early_exit=False) if self.loss in ("ce", "margin") else None
 
     def perturb(self, problem: Problem) -> Tensor:
         """The adversarial inputs, in data units."""

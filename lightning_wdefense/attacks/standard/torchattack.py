@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_wdefense._dtype import default_dtype
 from lightning_wdefense._names import unknown_name
-from lightning_wdefense._seeding import alone_with_random_state
+from lightning_wdefense._seeding import locked_random_state
 from lightning_wdefense.attacks.base import Attack, Problem
 from lightning_wdefense.attacks.labels import class_labels, hard_labels
 from lightning_wdefense.attacks.threat import ThreatModel, check_threat
@@ -87,7 +87,7 @@ class TorchAttack(Attack):
 
     def perturb(self, problem: Problem) -> Tensor:
         """The adversarial inputs, in data units."""
-        with alone_with_random_state():  # from which torchattacks draws
+        with locked_random_state():  # from which torchattacks draws
             view = UnitImages(problem)
             attack = self._build(view.model, view.classes, seed_globally(problem.generator))
             with default_dtype(torch.float32):  # torchattacks counts on it; Lightning's "true" precisions change it
@@ -142,7 +142,7 @@ class UnitImages:
             self._grid = (channels, side)
         # float32 and contiguous: FAB and Square fail on other dtypes and strides.
         self.images = self._to_grid(((problem.data - low) / self._range).clamp(0, 1).float().contiguous())
-        outputs = problem.examined("ce")
+        outputs = problem.checked_outputs("ce")
         logits = logits_of(outputs)
         if logits.ndim != 2:
             raise ValueError(f"torchattacks needs one label a sample; this model's outputs are {tuple(logits.shape)}.")

@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_wdefense.attacks.labels import class_labels, counted, hard_labels
+from lightning_wdefense.attacks.labels import class_labels, hard_labels, not_ignored
 from lightning_wdefense.modules.autograd import gradients
 from lightning_wdefense.modules.outputs import float32_or_better, has_one_output, logits_of, tensor_of
 
-SAME = 1e-3
+SAME_LOSS = 1e-3
 """Relative difference below which two losses are one."""
 
-SHARE = 0.9
+MIN_SHARE = 0.9
 """Share of the samples whose loss must fall in the logit of their own class, more than in any other, for logits to be a classifier's."""
 
 
@@ -42,7 +42,7 @@ def is_classification(outputs: Any, labels: Any, loss: Tensor) -> bool:
         entropy = F.cross_entropy(float32_or_better(logits), target)
     if not bool(loss.isfinite()):  # it has diverged, and so have they
         return not bool(entropy.isfinite())
-    same = max(SAME, 4 * torch.finfo(values.dtype).eps, 4 * torch.finfo(loss.dtype).eps)
+    same = max(SAME_LOSS, 4 * torch.finfo(values.dtype).eps, 4 * torch.finfo(loss.dtype).eps)
     if abs(float(entropy) - float(loss.detach())) <= same * (1e-6 + abs(float(entropy))):
         return True
     if has_one_output(outputs) or not values.requires_grad:
@@ -53,7 +53,7 @@ def is_classification(outputs: Any, labels: Any, loss: Tensor) -> bool:
     rows = float32_or_better(slope).movedim(1, -1).flatten(0, -2)
     classes = hard_labels(labels).flatten()
     size = rows.abs().sum(1)
-    seen = (size > 0) & counted(classes)
+    seen = (size > 0) & not_ignored(classes)
     if not bool(seen.any()):
         return False
     rows, classes, size = rows[seen], classes[seen], size[seen]
@@ -62,4 +62,4 @@ def is_classification(outputs: Any, labels: Any, loss: Tensor) -> bool:
     invariant = bool((rows.sum(1).abs() <= 10 * same * size).all())
     others = size + own  # the sum of the others' slopes, if none of them is negative
     against_the_rest = bool((((rows >= 0).sum(1) == rows.shape[1] - 1) & (others > 0))[falls].all())
-    return float(falls.float().mean()) >= SHARE and (invariant or against_the_rest)
+    return float(falls.float().mean()) >= MIN_SHARE and (invariant or against_the_rest)

@@ -13,13 +13,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_wdefense.attacks.steps.classification import SAME, is_classification
-from lightning_wdefense.attacks.steps.sites import Site
-from lightning_wdefense.modules.attachments import hook
+from lightning_wdefense.attacks.steps.classification import SAME_LOSS, is_classification
+from lightning_wdefense.attacks.steps.sites import PerturbationSite
+from lightning_wdefense.modules.attachments import attach_hook
 from lightning_wdefense.modules.autograd import gradients
 from lightning_wdefense.modules.outputs import tensor_of
 from lightning_wdefense.modules.recording import CONVOLUTIONS
-from lightning_wdefense.modules.state.isolation import eager, isolated, own_passes
+from lightning_wdefense.modules.state.isolation import eager, internal_pass_depth, isolated
 from lightning_wdefense.modules.state.step_state import iterators_of
 from lightning_wdefense.modules.steps import Noise, Step
 
@@ -27,46 +27,46 @@ Source = Literal["model", "head"]
 
 
 @dataclass
-class Look:
+class StepInspection:
     """What was seen of a step.
 
     Attributes:
         noise: how the step is to be run: in eval mode, or, where it returns no loss there, in its own modes without noise.
         loss: of the clean batch; ``None`` where the step returns none.
-        depends: whether the loss has a gradient in the adversary's values.
+        differentiable: whether the loss has a gradient in the adversary's values.
         plain: whether the model ran once, on these values alone, so that a plain forward pass computes the same outputs.
         outputs: where a classifier's outputs are found: what the model returned, or the last linear layer; ``None`` where
             neither is a classifier's.
         pick: finds the logits in the model's outputs, where they are a part of them.
         by_sample: whether there is one row of those logits for each of the values.
-        model_ran: how often the model ran.
+        model_calls: how often the model ran.
         tensor: whether it returned one tensor.
         head_ran: whether a linear layer ran.
-        attacks: whether the step attacks the model by itself.
-        why: in words, why a plain forward pass is not the same computation.
+        runs_attack: whether the step attacks the model by itself.
+        reason: in words, why a plain forward pass is not the same computation.
     """
 
     noise: Noise = "off"
     loss: float | None = None
-    depends: bool = False
+    differentiable: bool = False
     plain: bool = False
     outputs: Source | None = None
     pick: Callable[[Any], Any] | None = None
     by_sample: bool = False
-    model_ran: int = 0
+    model_calls: int = 0
     tensor: bool = False
     head_ran: bool = False
-    attacks: bool = False
-    why: str = ""
+    runs_attack: bool = False
+    reason: str = ""
 
 
-def first_look(
+def inspect_step(
     step: Step,
-    site: Site,
+    site: PerturbationSite,
     labels: Any,
     model: nn.Module | None,
     pick: Callable[[Any], Any],
-) -> Look:
+) -> StepInspection:
     """Run the step twice on a clean batch, without a trace, and see what it does.
 
     Args:
@@ -81,66 +81,66 @@ def first_look(
         Exception: whatever the step raises.
     """
     failed: Exception | None = None
-    look = Look()
+    inspection = StepInspection()
     noises: tuple[Noise, ...] = ("off", "training") if step.name == "training_step" else ("off",)
     for noise in noises:
         try:
-            look = _look(step, site, labels, model, pick, noise)
+            inspection = _inspect(step, site, labels, model, pick, noise)
         except StopIteration as error:
             raise _consumed(step) from error
-        except ConsumedError:
+        except ConsumedIteratorError:
             raise
         except Exception as error:
             failed = error
             continue
         failed = None
-        if look.loss is not None:
+        if inspection.loss is not None:
             break
     if failed is not None:
         raise failed
-    return look
+    return inspection
 
 
-def _look(
-    step: Step, site: Site, labels: Any, model: nn.Module | None, pick: Callable[[Any], Any], noise: Noise
-) -> Look:
-    look, calls, heads = Look(noise), list[Any](), list[Any]()
-    with eager(), step.rehearsal(site.values.device, noise):
+def _inspect(
+    step: Step, site: PerturbationSite, labels: Any, model: nn.Module | None, pick: Callable[[Any], Any], noise: Noise
+) -> StepInspection:
+    inspection, calls, heads = StepInspection(noise), list[Any](), list[Any]()
+    with eager(), step.repeatable(site.values.device, noise):
         values = site.values.detach().clone()
         if values.is_floating_point():
             values.requires_grad_()
-        with _watching(step.module, model, calls, heads, look), site.moved(values) as batch:
+        with _watching(step.module, model, calls, heads, inspection), site.perturbed(values) as batch:
             loss = step.loss(batch)
-        look.model_ran, look.head_ran = len(calls), bool(heads)
-        look.tensor = bool(calls) and isinstance(pick(calls[0][2]), Tensor)
-        look.why = _difference(calls, values, model)
-        look.plain = not look.why
+        inspection.model_calls, inspection.head_ran = len(calls), bool(heads)
+        inspection.tensor = bool(calls) and isinstance(pick(calls[0][2]), Tensor)
+        inspection.reason = _difference(calls, values, model)
+        inspection.plain = not inspection.reason
         if loss is None:
-            return look
-        look.loss = float(loss.detach())
-        look.depends = (
+            return inspection
+        inspection.loss = float(loss.detach())
+        inspection.differentiable = (
             values.requires_grad and loss.requires_grad and gradients(loss, [values], retain_graph=True)[0] is not None
         )
-        look.outputs, look.pick, rows = _classifier(calls, heads, labels, loss, pick)
-        look.by_sample = rows == len(values)
-        if look.pick is not None:
-            look.plain, look.why = False, f"{type(model).__name__} returns several outputs"
-        with site.moved(site.values.detach().clone()) as batch:
+        inspection.outputs, inspection.pick, rows = _classifier(calls, heads, labels, loss, pick)
+        inspection.by_sample = rows == len(values)
+        if inspection.pick is not None:
+            inspection.plain, inspection.reason = False, f"{type(model).__name__} returns several outputs"
+        with site.perturbed(site.values.detach().clone()) as batch:
             again = step.loss(batch)
-    moved = again is None or abs(float(again.detach()) - look.loss) > SAME * (1e-6 + abs(look.loss))
+    moved = again is None or abs(float(again.detach()) - inspection.loss) > SAME_LOSS * (1e-6 + abs(inspection.loss))
     if moved and iterators_of(step.module):
         raise _consumed(step)
-    if moved and math.isfinite(look.loss):
+    if moved and math.isfinite(inspection.loss):
         warnings.warn(
-            f"{step.name} of {type(step.module).__name__} gave two losses for one batch, {look.loss:.6g} and "
+            f"{step.name} of {type(step.module).__name__} gave two losses for one batch, {inspection.loss:.6g} and "
             f"{'none' if again is None else format(float(again.detach()), '.6g')}: it draws on something that cannot be put back (a random "
             "source of its own, state outside of the module), so the adversary climbs a hill that moves.",
             stacklevel=2,
         )
-    return look
+    return inspection
 
 
-def part_differs(model: nn.Module, values: Tensor, pick: Callable[[Any], Any]) -> str:
+def partial_batch_difference(model: nn.Module, values: Tensor, pick: Callable[[Any], Any]) -> str:
     """Why a part of a batch is not run as in the whole: the model fails on it, or its outputs are others; empty where they are the same."""
     half = len(values) // 2
     if half == 0:
@@ -155,18 +155,18 @@ def part_differs(model: nn.Module, values: Tensor, pick: Callable[[Any], Any]) -
         return f"outputs of shape {tuple(part.shape)} for {half} samples"
     largest = float(whole.float().abs().max()) if whole.numel() else 0.0
     apart = float((part.float() - whole.float()).abs().max()) if whole.numel() else 0.0
-    if apart > 16 * max(SAME, torch.finfo(whole.dtype).eps) * largest:
+    if apart > 16 * max(SAME_LOSS, torch.finfo(whole.dtype).eps) * largest:
         return "its outputs for a sample depend on the others of the batch"
     return ""
 
 
-class ConsumedError(ValueError):
+class ConsumedIteratorError(ValueError):
     """The step draws on something that is gone after a call."""
 
 
-def _consumed(step: Step) -> ConsumedError:
+def _consumed(step: Step) -> ConsumedIteratorError:
     found = ", ".join(f"self.{name} (a {kind})" for name, kind in iterators_of(step.module).items()) or "an iterator"
-    return ConsumedError(
+    return ConsumedIteratorError(
         f"{step.name} of {type(step.module).__name__} draws on {found}, which is consumed at each call, so that the step is no function of "
         "its batch and cannot be attacked through. Let the trainer draw the data instead: Trainer.fit(module, CombinedLoader({'labelled': "
         "..., 'unlabelled': ...})), and name what is attacked with inputs='labelled.0'."
@@ -175,13 +175,13 @@ def _consumed(step: Step) -> ConsumedError:
 
 @contextlib.contextmanager
 def _watching(
-    module: nn.Module, model: nn.Module | None, calls: list[Any], heads: list[Any], look: Look
+    module: nn.Module, model: nn.Module | None, calls: list[Any], heads: list[Any], inspection: StepInspection
 ) -> Iterator[None]:
     inside = [0]  # a model may call itself
-    level = own_passes()  # an attack inside of the step runs the model for purposes of its own
+    level = internal_pass_depth()  # an attack inside of the step runs the model for purposes of its own
 
     def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
-        if own_passes() != level:
+        if internal_pass_depth() != level:
             return
         inside[0] += 1
         if inside[0] == 1:
@@ -189,24 +189,24 @@ def _watching(
             calls.append([kept, dict(kwargs), None])
 
     def leave(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if own_passes() != level:
+        if internal_pass_depth() != level:
             return
         inside[0] -= 1
         if inside[0] == 0:
             calls[-1][2] = output
 
     def head(layer: nn.Module, args: Any, output: Any) -> None:
-        if own_passes() == level:
+        if internal_pass_depth() == level:
             heads.append((layer, output))
         else:
-            look.attacks = True
+            inspection.runs_attack = True
 
     handles = []
     if model is not None:
-        handles += [hook(model, enter, before=True, keywords=True), hook(model, leave, keywords=True)]
+        handles += [attach_hook(model, enter, before=True, keywords=True), attach_hook(model, leave, keywords=True)]
     for each in module.modules():
         if isinstance(each, (nn.Linear, *CONVOLUTIONS)):
-            handles.append(hook(each, head))
+            handles.append(attach_hook(each, head))
     try:
         yield
     finally:

@@ -13,18 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from lightning_wdefense.attacks.threat import ThreatModel
-from lightning_wdefense.modules.attachments import hook
-from lightning_wdefense.modules.batches import Batches
+from lightning_wdefense.modules.attachments import attach_hook
+from lightning_wdefense.modules.batches import BatchReader
 from lightning_wdefense.modules.outputs import float32_or_better
-from lightning_wdefense.modules.paths import at, resolve
-from lightning_wdefense.modules.recording import submodule
+from lightning_wdefense.modules.paths import resolve, value_at
+from lightning_wdefense.modules.recording import find_submodule
 from lightning_wdefense.modules.state.isolation import eager
 
 CHANNELS = (1, 3, 4)
 """So many channels make a tensor of three dimensions, in a list of which nothing else tells, an image and not a batch of sequences."""
 
 
-class Site(ABC):
+class PerturbationSite(ABC):
     """One batch, and what of it the adversary may move.
 
     Attributes:
@@ -38,11 +38,11 @@ class Site(ABC):
     size: int
 
     @abstractmethod
-    def moved(self, values: Tensor) -> contextlib.AbstractContextManager[Any]:
+    def perturbed(self, values: Tensor) -> contextlib.AbstractContextManager[Any]:
         """Inside, whoever runs the batch that is yielded meets these values in place of the clean ones."""
 
 
-class InputSite(Site):
+class InputSite(PerturbationSite):
     """The inputs in a batch: one tensor, or several, each with a ball of its own.
 
     Several of one shape are stacked along dimension 0; of different shapes (detection: images of different sizes) each sample becomes
@@ -54,7 +54,7 @@ class InputSite(Site):
         threat: the threat model.
     """
 
-    def __init__(self, batches: Batches, batch: Any, threat: ThreatModel) -> None:
+    def __init__(self, batches: BatchReader, batch: Any, threat: ThreatModel) -> None:
         self._batches, self._batch = batches, batch
         self._inputs = [each.detach() for each in batches.inputs(batch)]
         self.threat, self._rows = threat, False
@@ -89,7 +89,7 @@ class InputSite(Site):
         return each.unsqueeze(0) if self._samples else each
 
     @contextlib.contextmanager
-    def moved(self, values: Tensor) -> Iterator[Any]:
+    def perturbed(self, values: Tensor) -> Iterator[Any]:
         """The batch with other inputs."""
         yield self._batches.replace(self._batch, self._unpacked(values))
 
@@ -107,7 +107,7 @@ class InputSite(Site):
         return found
 
 
-class OutputSite(Site):
+class OutputSite(PerturbationSite):
     """The output of a submodule, such as the embeddings of tokens.
 
     Args:
@@ -134,7 +134,7 @@ class OutputSite(Site):
         self.values = self._clean.flatten(0, -2) if by_token else self._clean
 
     @contextlib.contextmanager
-    def moved(self, values: Tensor) -> Iterator[Any]:
+    def perturbed(self, values: Tensor) -> Iterator[Any]:
         """The same batch, while the submodule's output is moved by as much as the values are."""
         delta = values.reshape(self._clean.shape) - self._clean.to(values.dtype)
         if self._free is not None:
@@ -143,7 +143,7 @@ class OutputSite(Site):
         def move(module: nn.Module, args: Any, output: Tensor) -> Tensor:
             return output + delta.to(output.dtype)
 
-        handle = hook(self._module, move)
+        handle = attach_hook(self._module, move)
         try:
             with eager():  # what was compiled before does not notice the hook
                 yield self._batch
@@ -190,13 +190,13 @@ class Perturb:
             ValueError: if there is no such submodule, it does not run once, or returns no floating-point tensor, or the threat has bounds
                 that it does not keep.
         """
-        module = submodule(root, self.path, "perturb")
+        module = find_submodule(root, self.path, "perturb")
         seen: list[tuple[Any, Any]] = []
 
         def see(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             seen.append(((*args, *kwargs.values()), output))
 
-        handle = hook(module, see, keywords=True)
+        handle = attach_hook(module, see, keywords=True)
         try:
             with eager():
                 run()
@@ -241,7 +241,7 @@ class Perturb:
 def _mask(batch: Any, key: str | int | tuple[int | str, ...] | None) -> Tensor | None:
     for name in ("attention_mask", "mask") if key is None else (key,):
         path = resolve(batch, name)
-        found = None if path is None else at(batch, path)
+        found = None if path is None else value_at(batch, path)
         if isinstance(found, Tensor):
             return found
     if key is not None:

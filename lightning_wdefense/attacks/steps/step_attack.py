@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_wdefense.attacks.base import Attack
-from lightning_wdefense.attacks.steps.sites import Site
+from lightning_wdefense.attacks.steps.sites import PerturbationSite
 from lightning_wdefense.modules.execution import Execution
 from lightning_wdefense.modules.recording import ForwardRecorder, Recording
 from lightning_wdefense.modules.steps import Noise, Step
@@ -30,23 +30,23 @@ class StepModel:
         recorder: records outputs and features.
     """
 
-    takes_parts = False
+    accepts_partial_batches = False
 
-    def __init__(self, step: Step, site: Site, recorder: ForwardRecorder, read: Read | None = None) -> None:
+    def __init__(self, step: Step, site: PerturbationSite, recorder: ForwardRecorder, read: Read | None = None) -> None:
         self._step, self._site, self._recorder, self._read = step, site, recorder, read
         self.__self__ = step.module  # by which the module behind a callable is known
 
     def __call__(self, values: Tensor) -> Any:
         """Losses ``(M,)`` or outputs."""
-        with self._site.moved(values) as batch:
+        with self._site.perturbed(values) as batch:
             if self._read is None:
-                return whole_loss(self._step, batch).expand(len(values))
+                return required_loss(self._step, batch).expand(len(values))
             with self._recorder.recording() as recording:
                 self._step(batch)
             return self._read(recording)
 
 
-def whole_loss(step: Step, batch: Any) -> Tensor:
+def required_loss(step: Step, batch: Any) -> Tensor:
     """The step's loss of a batch.
 
     Raises:
@@ -64,7 +64,7 @@ def whole_loss(step: Step, batch: Any) -> Tensor:
 def attack_step(
     attack: Attack,
     step: Step,
-    site: Site,
+    site: PerturbationSite,
     *,
     noise: Noise,
     recorder: ForwardRecorder,
@@ -101,7 +101,7 @@ def attack_step(
         )
     if execution is not None and execution.compile:
         execution = replace(execution, compile=False)
-    with step.rehearsal(site.values.device, noise):
+    with step.repeatable(site.values.device, noise):
         model = StepModel(step, site, recorder, None if own is not None else read)
         used = own or replace(attack, threat=site.threat.with_eps(attack.threat.eps))  # type: ignore[type-var]
         return used(model, site.values, labels, generator=generator, execution=execution)

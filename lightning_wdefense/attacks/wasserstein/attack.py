@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_wdefense._names import unknown_name
 from lightning_wdefense.attacks.base import Attack, Problem
-from lightning_wdefense.attacks.losses import AttackLoss, check_loss, given_losses
+from lightning_wdefense.attacks.losses import AttackLoss, check_loss, outputs_as_losses
 from lightning_wdefense.attacks.norms import per_sample, random_normal, random_uniform
 from lightning_wdefense.attacks.threat import ThreatModel, check_threat
 from lightning_wdefense.attacks.wasserstein.ascent import ASCENTS, Ascent, Method
@@ -106,7 +106,7 @@ class WassersteinAttack(Attack):
 
     def of_losses(self) -> Attack | None:
         """The same attack on a model that returns its losses itself."""
-        return replace(self, loss=given_losses, early_exit=False) if self._knows_fooled else None
+        return replace(self, loss=outputs_as_losses, early_exit=False) if self._knows_fooled else None
 
     def perturb(self, problem: Problem) -> Tensor:
         """The adversarial inputs, in data units."""

@@ -1,4 +1,4 @@
-"""An evaluation batch as monitors attack and observe it: by plain forward passes, or through the module's own step."""
+"""Evaluation batches that monitors attack, by plain forward passes or through the module's own step."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from lightning_wdefense._compat import rank_zero_warn
 from lightning_wdefense.attacks.base import Attack
-from lightning_wdefense.attacks.steps.inspection import Look
-from lightning_wdefense.attacks.steps.sites import Site
+from lightning_wdefense.attacks.steps.inspection import StepInspection
+from lightning_wdefense.attacks.steps.sites import PerturbationSite
 from lightning_wdefense.attacks.steps.step_attack import StepModel, attack_step
-from lightning_wdefense.modules.outputs import Picked, picking
+from lightning_wdefense.modules.outputs import PickedOutputModel, output_picker
 from lightning_wdefense.modules.recording import OUTPUTS, PENULTIMATE, ForwardRecorder
 from lightning_wdefense.modules.state.isolation import eager, isolated
 from lightning_wdefense.modules.steps import Step
@@ -24,18 +24,18 @@ Observed = list[tuple[Any, Tensor]]
 
 
 class AttackedBatch:
-    """A batch under evaluation.
+    """An evaluation batch that attacks can run on.
 
     Attributes:
-        site: the batch, and what the adversary moves in it.
-        inputs: what the adversary moves, ``(N, ...)``.
-        labels: of the batch.
-        model: a callable from inputs to outputs, which attacks are given, inside of :meth:`ready`.
-        classifies: whether the labels are classes of the outputs; otherwise there is only the step's loss.
-        has_outputs: whether outputs are seen at all.
+        site: the batch, and the values in it that the attack perturbs.
+        inputs: the values that the attack perturbs, ``(N, ...)``.
+        labels: labels of the batch.
+        model: a callable from inputs to outputs, for the attacks; to be called inside :meth:`ready`.
+        classifies: whether the labels are classes of the outputs. If not, only the step's loss can be attacked.
+        has_outputs: whether the model's outputs are recorded.
     """
 
-    site: Site
+    site: PerturbationSite
     labels: Any
     model: Callable[[Tensor], Any]
     classifies: bool = True
@@ -43,51 +43,59 @@ class AttackedBatch:
 
     @property
     def inputs(self) -> Tensor:
-        """What the adversary moves."""
+        """The values that the attack perturbs, ``(N, ...)``."""
         return self.site.values
 
     def ready(self) -> contextlib.AbstractContextManager[Any]:
-        """Inside, the model may be called."""
+        """Context in which the model may be called."""
         return contextlib.nullcontext()
 
     def fitted(self, attack: Attack) -> Attack:
-        """The attack in the units of the inputs."""
+        """The attack with a threat model in the units of the perturbed values."""
         threat = self.site.threat.with_eps(attack.threat.eps)
         return attack if attack.threat == threat else replace(attack, threat=threat)  # type: ignore[type-var]
 
     def observe(self, features: str, *batches: Tensor) -> Observed:
-        """The outputs and features ``(N, D)`` of passes in eval mode that leave no trace."""
+        """The outputs and features ``(N, D)`` of forward passes in eval mode without side effects."""
         raise NotImplementedError
 
 
 class ModelBatch(AttackedBatch):
-    """A batch that a plain forward pass takes.
+    """A batch that the attack runs by plain forward passes.
 
     Args:
         model: takes the inputs and returns logits.
-        site: the batch.
-        labels: of the batch.
-        outputs: finds the logits in what the model returns.
-        takes_parts: whether the model may be run on a part of a batch.
+        site: the batch, and the values in it that the attack perturbs.
+        labels: labels of the batch.
+        outputs: finds the logits in the model's return value.
+        accepts_partial_batches: whether the model may be run on a part of a batch.
     """
 
     def __init__(
-        self, model: nn.Module, site: Site, labels: Any, outputs: Any = None, *, takes_parts: bool = True
+        self,
+        model: nn.Module,
+        site: PerturbationSite,
+        labels: Any,
+        outputs: Any = None,
+        *,
+        accepts_partial_batches: bool = True,
     ) -> None:
-        self._module, self._pick = model, picking(outputs)
+        self._module, self._pick = model, output_picker(outputs)
         self.site, self.labels = site, labels
-        plain = self._pick is None and takes_parts
-        self.model = model if plain else Picked(model, self._pick, takes_parts=takes_parts)
+        plain = self._pick is None and accepts_partial_batches
+        self.model = (
+            model if plain else PickedOutputModel(model, self._pick, accepts_partial_batches=accepts_partial_batches)
+        )
 
     def observe(self, features: str, *batches: Tensor) -> Observed:
-        """Where ``"penultimate"`` features are wanted of a model without a linear layer, its outputs are taken, with a warning."""
+        """The outputs and features of the model. Without a linear layer, ``"penultimate"`` means the outputs, with a warning."""
         recorder = ForwardRecorder(self._module, features, self._pick)
         try:
             recorder.attach(batches[0], temporary=True)
         except ValueError:
             if features != PENULTIMATE:
                 raise
-            rank_zero_warn("The model runs no nn.Linear, so its outputs are taken for features.")
+            rank_zero_warn("The model runs no nn.Linear, so its outputs are used as features.")
             return self.observe(OUTPUTS, *batches)
         try:
             with isolated(self._module, batches[0].device), eager():
@@ -97,44 +105,52 @@ class ModelBatch(AttackedBatch):
 
 
 class StepBatch(AttackedBatch):
-    """A batch that the module's own step takes.
+    """A batch that the attack runs through the module's own step.
 
     Args:
-        step: whose loss is climbed.
-        site: the batch.
-        labels: of the batch.
-        look: what a first look at the step saw.
-        model: whose outputs are the logits, where it ran.
-        outputs: finds the logits in what the model returns.
+        step: the step whose loss the attack maximises.
+        site: the batch, and the values in it that the attack perturbs.
+        labels: labels of the batch.
+        inspection: what :func:`inspect_step` found.
+        model: the model whose outputs are the logits, if the step runs it.
+        outputs: finds the logits in the model's return value.
     """
 
-    def __init__(self, step: Step, site: Site, labels: Any, look: Look, model: nn.Module, outputs: Any = None) -> None:
-        self.step, self.site, self.labels, self.look = step, site, labels, look
-        self._module, self._pick = model, picking(outputs)
-        self.classifies = look.outputs is not None and look.by_sample
-        self.has_outputs = look.model_ran > 0
+    def __init__(
+        self,
+        step: Step,
+        site: PerturbationSite,
+        labels: Any,
+        inspection: StepInspection,
+        model: nn.Module,
+        outputs: Any = None,
+    ) -> None:
+        self.step, self.site, self.labels, self.inspection = step, site, labels, inspection
+        self._module, self._pick = model, output_picker(outputs)
+        self.classifies = inspection.outputs is not None and inspection.by_sample
+        self.has_outputs = inspection.model_calls > 0
         self._recorder = self._recorded(OUTPUTS)
         self.model = StepModel(step, site, self._recorder, self._read if self.classifies else None)
 
     @contextlib.contextmanager
     def ready(self) -> Iterator[None]:
-        """A rehearsal of the step, in which its outputs are seen."""
+        """Context in which the step runs without side effects, and its outputs are recorded."""
         with eager():
-            self._recorder.attach(self._run, temporary=True, head=self.look.outputs == "head")
+            self._recorder.attach(self._run, temporary=True, head=self.inspection.outputs == "head")
             try:
-                with self.step.rehearsal(self.inputs.device, self.look.noise):
+                with self.step.repeatable(self.inputs.device, self.inspection.noise):
                     yield
             finally:
                 self._recorder.detach()
 
     def attack(self, attack: Attack, generator: torch.Generator) -> Tensor:
-        """The values at which the attack finds the step's own loss to be largest."""
+        """The adversarial values ``(N, ...)``: an attack that maximises the step's own loss."""
         with eager():
             return attack_step(
                 attack,
                 self.step,
                 self.site,
-                noise=self.look.noise,
+                noise=self.inspection.noise,
                 recorder=self._recorder,
                 read=(lambda recording: recording.outputs[0]) if self.has_outputs else None,
                 labels=self.labels,
@@ -143,18 +159,18 @@ class StepBatch(AttackedBatch):
 
     def loss(self, values: Tensor) -> float:
         """The step's own loss at these values."""
-        with self.site.moved(values) as batch, torch.enable_grad():  # by its graph a logged loss is known
+        with self.site.perturbed(values) as batch, torch.enable_grad():  # a logged loss is recognised by its graph
             loss = self.step.loss(batch)
         return float("nan") if loss is None else float(loss.detach())
 
     def observe(self, features: str, *batches: Tensor) -> Observed:
-        """The outputs and features of the step's passes; where the layer ran several times, the first rows."""
+        """The outputs and features of runs of the step. If the layer ran several times, the features of its first run."""
         recorder, found = self._recorded(features), []
         try:
-            recorder.attach(self._run, temporary=True, head=self.look.outputs == "head")
+            recorder.attach(self._run, temporary=True, head=self.inspection.outputs == "head")
             for values in batches:
                 with (
-                    self.site.moved(values.detach().clone()) as batch,
+                    self.site.perturbed(values.detach().clone()) as batch,
                     recorder.recording() as recording,
                     torch.no_grad(),
                 ):
@@ -173,12 +189,12 @@ class StepBatch(AttackedBatch):
         return ForwardRecorder(self._module, features, self._pick)
 
     def _run(self) -> None:
-        with self.step.rehearsal(self.inputs.device, self.look.noise), self.site.moved(self.inputs) as batch:
+        with self.step.repeatable(self.inputs.device, self.inspection.noise), self.site.perturbed(self.inputs) as batch:
             self.step(batch)
 
     def _read(self, recording: Any) -> Any:
-        if self.look.outputs == "head":
+        if self.inspection.outputs == "head":
             return recording.heads[-1]
         if not recording.outputs:
             return None
-        return recording.outputs[0] if self.look.pick is None else self.look.pick(recording.outputs[0])
+        return recording.outputs[0] if self.inspection.pick is None else self.inspection.pick(recording.outputs[0])

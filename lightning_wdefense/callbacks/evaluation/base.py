@@ -1,4 +1,4 @@
-"""What the monitors share: measure on validation and test batches, log at the end of the epoch, leave no trace."""
+"""The base class of the monitors: attack evaluation batches, measure, and log at the end of the epoch."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ Noise = Callable[[], torch.Generator]
 class EvaluationMonitor(EvaluationHooks, Generic[MeasuresT]):
     """Attacks validation and test batches, measures, and logs at the end of each epoch.
 
-    It skips the sanity check, keeps to its schedule (on epochs in between the last values are logged again, so that monitored
-    keys never go missing), works under ``inference_mode`` and the trainer's precision, and tells several dataloaders apart. Subclasses
-    say what is measured: :meth:`new_measures`, :meth:`measure` and :meth:`compute`.
+    The monitor does not measure in the sanity check. In epochs without a measurement it logs the last values again, so that
+    monitored keys always exist. It works under ``inference_mode`` and in the trainer's precision, and keeps several dataloaders
+    apart. Subclasses define the measurement with :meth:`new_measures`, :meth:`measure` and :meth:`compute`.
 
     Args:
-        every_n_epochs: measure only every so many training epochs (the first validation always).
-        max_batches: measure only the first batches of each dataloader.
-        features: where features are taken from; ``None`` for nowhere.
-        model: dotted path to the submodule that takes the inputs and returns logits, if not the module itself.
-        through: how the adversary gets at the model, see :class:`~lightning_wdefense.callbacks.evaluation.route.EvaluationRoute`.
-        perturb: the submodule whose output is attacked, if it is not the inputs.
+        every_n_epochs: measure every ``n`` training epochs, starting with the first validation.
+        max_batches: measure only the first ``max_batches`` batches of each dataloader.
+        features: the layer whose features are measured; ``None`` for none.
+        model: dotted path to the submodule that takes the inputs and returns logits, if it is not the module itself.
+        through: how the attack runs the model, see :class:`~lightning_wdefense.callbacks.evaluation.route.EvaluationRoute`.
+        perturb: the submodule whose output is attacked instead of the inputs.
         inputs: where the inputs are in a batch.
         labels: the same for the labels.
-        outputs: where in what the model returns its logits are.
-        ignore_index: label of elements that count for nothing.
-        dataloaders: indices of those whose batches are attacked; ``None`` for all that can be.
-        seed: seeds the attacks' noise.
+        outputs: where the logits are in the model's return value.
+        ignore_index: label of elements that are left out.
+        dataloaders: indices of the dataloaders whose batches are attacked; ``None`` for all that can be attacked.
+        seed: seed of the attacks' noise.
         progress: show a progress bar.
-        name: tells several monitors apart.
+        name: distinguishes several monitors.
 
     Raises:
         ValueError: if ``every_n_epochs`` or ``max_batches`` is below 1.
@@ -59,7 +59,7 @@ class EvaluationMonitor(EvaluationHooks, Generic[MeasuresT]):
 
     attacks_a_batch: int = 1
     evaluates_again: ClassVar[bool] = False
-    """Whether the module's own evaluation runs once more, on what :meth:`measure` returns."""
+    """Whether the module's own evaluation also runs on the adversarial values that :meth:`measure` returns."""
 
     def __init__(
         self,
@@ -98,44 +98,55 @@ class EvaluationMonitor(EvaluationHooks, Generic[MeasuresT]):
 
     @abstractmethod
     def new_measures(self, device: torch.device) -> MeasuresT:
-        """What is kept of one dataloader, still empty."""
+        """New, empty measures for one dataloader."""
 
     @property
     @abstractmethod
     def _threat(self) -> ThreatModel:
-        """What the attacker may do."""
+        """The threat model."""
 
     @abstractmethod
     def check(self, attacked_batch: AttackedBatch) -> None:
-        """Refuse, in the sanity check, a batch that cannot be measured."""
+        """Raise an error for a batch that cannot be measured; also called in the sanity check."""
 
     @abstractmethod
     def measure(self, measures: MeasuresT, attacked_batch: AttackedBatch, noise: Noise) -> Tensor | None:
-        """Attack a batch and add to the measures; gradients are off, and ``noise`` makes the batch's generator anew.
+        """Attack a batch and update the measures.
+
+        Args:
+            measures: the measures of the batch's dataloader.
+            attacked_batch: the batch. Gradients are disabled.
+            noise: creates the batch's random generator, with the same state at every call.
 
         Returns:
-            The attacked values, for a monitor that :attr:`evaluates_again`.
+            The adversarial values, if :attr:`evaluates_again`.
         """
 
     @abstractmethod
     def compute(self, measures: MeasuresT, trainer: Trainer, key: Callable[[str], str]) -> dict[str, float]:
-        """The values of one dataloader, the same on every rank, by short names that ``key`` makes long."""
+        """The values of one dataloader by short names, the same on every rank.
+
+        Args:
+            measures: the measures of the dataloader.
+            trainer: the trainer.
+            key: maps a short name to the key under which Lightning logs it.
+        """
 
     @property
     def state_key(self) -> str:
-        """Identifies the callback in a checkpoint: by ``name`` alone."""
+        """Key of the callback in a checkpoint. It depends only on ``name``."""
         return f"{type(self).__name__}({self.name!r})"
 
     def state_dict(self) -> dict[str, Any]:
-        """The last values, which a resumed run logs on epochs that are not measured, and the epoch they are of."""
+        """The last values and their epoch. A resumed run logs them in epochs without a measurement."""
         return {"last": self._last, "epoch": self._epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the last values back."""
+        """Restore the last values and their epoch."""
         self._last, self._epoch = dict(state_dict["last"]), state_dict["epoch"]
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy is in no evaluation: it has no progress bar and nothing half measured.
+        # A copy is in no evaluation, so it has no progress bar and no unfinished measures.
         return self.__dict__ | {
             "_bar": None,
             "_measures": {},
@@ -145,24 +156,24 @@ class EvaluationMonitor(EvaluationHooks, Generic[MeasuresT]):
         }
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check early that the strategy leaves the model whole."""
+        """Check early that the strategy does not shard the parameters."""
         check_strategy(trainer, type(self).__name__)
         self._route = EvaluationRoute(self._target)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check before the first epoch what is needed only after it."""
+        """Check before the first epoch that the attacked model and the features exist."""
         self._check_features(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Close the progress bar and drop what was half measured."""
+        """Close the progress bar and drop unfinished measures."""
         self._close()
 
     def observe(self, attacked_batch: AttackedBatch, *batches: Tensor) -> Observed:
-        """The outputs and features ``(N, D)`` of passes in eval mode that leave no trace."""
+        """The outputs and features ``(N, D)`` of forward passes in eval mode without side effects."""
         return attacked_batch.observe(OUTPUTS if self.features is None else self.features, *batches)
 
     def show(self, attack: str, left: Tensor) -> None:
-        """Say on the progress bar that another attack is done, and which samples are left."""
+        """Advance the progress bar by one attack, and show how many samples are still correct."""
         assert self._bar is not None
         self._bar.advance(f"{attack}: {int(left.sum())}/{len(left)} left in the batch")
 
@@ -176,7 +187,7 @@ class EvaluationMonitor(EvaluationHooks, Generic[MeasuresT]):
         self._bar = attack_progress(trainer, total, show=self.progress)
 
     def _is_measured(self, trainer: Trainer, batch_idx: int, dataloader_idx: int) -> bool:
-        """Whether a batch is attacked, or, the first ones of the sanity check, looked at."""
+        """Whether a batch is attacked. In the sanity check: whether it is inspected, which only the first batches are."""
         if self.dataloaders is not None and dataloader_idx not in self.dataloaders:
             return False
         if trainer.sanity_checking:
@@ -196,8 +207,8 @@ class EvaluationMonitor(EvaluationHooks, Generic[MeasuresT]):
             self._attacked_evaluation = AttackedEvaluation(trainer, pl_module, stage)
         self._clean = None
         if self._is_measured(trainer, batch_idx, dataloader_idx):
-            with torch.inference_mode(False):  # where the copies can be differentiated
-                self._clean = map_tensors(batch, torch.clone)  # the step may write to its batch
+            with torch.inference_mode(False):  # so that the copies can be differentiated
+                self._clean = map_tensors(batch, torch.clone)  # the step may modify its batch
 
     def _batch_ends(
         self, trainer: Trainer, pl_module: LightningModule, stage: Stage, batch_idx: int, dataloader_idx: int
@@ -205,7 +216,7 @@ class EvaluationMonitor(EvaluationHooks, Generic[MeasuresT]):
         if not self._is_measured(trainer, batch_idx, dataloader_idx):
             return
         place = batch_idx, dataloader_idx if len(batches_of(trainer, stage)) > 1 else None
-        # Evaluation loops run under inference_mode, where even a metric's state could not be used again.
+        # Evaluation loops run under inference_mode; tensors made there, even a metric's state, cannot be used in training.
         batch, self._clean = self._clean, None
         with torch.inference_mode(False), torch.no_grad(), trainer.precision_plugin.forward_context():
             model = attacked_model(pl_module, self.model, needs_forward=self.through == "model")
@@ -226,7 +237,7 @@ class EvaluationMonitor(EvaluationHooks, Generic[MeasuresT]):
             with attacked_batch.ready(), torch.no_grad():
                 attacked = self.measure(self._measures[dataloader_idx], attacked_batch, noise)
             if attacked is not None and self._attacked_evaluation is not None:
-                with attacked_batch.site.moved(attacked) as moved:
+                with attacked_batch.site.perturbed(attacked) as moved:
                     self._attacked_evaluation.step(moved, *place)
 
     def _epoch_ends(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> None:
@@ -240,7 +251,7 @@ class EvaluationMonitor(EvaluationHooks, Generic[MeasuresT]):
             for index in range(dataloaders):
                 if self._leaves_out(stage, index):
                     continue
-                # Every rank takes part in the reduction, also one whose share of the data was empty.
+                # Every rank takes part in the reduction, even a rank without data.
                 measures = self._measures.get(index) or self.new_measures(pl_module.device)
                 suffix = dataloader_suffix(index) if dataloaders > 1 else ""
 
@@ -255,7 +266,7 @@ class EvaluationMonitor(EvaluationHooks, Generic[MeasuresT]):
             if stage == "validation":
                 self._epoch = trainer.current_epoch
             self._close()
-        # The values are the same on every rank already; sync_dist only keeps Lightning from warning that they are not.
+        # The values are already the same on every rank; sync_dist only prevents Lightning's warning.
         pl_module.log_dict(self._last[PREFIX[stage]], sync_dist=True, add_dataloader_idx=False)
 
     def _leaves_out(self, stage: Stage, index: int) -> bool:

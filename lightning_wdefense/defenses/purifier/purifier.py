@@ -22,7 +22,7 @@ from lightning_wdefense.defenses.critic import CriticDiscrepancy, OnlineCritic
 from lightning_wdefense.defenses.purifier.classifier import PurifiedClassifier
 from lightning_wdefense.defenses.purifier.generators import BoundedGenerator, generator_for
 from lightning_wdefense.defenses.recipe import mean_cross_entropy
-from lightning_wdefense.modules.batches import Batches, Key
+from lightning_wdefense.modules.batches import BatchReader, Key
 from lightning_wdefense.modules.outputs import float32_or_better
 from lightning_wdefense.modules.state.isolation import isolated
 
@@ -119,7 +119,7 @@ class WassersteinPurifier(LightningModule):
         generator = generator_for(classifier) if generator is None else generator
         self.purified = PurifiedClassifier(BoundedGenerator(generator, threat), classifier)
         self._critic = OnlineCritic(critic or CriticDiscrepancy())
-        self._batches = Batches(inputs, labels)
+        self._batches = BatchReader(inputs, labels)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Purified inputs ``(N, ...)``, in model units."""

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from lightning_wdefense._locks import exclusive
-from lightning_wdefense.modules.state.module_state import attributes_kept, buffers_kept
-from lightning_wdefense.modules.state.process_settings import Shared
+from lightning_wdefense._locks import locked
+from lightning_wdefense.modules.state.module_state import preserved_attributes, preserved_buffers
+from lightning_wdefense.modules.state.process_settings import SharedContext
 
 
 @contextlib.contextmanager
@@ -46,15 +46,15 @@ def isolated(model: Callable[..., Any], device: torch.device, *, evaluation: boo
     module = module_of(model)
     modules = [] if module is None else list(module.modules())
     with contextlib.ExitStack() as stack:
-        stack.enter_context(exclusive(modules))
-        stack.enter_context(own_pass())
+        stack.enter_context(locked(modules))
+        stack.enter_context(internal_pass())
         for kept in _random_states(device):
             stack.enter_context(kept())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(_fresh_autocast_cache())
-        stack.enter_context(buffers_kept(modules))
-        stack.enter_context(attributes_kept(modules))
+        stack.enter_context(preserved_buffers(modules))
+        stack.enter_context(preserved_attributes(modules))
         if evaluation:
             stack.enter_context(_in_eval_mode(modules))
         yield
@@ -64,18 +64,18 @@ _here = threading.local()
 
 
 @contextlib.contextmanager
-def own_pass() -> Iterator[None]:
+def internal_pass() -> Iterator[None]:
     """Marks forward passes made inside, by this thread, as ours, so that whoever watches the user's own passes can tell them apart."""
-    _here.own_passes = own_passes() + 1
+    _here.internal_pass_depth = internal_pass_depth() + 1
     try:
         yield
     finally:
-        _here.own_passes -= 1
+        _here.internal_pass_depth -= 1
 
 
-def own_passes() -> int:
+def internal_pass_depth() -> int:
     """How many passes of ours the current code is inside of: 0 in the user's own step."""
-    return getattr(_here, "own_passes", 0)
+    return getattr(_here, "internal_pass_depth", 0)
 
 
 def eager() -> contextlib.AbstractContextManager[Any]:
@@ -91,7 +91,7 @@ def _force_eager() -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if set_stance is None else set_stance("force_eager")
 
 
-_eager = Shared(_force_eager)
+_eager = SharedContext(_force_eager)
 
 
 def module_of(model: Callable[..., Any]) -> nn.Module | None:
@@ -103,7 +103,7 @@ def module_of(model: Callable[..., Any]) -> nn.Module | None:
 
 
 @contextlib.contextmanager
-def _host_state_kept() -> Iterator[None]:
+def _preserved_host_state() -> Iterator[None]:
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):
@@ -114,7 +114,7 @@ def _host_state_kept() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _device_state_kept(device: torch.device) -> Iterator[None]:
+def _preserved_device_state(device: torch.device) -> Iterator[None]:
     generators = getattr(torch, device.type)
     state = generators.get_rng_state(device)
     try:
@@ -123,15 +123,15 @@ def _device_state_kept(device: torch.device) -> Iterator[None]:
         generators.set_rng_state(state, device)
 
 
-_host_state = Shared(_host_state_kept)
-_device_states: dict[torch.device, Shared] = {}
+_host_state = SharedContext(_preserved_host_state)
+_device_states: dict[torch.device, SharedContext] = {}
 
 
-def _random_states(device: torch.device) -> list[Shared]:
+def _random_states(device: torch.device) -> list[SharedContext]:
     if device.type in ("cpu", "meta"):
         return [_host_state]
     # One for each device, for threads may each have their own; setdefault, for two may come at once.
-    return [_host_state, _device_states.setdefault(device, Shared(partial(_device_state_kept, device)))]
+    return [_host_state, _device_states.setdefault(device, SharedContext(partial(_preserved_device_state, device)))]
 
 
 @contextlib.contextmanager

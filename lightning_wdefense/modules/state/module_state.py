@@ -11,31 +11,31 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lightning_wdefense.modules.state.snapshot import KeptValue, count_of, put_back
+from lightning_wdefense.modules.state.snapshot import TensorSnapshot, batch_count, restore_written
 
 Keep = Callable[..., Tensor]
 
-LARGEST = 2**22
+MAX_ELEMENTS = 2**22
 """Elements of a plain attribute whose values are kept; a larger one is a data set rather than a state that passes write to."""
 
 _ABSENT = object()
 _REFILLED = frozenset({list, dict, OrderedDict, defaultdict, deque})
 _INTERESTING = (Tensor, list, tuple, dict, deque)
 _LEAVES = frozenset({int, float, str, bool, type(None)})
-OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 """Attributes that are looked after elsewhere, as parameters and mode are, or without tensors."""
 
 
 @contextlib.contextmanager
-def buffers_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
+def preserved_buffers(modules: Sequence[nn.Module]) -> Iterator[None]:
     """The buffers and their values are afterwards as they were."""
     owners = [(submodule, submodule._buffers, dict(submodule._buffers)) for submodule in modules]
-    with _values_kept() as keep:
+    with _preserved_values() as keep:
         try:
             for submodule, buffers, found in owners:
                 for name, buffer in found.items():
                     if buffer is not None:
-                        _put(buffers, name, keep(buffer, count_of(submodule, name)))
+                        _put(buffers, name, keep(buffer, batch_count(submodule, name)))
             yield
         finally:
             for _, buffers, found in owners:
@@ -46,21 +46,21 @@ def buffers_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def attributes_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
+def preserved_attributes(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Tensors in plain attributes, also in lists, tuples, dicts and deques there, are afterwards those that were there.
 
     Such are the weights that ``nn.utils.weight_norm`` and ``spectral_norm`` compute, and caches. Values are kept of attributes that are
-    tensors themselves, of at most :data:`LARGEST` elements. Tensors inside of other objects, and attributes without tensors, are left alone.
+    tensors themselves, of at most :data:`MAX_ELEMENTS` elements. Tensors inside of other objects, and attributes without tensors, are left alone.
     """
     owners = [(vars(submodule), _own(vars(submodule))) for submodule in modules]
     values = [value for _, found in owners for value in found.values()]
     containers = [(each, each.copy()) for each in _inside(values) if type(each) in _REFILLED]
-    with _values_kept() as keep, _cached_parametrizations_kept(modules):
+    with _preserved_values() as keep, _preserved_parametrization_cache(modules):
         try:
             for attributes, found in owners:
                 for name, value in found.items():
                     # Not those in containers, which may be all outputs of an epoch.
-                    small = isinstance(value, Tensor) and (value.numel() <= LARGEST or value.is_inference())
+                    small = isinstance(value, Tensor) and (value.numel() <= MAX_ELEMENTS or value.is_inference())
                     _put(attributes, name, keep(value) if small else value)
             yield
         finally:
@@ -83,27 +83,27 @@ def attributes_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _values_kept() -> Iterator[Keep]:
+def _preserved_values() -> Iterator[Keep]:
     """Yields what takes note of a tensor that no graph has made, and returns it, or a copy if no graph may save it."""
     copies: dict[int, tuple[Tensor, Tensor]] = {}
-    kept: list[KeptValue] = []
+    kept: list[TensorSnapshot] = []
 
     def keep(tensor: Tensor, count: Tensor | None = None) -> Tensor:
         if id(tensor) not in copies and tensor.grad_fn is None and not isinstance(tensor, nn.Parameter):
             inference = tensor.is_inference()
             if not inference:
-                kept.append(KeptValue(tensor, None if count is None or count.is_inference() else count))
+                kept.append(TensorSnapshot(tensor, None if count is None or count.is_inference() else count))
             copies[id(tensor)] = tensor, tensor.detach().clone() if inference else tensor
         return copies.get(id(tensor), (tensor, tensor))[1]
 
     try:
         yield keep
     finally:
-        put_back(kept)
+        restore_written(kept)
 
 
 @contextlib.contextmanager
-def _cached_parametrizations_kept(modules: Sequence[nn.Module]) -> Iterator[None]:
+def _preserved_parametrization_cache(modules: Sequence[nn.Module]) -> Iterator[None]:
     # Under parametrize.cached() the user would train with weights that were computed without a graph, and we with theirs.
     ids = {id(submodule) for submodule in modules}
 
@@ -121,7 +121,7 @@ def _cached_parametrizations_kept(modules: Sequence[nn.Module]) -> Iterator[None
 
 
 def _own(attributes: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in attributes.items() if name not in OF_EVERY_MODULE}
+    return {name: value for name, value in attributes.items() if name not in MODULE_ATTRIBUTES}
 
 
 def _inside(values: Iterable[Any]) -> Iterator[Any]:

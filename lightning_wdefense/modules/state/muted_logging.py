@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from lightning_wdefense._compat import LightningModule, Trainer, is_a
-from lightning_wdefense.modules.attachments import ABSENT, Guest, depart, settle
+from lightning_wdefense.modules.attachments import MISSING, Attachment, exclude_from_copies, restore_getstate
 
 Logged = dict[str, Any]
 
@@ -18,7 +18,7 @@ def logging_to(trainer: Trainer, results: Any) -> Iterator[None]:
     """Inside, ``self.log`` writes to this collection of results, and the loggers take nothing."""
     connector, loop = trainer._logger_connector, _loop_of(trainer)
     before, current, loggers = getattr(loop, "_results", None), connector._current_fx, trainer.loggers
-    trainer.loggers = [SilentLogger(each) for each in loggers]  # type: ignore[misc]
+    trainer.loggers = [MutedLogger(each) for each in loggers]  # type: ignore[misc]
     if loop is not None:  # it runs
         loop._results = results
     try:
@@ -30,7 +30,7 @@ def logging_to(trainer: Trainer, results: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def silenced(module: LightningModule, fx: str) -> Iterator[Logged]:
+def muted(module: LightningModule, fx: str) -> Iterator[Logged]:
     """Inside, code of the module runs as its hook ``fx``, and what it logs and steps goes nowhere.
 
     Args:
@@ -43,21 +43,21 @@ def silenced(module: LightningModule, fx: str) -> Iterator[Logged]:
     trainer: Any = getattr(module, "_trainer", None)
     logged: Logged = {}
     with contextlib.ExitStack() as stack:
-        stack.enter_context(still(module))
+        stack.enter_context(muted_optimizers(module))
         for each in _lightning_modules(module):  # Lightning's own would take the graph from what is logged
-            stack.enter_context(_in_place_of(each, _logs_to(logged)))
+            stack.enter_context(_replaced_methods(each, _logs_to(logged)))
         if is_a(trainer, "Trainer"):
-            stack.enter_context(running(module, fx))
-            stack.enter_context(logging_to(trainer, nowhere()))
+            stack.enter_context(running_hook(module, fx))
+            stack.enter_context(logging_to(trainer, discarding_results()))
         yield logged
 
 
 @contextlib.contextmanager
-def still(module: LightningModule) -> Iterator[None]:
+def muted_optimizers(module: LightningModule) -> Iterator[None]:
     """Inside, what a module calls of its optimizers, schedulers and manual optimisation has no effect."""
     with contextlib.ExitStack() as stack:
         for each in _lightning_modules(module):
-            stack.enter_context(_in_place_of(each, _of_no_effect(each)))
+            stack.enter_context(_replaced_methods(each, _of_no_effect(each)))
         yield
 
 
@@ -66,7 +66,7 @@ def _lightning_modules(module: LightningModule) -> list[Any]:
 
 
 @contextlib.contextmanager
-def running(module: LightningModule, fx: str) -> Iterator[None]:
+def running_hook(module: LightningModule, fx: str) -> Iterator[None]:
     """Inside, ``self.log`` believes itself in the hook ``fx``."""
     before = module._current_fx_name
     module._current_fx_name = fx
@@ -76,14 +76,14 @@ def running(module: LightningModule, fx: str) -> Iterator[None]:
         module._current_fx_name = before
 
 
-def nowhere() -> Any:
+def discarding_results() -> Any:
     """Lightning's collection of results that keeps nothing."""
 
-    class Nowhere(result_collection()):  # type: ignore[misc]
+    class DiscardingResults(result_collection()):  # type: ignore[misc]
         def log(self, *args: Any, **kwargs: Any) -> None:
             pass
 
-    return Nowhere(training=False)
+    return DiscardingResults(training=False)
 
 
 def result_collection() -> Any:
@@ -100,7 +100,7 @@ def _loop_of(trainer: Trainer) -> Any:
     return loop
 
 
-class SilentLogger:
+class MutedLogger:
     """Looks like a logger and can be read like it, but whatever is logged to it or to its experiment is dropped."""
 
     def __init__(self, logger: Any) -> None:
@@ -111,33 +111,33 @@ class SilentLogger:
         return type(self._logger)
 
     @property
-    def experiment(self) -> Nothing:
+    def experiment(self) -> NullObject:
         """Takes every call and every attribute."""
-        return Nothing()
+        return NullObject()
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._logger, name)
-        return Nothing() if callable(found) else found
+        return NullObject() if callable(found) else found
 
 
-class Nothing:
+class NullObject:
     """Every attribute, item and result of it is nothing again."""
 
-    def __getattr__(self, name: str) -> Nothing:
+    def __getattr__(self, name: str) -> NullObject:
         return self
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Nothing:
+    def __call__(self, *args: Any, **kwargs: Any) -> NullObject:
         """Nothing."""
         return self
 
-    def __getitem__(self, key: Any) -> Nothing:
+    def __getitem__(self, key: Any) -> NullObject:
         return self
 
     def __setitem__(self, key: Any, value: Any) -> None:
         pass
 
 
-class Still:
+class InertOptimizer:
     """An optimizer or a scheduler that can be read, and does nothing."""
 
     _STILL = frozenset({"step", "zero_grad", "load_state_dict", "add_param_group", "toggle_model"})
@@ -155,7 +155,7 @@ class Still:
         found = getattr(self._moving, name)
         if name == "param_groups":  # a step may set learning rates there
             return [dict(each) for each in found]
-        return Still(found) if name in ("optimizer", "_optimizer") else found
+        return InertOptimizer(found) if name in ("optimizer", "_optimizer") else found
 
     def __setattr__(self, name: str, value: Any) -> None:
         pass
@@ -168,15 +168,17 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 def _of_no_effect(module: LightningModule) -> dict[str, Callable[..., Any]]:
     """What a step may call of its LightningModule that moves something, each without effect."""
 
-    def still(name: str) -> Callable[..., Any]:
+    def muted_optimizers(name: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             found = getattr(type(module), name)(module, *args, **kwargs)
-            return [Still(each) for each in found] if isinstance(found, list) else found and Still(found)
+            return (
+                [InertOptimizer(each) for each in found] if isinstance(found, list) else found and InertOptimizer(found)
+            )
 
         return call
 
     nothing = ("manual_backward", "backward", "toggle_optimizer", "untoggle_optimizer", "clip_gradients", "print")
-    return {name: still(name) for name in ("optimizers", "lr_schedulers")} | dict.fromkeys(nothing, _nothing)
+    return {name: muted_optimizers(name) for name in ("optimizers", "lr_schedulers")} | dict.fromkeys(nothing, _nothing)
 
 
 def _logs_to(logged: Logged) -> dict[str, Callable[..., Any]]:
@@ -189,38 +191,38 @@ def _logs_to(logged: Logged) -> dict[str, Callable[..., Any]]:
     return {"log": log, "log_dict": log_dict}
 
 
-class _InPlace(Guest):
+class _ReplacedMethod(Attachment):
     """A function in place of one of the module's methods, which copies of the module do not have."""
 
     def __init__(self, host: LightningModule, name: str, function: Callable[..., Any]) -> None:
         self.host, self._name, self._function = host, name, function
-        self._previous = vars(host).get(name, ABSENT)
+        self._previous = vars(host).get(name, MISSING)
         vars(host)[name] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._function(*args, **kwargs)
 
-    def left_behind(self) -> Any:
+    def value_in_state(self) -> Any:
         return self._previous
 
-    def in_a_copy(self, host: Any) -> Any:
+    def value_in_copy(self, host: Any) -> Any:
         return getattr(type(host), self._name).__get__(host)
 
     def restore(self) -> None:
         """Put the module's own back."""
-        if self._previous is ABSENT:
+        if self._previous is MISSING:
             vars(self.host).pop(self._name, None)
         else:
             vars(self.host)[self._name] = self._previous
 
 
 @contextlib.contextmanager
-def _in_place_of(module: LightningModule, functions: dict[str, Callable[..., Any]]) -> Iterator[None]:
-    guests = [_InPlace(module, name, function) for name, function in functions.items()]
-    settle(module)
+def _replaced_methods(module: LightningModule, functions: dict[str, Callable[..., Any]]) -> Iterator[None]:
+    guests = [_ReplacedMethod(module, name, function) for name, function in functions.items()]
+    exclude_from_copies(module)
     try:
         yield
     finally:
         for guest in guests:
             guest.restore()
-        depart(module)
+        restore_getstate(module)

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 
-class Shared:
+class SharedContext:
     """One context for all threads: the first thread in enters it, and the last one out leaves it.
 
     So with threads that come and go the context may stay entered for longer than any of them is inside. A thread that is alone inside

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 
-class KeptValue:
+class TensorSnapshot:
     """Takes note of a tensor's value.
 
     Whether it was written to its version says; ``batch_norm`` writes to running statistics without a change of version, but counts its batches.
@@ -46,7 +46,7 @@ class KeptValue:
         return self._tensor._version, 0 if self._count is None else self._count._version
 
 
-def put_back(kept: Iterable[KeptValue]) -> None:
+def restore_written(kept: Iterable[TensorSnapshot]) -> None:
     """Give those that were written to their values back; a copy would spoil graphs that saved the others for their backward."""
     written = [each for each in kept if each.written]
     with torch.no_grad():
@@ -56,7 +56,7 @@ def put_back(kept: Iterable[KeptValue]) -> None:
         each._note()
 
 
-def count_of(module: nn.Module, name: str) -> Tensor | None:
+def batch_count(module: nn.Module, name: str) -> Tensor | None:
     """The number of batches that a buffer of a module is a running statistic of, if it is one."""
     if isinstance(module, nn.modules.batchnorm._NormBase) and name in ("running_mean", "running_var"):
         return module.num_batches_tracked

@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
 
-from lightning_wdefense.modules.state.module_state import LARGEST, OF_EVERY_MODULE, parts
-from lightning_wdefense.modules.state.snapshot import KeptValue, count_of, put_back
+from lightning_wdefense.modules.state.module_state import MAX_ELEMENTS, MODULE_ATTRIBUTES, parts
+from lightning_wdefense.modules.state.snapshot import TensorSnapshot, batch_count, restore_written
 
-MOST = 2**26
+MAX_PARAMETER_ELEMENTS = 2**26
 """Elements of all parameters together, 256 MiB of float32, whose values are kept; of larger models those of frozen ones, if they are no more."""
 
-MANY = 1000
+MAX_TENSORS = 1000
 """Tensors in one container whose values are kept, such as an average of the parameters; a longer one is all outputs of an epoch."""
 
-LONGEST = 10_000
+MAX_ENTRIES = 10_000
 """Entries of a container in an object that is no module; a longer one is a data set."""
 
 _REFILLED = frozenset({list, dict, OrderedDict, defaultdict, deque, set, Counter})
@@ -33,11 +33,11 @@ _LIBRARIES = frozenset(
 _LOOKED_AFTER = frozenset({"training", "_buffers"})
 
 
-class PlainState:
+class StepState:
     """The plain attributes of a module and its submodules: counters, containers, metrics' states, caches, generators; buffers; parameters.
 
     A step may move parameters itself, as those of an average of the model. Attributes are put back as they were: lists, dicts, sets and
-    deques filled with what was in them, tensors and arrays given their values (of at most :data:`LARGEST` elements, but all of a
+    deques filled with what was in them, tensors and arrays given their values (of at most :data:`MAX_ELEMENTS` elements, but all of a
     metric's). Metrics and other modules are found also in plain containers, where some hide a teacher. Of an object that is no module (an
     average that the step updates) the attributes are kept; what is deeper inside, and what lies outside of Python (files), is not.
 
@@ -49,7 +49,7 @@ class PlainState:
     def __init__(self, module: nn.Module, *, buffers: bool = True) -> None:
         self._owners: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._containers: list[tuple[Any, Any]] = []
-        self._values: list[KeptValue] = []
+        self._values: list[TensorSnapshot] = []
         self._arrays: list[tuple[Any, Any]] = []
         self._generators: list[tuple[Any, Any]] = []
         self._slots: list[tuple[Any, str, Any]] = []
@@ -77,7 +77,7 @@ class PlainState:
         for value, name, before in self._slots:
             if getattr(value, name, self) is not before:
                 object.__setattr__(value, name, before)
-        put_back(self._values)
+        restore_written(self._values)
         for array, copy in self._arrays:
             array[...] = copy
         for generator, state in self._generators:
@@ -92,7 +92,7 @@ class PlainState:
         for kept in (parameters, [each for each in parameters if not each.requires_grad]):
             if any(is_lazy(each) for each in kept):
                 return
-            if sum(each.numel() for each in kept) <= MOST:
+            if sum(each.numel() for each in kept) <= MAX_PARAMETER_ELEMENTS:
                 for each in kept:
                     self._keep_value(each)
                 return
@@ -116,26 +116,26 @@ class PlainState:
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
                 if value.is_inference():
                     self._inference.append((attributes, name, value))
-                elif value.grad_fn is None and (all_values or value.numel() <= LARGEST):
+                elif value.grad_fn is None and (all_values or value.numel() <= MAX_ELEMENTS):
                     self._keep_value(value)
-            elif name[:1] != "_" or name not in OF_EVERY_MODULE:
+            elif name[:1] != "_" or name not in MODULE_ATTRIBUTES:
                 self._keep(value, deep=True, tensors=not all_values)  # a metric appends to its lists
 
     def _keep_statistics(self, module: nn.Module) -> None:
         for name, buffer in module._buffers.items():
-            count = count_of(module, name)
+            count = batch_count(module, name)
             if buffer is not None and count is not None and not buffer.is_inference() and not count.is_inference():
                 self._keep_value(buffer, count)
 
     def _keep_value(self, value: Tensor, count: Tensor | None = None) -> None:
         if id(value) not in self._seen:
             self._seen.add(id(value))
-            self._values.append(KeptValue(value, count))
+            self._values.append(TensorSnapshot(value, count))
 
     def _keep_tensors(self, container: Any) -> None:
         found = [each for each in parts(container) if isinstance(each, Tensor) and not isinstance(each, nn.Parameter)]
         found = [each for each in found if not each.is_inference() and each.grad_fn is None]
-        if len(found) <= MANY and sum(each.numel() for each in found) <= MOST:
+        if len(found) <= MAX_TENSORS and sum(each.numel() for each in found) <= MAX_PARAMETER_ELEMENTS:
             for each in found:
                 self._keep_value(each)
 
@@ -150,7 +150,7 @@ class PlainState:
             self._hidden += value.parameters()
             return
         if kind in _REFILLED or kind is tuple:
-            if not deep and len(value) > LONGEST:
+            if not deep and len(value) > MAX_ENTRIES:
                 return
             self._seen.add(id(value))
             if kind in _REFILLED:
@@ -159,7 +159,7 @@ class PlainState:
                 self._keep_tensors(value)
             for each in parts(value):
                 self._keep(each, deep=deep, tensors=tensors)
-        elif isinstance(value, np.ndarray) and value.dtype != object and value.size <= LARGEST:
+        elif isinstance(value, np.ndarray) and value.dtype != object and value.size <= MAX_ELEMENTS:
             self._seen.add(id(value))
             self._arrays.append((value, value.copy()))
         elif isinstance(value, (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)):
@@ -175,7 +175,7 @@ class PlainState:
             self._slots += [(value, name, each) for name, each in slots.items()]
             for each in [*(attributes or {}).values(), *slots.values()]:
                 if isinstance(each, Tensor) and not each.is_inference() and each.grad_fn is None:
-                    if each.numel() <= LARGEST:
+                    if each.numel() <= MAX_ELEMENTS:
                         self._keep_value(each)
                 else:
                     self._keep(each, deep=False)

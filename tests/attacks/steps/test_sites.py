@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_wdefense.attacks import PGD, ThreatModel
 from lightning_wdefense.attacks.steps.sites import InputSite, Perturb
-from lightning_wdefense.modules.batches import Batches
+from lightning_wdefense.modules.batches import BatchReader
 
 L2 = ThreatModel(norm="l2", eps=0.7, bounds=None)
 LINF = ThreatModel(norm="linf", eps=0.1, bounds=None)
@@ -46,7 +46,7 @@ def attacked(perturb, model=None, batch=IDS, threat=L2, steps=5):
     site = perturb.site(model, batch, threat, lambda: model(ids_of(batch)))
 
     def losses(values):
-        with site.moved(values) as moved:
+        with site.perturbed(values) as moved:
             return F.cross_entropy(model(ids_of(moved)), LABELS).expand(len(values))
 
     found = PGD(threat, steps=steps, loss=lambda values, labels: values)(losses, site.values)
@@ -55,7 +55,7 @@ def attacked(perturb, model=None, batch=IDS, threat=L2, steps=5):
 
 def added(model, site, values, ids):
     seen = []
-    with site.moved(values):
+    with site.perturbed(values):
         handle = model.tower.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         model(ids)
         handle.remove()
@@ -157,7 +157,7 @@ def test_a_mask_of_something_else_is_no_padding():
 def test_clean_values_change_no_bit(by):
     model = Words()
     site = Perturb("embeddings", by=by).site(model, IDS, L2, lambda: model(IDS))
-    with site.moved(site.values):
+    with site.perturbed(site.values):
         assert torch.equal(model(IDS), Words()(IDS))
     assert torch.equal(site.values.flatten(), model.embeddings.weight[IDS].detach().flatten())
     assert not model.embeddings._forward_hooks
@@ -167,7 +167,7 @@ def test_clean_values_change_no_bit(by):
 def test_gradients_reach_the_submodule_and_what_is_behind():
     model = Words()
     site = Perturb("embeddings").site(model, IDS, L2, lambda: model(IDS))
-    with site.moved(site.values + 0.1):
+    with site.perturbed(site.values + 0.1):
         F.cross_entropy(model(IDS), LABELS).backward()
     plain = Words()
     embedded = plain.embeddings(IDS) + 0.1
@@ -180,7 +180,7 @@ def test_gradients_reach_the_submodule_and_what_is_behind():
 def test_the_hook_is_gone_after_an_exception():
     model = Words()
     site = Perturb("embeddings").site(model, IDS, L2, lambda: model(IDS))
-    with pytest.raises(ZeroDivisionError), site.moved(site.values + 1):
+    with pytest.raises(ZeroDivisionError), site.perturbed(site.values + 1):
         raise ZeroDivisionError
     with pytest.raises(ZeroDivisionError):
         Perturb("embeddings").site(model, IDS, L2, lambda: 1 / 0)
@@ -190,7 +190,7 @@ def test_the_hook_is_gone_after_an_exception():
 def test_copies_made_meanwhile_are_not_moved():
     model = Words()
     site = Perturb("embeddings").site(model, IDS, L2, lambda: model(IDS))
-    with site.moved(site.values + 1):
+    with site.perturbed(site.values + 1):
         copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
         assert not torch.equal(model(IDS), Words()(IDS))
         for each in copies:
@@ -207,7 +207,7 @@ def test_a_module_that_was_compiled_and_run_before():
     clean = compiled(IDS).detach()
     site = Perturb("embeddings").site(model, IDS, L2, lambda: compiled(IDS))
     for shift in (0.5, 1.0):
-        with site.moved(site.values + shift):
+        with site.perturbed(site.values + shift):
             wanted = model.tower((model.embeddings.weight[IDS] + shift).flatten(1))
             torch.testing.assert_close(compiled(IDS), wanted)
         assert torch.equal(compiled(IDS), clean)
@@ -216,7 +216,7 @@ def test_a_module_that_was_compiled_and_run_before():
 def test_half_precision_is_moved_in_its_own():
     model = Words().bfloat16()
     site = Perturb("embeddings").site(model, IDS, L2, lambda: model(IDS))
-    with site.moved(site.values + 0.5):
+    with site.perturbed(site.values + 0.5):
         assert model(IDS).dtype == torch.bfloat16
 
 
@@ -277,18 +277,18 @@ def ascended(site, loss, threat, steps=10):
     """The batch as PGD on one number of it leaves it."""
 
     def losses(values):
-        with site.moved(values) as moved:
+        with site.perturbed(values) as moved:
             return loss(moved).expand(len(values))
 
     attack = PGD(site.threat, steps=steps, loss=lambda values, labels: values)
-    with site.moved(attack(losses, site.values)) as moved:
+    with site.perturbed(attack(losses, site.values)) as moved:
         return moved
 
 
 def test_several_inputs_have_a_ball_each():
     batch = {"left": torch.rand(4, 3, 6, 6), "right": torch.rand(4, 3, 6, 6), "other": torch.rand(4), "y": LABELS}
     threat = ThreatModel(norm="l2", eps=0.5)
-    site = InputSite(Batches(["left", "right"]), batch, threat)
+    site = InputSite(BatchReader(["left", "right"]), batch, threat)
     weights = torch.randn(3, 6, 6)
     moved = ascended(site, lambda b: (b["left"] * weights).sum() - 1e-3 * (b["right"] * weights).sum(), threat)
     assert site.size == 4
@@ -305,7 +305,7 @@ def test_several_inputs_have_a_ball_each():
 def test_several_inputs_of_different_shapes():
     batch = {"image": torch.rand(4, 3, 6, 6), "row": torch.rand(4, 5), "y": LABELS}
     threat = ThreatModel(norm="l2", eps=0.5)
-    site = InputSite(Batches(["image", "row"]), batch, threat)
+    site = InputSite(BatchReader(["image", "row"]), batch, threat)
     moved = ascended(site, lambda b: b["image"].sin().sum() + b["row"].square().sum(), threat)
     for name in ("image", "row"):
         assert moved[name].shape == batch[name].shape
@@ -328,9 +328,9 @@ def test_images_of_different_sizes(units, norm):
     images = [(each - mean) / std for each in data]
     targets = [{"boxes": torch.rand(1, 4)} for _ in images]
     threat = ThreatModel(norm=norm, eps=0.3, **units)
-    site = InputSite(Batches(), (images, targets), threat)
+    site = InputSite(BatchReader(), (images, targets), threat)
     assert site.size == 4
-    with site.moved(site.values) as (same, _):
+    with site.perturbed(site.values) as (same, _):
         for each, image in zip(same, images, strict=True):
             torch.testing.assert_close(each, image, rtol=0, atol=1e-6)
     moved, kept = ascended(site, lambda batch: sum(each.sum() for each in batch[0]), threat)
@@ -348,7 +348,7 @@ def test_images_of_different_sizes(units, norm):
 
 def test_sequences_of_different_lengths():
     batch = {"inputs": [torch.randn(n, 2) for n in (3, 5, 4)]}
-    site = InputSite(Batches(), batch, L2)
+    site = InputSite(BatchReader(), batch, L2)
     moved = ascended(site, lambda b: sum(each.sum() for each in b["inputs"]), L2)["inputs"]
     assert site.size == 3
     for each, clean in zip(moved, batch["inputs"], strict=True):
@@ -358,12 +358,12 @@ def test_sequences_of_different_lengths():
 
 def test_clean_inputs_change_no_bit():
     batch = {"left": torch.rand(4, 7), "right": torch.rand(4, 7), "y": LABELS}
-    site = InputSite(Batches(["left", "right"]), batch, ThreatModel(norm="l2", eps=0.5))
-    with site.moved(site.values) as same:
+    site = InputSite(BatchReader(["left", "right"]), batch, ThreatModel(norm="l2", eps=0.5))
+    with site.perturbed(site.values) as same:
         assert torch.equal(same["left"], batch["left"])
         assert torch.equal(same["right"], batch["right"])
     x = torch.rand(4, 7)
-    with InputSite(Batches(), (x, LABELS), LINF).moved(x) as (again, labels):
+    with InputSite(BatchReader(), (x, LABELS), LINF).perturbed(x) as (again, labels):
         assert again is x
         assert labels is LABELS
 
@@ -388,16 +388,16 @@ COUNTS = {
 
 @pytest.mark.parametrize(("batch", "inputs", "balls"), COUNTS.values(), ids=COUNTS)
 def test_how_many_balls_there_are(batch, inputs, balls):
-    site = InputSite(Batches(inputs), batch, L2)
+    site = InputSite(BatchReader(inputs), batch, L2)
     assert len(site.values) == balls
-    with site.moved(site.values + 1) as moved:
-        found = Batches(inputs).inputs(moved)
-    for each, clean in zip(found, Batches(inputs).inputs(batch), strict=True):
+    with site.perturbed(site.values + 1) as moved:
+        found = BatchReader(inputs).inputs(moved)
+    for each, clean in zip(found, BatchReader(inputs).inputs(batch), strict=True):
         torch.testing.assert_close(each, clean + 1)
 
 
 def test_one_normalised_image():
     threat = ThreatModel(norm="l2", eps=0.3, mean=MEAN, std=STD)
-    site = InputSite(Batches(), ([IMAGE], [{}]), threat)
-    with site.moved(site.values) as (found, _):
+    site = InputSite(BatchReader(), ([IMAGE], [{}]), threat)
+    with site.perturbed(site.values) as (found, _):
         torch.testing.assert_close(found[0], IMAGE)

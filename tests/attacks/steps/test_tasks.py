@@ -14,7 +14,7 @@ from support.modules import batch, classifier
 from torch import nn
 
 from lightning_wdefense.attacks import FGSM, PGD, AutoAttack, GibbsNoise, ThreatModel, WassersteinAttack, worst_case
-from lightning_wdefense.modules.outputs import ROWS, check_logits
+from lightning_wdefense.modules.outputs import MIN_ROWS, check_logits
 
 THREAT = ThreatModel(eps=0.2)
 
@@ -93,8 +93,8 @@ def test_logits_that_look_like_probabilities_by_chance(logits):
 
 def test_many_rows_are_evidence_without_a_graph():
     rows = torch.rand(64, 3, generator=torch.Generator().manual_seed(0)).softmax(1)
-    check_logits(rows[: ROWS - 1])
-    for many in (rows[:ROWS], rows.T.reshape(1, 3, 8, 8), rows.bfloat16()):
+    check_logits(rows[: MIN_ROWS - 1])
+    for many in (rows[:MIN_ROWS], rows.T.reshape(1, 3, 8, 8), rows.bfloat16()):
         with pytest.raises(ValueError, match="every row is non-negative and sums to 1"):
             check_logits(many)
 
@@ -105,7 +105,7 @@ def test_a_single_output_in_0_1_whose_making_is_not_known_is_warned_of():
         check_logits(values)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check_logits(values[: ROWS - 1])
+        check_logits(values[: MIN_ROWS - 1])
         check_logits(values - 0.5)
         check_logits(nn.Linear(1, 1)(values) * 0 + 0.1)  # an untrained model, known to end in no sigmoid
 

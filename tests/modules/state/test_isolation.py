@@ -65,7 +65,7 @@ def test_module_of():
 
 
 def test_a_buffer_under_two_names_and_in_two_modules():
-    class Shared(nn.Module):
+    class SharedContext(nn.Module):
         def __init__(self, tensor):
             super().__init__()
             self.register_buffer("count", tensor)
@@ -75,7 +75,7 @@ def test_a_buffer_under_two_names_and_in_two_modules():
             return x
 
     tensor = torch.zeros(1)
-    model = nn.Sequential(Shared(tensor), Shared(tensor), classifier(6))
+    model = nn.Sequential(SharedContext(tensor), SharedContext(tensor), classifier(6))
     inputs, labels = batch(6)
     ATTACK(model, inputs, labels)
     assert model[0].count is model[1].count is tensor

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MulticlassPrecision, MulticlassRecall
 
-from lightning_wdefense.modules.steps import Step, own_step
+from lightning_wdefense.modules.steps import Step, unwrapped_step
 
 CPU = torch.device("cpu")
 
@@ -232,7 +232,7 @@ def batch_of(size=16):
 
 
 def step_of(module):
-    return Step(module, own_step(module, "training_step"), "training_step", (0,))
+    return Step(module, unwrapped_step(module, "training_step"), "training_step", (0,))
 
 
 @pytest.fixture
@@ -262,7 +262,7 @@ def test_many_calls_leave_nothing(nasty, noise, mode):
         "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     }
     batch, step, losses = batch_of(), step_of(nasty), []
-    with contexts.get(mode, torch.enable_grad)(), step.rehearsal(CPU, noise):
+    with contexts.get(mode, torch.enable_grad)(), step.repeatable(CPU, noise):
         for _ in range(4):
             x = batch[0].clone().requires_grad_()
             loss = step.loss((x, batch[1]))
@@ -276,7 +276,7 @@ def test_many_calls_leave_nothing(nasty, noise, mode):
 def test_a_step_that_raises_leaves_nothing(nasty):
     nasty.fails = True
     before, drawn, step = flat(nasty), randoms(), step_of(nasty)
-    with pytest.raises(RuntimeError, match="in the middle"), step.rehearsal(CPU):
+    with pytest.raises(RuntimeError, match="in the middle"), step.repeatable(CPU):
         step(batch_of())
     assert same(before, flat(nasty)) == []
     assert drawn == randoms()
@@ -285,7 +285,7 @@ def test_a_step_that_raises_leaves_nothing(nasty):
 
 def test_a_call_that_raises_and_is_caught_inside_is_undone_by_the_next(nasty):
     step, before = step_of(nasty), flat(nasty)
-    with step.rehearsal(CPU):
+    with step.repeatable(CPU):
         first = float(step.loss(batch_of()))
         for _ in range(2):
             with pytest.raises(TypeError):
@@ -310,7 +310,7 @@ def test_once_more_draws_as_the_first_call_and_moves_only_buffers_and_random_sta
     nasty.old.set_state(kept.old.get_state())
     nasty.python.setstate(kept.python.getstate())
     before, drawn = flat(nasty), randoms()
-    with step.once_more(start) as call:
+    with step.one_more_call(start) as call:
         loss = call(batch)["loss"]
     assert torch.equal(own, loss)  # same masks, same draws
     assert drawn == randoms()
@@ -337,7 +337,7 @@ def test_copies_and_pickles_in_the_step_are_plain(inside):
     made, made_bytes = [], []
     module = Copying()
     step = step_of(module)
-    with step.rehearsal(CPU):
+    with step.repeatable(CPU):
         step(batch_of())
     assert "log" not in vars(made[0])
     assert "optimizers" not in vars(made[0].child)
@@ -362,11 +362,11 @@ def test_modes_that_a_step_leaves_behind_are_those_of_the_beginning_at_each_call
 
     module = Switching()
     step = step_of(module)
-    with step.rehearsal(CPU):
+    with step.repeatable(CPU):
         losses = {float(step.loss(batch_of())) for _ in range(4)}
     assert len(losses) == 1
     module.net[2].eval()
-    with step.rehearsal(CPU, "own"):
+    with step.repeatable(CPU, "own"):
         step(batch_of())
     assert not module.net[2].training
     assert module.net[3].training
@@ -388,7 +388,7 @@ def test_requires_grad_and_gradients_are_as_before():
     for each in module.parameters():
         each.grad = torch.ones_like(each)
     step = step_of(module)
-    with step.rehearsal(CPU):
+    with step.repeatable(CPU):
         step.loss(batch_of())
     assert all(each.requires_grad for each in module.parameters())
     assert all(each.grad is not None and bool((each.grad == 1).all()) for each in module.parameters())
@@ -405,7 +405,7 @@ def test_compiled_modules(nasty, whole):
     step = step_of(step_module)
     from lightning_wdefense.modules.state.isolation import eager
 
-    with eager(), step.rehearsal(CPU):
+    with eager(), step.repeatable(CPU):
         losses = {float(step.loss(batch_of())) for _ in range(3)}
     assert len(losses) == 1
     assert before == (nasty.child.calls, flat(nasty.accuracy), nasty.steps, flat(nasty.seen))
@@ -444,7 +444,7 @@ class Rehearsing(L.Callback):
         before, step = state(), step_of(module)
         module.fails = self.fails
         try:
-            with step.rehearsal(CPU):
+            with step.repeatable(CPU):
                 losses = {float(step.loss(batch)) for _ in range(3)}
             assert len(losses) == 1
         except RuntimeError:
@@ -495,6 +495,6 @@ def test_under_the_trainer_a_rehearsal_is_not_there(tmp_path, fails, options):
 def test_with_a_trainer_that_is_not_running(tmp_path):
     module, _ = run(tmp_path)
     before, step = flat(module), step_of(module)
-    with step.rehearsal(CPU):
+    with step.repeatable(CPU):
         assert float(step.loss(batch_of())) == float(step.loss(batch_of()))
     assert same(before, flat(module)) == []
