@@ -21,7 +21,7 @@ TINY = {
 
 def gaussians(steps, penalty):
     """What a plain critic says of two Gaussians at a distance of 1, after so many batches."""
-    from critic_plain import PlainDiscrepancy
+    from benchmarks.critic.accuracy.plain import PlainDiscrepancy
 
     draw, labels = torch.Generator().manual_seed(0), torch.zeros(256, dtype=torch.long)
     training = PlainDiscrepancy(lr=1e-3, penalty=penalty).start(torch.zeros(4, 2), 1)
@@ -45,7 +45,7 @@ def test_plain_critic_overshoots_as_a_two_sided_penalty_does(penalty):
 
 
 def test_plain_critic_knows_the_classes():
-    from critic_plain import PlainDiscrepancy
+    from benchmarks.critic.accuracy.plain import PlainDiscrepancy
 
     training = PlainDiscrepancy().start(torch.zeros(4, 2), 3)
     points = torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
@@ -54,7 +54,7 @@ def test_plain_critic_knows_the_classes():
 
 
 def test_every_cell_differs_from_the_default_and_from_the_others():
-    from critic_accuracy import NONE, OURS, PLAIN, cells
+    from benchmarks.critic.accuracy.measure import NONE, OURS, PLAIN, cells
 
     found = cells()
     critics = [critic for key, critic in found.items() if not key.startswith(NONE)]
@@ -64,7 +64,7 @@ def test_every_cell_differs_from_the_default_and_from_the_others():
 
 
 def test_runs_are_stored_one_by_one_and_go_on(tmp_path, monkeypatch, capsys):
-    import critic_accuracy
+    from benchmarks.critic.accuracy import measure as critic_accuracy
 
     protocol = dataclasses.replace(critic_accuracy.PROTOCOLS["digits"], **TINY)
     monkeypatch.setitem(critic_accuracy.PROTOCOLS, "digits", protocol)
@@ -84,7 +84,7 @@ def test_runs_are_stored_one_by_one_and_go_on(tmp_path, monkeypatch, capsys):
 
 
 def test_takes_over_what_the_benchmark_of_the_defences_has_measured(tmp_path):
-    from critic_accuracy import adopt
+    from benchmarks.critic.accuracy.measure import adopt
 
     def run(recipe, changes, seed=0, averaged=False):
         test = {"clean": {"accuracy": 0.9}, "apgd-t": {"accuracy": 0.5}}
@@ -108,7 +108,7 @@ def test_takes_over_what_the_benchmark_of_the_defences_has_measured(tmp_path):
 
 
 def test_report_takes_spreads_within_seeds_and_names_what_diverged():
-    from critic_accuracy_report import AXES, OURS, PLAIN, markdown, spread
+    from benchmarks.critic.accuracy.report import AXES, OURS, PLAIN, markdown, spread
 
     runs = {f"{OURS}|{setting}": {"0": {"robust": 0.5}, "1": {"robust": 0.4}} for setting in AXES["steps"]}
     runs[f"{OURS}|default"] = {"0": {"robust": 0.56}, "1": {"robust": 0.44}}

@@ -18,7 +18,7 @@ TINY = "--epochs 1 --limit-train 64 --validation 16 --test 16 --warmup-epochs 0 
 @pytest.fixture
 def bench(tmp_path):
     """Runs the benchmark on a few digits, in a folder of the test."""
-    from defenses import main
+    from benchmarks.defenses.__main__ import main
 
     def run(arguments: str, *, dataset="digits") -> int:
         places = ["--output", str(tmp_path / "results"), "--work", str(tmp_path / "work")]
@@ -61,7 +61,7 @@ def test_writes_everything_and_a_second_call_does_nothing(bench, tmp_path, capsy
 
 
 def test_resumes_after_the_last_finished_stage(bench, tmp_path, monkeypatch):
-    import defenses_runs
+    from benchmarks.defenses import runs as defenses_runs
 
     whole, calls = defenses_runs.left, []
 
@@ -101,7 +101,7 @@ def test_goes_on_from_its_results_where_the_work_is_lost(bench, tmp_path, capsys
 
 
 def test_a_failed_run_does_not_stop_the_others(bench, tmp_path, monkeypatch, capsys):
-    import defenses_runs
+    from benchmarks.defenses import runs as defenses_runs
 
     whole = defenses_runs.train
 
@@ -151,7 +151,7 @@ def test_timing_compares_with_pgd_at(bench, tmp_path):
 
 
 def test_a_lock_is_free_when_its_process_is_dead(tmp_path):
-    from _files import claimed
+    from benchmarks.shared.files import claimed
 
     held = f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r})\nfrom pathlib import Path\nfrom _files import claimed\nwith claimed(Path({str(tmp_path / 'lock')!r})) as ours:\n    print(ours, flush=True)\n    sys.stdin.read()"
     process = subprocess.Popen([sys.executable, "-c", held], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -165,8 +165,7 @@ def test_a_lock_is_free_when_its_process_is_dead(tmp_path):
 
 
 def test_candidates_are_as_many_for_every_recipe():
-    from defenses_variants import TUNING, Variant, candidates
-
+    from benchmarks.shared.variants import TUNING, Variant, candidates
     from lightning_wdefense import ThreatModel
     from lightning_wdefense.defenses import RECIPES
 

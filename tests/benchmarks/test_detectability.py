@@ -18,7 +18,7 @@ TINY = (
 
 
 def test_writes_resumes_and_leaves_out(tmp_path, monkeypatch, capsys):
-    from detectability import DETECTOR_NAMES, SPECS, main
+    from benchmarks.detectability.__main__ import DETECTOR_NAMES, SPECS, main
 
     monkeypatch.setitem(SPECS, "unheard-of", SPECS["pgd-linf"].__class__("unheard-of", "linf", 0.1))
     monkeypatch.setitem(
@@ -50,7 +50,7 @@ def test_writes_resumes_and_leaves_out(tmp_path, monkeypatch, capsys):
 
 
 def test_the_radius_of_a_linear_model_is_known():
-    from detectability_attacks import SPECS, matching_eps
+    from benchmarks.detectability.attacks import SPECS, matching_eps
 
     model = nn.Sequential(nn.Flatten(), nn.Linear(1, 2))
     with torch.no_grad():
@@ -75,8 +75,7 @@ def test_the_radius_of_a_linear_model_is_known():
 def test_evading_keeps_attacking_until_it_has_won():
     from types import SimpleNamespace
 
-    from detectability_attacks import Evading
-
+    from benchmarks.detectability.attacks import Evading
     from lightning_wdefense.detection import Energy
 
     logits = torch.tensor([[2.0, 0.0], [0.0, 2.0]], requires_grad=True)
@@ -90,7 +89,7 @@ def test_evading_keeps_attacking_until_it_has_won():
 
 
 def test_differences_are_paired_by_model():
-    from detectability_report import differences, groups
+    from benchmarks.detectability.report import differences, groups
 
     def cell(attack: str, seed: int, auroc: float) -> dict:
         values = {"knn": [auroc, 0.0, 1.0], "lid": None}

@@ -36,7 +36,7 @@ def call(*words: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def gpu():
-    import gpu
+    from benchmarks.gpu import __main__ as gpu
 
     return gpu
 

@@ -19,7 +19,7 @@ TINY = (
 
 
 def defenses(monkeypatch, *more):
-    import defenses
+    from benchmarks.defenses import __main__ as defenses
 
     def run(folder):
         assert (
@@ -33,7 +33,7 @@ def defenses(monkeypatch, *more):
 
 
 def tuning(monkeypatch):
-    import defenses
+    from benchmarks.defenses import __main__ as defenses
 
     def run(folder):
         arguments = [*TINY.split(), "--tune", "--tune-samples", "8"]
@@ -46,7 +46,7 @@ def tuning(monkeypatch):
 
 
 def wasserstein_attacks(monkeypatch):
-    import wasserstein_attacks
+    from benchmarks.wasserstein.attacks import __main__ as wasserstein_attacks
 
     def run(folder):
         places = ["--work", str(folder / "work"), "--output", str(folder)]
@@ -63,7 +63,7 @@ def wasserstein_attacks(monkeypatch):
 
 
 def detectability(monkeypatch):
-    import detectability
+    from benchmarks.detectability import __main__ as detectability
 
     def run(folder):
         places = ["--work", str(folder / "work"), "--output", str(folder)]
@@ -82,7 +82,7 @@ def detectability(monkeypatch):
 
 
 def purifier(monkeypatch):
-    import purifier
+    from benchmarks.purifier import __main__ as purifier
 
     def run(folder):
         purifier.main(["--seeds", "2", "--output", str(folder), "--models", "no purifier", "trained through"])
@@ -98,7 +98,7 @@ def purifier(monkeypatch):
 
 
 def gradients(monkeypatch):
-    import gradients
+    from benchmarks.gradients import __main__ as gradients
 
     def run(folder):
         gradients.main(["--seeds", "3", "--output", str(folder)])
@@ -114,8 +114,8 @@ def gradients(monkeypatch):
 
 
 def critic(monkeypatch):
-    import critic_accuracy
-    import critic_sensitivity
+    from benchmarks.critic import __main__ as critic_sensitivity
+    from benchmarks.critic.accuracy import measure as critic_accuracy
 
     def run(folder):
         monkeypatch.setattr("sys.argv", ["", "--accuracy-seeds", "2", "--output", str(folder)])
@@ -138,8 +138,8 @@ def critic(monkeypatch):
 def sinkhorn(monkeypatch):
     from types import SimpleNamespace
 
-    import sinkhorn
-    import sinkhorn_problems
+    from benchmarks.sinkhorn import __main__ as sinkhorn
+    from benchmarks.sinkhorn import problems as sinkhorn_problems
 
     def run(folder):
         options = SimpleNamespace(
@@ -173,7 +173,7 @@ def without_times(found):
 
 def moments(run, folder, monkeypatch):
     """What a run returns, and copies of its folder as kills would leave it: before each write is in place, and with checkpoints."""
-    import _files
+    from benchmarks.shared import files as _files
 
     copies, replace, remove = [], os.replace, _files._remove
 
@@ -241,7 +241,7 @@ def test_weights_without_a_record_are_made_again(tmp_path, monkeypatch):
     ("benchmark", "name"), [(purifier, "purifier_digits"), (gradients, "gradients"), (critic, "critic_sensitivity")]
 )
 def test_two_at_once_would_undo_each_other(benchmark, name, tmp_path, monkeypatch):
-    from _files import alone
+    from benchmarks.shared.files import alone
 
     run = benchmark(monkeypatch)
     with alone(tmp_path / f"{name}.json"), pytest.raises(SystemExit, match="Another process works on"):
@@ -263,7 +263,7 @@ def test_an_unreadable_file_counts_as_absent(name, tmp_path, monkeypatch, capsys
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.999])
 def test_every_part_of_a_file_is_unreadable(share, tmp_path, capsys):
-    from _files import load, read, save, write_atomically
+    from benchmarks.shared.files import load, read, save, write_atomically
 
     save(tmp_path / "weights.pt", {"a": torch.arange(300.0), "b": torch.zeros(2, 2)})
     write_atomically(tmp_path / "record.json", {"a": list(range(300))})
@@ -281,7 +281,7 @@ def test_every_part_of_a_file_is_unreadable(share, tmp_path, capsys):
 
 def test_what_a_process_works_on_is_its_own_until_it_is_dead(tmp_path):
     """A real ``kill -9``, in the middle of a file and of a scratch folder."""
-    from _files import alone, claimed, read, replacing, scratch, sweep, write_atomically
+    from benchmarks.shared.files import alone, claimed, read, replacing, scratch, sweep, write_atomically
 
     write_atomically(tmp_path / "record.json", {"old": 1})
     ready, say = os.pipe()
@@ -315,12 +315,12 @@ def test_what_a_process_works_on_is_its_own_until_it_is_dead(tmp_path):
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
-    from _files import read, write_atomically
+    from benchmarks.shared.files import read, write_atomically
 
     write_atomically(tmp_path / "record.json", {"old": 1})
     with pytest.raises(TypeError, match="not JSON serializable"):
         write_atomically(tmp_path / "record.json", {"new": torch.zeros(1)})
-    from _files import save
+    from benchmarks.shared.files import save
 
     with pytest.raises((AttributeError, TypeError, RuntimeError)):
         save(tmp_path / "record.json", lambda: None)

@@ -11,7 +11,7 @@ TINY = "--seeds 1 --train 900 --test 40 --epochs 6 --pgd-steps 5 --attack-steps 
 
 
 def test_writes_and_resumes(tmp_path):
-    from purifier import main
+    from benchmarks.purifier.__main__ import main
 
     arguments = [*TINY.split(), "--output", str(tmp_path)]
     main([*arguments, "--models", "no purifier", "trained as usual"])
@@ -28,10 +28,9 @@ def test_writes_and_resumes(tmp_path):
 
 
 def test_naive_and_through_are_different_attacks():
-    from defenses_data import Images
-    from defenses_protocol import PROTOCOLS
-    from purifier import measured
-
+    from benchmarks.purifier.__main__ import measured
+    from benchmarks.shared.data import Images
+    from benchmarks.shared.protocol import PROTOCOLS
     from lightning_wdefense.defenses import PurifiedClassifier
 
     class Mirror(nn.Module):

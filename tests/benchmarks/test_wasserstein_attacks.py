@@ -12,7 +12,7 @@ def cell(name: str, broken: list[bool], clean: list[bool] | None = None) -> dict
 
 
 def test_the_lead_is_paired_by_image():
-    from wasserstein_report import accuracy, lead
+    from benchmarks.wasserstein.attacks.report import accuracy, lead
 
     ours, theirs = [cell("ours", [True] * 6 + [False] * 4)], [cell("theirs", [True] * 2 + [False] * 8)]
     assert accuracy(ours)[0] == pytest.approx(0.4)
@@ -27,7 +27,7 @@ def test_the_lead_is_paired_by_image():
 
 
 def test_models_that_disagree_are_no_lead():
-    from wasserstein_report import lead
+    from benchmarks.wasserstein.attacks.report import lead
 
     ours = [cell("ours", [True] * 60 + [False] * 40), cell("ours", [False] * 100)]
     theirs = [cell("theirs", [False] * 100), cell("theirs", [True] * 10 + [False] * 90)]
@@ -40,7 +40,7 @@ def test_models_that_disagree_are_no_lead():
 
 
 def test_images_that_were_wrong_before_are_nobodys_success():
-    from wasserstein_report import accuracy, lead
+    from benchmarks.wasserstein.attacks.report import accuracy, lead
 
     wrong = [True, True, False, False]
     ours, theirs = [cell("ours", [True, True, True, False], wrong)], [cell("theirs", [False] * 4, wrong)]
@@ -49,7 +49,7 @@ def test_images_that_were_wrong_before_are_nobodys_success():
 
 
 def test_what_images_spend_is_a_median_over_models():
-    from wasserstein_report import spending
+    from benchmarks.wasserstein.attacks.report import spending
 
     def costs(resisting: list[float], thorough: list[float]) -> dict:
         return {"resisting": resisting, "thorough": thorough}
@@ -67,7 +67,7 @@ def test_what_images_spend_is_a_median_over_models():
 
 
 def test_runs_and_goes_on_where_it_was(tmp_path, capsys):
-    import wasserstein_attacks
+    from benchmarks.wasserstein.attacks import __main__ as wasserstein_attacks
 
     command = ["--quick", "--models", "undefended", "--work", str(tmp_path / "work"), "--output", str(tmp_path)]
     wasserstein_attacks.main(command)

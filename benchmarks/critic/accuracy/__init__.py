@@ -1,0 +1,1 @@
+"""Robust accuracy of recipe ``critic`` over the settings of its critic."""

@@ -1,0 +1,1 @@
+"""Error of a critic's distance between two Gaussians."""

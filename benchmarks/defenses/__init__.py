@@ -1,0 +1,1 @@
+"""Robust accuracy and cost of all recipes, under one protocol."""

@@ -1,0 +1,1 @@
+"""How well detectors tell attacked inputs from clean ones, by attack."""

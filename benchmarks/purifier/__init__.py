@@ -1,0 +1,1 @@
+"""Purifiers under attacks that go through them."""

@@ -1,0 +1,1 @@
+"""What the benchmarks share: files, statistics, images, classifiers and their training."""

@@ -1,0 +1,1 @@
+"""The Sinkhorn divergence and its gradients, against other libraries."""

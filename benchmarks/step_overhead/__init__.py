@@ -1,0 +1,1 @@
+"""A training step with the callback, against a loop written by hand."""

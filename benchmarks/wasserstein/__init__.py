@@ -1,0 +1,1 @@
+"""The Wasserstein attack: its strength against published ones, and what a step costs."""

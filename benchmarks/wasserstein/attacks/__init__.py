@@ -1,0 +1,1 @@
+"""Accuracy under Wasserstein attacks by budget: ours, and those published."""
