@@ -1,4 +1,4 @@
-"""Adversarial robustness by optimal transport for PyTorch Lightning."""
+"""Adversarial robustness with optimal transport for PyTorch Lightning."""
 
 from lightning_wdefense import _safe_globals
 from lightning_wdefense.attacks import ThreatModel

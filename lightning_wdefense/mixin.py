@@ -1,4 +1,4 @@
-"""Robust training for a LightningModule that wants to make the call itself."""
+"""A mixin for LightningModules that run the robust training step in their own ``training_step``."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ _CHECKPOINT_KEY = "wasserstein_defense"
 
 
 class DefenseOutput(NamedTuple):
-    """What one defended step computed.
+    """The result of :meth:`WassersteinDefenseMixin.defend`.
 
     Attributes:
-        loss: to minimise: the task loss and the recipe's terms.
-        clean_outputs: of the model on the inputs; ``None`` where the recipe needs no such pass.
-        adversarial_outputs: of the model on the adversarial inputs, likewise.
-        adversarial_inputs: in model units; the inputs themselves where the recipe has no attack.
-        logs: detached parts of the loss, the current ``eps``, and every ``log_every_n_steps`` what the attack did.
+        loss: the loss to minimise, a scalar: the task loss and the recipe's terms.
+        clean_outputs: the model's outputs on the clean inputs; ``None`` if the recipe does not need them.
+        adversarial_outputs: the model's outputs on the adversarial inputs; ``None`` if the recipe does not need them.
+        adversarial_inputs: the adversarial inputs ``(N, ...)`` in model units; the clean inputs if the recipe has no attack.
+        logs: the detached parts of the loss and the current ``eps`` (data units). Every ``log_every_n_steps`` also accuracies,
+            attack success and transport cost.
     """
 
     loss: Tensor
@@ -41,9 +42,9 @@ class DefenseOutput(NamedTuple):
 
 
 class WassersteinDefenseMixin:
-    """Gives a LightningModule ``self.defend(inputs, labels)``, under automatic and manual optimisation alike.
+    """Gives a LightningModule the method ``self.defend(inputs, labels)``, for automatic and manual optimisation.
 
-    It has no ``__init__``; list it before ``LightningModule``. The module's ``forward`` must map inputs to logits.
+    The mixin has no ``__init__``. List it before ``LightningModule``. The module's ``forward`` must map inputs to logits.
 
     Example:
         >>> import torch
@@ -68,64 +69,72 @@ class WassersteinDefenseMixin:
     _defense: Defense | dict[str, Any] | None = None
 
     def configure_defense(self) -> Recipe:
-        """The recipe; called once, at the first :meth:`defend`. To be overridden."""
+        """Return the recipe. Must be overridden. It is called once, at the first :meth:`defend`.
+
+        Raises:
+            NotImplementedError: if the module does not override it.
+        """
         raise NotImplementedError(
-            f"{type(self).__name__} must define configure_defense(self), which returns a Recipe such as "
+            f"{type(self).__name__} must define configure_defense(self). It returns a Recipe, such as "
             'Recipe.named("class-transport", threat).'
         )
 
     def task_loss(self, outputs: Any, labels: Any) -> Tensor:
-        """The loss of the task itself, a scalar: cross-entropy unless overridden."""
+        """The task loss, a scalar. By default the task loss of the recipe, which is cross-entropy."""
         return self.defense.recipe.task_loss(outputs, labels)
 
     @property
     def defense(self) -> Defense:
-        """The recipe at work on this module."""
+        """The :class:`~lightning_wdefense.defenses.defense.Defense` of this module, created at the first use."""
         found = self._defense
         if not isinstance(found, Defense):
             defense = Defense(self.configure_defense(), self)  # type: ignore[arg-type]
-            defense.load_state_dict(found or {})  # of a copy: what the original had learned
-            # Past nn.Module.__setattr__, which would register the recorder's model (this module) as its own child.
+            defense.load_state_dict(found or {})  # in a copy of a module: the learned state of the original
+            # Not nn.Module.__setattr__, which would register the recorder's model (this module) as its own child.
             object.__setattr__(self, "_defense", found := defense)
             exclude_from_copies(self)  # type: ignore[arg-type]
         return found
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Put what the recipe has learned into the checkpoint. An override must call ``super()``."""
+        """Save the recipe's learned state in the checkpoint. An override must call ``super()``."""
         super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
         checkpoint[_CHECKPOINT_KEY] = self.defense.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Continue with what was learned. An override must call ``super()``."""
+        """Restore the recipe's learned state. An override must call ``super()``."""
         super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
         self.defense.load_state_dict(checkpoint.get(_CHECKPOINT_KEY, {}))
 
-    @torch.compiler.disable  # the attack's loop stays eager; a compiled forward is called as such
+    @torch.compiler.disable  # the attack's loop runs eagerly; a compiled forward is still called compiled
     def defend(
         self, inputs: Tensor, labels: Any, *, forward: Callable[[Tensor], Any] | None = None, seed: int = 0
     ) -> DefenseOutput:
         """Attack the batch and compute the recipe's loss on it.
 
-        Under a recipe with ``awp`` the weights are moved when this returns, until the backward pass of the loss ends. Where that does not
-        come, a trainer takes them back at the end of the batch; in a loop of your own, call ``self.defense.restore_weights()``.
+        With a recipe that has ``awp``, the weights are still perturbed when this returns. They are restored when the backward pass of
+        the loss ends. If there is no backward pass, a Trainer restores them at the end of the batch; in your own training loop, call
+        ``self.defense.restore_weights()``.
 
         Args:
-            inputs: ``(N, ...)`` in model units.
-            labels: whatever the attack and :meth:`task_loss` take.
-            forward: what maps the inputs to outputs, if not the module itself: a submodule (``self.discriminator``), or a callable that
-                gives the module its other arguments, ``lambda x: self(x, mask)``.
-            seed: seeds the attack's noise, under a Trainer together with the epoch, the batch and the rank.
+            inputs: clean inputs ``(N, ...)`` in model units.
+            labels: labels in the form that the attack and :meth:`task_loss` accept.
+            forward: maps inputs to outputs, if the module itself does not: a submodule (``self.discriminator``), or a callable that
+                passes the module its other arguments, ``lambda x: self(x, mask)``.
+            seed: seed of the attack's noise; with a Trainer, together with the epoch, the batch and the rank.
+
+        Returns:
+            The loss, outputs, adversarial inputs and logs.
 
         Raises:
-            TypeError: if inputs or outputs are not what the attack needs, such as a tuple of inputs.
+            TypeError: if inputs or outputs are of a type that cannot be attacked, such as a tuple of inputs.
             ValueError: if inputs or labels do not fit the threat model or the outputs.
-            FloatingPointError: if a part of the loss is NaN or infinite; says which.
+            FloatingPointError: if a part of the loss is NaN or infinite; the message names the part.
         """
         defense, recipe = self.defense, self.defense.recipe
         if not isinstance(inputs, Tensor):
             raise TypeError(
-                f"defend() attacks one tensor, got a {type(inputs).__name__}. Where the model takes several arguments, attack one and bind the "
-                "others: self.defend(x, labels, forward=lambda x: self(x, mask))."
+                f"defend() attacks one tensor, got a {type(inputs).__name__}. If the model takes several arguments, attack one of them and bind "
+                "the others: self.defend(x, labels, forward=lambda x: self(x, mask))."
             )
         trainer = getattr(self, "_trainer", None)
         trainer = trainer if is_a(trainer, "Trainer") else None
@@ -163,14 +172,14 @@ class WassersteinDefenseMixin:
 
 
 def _bound(module: Any, forward: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
-    """A callable as a method of the module, by which whoever runs it knows what to leave as it was."""
+    """A callable as a method of the module, so that code that runs it knows the module whose state it must preserve."""
     if isinstance(forward, torch.nn.Module):
         return forward
     return MethodType(lambda _, inputs: forward(inputs), module)
 
 
 def _radius(defense: Defense, trainer: Any) -> float:
-    """Fraction of the full radius, which is whole outside of training, so that epochs' validations can be compared."""
+    """Fraction of eps that the attack has: of the warm-up in training; otherwise 1, so that validations can be compared."""
     if not (trainer.training and defense.recipe.active):
         return 1.0
     return warmup_radius(trainer, defense.recipe.warmup_epochs, defense.count_batch(trainer, batches_begun(trainer)))

@@ -1,4 +1,4 @@
-"""Lightning callbacks: they find tensors, call what is below, and log what comes back."""
+"""Lightning callbacks for robust training, robustness evaluation, detection and pictures of adversarial examples."""
 
 from lightning_wdefense.callbacks.defense import WassersteinDefense
 from lightning_wdefense.callbacks.detection import DetectionMonitor

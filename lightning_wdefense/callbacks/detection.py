@@ -1,4 +1,4 @@
-"""The callback that says how detectable an attack is."""
+"""The callback that measures how well detectors find attacked samples."""
 
 from __future__ import annotations
 
@@ -25,35 +25,35 @@ from lightning_wdefense.modules.outputs import Pick, logits_of
 from lightning_wdefense.modules.recording import PENULTIMATE
 
 Detectors = Sequence[str | Detector] | Mapping[str, str | Detector]
-"""Several detectors: names, detectors, or a mapping from names of your own to either."""
+"""Several detectors: names, detectors, or a mapping from your own names to either."""
 
 PART = 1024
-"""Samples that are scored at once."""
+"""Number of samples that a detector scores at once."""
 
 
 class Samples:
-    """What a model showed of some samples, in parts."""
+    """Outputs, features and labels of some samples, collected batch by batch."""
 
     def __init__(self) -> None:
         self.parts: dict[str, list[Tensor]] = {"outputs": [], "features": [], "labels": []}
 
     def add(self, outputs: Tensor, features: Tensor, labels: Tensor) -> None:
         """Add logits ``(N, K)``, features ``(N, D)`` and classes ``(N,)`` of ``N`` samples."""
-        # A model that diverged has no features to measure; that is no reason to end its run.
+        # The features of a diverged model cannot be measured, but the run should go on.
         finite = outputs.isfinite().all(1) & features.isfinite().all(1)
         if finite.any():
             for part, values in (("outputs", outputs), ("features", features), ("labels", labels.unsqueeze(1))):
                 self.parts[part].append(values[finite].detach())
 
     def read(self, part: str) -> Tensor | None:
-        """All of one part, ``(N, D)``; ``None`` if there is nothing."""
+        """All rows of one part (``"outputs"``, ``"features"`` or ``"labels"``), ``(N, D)``; ``None`` if there are none."""
         return torch.cat(self.parts[part]) if self.parts[part] else None
 
 
 class DetectionMeasures:
-    """What is kept of one dataloader: clean samples to learn from, and clean and attacked ones to judge by.
+    """The samples of one dataloader: clean samples to fit detectors, and clean and attacked samples to evaluate them.
 
-    Of detectors that read inputs the scores are kept, in ``metrics``, and not the inputs.
+    For detectors that read inputs only the scores are kept, in ``metrics``; the inputs are not.
     """
 
     def __init__(self, detectors: Iterable[str], device: torch.device) -> None:
@@ -63,46 +63,48 @@ class DetectionMeasures:
 
 
 class DetectionMonitor(EvaluationMonitor[DetectionMeasures]):
-    """Attacks validation and test batches of any LightningModule and logs how well detectors tell the attacked samples.
+    """Attacks validation and test batches of any LightningModule and logs how well detectors find the attacked samples.
 
-    Logged at the end of each epoch, with ``{stage}`` ``val`` or ``test``: ``{stage}/auroc_{detector}``, the area under the ROC curve
-    between clean samples that are classified correctly and those of them that the attack broke; 0.5 is chance. It is NaN if
-    the attack broke none. Every second sample is only learned from (its clean features), the others are attacked
-    and judged, so that no detector is judged on what it has learned; batches should be shuffled. The attack does not know the detectors:
-    a high value here is no proof against one that does.
+    Logged at the end of each epoch, where ``{stage}`` is ``val`` or ``test``: ``{stage}/auroc_{detector}``, the area under the ROC
+    curve. The negatives are clean samples that are classified correctly; the positives are those samples after an attack that made
+    them wrong. A value of 0.5 is chance. It is NaN if the attack made no sample wrong.
 
-    Several dataloaders are told apart as Lightning does, by ``/dataloader_idx_{i}``. Under several ranks detectors learn from all of
-    them. The features of all samples are kept until the end of the epoch, see ``max_batches``.
+    The clean features of every second sample fit the detectors; the other samples are attacked and scored. So no detector is
+    evaluated on samples that it was fitted to. Batches should be shuffled. The attack does not know the detectors: a high AUROC does
+    not show that a detector withstands an adaptive attack.
+
+    With several dataloaders the keys end in ``/dataloader_idx_{i}``, as Lightning's do. With several ranks the detectors are fitted
+    to the samples of all ranks. The features of all samples are kept in memory until the end of the epoch, see ``max_batches``.
 
     Args:
-        threat: what the attacker may do.
-        attack: a name or an attack; it must stay in the ball.
-        detectors: names, detectors, or a mapping from names of your own to them. Besides the default ones there are ``"mahalanobis"``
+        threat: the threat model: norm, perturbation budget eps (data units) and bounds.
+        attack: a name or an attack. It must be bounded, that is, never leave the eps ball.
+        detectors: names, detectors, or a mapping from your own names to them. Besides the default ones there are ``"mahalanobis"``
             (needs scikit-learn, ``pip install "lightning-wdefense[detection]"``) and, for inputs within bounds,
-            ``"feature-squeezing"``. One of your own that reads inputs must be fitted already, for inputs are not kept.
-        features: what detectors that read features are given: ``"penultimate"`` (the input of the last linear layer that runs),
+            ``"feature-squeezing"``. A detector of your own that reads inputs must already be fitted, because inputs are not kept.
+        features: the features for detectors that read features: ``"penultimate"`` (the input of the last linear layer that runs),
             ``"outputs"``, or a dotted path to a submodule of the model.
-        every_n_epochs: measure only every so many training epochs (the first validation always); in between the last values are
-            logged again.
-        max_batches: measure only the first batches of each dataloader.
-        model: dotted path to the submodule that takes the inputs and returns logits, if not the module itself.
-        through: as for :class:`RobustnessMonitor`; so are the next ones.
-        perturb: the submodule whose output is attacked in place of the inputs.
+        every_n_epochs: measure every ``n`` training epochs, starting with the first validation. In the epochs between, the last
+            values are logged again.
+        max_batches: measure only the first ``max_batches`` batches of each dataloader.
+        model: dotted path to the submodule that takes the inputs and returns logits, if it is not the module itself.
+        through: as for :class:`RobustnessMonitor`, like the next four arguments.
+        perturb: the submodule whose output is attacked instead of the inputs.
         inputs: where the inputs are in a batch.
         labels: the same for the labels.
-        outputs: where in what the model returns the logits are.
+        outputs: where the logits are in the model's return value.
         dataloaders: indices of the dataloaders whose batches are attacked.
-        seed: seeds the attack's noise, the same in every epoch.
-        progress: show a progress bar where the attack takes more than a few seconds.
-        name: tells several monitors apart, in the logs (``{stage}/{name}/...``) and in checkpoints.
+        seed: seed of the attack's noise, which is the same in every epoch.
+        progress: show a progress bar if the attack takes more than a few seconds.
+        name: distinguishes several monitors, in the logs (``{stage}/{name}/...``) and in checkpoints.
 
     Attributes:
-        aurocs: the last values with their bootstrap intervals, by the keys they were logged under.
+        aurocs: the last values with their bootstrap intervals, by the keys under which they were logged.
 
     Raises:
-        ValueError: for an unknown detector or attack, two detectors of a name, one that would have to learn from inputs, or an attack that
-            leaves the ball.
-        TypeError: for what is neither a name nor a detector.
+        ValueError: if a detector or the attack is unknown, the attack is unbounded, two detectors have the same name, or a detector
+            that reads inputs is not fitted.
+        TypeError: if an entry is neither a name nor a detector.
 
     Example:
         >>> from lightning_wdefense import DetectionMonitor, ThreatModel
@@ -159,19 +161,19 @@ class DetectionMonitor(EvaluationMonitor[DetectionMeasures]):
         return self.threat
 
     def check(self, attacked_batch: AttackedBatch) -> None:
-        """Refuse a batch whose labels are not classes of the outputs.
+        """Raise an error if the labels of the batch are not classes of the outputs.
 
         Raises:
-            ValueError: saying so.
+            ValueError: if they are not.
         """
         if not attacked_batch.classifies:
             raise ValueError(
-                "DetectionMonitor judges classifiers, and the labels of the batch are not seen to be classes of the model's outputs: say where the "
-                'logits are with outputs= or model=, and through="model" for a plain pass of it.'
+                "DetectionMonitor needs a classifier, but the labels of the batch do not appear to be classes of the model's outputs. Say where the "
+                'logits are with outputs= or model=, and set through="model" for plain forward passes.'
             )
 
     def measure(self, measures: DetectionMeasures, attacked_batch: AttackedBatch, noise: Noise) -> None:
-        """Attack every second sample, and keep what the detectors read of the batch."""
+        """Attack every second sample, and keep the outputs and features that the detectors read."""
         inputs, labels, model = attacked_batch.inputs, attacked_batch.labels, attacked_batch.model
         judged = (torch.arange(len(inputs), device=inputs.device) + measures.samples) % 2 == 1
         measures.samples += len(inputs)
@@ -179,12 +181,13 @@ class DetectionMonitor(EvaluationMonitor[DetectionMeasures]):
         result = worst_case(model, attacks, inputs, labels, samples=judged, generator=noise, on_attack=self.show)
         if result.labels.ndim > 1:
             raise ValueError(
-                f"DetectionMonitor judges samples of one class each, but there are labels of shape {tuple(result.labels.shape)}."
+                f"DetectionMonitor needs samples of one class each, (N,), but the labels have shape {tuple(result.labels.shape)}. Leave the "
+                "callback out for tasks with several labels per sample."
             )
         (predicted,) = result.adversarial.values()
         right, broken = result.attacked, result.attacked & (predicted != result.labels)
         clean = inputs.detach().clone()
-        # Whole batches, since not every model takes a part of one.
+        # Whole batches, because not every model accepts a part of a batch.
         before, after = self.observe(attacked_batch, clean, result.inputs)
         for samples, (outputs, features), mask in (
             (measures.learn, before, ~judged),
@@ -200,9 +203,9 @@ class DetectionMonitor(EvaluationMonitor[DetectionMeasures]):
                 measures.metrics[name].update(*(scores[scores.isfinite()] for scores in sides))
 
     def compute(self, measures: DetectionMeasures, trainer: Trainer, key: Callable[[str], str]) -> dict[str, float]:
-        """Let the detectors learn, and judge them."""
+        """Fit the detectors, and compute their AUROC."""
         values: dict[str, float] = {}
-        # The metrics' own tensors were not made under inference_mode either.
+        # The metrics' own tensors were not created under inference_mode either.
         with torch.inference_mode(False), torch.no_grad():
             for name, detector in self.detectors.items():
                 metric, short = measures.metrics[name], f"auroc_{name}"
@@ -213,14 +216,14 @@ class DetectionMonitor(EvaluationMonitor[DetectionMeasures]):
         return values
 
     def _judge(self, name: str, detector: Detector, measures: DetectionMeasures, device: torch.device) -> list[Tensor]:
-        """Scores of the clean and of the attacked samples of this rank; none if the detector could not learn."""
+        """Scores of the clean and of the attacked samples of this rank; empty if the detector could not be fitted."""
         none = [torch.empty(0, device=device)] * 2
         if detector.learns:
             features, labels = (gather_rows(measures.learn.read(part), device) for part in (detector.reads, "labels"))
             try:
                 detector = copy.copy(detector).fit(features, labels.flatten().long())
             except ValueError as error:
-                # A collapsed model or a rare class is no reason to end a run.
+                # A collapsed model or a rare class should not end the run.
                 rank_zero_warn(f"The detector {name!r} could not be fitted, so its AUROC is NaN. {error}")
                 return none
         sides = [measures.clean.read(detector.reads), measures.attacked.read(detector.reads)]
@@ -231,33 +234,35 @@ class DetectionMonitor(EvaluationMonitor[DetectionMeasures]):
 
 
 def gather_rows(rows: Tensor | None, device: torch.device) -> Tensor:
-    """Rows ``(N, D)`` of all ranks, of which some may have none; without any, ``(0, 1)``."""
+    """Rows ``(N, D)`` of all ranks; a rank may have none. If no rank has rows, the result is ``(0, 1)``."""
     if jit_distributed_available():
         width = torch.tensor(0 if rows is None else rows.shape[1], device=device)
         width = torch.stack(gather_all_tensors(width)).max()
-        # Flat, because a rank without rows takes part with an empty vector.
+        # Flat, because a rank without rows contributes an empty vector.
         flat = torch.empty(0, device=device) if rows is None else rows.float().flatten()
         return torch.cat(gather_all_tensors(flat)).reshape(-1, max(int(width), 1))
     return torch.empty(0, 1, device=device) if rows is None else rows
 
 
 def named_detectors(detectors: Detectors, threat: ThreatModel) -> dict[str, Detector]:
-    """Detectors by name, each name once.
+    """Detectors by name.
 
     Raises:
-        TypeError: for what is neither a name nor a detector.
-        ValueError: for an unknown name, two of a name, none at all, or a detector that would have to learn from inputs.
+        TypeError: if an entry is neither a name nor a detector.
+        ValueError: if a name is unknown or repeated, there is no detector, or one that reads inputs is not fitted.
     """
 
     def make(name: str) -> Detector:
         if DETECTORS.get(name) is CriticScore:
-            raise ValueError("The detector 'critic' needs a critic: give CriticScore(critic) in place of its name.")
+            raise ValueError(
+                "The detector 'critic' needs a trained critic: give CriticScore(critic) instead of the name."
+            )
         return get_detector(name, **({"threat": threat} if DETECTORS.get(name) is FeatureSqueezing else {}))
 
     found = resolved("detectors", Detector, detectors, make, example="energy")  # type: ignore[type-abstract]
     for name, detector in found.items():
         if detector.reads == "inputs" and not detector.ready:
             raise ValueError(
-                f"The detector {name!r} learns from inputs, which DetectionMonitor does not keep: fit it first."
+                f"The detector {name!r} must be fitted to inputs, which DetectionMonitor does not keep. Fit the detector first."
             )
     return found

@@ -1,4 +1,4 @@
-"""Pictures of adversarial examples for the loggers that can show them."""
+"""The callback that logs pictures of adversarial examples."""
 
 from __future__ import annotations
 
@@ -28,33 +28,33 @@ from lightning_wdefense.modules.paths import map_tensors
 from lightning_wdefense.modules.recording import OUTPUTS
 
 MIN_SIDE = 96
-"""Smaller images are enlarged by a whole factor, so that they can be looked at."""
+"""Height and width (pixels) that a logged picture has at least. Smaller images are enlarged by a whole factor."""
 
 
 class AdversarialExampleLogger(EvaluationHooks):
-    """Logs what an attack does to a few samples: clean, attacked, and the perturbation amplified around grey.
+    """Logs pictures of a few samples: the clean input, the adversarial input, and the perturbation (amplified around grey).
 
-    The first samples of the first validation and test batch are shown, each as one picture under
-    ``{stage}/adversarial_examples`` with labels, predictions and confidences in its caption. ``WandbLogger`` shows them as a
-    panel, ``TensorBoardLogger`` as images with the captions as text; with other loggers the callback does nothing, and so it does
-    with inputs that are not images ``(N, C, H, W)`` of 1, 3 or 4 channels (with a warning).
+    The callback shows the first samples of the first validation and test batch. Each sample is one picture under
+    ``{stage}/adversarial_examples``; its caption gives label, predictions and confidences. ``WandbLogger`` shows a panel,
+    ``TensorBoardLogger`` images with the captions as text. With other loggers the callback does nothing. For inputs that are not
+    images ``(N, C, H, W)`` with 1, 3 or 4 channels it only warns.
 
     Args:
-        threat: what the attacker may do.
-        attack: a name or an attack; it must stay in the ball.
-        samples: how many samples to show.
-        every_n_epochs: show them only every so many training epochs (in the first validation always).
-        class_names: names of the classes for the captions.
-        model: dotted path to the submodule that takes the inputs and returns logits, if not the module itself.
-        through: as for :class:`RobustnessMonitor`; so are the next ones.
+        threat: the threat model: norm, perturbation budget eps (data units) and bounds.
+        attack: a name or an attack. It must be bounded, that is, never leave the eps ball.
+        samples: number of samples to show.
+        every_n_epochs: show pictures every ``n`` training epochs, starting with the first validation.
+        class_names: names of the classes for the captions, in the order of the model's outputs.
+        model: dotted path to the submodule that takes the inputs and returns logits, if it is not the module itself.
+        through: as for :class:`RobustnessMonitor`, like the next three arguments.
         inputs: where the inputs are in a batch.
         labels: the same for the labels.
-        outputs: where in what the model returns the logits are.
-        seed: seeds the attack's noise.
+        outputs: where the logits are in the model's return value.
+        seed: seed of the attack's noise.
 
     Raises:
-        ValueError: for an unknown or unbounded attack, one made for another threat model, or no samples; in the sanity check, or at the first
-            batch, for fewer ``class_names`` than classes.
+        ValueError: if the attack is unknown, unbounded or made for another threat model, or if ``samples`` is below 1; in the
+            sanity check or at the first batch, if there are fewer ``class_names`` than classes.
 
     Example:
         >>> from lightning_wdefense import AdversarialExampleLogger, ThreatModel
@@ -88,12 +88,12 @@ class AdversarialExampleLogger(EvaluationHooks):
         self._clean: Any = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check early that the strategy leaves the model whole."""
+        """Check early that the strategy does not shard the parameters."""
         check_strategy(trainer, "AdversarialExampleLogger")
         self._route = EvaluationRoute(self._target)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check before the first epoch what is needed only after it."""
+        """Check before the first epoch that the attacked model exists."""
         attacked_model(pl_module, self.model, needs_forward=self.through == "model")
 
     def _batch_starts(
@@ -106,8 +106,8 @@ class AdversarialExampleLogger(EvaluationHooks):
         dataloader_idx: int,
     ) -> None:
         if not batch_idx and not dataloader_idx and shows_pictures(trainer):
-            with torch.inference_mode(False):  # where the copies can be differentiated
-                self._clean = map_tensors(batch, torch.clone)  # the step may write to its batch
+            with torch.inference_mode(False):  # so that the copies can be differentiated
+                self._clean = map_tensors(batch, torch.clone)  # the step may modify its batch
 
     def _batch_ends(
         self, trainer: Trainer, pl_module: LightningModule, stage: Stage, batch_idx: int, dataloader_idx: int
@@ -123,7 +123,7 @@ class AdversarialExampleLogger(EvaluationHooks):
             self._epoch = trainer.current_epoch
 
     def _check_early(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Before the first epoch, see that the model's classes have names."""
+        """Before the first epoch, check that every class of the model has a name."""
         batch, self._clean = self._clean, None
         if self.class_names is None or batch is None:
             return
@@ -146,7 +146,7 @@ class AdversarialExampleLogger(EvaluationHooks):
             inputs = attacked_batch.inputs
             if inputs.ndim != 4 or inputs.shape[1] not in (1, 3, 4):
                 rank_zero_warn(
-                    "AdversarialExampleLogger shows images (N, C, H, W) of 1, 3 or 4 channels; inputs of shape "
+                    "AdversarialExampleLogger shows images (N, C, H, W) with 1, 3 or 4 channels; inputs of shape "
                     f"{tuple(inputs.shape)} are not shown."
                 )
                 return
@@ -171,11 +171,11 @@ class AdversarialExampleLogger(EvaluationHooks):
     def _classified(
         self, attacked_batch: AttackedBatch, shown: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, list[str]]:
-        """The attacked inputs, and what the classifier says of those that are shown."""
+        """The adversarial inputs, and a caption for each shown sample."""
         inputs, labels, attack = attacked_batch.inputs, attacked_batch.labels, attacked_batch.fitted(self.attack)
         with attacked_batch.ready():
             attacked = attack(attacked_batch.model, inputs, labels, generator=generator, samples=shown)
-            # Whole batches, since not every model takes a part of one.
+            # Whole batches, because not every model accepts a part of a batch.
             (outputs, _), (attacked_outputs, _) = attacked_batch.observe(OUTPUTS, inputs, attacked)
         target = hard_labels(class_labels(labels.detach().clone(), outputs))[shown]
         self._check_names(logits_of(outputs).shape[1])
@@ -188,7 +188,7 @@ class AdversarialExampleLogger(EvaluationHooks):
     def _by_loss(
         self, attacked_batch: AttackedBatch, shown: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, list[str]]:
-        """The attacked inputs, and the loss of the whole batch, where there are no classes."""
+        """The adversarial inputs, and captions with the loss of the whole batch, for models without classes."""
         assert isinstance(attacked_batch, StepBatch)
         attacked = attacked_batch.attack(self.attack, generator)
         with attacked_batch.ready():
@@ -206,18 +206,18 @@ class AdversarialExampleLogger(EvaluationHooks):
     def _check_names(self, classes: int) -> None:
         if self.class_names is not None and len(self.class_names) < classes:
             raise ValueError(
-                f"class_names has {len(self.class_names)} names, but there are at least {classes} classes: give one for each class, in the "
-                "order of the model's outputs."
+                f"class_names has {len(self.class_names)} names, but there are at least {classes} classes. Give one name for each class, in "
+                "the order of the model's outputs."
             )
 
 
 def side_by_side(clean: Tensor, attacked: Tensor, threat: ThreatModel) -> list[Picture]:
-    """One picture a sample: clean | attacked | perturbation, whose largest value is drawn as full contrast around grey.
+    """One picture per sample: clean | attacked | perturbation. The largest perturbation is drawn as black or white, zero as grey.
 
     Args:
-        clean: ``(N, C, H, W)`` in data units.
-        attacked: likewise.
-        threat: its bounds are black and white; without bounds the clean images' own range.
+        clean: clean images ``(N, C, H, W)`` in data units.
+        attacked: adversarial images, of the same shape and units.
+        threat: its bounds are drawn as black and white. Without bounds, the range of the clean images is.
     """
     low, high = threat.bounds or (float(clean.min()), float(clean.max()))
     delta = attacked - clean

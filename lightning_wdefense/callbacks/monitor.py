@@ -1,4 +1,4 @@
-"""The callback that says how robust a model is."""
+"""The callback that measures robust accuracy in validation and test."""
 
 from __future__ import annotations
 
@@ -24,60 +24,64 @@ from lightning_wdefense.modules.recording import PENULTIMATE
 
 
 class RobustnessMonitor(EvaluationMonitor[Measures]):
-    """Attacks the validation and test batches of any LightningModule and logs what is left of its accuracy.
+    """Attacks the validation and test batches of any LightningModule and logs the robust accuracy.
 
-    Logged at the end of each epoch, with ``{stage}`` ``val`` or ``test``, on every logger and for ``ModelCheckpoint`` and
-    ``EarlyStopping`` to monitor (adversarial training overfits: choose the epoch by ``val/robust_acc``):
+    Values are logged at the end of each epoch on every logger, where ``{stage}`` is ``val`` or ``test``. ``ModelCheckpoint`` and
+    ``EarlyStopping`` can monitor them. Adversarial training overfits, so choose the epoch by ``val/robust_acc``.
 
-    - ``robust/{key}``, for each key that the module's own ``validation_step`` or ``test_step`` logs (and its hooks at the end of the batch and of
-      the epoch): the same metric, of the attacked batches: ``self.log("val_acc", ...)`` gives ``robust/val_acc``;
-    - ``{stage}/clean_acc``; ``{stage}/robust_acc``, the per-sample worst case over all attacks;
-    - ``{stage}/robust_acc_{attack}``, what is left after that attack, in the order given;
-    - ``{stage}/attack_success``, the share of what was right on clean inputs that the attacks broke;
-    - with ``epsilons`` also ``{stage}/auac``, the area under the accuracy curve, and the curve as a picture;
-    - ``{stage}/transport_shift``, the Sinkhorn divergence between clean and adversarial features of the attacked samples.
+    - ``robust/{key}``: the module's own metrics on the attacked batches. There is one for each key that ``validation_step`` or
+      ``test_step`` and the hooks at the end of a batch and of the epoch log: ``self.log("val_acc", ...)`` gives ``robust/val_acc``;
+    - ``{stage}/clean_acc``: accuracy on clean inputs;
+    - ``{stage}/robust_acc``: robust accuracy, the per-sample worst case over all attacks;
+    - ``{stage}/robust_acc_{attack}``: accuracy that is left after that attack, in the given order;
+    - ``{stage}/attack_success``: share of the samples classified correctly on clean inputs that the attacks made wrong;
+    - ``{stage}/auac``: with ``epsilons``, the area under the accuracy curve; the curve is logged as a picture;
+    - ``{stage}/transport_shift``: Sinkhorn divergence between clean and adversarial features of the attacked samples.
 
-    Accuracies are logged where the labels were seen to be classes of the outputs: by the module's own loss, at the first batch (in the sanity
-    check). Elsewhere the loss of the module's own step is attacked, and ``{stage}/clean_loss``, ``{stage}/robust_loss`` and
-    ``{stage}/robust_loss_{attack}`` stand in their place.
+    Accuracies are logged if the labels are classes of the outputs. The monitor tests this with the module's own loss, on the first
+    batch (in the sanity check). Otherwise the attacks maximise the loss of the module's own step, and ``{stage}/clean_loss``,
+    ``{stage}/robust_loss`` and ``{stage}/robust_loss_{attack}`` are logged instead of accuracies.
 
-    Several dataloaders are told apart as Lightning does, by ``/dataloader_idx_{i}``. Values are reduced over all ranks.
+    With several dataloaders the keys end in ``/dataloader_idx_{i}``, as Lightning's do. Values are reduced over all ranks.
 
     Args:
-        threat: what the attacker may do.
-        attacks: names, attacks, or a mapping from names of your own to them. They run in this order, each only on the
-            samples that the ones before left right (the first, if it follows gradients, on all, for the sake of metrics other than
-            accuracy). PGD is for watching training; no claim of robustness should rest on
-            less than ``"autoattack"``.
-        every_n_epochs: measure only every so many training epochs (the first validation always); in between the last values are
-            logged again, so that monitored keys never go missing (``EarlyStopping`` counts those epochs in its patience).
-        max_batches: attack only the first batches of each dataloader.
-        epsilons: radii (data units) for the accuracy curve; each costs a run of all attacks on what is left.
-        independent: run each attack on every sample that is right on clean inputs, so that ``robust_acc_{attack}``
-            is that attack's own.
-        ignore_index: label of pixels that count for nothing, such as 255; beside it, -100 always is.
-        features: where the transport shift is measured: ``"penultimate"``, ``"outputs"``, a dotted path, or ``None``
-            to leave it out.
-        through: ``"model"`` attacks by plain forward passes; ``"step"`` through the module's own step, whatever that does with the batch;
-            ``"auto"`` takes the first where a look at the first batch shows that both compute the same, else the second.
-        perturb: dotted path to a submodule, or a :class:`~lightning_wdefense.attacks.Perturb`, whose output is attacked in place of the
-            inputs.
-        model: dotted path to the submodule that takes the inputs and returns logits, if not the module itself.
-        inputs: where the inputs are in a batch: a position, key or attribute, a path (``"image.pixels"``, ``(0, 1)``), a list of several,
-            or a callable that gets and sets them; by default found by convention.
+        threat: the threat model: norm, perturbation budget eps (data units) and bounds.
+        attacks: names, attacks, or a mapping from your own names to attacks. They run in this order, each only on the samples that
+            are still classified correctly. If the first attack uses gradients, it runs on all samples, for metrics other than
+            accuracy. PGD is enough to watch training; a claim of robustness needs at least ``"autoattack"``.
+        every_n_epochs: measure every ``n`` training epochs, starting with the first validation. In the epochs between, the last
+            values are logged again, so that monitored keys always exist (``EarlyStopping`` counts these epochs in its patience).
+        max_batches: attack only the first ``max_batches`` batches of each dataloader.
+        epsilons: values of eps (data units) for the accuracy curve. Each value costs one run of all attacks on the samples that are
+            still classified correctly.
+        independent: run each attack on every sample that is classified correctly on clean inputs. Then ``robust_acc_{attack}``
+            does not depend on the other attacks.
+        ignore_index: label of pixels that are left out, such as 255. Pixels with label -100 are always left out.
+        features: where the transport shift is measured: ``"penultimate"``, ``"outputs"``, a dotted path to a submodule, or ``None``
+            for no transport shift.
+        through: how the attacks run the model. ``"model"``: by plain forward passes. ``"step"``: through the module's own step.
+            ``"auto"``: ``"model"`` if an inspection of the first batch shows that both compute the same, otherwise ``"step"``.
+        perturb: dotted path to a submodule, or a :class:`~lightning_wdefense.attacks.Perturb`. The attacks perturb the output of
+            this submodule instead of the inputs.
+        model: dotted path to the submodule that takes the inputs and returns logits, if it is not the module itself.
+        inputs: where the inputs are in a batch: a position, key or attribute, a path (``"image.pixels"``, ``(0, 1)``), a list of
+            several of these, or a callable that gets and sets the inputs. By default they are found by convention.
         labels: the same for the labels.
-        outputs: key, position or callable that finds the logits in what the model returns; ``"logits"`` and ``"out"`` are found.
-        dataloaders: indices of the dataloaders whose batches are attacked; by default all that can be, the others with a warning.
-        seed: seeds the attacks' noise, the same in every epoch.
-        progress: show a progress bar where attacks take more than a few seconds.
-        name: tells several monitors apart, in the logs (``{stage}/{name}/...``) and in checkpoints.
+        outputs: key, position or callable that finds the logits in the model's return value. ``"logits"`` and ``"out"`` are found
+            without it.
+        dataloaders: indices of the dataloaders whose batches are attacked. By default every dataloader that can be attacked; the
+            monitor warns of the others.
+        seed: seed of the attacks' noise, which is the same in every epoch.
+        progress: show a progress bar if the attacks take more than a few seconds.
+        name: distinguishes several monitors, in the logs (``{stage}/{name}/...``) and in checkpoints.
 
     Attributes:
-        curves: with ``epsilons``, the last accuracy curves by the keys they were logged under
+        curves: with ``epsilons``, the last accuracy curves by the keys under which they were logged
             (``"val/robustness_curve"``); ``curve.plot(ax, label="mine")`` draws one.
 
     Raises:
-        ValueError: for an unknown attack, one that leaves the ball, one made for another threat model, or two of a name.
+        ValueError: if an attack is unknown, is unbounded (may leave the eps ball), or was made for another threat model, or if two
+            attacks have the same name.
 
     Example:
         >>> from lightning_wdefense import RobustnessMonitor, ThreatModel
@@ -132,10 +136,10 @@ class RobustnessMonitor(EvaluationMonitor[Measures]):
         self.curves: dict[str, AccuracyCurve] = {}
         self.new_measures(
             torch.device("cpu")
-        )  # names and radii that the metrics refuse are an error now, not after an epoch
+        )  # invalid names and values of eps raise an error here, not after an epoch
 
     def new_measures(self, device: torch.device) -> Measures:
-        """Fresh metrics for one dataloader."""
+        """New, empty metrics for one dataloader."""
         return Measures.of(tuple(self.attacks), self.epsilons, shift=self.features is not None).to(device)
 
     @property
@@ -143,10 +147,10 @@ class RobustnessMonitor(EvaluationMonitor[Measures]):
         return self.threat
 
     def check(self, attacked_batch: AttackedBatch) -> None:
-        """Refuse attacks that need a classifier where there is none.
+        """Raise an error if an attack needs logits and the batch has none.
 
         Raises:
-            ValueError: naming them.
+            ValueError: if an attack needs logits; the message names the attack.
         """
         if attacked_batch.classifies:
             return
@@ -155,15 +159,17 @@ class RobustnessMonitor(EvaluationMonitor[Measures]):
                 callable(getattr(attack, "loss", None)) and attacked_batch.has_outputs
             ):
                 raise ValueError(
-                    f"The attack {name!r} reads logits, and the labels of the batch are not seen to be classes of the outputs (measured: the loss "
-                    'does not fall in the logit of the own class): attack the loss of the step with attacks=["pgd"], or say where the logits are '
-                    'with outputs= or model=, and through="model" for a plain pass of it.'
+                    f"The attack {name!r} needs logits, but the labels of the batch do not appear to be classes of the model's outputs (the loss "
+                    "does not decrease when the logit of the label's class grows). Attack the loss of the step with "
+                    'attacks=["pgd"], or say where the logits are with outputs= or model=, and set through="model" for plain forward passes.'
                 )
         if self.epsilons is not None:
-            rank_zero_warn("epsilons= draws the curve of an accuracy; for the loss of this step it is left out.")
+            rank_zero_warn(
+                "epsilons= asks for an accuracy curve, but this step has a loss and no accuracy: no curve is logged."
+            )
 
     def measure(self, measures: Measures, attacked_batch: AttackedBatch, noise: Noise) -> Tensor:
-        """Attack the batch."""
+        """Attack the batch and update the metrics."""
         if isinstance(attacked_batch, StepBatch) and not attacked_batch.classifies:
             return self._measure_loss(measures, attacked_batch, noise)
 
@@ -172,7 +178,7 @@ class RobustnessMonitor(EvaluationMonitor[Measures]):
             fitted = {name: attacked_batch.fitted(attack) for name, attack in attacks.items()}
             return worst_case(attacked_batch.model, fitted, attacked_batch.inputs, attacked_batch.labels, **options)
 
-        # The module's own metrics may be others than accuracy, so samples that were wrong before are moved as well.
+        # The module's own metrics may be other than accuracy, so samples that are wrong on clean inputs are attacked as well.
         by_gradient = next(iter(self.attacks.values())).of_losses() is not None
         result = run(self.attacks, independent=self.independent, everyone=by_gradient)
         measures.classified.update(len(result.labels))
@@ -181,14 +187,14 @@ class RobustnessMonitor(EvaluationMonitor[Measures]):
         if measures.curve is not None:
             measures.curve.update(self._curve(run, result), result.labels)
         if measures.shift is not None and result.attacked.any():
-            # The whole batch, since not every model takes a part of one.
+            # The whole batch, because not every model accepts a part of a batch.
             (_, clean), (_, moved) = self.observe(attacked_batch, attacked_batch.inputs, result.inputs)
             clean, moved = clean[result.attacked], moved[result.attacked]
             self._add_shift(measures.shift, clean, moved)
         return result.inputs
 
     def _measure_loss(self, measures: Measures, attacked_batch: StepBatch, noise: Noise) -> Tensor:
-        """Attack the step's own loss, which is one for the whole batch: the attack that raises it most counts."""
+        """Attack the step's own loss. There is one loss for the whole batch, so the attack with the largest loss is the worst case."""
         size = attacked_batch.site.size
         clean = attacked_batch.loss(attacked_batch.inputs)
         measures.attacked.update(size)
@@ -209,7 +215,7 @@ class RobustnessMonitor(EvaluationMonitor[Measures]):
         return worst
 
     def _add_shift(self, shift: TransportShift, clean: Tensor, moved: Tensor) -> None:
-        # A model that diverged has no features to measure; that is no reason to end its run.
+        # The features of a diverged model cannot be measured, but the run should go on.
         if len(clean) != len(moved):
             return
         finite = clean.isfinite().all(1) & moved.isfinite().all(1)
@@ -217,7 +223,7 @@ class RobustnessMonitor(EvaluationMonitor[Measures]):
             shift.update(clean[finite], moved[finite])
 
     def compute(self, measures: Measures, trainer: Trainer, key: Callable[[str], str]) -> dict[str, float]:
-        """The metrics' values; also draws the curve."""
+        """Values of the metrics; also logs the accuracy curve."""
         values, curve = measures.compute()
         if curve is not None:
             self.curves[key("robustness_curve")] = curve
@@ -225,7 +231,7 @@ class RobustnessMonitor(EvaluationMonitor[Measures]):
         return values
 
     def _curve(self, run: Callable[..., WorstCase], result: WorstCase) -> list[Tensor]:
-        """Predicted classes at every eps, each attacked only where the smaller ones left it right."""
+        """Predicted classes at every eps. Each eps attacks only the samples that are correct at all smaller ones."""
         assert self.epsilons is not None
         predicted = [result.clean]
         for eps in self.epsilons[1:]:

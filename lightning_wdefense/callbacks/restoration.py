@@ -1,4 +1,4 @@
-"""What a defended step changes for a while is undone in time, whatever else fails or never comes."""
+"""Restores perturbed weights and the module in time, even if a training step fails or skips its backward pass."""
 
 from __future__ import annotations
 
@@ -10,27 +10,28 @@ from lightning_wdefense.defenses.defense import Defense
 
 
 def add_restoring_callback(trainer: Trainer, defense: Defense, finish: Callable[[], None]) -> None:
-    """Have a trainer undo what a defense does to its module, from now until its run ends or fails.
+    """Add a callback to the trainer that undoes a defense's changes to its module, until the run ends or fails.
 
-    Perturbed weights come back before an optimizer steps, and with the end of the batch; a step that skips its backward pass leaves them.
+    Perturbed weights are restored before the optimizer steps, and at the end of the batch. The second time is needed for a step
+    that skips its backward pass.
 
     Args:
-        trainer: whose step it is.
-        defense: at work in the step.
+        trainer: the trainer that runs the step.
+        defense: the defense that changes the weights.
         finish: called when the run ends or fails.
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     if any(isinstance(each, _RestoringCallback) and each.defense is defense for each in callbacks):
         return
-    # In front, so that no other callback meets perturbed weights, nor fails before it; the learning rate finder looks for its own there. It
-    # puts another list in place of the trainer's, in which not even the callback is that is at work. A new list, for Lightning may be
-    # walking along the old one.
+    # In front, so that no other callback sees perturbed weights or fails before it. Only the learning rate finder's own callback
+    # stays before it, because the finder looks for its callback there. The finder also replaces the trainer's list by one without
+    # our callback. A new list, because Lightning may be iterating over the old one.
     place = sum(is_a(each, "_LRCallback") for each in callbacks)
     trainer.callbacks = [*callbacks[:place], _RestoringCallback(defense, finish), *callbacks[place:]]  # type: ignore[attr-defined]
 
 
 class _RestoringCallback(Callback):
-    """Hooks of the module's own would not do: users override them without ``super()``."""
+    """A callback, not hooks of the module: users override those without calling ``super()``."""
 
     def __init__(self, defense: Defense, finish: Callable[[], None]) -> None:
         self.defense, self._finish = defense, finish

@@ -164,5 +164,7 @@ def needs_whole_batches(model: nn.Module, values: Tensor, pick: Callable[[Any], 
     """Whether plain forward passes must run whole batches. If so, a warning gives the reason."""
     reason = partial_batch_difference(model, values, pick)
     if reason:
-        rank_zero_warn(f"The model is not run on parts of a batch ({reason}), but on whole batches, which takes longer.")
+        rank_zero_warn(
+            f"The model is not run on parts of a batch ({reason}), but on whole batches, which takes longer."
+        )
     return bool(reason)

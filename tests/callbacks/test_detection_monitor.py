@@ -248,7 +248,7 @@ CONSTRUCTION = {
     "empty": (lambda: watch([]), ValueError, "detectors= is empty"),
     "two": (lambda: watch(["knn", KNNDistance(k=2)]), ValueError, "Two detectors are called 'knn'.*mapping"),
     "class": (lambda: watch([KNNDistance]), TypeError, "names and Detector objects"),
-    "learns from inputs": (lambda: watch([Contrast()]), ValueError, "'contrast' learns from inputs.*fit it first"),
+    "learns from inputs": (lambda: watch([Contrast()]), ValueError, "'contrast' must be fitted to inputs.*Fit the detector first"),
     "critic": (lambda: watch(["critic"]), ValueError, r"give CriticScore\(critic\)"),
     "unbounded attack": (lambda: watch(attack="n-fgsm"), ValueError, "leaves the threat model's ball"),
     "other threat": (lambda: watch(attack=PGD(THREAT.with_eps(0.2))), ValueError, "was made for"),

@@ -1,1 +1,1 @@
-"""What all monitors share: which batches they are given, the model as it is, attacks on a copy of the step, and pictures."""
+"""The parts that the monitors share: attacked batches, the route of the attack, the user's own metrics, progress, pictures."""

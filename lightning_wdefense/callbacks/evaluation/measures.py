@@ -1,4 +1,4 @@
-"""The metrics that the monitor keeps of one dataloader."""
+"""The metrics that the robustness monitor keeps for one dataloader."""
 
 from __future__ import annotations
 
@@ -21,12 +21,16 @@ from lightning_wdefense.metrics import (
 
 @dataclass
 class Measures:
-    """The metrics of one dataloader, each reduced over the ranks when it is computed.
+    """The metrics of one dataloader. Each is reduced over the ranks when it is computed.
 
     Attributes:
-        losses: of the step, where labels are no classes, summed over samples.
-        classified: how many samples have a class.
-        attacked: how many had their step's loss attacked.
+        accuracy: clean and robust accuracy.
+        success: success rate of the attacks.
+        curve: accuracy by eps, or ``None``.
+        shift: transport shift of the features, or ``None``.
+        losses: losses of the step, summed over samples; for batches whose labels are not classes.
+        classified: number of samples whose labels are classes.
+        attacked: number of samples for which the step's loss was attacked.
     """
 
     accuracy: RobustAccuracy
@@ -39,12 +43,12 @@ class Measures:
 
     @classmethod
     def of(cls, attacks: Sequence[str], epsilons: Sequence[float] | None, *, shift: bool) -> Measures:
-        """Fresh metrics for these attacks and radii."""
+        """New, empty metrics for these attacks and values of eps."""
         names = ("clean_loss", "robust_loss", *(f"robust_loss_{attack}" for attack in attacks))
         losses = {name: SumMetric(nan_strategy="disable") for name in names}
         classified, attacked = SumMetric(), SumMetric()
         for total in (*losses.values(), classified, attacked):
-            total.update(0.0)  # a rank that sees no batch takes part in the reduction without a warning
+            total.update(0.0)  # so that a rank without batches takes part in the reduction without a warning
         return cls(
             RobustAccuracy(attacks, ignore_index=IGNORED),
             AttackSuccessRate(ignore_index=IGNORED),
@@ -56,7 +60,7 @@ class Measures:
         )
 
     def to(self, device: torch.device) -> Measures:
-        """The same on another device."""
+        """Move all metrics to a device."""
         for metric in (
             self.accuracy,
             self.success,
@@ -71,10 +75,10 @@ class Measures:
         return self
 
     def compute(self) -> tuple[dict[str, float], AccuracyCurve | None]:
-        """Values by the names they are logged under, and the accuracy curve.
+        """Values by the names under which they are logged, and the accuracy curve.
 
-        Accuracies are reported where labels are classes, losses where the step's loss is all that there is: the same on every rank, for some
-        may have seen no batch.
+        If the labels are classes the values are accuracies, otherwise losses. Every rank reports the same kind, even a rank without
+        batches.
         """
         attacked = self.attacked.compute()
         values: dict[str, Any] = {name: metric.compute() / attacked for name, metric in self.losses.items()}

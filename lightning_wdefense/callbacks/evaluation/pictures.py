@@ -1,4 +1,4 @@
-"""Send pictures to the loggers that can show them: Weights & Biases and TensorBoard."""
+"""Logs pictures to the loggers that can show them: Weights & Biases and TensorBoard."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_wdefense.callbacks.schedule import logged_step
 from lightning_wdefense.metrics import AccuracyCurve
 
 Picture = np.ndarray
-"""``(H, W, 3)``, uint8."""
+"""An RGB picture ``(H, W, 3)`` in uint8."""
 
 
 def shows_pictures(trainer: Trainer) -> bool:
@@ -22,9 +22,9 @@ def shows_pictures(trainer: Trainer) -> bool:
 
 
 def log_pictures(trainer: Trainer, key: str, pictures: Sequence[Picture], captions: Sequence[str]) -> None:
-    """Log pictures under ``key`` at the step of the metrics of this moment; other loggers are passed over.
+    """Log pictures under ``key``, at the step at which Lightning logs metrics now. Other loggers are skipped.
 
-    W&B shows the captions under the pictures; TensorBoard, which has none, gets them as text beside.
+    W&B shows the captions under the pictures. TensorBoard has no captions, so it gets them as text.
     """
     if not trainer.is_global_zero:
         return
@@ -40,14 +40,16 @@ def log_pictures(trainer: Trainer, key: str, pictures: Sequence[Picture], captio
 
 
 def log_curve(trainer: Trainer, key: str, curve: AccuracyCurve) -> None:
-    """Draw accuracy against eps and log the picture, where a logger can show it and matplotlib is installed."""
+    """Plot accuracy against eps and log the picture, if a logger can show it and matplotlib is installed."""
     if not shows_pictures(trainer):
         return
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        rank_zero_warn('The robustness curve is not drawn: pip install "lightning-wdefense[plot]" for matplotlib.')
+        rank_zero_warn(
+            'The robustness curve is not drawn, because matplotlib is missing: pip install "lightning-wdefense[plot]".'
+        )
         return
     # Not through pyplot, which would keep the figure and may open a window.
     canvas = FigureCanvasAgg(figure := Figure(figsize=(5, 4), layout="constrained"))

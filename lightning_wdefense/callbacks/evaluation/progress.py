@@ -1,4 +1,4 @@
-"""Show how far long attacks have come, beside whatever progress bar the trainer has."""
+"""Progress bars for long attacks, next to the trainer's own progress bar."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from tqdm import tqdm
 from lightning_wdefense._compat import Trainer, is_a
 
 DELAY = 3.0
-"""Seconds before a bar appears: quick attacks show none."""
+"""Seconds before a bar appears. Attacks that take less time show no bar."""
 
 
 def attack_progress(trainer: Trainer, total: float, *, show: bool = True) -> TqdmProgress | RichProgress:
-    """A bar over ``total`` attacks, to be closed; invisible if the trainer shows none.
+    """A progress bar over ``total`` attacks, which the caller closes. It is invisible if the trainer shows no bar.
 
-    Lightning's ``RichProgressBar`` (its default where rich is installed) keeps a line for every update of another bar, so there it
-    is a task of that one.
+    Lightning's ``RichProgressBar`` (its default if rich is installed) prints a new line for every update of another bar. With it,
+    the attacks are a task of that bar.
     """
     bar = trainer.progress_bar_callback
     show = show and bar is not None and trainer.is_global_zero
@@ -28,7 +28,7 @@ def attack_progress(trainer: Trainer, total: float, *, show: bool = True) -> Tqd
 
 
 class TqdmProgress:
-    """A bar of tqdm's, which is gone when closed."""
+    """A tqdm progress bar that disappears when it is closed."""
 
     def __init__(self, total: float, show: bool) -> None:
         self._bar = tqdm(
@@ -46,12 +46,12 @@ class TqdmProgress:
         self._bar.update()
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self._bar.close()
 
 
 class RichProgress:
-    """A task among those of Lightning's ``RichProgressBar``."""
+    """A task of Lightning's ``RichProgressBar``."""
 
     def __init__(self, bar: Any, total: float) -> None:
         self._bar, self._progress, self._started = bar, bar.progress, time.monotonic()
@@ -64,6 +64,6 @@ class RichProgress:
         self._bar.refresh()
 
     def close(self) -> None:
-        """Hide the task; Lightning finds its own by their position, so none may be removed."""
+        """Hide the task. It is not removed, because Lightning finds its own tasks by their position."""
         self._progress.update(self._task, visible=False)
         self._bar.refresh()
