@@ -34,16 +34,16 @@ class PartialBatchModel:
         if missing <= 0:
             return self._run(inputs)
         if self._whole:
-            return self._filled(inputs)
+            return self._run_padded(inputs)
         try:
             outputs = self._run(inputs.clone())  # the model may work in place
-            reason = _misfit(outputs, len(inputs))
+            reason = _shape_problem(outputs, len(inputs))
         except Exception as error:
-            outputs, reason = self._recovered(inputs, error), f"{type(error).__name__}: {error}"
+            outputs, reason = self._run_padded_after(inputs, error), f"{type(error).__name__}: {error}"
         else:
             if reason is None:
                 return outputs
-            outputs = self._filled(inputs)
+            outputs = self._run_padded(inputs)
         self._whole = True
         warnings.warn(
             f"The model does not take a part of a batch, {len(inputs)} of {len(self._batch)} samples ({reason}), so it is run on whole "
@@ -52,10 +52,10 @@ class PartialBatchModel:
         )
         return outputs
 
-    def _recovered(self, inputs: Tensor, error: Exception) -> Any:
+    def _run_padded_after(self, inputs: Tensor, error: Exception) -> Any:
         """The outputs by way of a whole batch, if it is the part's size that the model fails on, and not something else."""
         try:
-            outputs = self._filled(inputs)
+            outputs = self._run_padded(inputs)
         except Exception:
             raise error from None
         try:
@@ -64,7 +64,7 @@ class PartialBatchModel:
             return outputs
         raise error
 
-    def _filled(self, inputs: Tensor) -> Any:
+    def _run_padded(self, inputs: Tensor) -> Any:
         size, whole = len(inputs), len(self._batch)
         outputs = self._run(torch.cat([inputs, self._batch[size:].to(inputs)]))
         return apply_to_collection(
@@ -72,7 +72,7 @@ class PartialBatchModel:
         )
 
 
-def _misfit(outputs: Any, size: int) -> str | None:
+def _shape_problem(outputs: Any, size: int) -> str | None:
     """What is wrong with the outputs for so many samples, if they hold a tensor."""
     try:
         found = tensor_of(outputs)

@@ -33,10 +33,10 @@ class Program:
     arrives: csr_array
     masses: np.ndarray
     budget: float
-    room: np.ndarray | None
+    capacity: np.ndarray | None
 
     @classmethod
-    def of(cls, image: Tensor, budget: float, room: float | None, size: int, p: int) -> Program:
+    def of(cls, image: Tensor, budget: float, capacity: float | None, size: int, p: int) -> Program:
         height, width = image.shape[1:]
         flat, reach = image.flatten().tolist(), size // 2
         rows, place, target, cost, row = [i for i, value in enumerate(flat) if value > 0], [], [], [], []
@@ -57,14 +57,14 @@ class Program:
             csr_array((ones, (target, variables)), shape=(len(flat), len(row))),
             np.array([flat[pixel] for pixel in rows]),
             budget,
-            None if room is None else np.full(len(flat), room),
+            None if capacity is None else np.full(len(flat), capacity),
         )
 
     def most(self, values: Tensor) -> float:
         """The largest value that a plan can bring together, by HiGHS."""
         limits, right = csr_array(self.cost[None]), [self.budget]
-        if self.room is not None:
-            limits, right = vstack([limits, self.arrives]), [self.budget, *self.room]
+        if self.capacity is not None:
+            limits, right = vstack([limits, self.arrives]), [self.budget, *self.capacity]
         solution = linprog(
             -values.flatten().numpy()[self.target], limits, right, self.leaves, self.masses, method="highs"
         )
@@ -75,8 +75,8 @@ class Program:
         """The variables of the plan nearest to ``goal`` ``(K, R)``, by Clarabel."""
         plan = cp.Variable(len(self.cost), nonneg=True)
         constraints = [self.leaves @ plan == self.masses, self.cost @ plan <= self.budget]
-        if self.room is not None:
-            constraints.append(self.arrives @ plan <= self.room)
+        if self.capacity is not None:
+            constraints.append(self.arrives @ plan <= self.capacity)
         problem = cp.Problem(cp.Minimize(cp.sum_squares(plan - self.variables(goal))), constraints)
         problem.solve(solver=cp.CLARABEL, tol_gap_abs=1e-11, tol_gap_rel=1e-11, tol_feas=1e-11)
         assert problem.status == cp.OPTIMAL
@@ -95,23 +95,23 @@ class Program:
         assert own.min() >= -tol
         np.testing.assert_allclose(self.leaves @ own, self.masses, atol=tol)
         assert self.cost @ own <= self.budget * (1 + tol) + tol
-        if box and self.room is not None:
-            assert (self.arrives @ own - self.room).max() <= tol
+        if box and self.capacity is not None:
+            assert (self.arrives @ own - self.capacity).max() <= tol
 
 
 def transport_of(
-    images: Tensor, share: float | Tensor, size: int = 5, p: int = 1, room: float | None = 1.0
+    images: Tensor, share: float | Tensor, size: int = 5, p: int = 1, capacity: float | None = 1.0
 ) -> LocalTransport:
     """Of images ``(N, C, H, W)``, with a budget of this share of their mass."""
     budget = share * images.sum((1, 2, 3))
-    limit = None if room is None else torch.full_like(images, room)
+    limit = None if capacity is None else torch.full_like(images, capacity)
     return LocalTransport.of(images, budget, limit, square(size, p))
 
 
 def programs_of(transport: LocalTransport, images: Tensor, p: int = 1) -> list[Program]:
     """The same for the solvers, image by image."""
-    room = None if transport.room is None else float(transport.room[0, 0])
+    capacity = None if transport.capacity is None else float(transport.capacity[0, 0])
     return [
-        Program.of(image, float(budget), room, transport.near.size, p)
+        Program.of(image, float(budget), capacity, transport.neighbourhood.size, p)
         for image, budget in zip(images, transport.budget, strict=True)
     ]

@@ -56,7 +56,7 @@ def measure(
         transport = LocalTransport.of(x, eps * x.sum((1, 2, 3)), torch.ones_like(x), square(NEIGHBOURHOOD, 1))
         plans = PEERS[name](network, y, without_room(transport), options.peer_steps)
         seconds = time.perf_counter() - start
-        images = [transport.arrived(plan) for plan in plans]
+        images = [transport.transported(plan) for plan in plans]
         raw = {
             "raw": _broken(network, images, y),
             "clamped": _broken(network, [each.clamp(0, 1) for each in images], y),

@@ -15,7 +15,12 @@ from torch import Tensor, nn
 
 from lightning_wdefense.attacks.wasserstein.ascent import steepest
 from lightning_wdefense.attacks.wasserstein.local_transport import LocalTransport
-from lightning_wdefense.attacks.wasserstein.projection import Prices, legal, nearest_plan, nearest_plan_with_room
+from lightning_wdefense.attacks.wasserstein.projection import (
+    Multipliers,
+    feasible_plan,
+    nearest_plan,
+    nearest_plan_with_capacity,
+)
 
 ENTROPY = 1e-3
 """Of the smoothed linear oracle, for gradients whose largest entry is 1."""
@@ -35,15 +40,15 @@ def gradient(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
 
 def frank_wolfe(model: nn.Module, labels: Tensor, transport: LocalTransport, steps: int) -> list[Tensor]:
     """Frank-Wolfe with the dual linear oracle: entropy in the rows, bisection for the multiplier, steps of 2 / (t + 2)."""
-    plan = transport.stay()
+    plan = transport.identity_plan()
     for step in range(steps):
-        direction = gradient(model, transport.arrived(plan), labels)
+        direction = gradient(model, transport.transported(plan), labels)
         plan = torch.lerp(plan, smoothed_oracle(transport, direction), 2 / (step + 2))
     return [plan]
 
 
 def smoothed_oracle(transport: LocalTransport, values: Tensor) -> Tensor:
-    seen = transport.seen_from(values).masked_fill(~transport.inside, -torch.inf)
+    seen = transport.gather_neighbours(values).masked_fill(~transport.inside, -torch.inf)
     low = torch.zeros_like(transport.budget).view(-1, 1, 1)
     high = torch.full_like(low, 4.0)  # the largest difference of values is 2, for a distance of 1 at least
     for _ in range(BISECTIONS):
@@ -58,10 +63,12 @@ def dual_projection(model: nn.Module, labels: Tensor, transport: LocalTransport,
     """Steps along the gradient and the exact projection of the plan, for every step size."""
     plans = []
     for size in STEP_SIZES:
-        plan = transport.stay()
+        plan = transport.identity_plan()
         for _ in range(steps):
-            direction = gradient(model, transport.arrived(plan), labels)
-            plan = nearest_plan(transport, plan + size * transport.seen_from(direction), iterations=12, tol=1e-3)
+            direction = gradient(model, transport.transported(plan), labels)
+            plan = nearest_plan(
+                transport, plan + size * transport.gather_neighbours(direction), iterations=12, tol=1e-3
+            )
         plans.append(plan)
     return plans
 
@@ -74,9 +81,9 @@ PEERS: dict[str, Callable[[nn.Module, Tensor, LocalTransport, int], list[Tensor]
 
 def repaired(transport: LocalTransport, plan: Tensor) -> list[Tensor]:
     """Legal images from any plan, in two ways: what does not fit stays at home, at once or after the projection onto plans that fit."""
-    near, _ = nearest_plan_with_room(transport, plan, Prices.none(transport), iterations=REPAIRS)
-    return [transport.arrived(legal(transport, each)) for each in (plan, near)]
+    near, _ = nearest_plan_with_capacity(transport, plan, Multipliers.zeros(transport), iterations=REPAIRS)
+    return [transport.transported(feasible_plan(transport, each)) for each in (plan, near)]
 
 
 def without_room(transport: LocalTransport) -> LocalTransport:
-    return replace(transport, room=None)
+    return replace(transport, capacity=None)

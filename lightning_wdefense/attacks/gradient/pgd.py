@@ -95,13 +95,13 @@ class PGD(Attack):
         adversarial = self._ascend(problem)
         if self.restarts == 1:
             return adversarial
-        fooled, worst = self._judge(problem, adversarial)
+        fooled, worst = self._fooled_and_loss(problem, adversarial)
         for _ in range(self.restarts - 1):
             open_ = (~fooled).nonzero().squeeze(1)
             if len(open_) == 0:
                 break
             candidate = self._ascend(part := problem.select(open_))
-            newly, loss = self._judge(part, candidate)
+            newly, loss = self._fooled_and_loss(part, candidate)
             better = newly | (loss > worst[open_])
             adversarial[open_[better]] = candidate[better]
             fooled[open_], worst[open_] = newly, torch.maximum(loss, worst[open_])
@@ -146,7 +146,7 @@ class PGD(Attack):
             return problem.box.clamp(clean + threat.ball.uniform(clean, threat.eps, problem.generator))
         return clean
 
-    def _judge(self, problem: Problem, adversarial: Tensor) -> tuple[Tensor, Tensor]:
+    def _fooled_and_loss(self, problem: Problem, adversarial: Tensor) -> tuple[Tensor, Tensor]:
         """Which samples are misclassified (never any, where the loss does not say what that means), and their loss."""
         outputs = problem.outputs(adversarial)
         loss = problem.loss(outputs, self.loss).detach()

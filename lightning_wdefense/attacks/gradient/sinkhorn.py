@@ -20,7 +20,7 @@ from lightning_wdefense.modules.recording import OUTPUTS, ForwardRecorder
 from lightning_wdefense.modules.state.isolation import eager, module_of
 from lightning_wdefense.transport import sinkhorn_divergence
 
-See = Callable[[Tensor], tuple[Any, Tensor]]
+FeatureForward = Callable[[Tensor], tuple[Any, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -94,25 +94,27 @@ class SinkhornAttack(Attack):
         """The adversarial inputs, in data units."""
         ball, eps = self.threat.ball, self.threat.eps
         step = self.step_size if self.step_size is not None else 2.5 * eps / self.steps
-        with self._watching(problem) as see:
+        with self._feature_forward(problem) as forward:
             with torch.no_grad():
-                clean = see(problem.data)[1]
+                clean = forward(problem.data)[1]
             data = problem.box.clamp(problem.data + ball.uniform(problem.data, eps, problem.generator))
             found, ever = data.clone(), torch.zeros(len(data), dtype=torch.bool, device=data.device)
             for index in range(self.steps):
-                fooled, gradient = self._judge(problem, see, clean, data, check=index == 0)
+                fooled, gradient = self._fooled_and_ascent(problem, forward, clean, data, check=index == 0)
                 found, ever = torch.where(per_sample(fooled, data), data, found), ever | fooled
                 data = problem.project_(ball.steepest(gradient).mul_(step).add_(data))
             latest = self._fooled(problem, problem.outputs(data)) | ~ever
             return torch.where(per_sample(latest, data), data, found)
 
-    def _judge(self, problem: Problem, see: See, clean: Tensor, data: Tensor, *, check: bool) -> tuple[Tensor, Tensor]:
+    def _fooled_and_ascent(
+        self, problem: Problem, forward: FeatureForward, clean: Tensor, data: Tensor, *, check: bool
+    ) -> tuple[Tensor, Tensor]:
         """Which samples are misclassified, and the direction of ascent."""
         point = data.detach().requires_grad_()
-        outputs, features = see(point)
+        outputs, features = forward(point)
         losses = problem.loss(outputs, self.loss, check=check)
         fooled = self._fooled(problem, outputs)
-        hiding = fooled if self._knows_fooled else torch.ones_like(fooled)
+        hiding = fooled if self._loss_defines_misclassified else torch.ones_like(fooled)
         shift = self._shift(clean, torch.where(hiding.unsqueeze(1), features, features.detach()))
         # The divergence is a mean over the batch: that of the sum does not depend on the batch's size.
         values = torch.cat([losses, shift.reshape(1).to(losses)])
@@ -121,12 +123,12 @@ class SinkhornAttack(Attack):
         return fooled, problem.differentiate(values, point, weights)
 
     @property
-    def _knows_fooled(self) -> bool:
+    def _loss_defines_misclassified(self) -> bool:
         return self.loss in ("ce", "margin")
 
     def _fooled(self, problem: Problem, outputs: Any) -> Tensor:
         """Which samples are misclassified: never any, where the loss does not say what that means."""
-        if self._knows_fooled:
+        if self._loss_defines_misclassified:
             return problem.fooled(outputs)
         return torch.zeros(len(problem.data), dtype=torch.bool, device=problem.data.device)
 
@@ -138,15 +140,15 @@ class SinkhornAttack(Attack):
         return divergence_of(divergence, (clean - centre) / scale, (features - centre) / scale)
 
     @contextlib.contextmanager
-    def _watching(self, problem: Problem) -> Iterator[See]:
+    def _feature_forward(self, problem: Problem) -> Iterator[FeatureForward]:
         """A pass that returns the outputs and the features ``(N, D)``."""
         if self.features == OUTPUTS:
 
-            def see(data: Tensor) -> tuple[Any, Tensor]:
+            def forward(data: Tensor) -> tuple[Any, Tensor]:
                 outputs = problem.forward(data)
                 return outputs, logit_rows(outputs)
 
-            yield see
+            yield forward
             return
         module = module_of(problem.model)
         if module is None:
@@ -155,7 +157,7 @@ class SinkhornAttack(Attack):
             )
         recorder = ForwardRecorder(module, self.features)
 
-        def watch(data: Tensor) -> tuple[Any, Tensor]:
+        def recorded_forward(data: Tensor) -> tuple[Any, Tensor]:
             with recorder.recording() as recording:
                 outputs = problem.forward(data)
             return outputs, float32_or_better(recorder.features_of(outputs, recording, len(data))).flatten(1)
@@ -163,6 +165,6 @@ class SinkhornAttack(Attack):
         with eager():
             recorder.attach(lambda: problem.outputs(problem.data), temporary=True)
             try:
-                yield watch
+                yield recorded_forward
             finally:
                 recorder.detach()

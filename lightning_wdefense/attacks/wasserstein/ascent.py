@@ -13,23 +13,28 @@ from torch import Tensor
 from lightning_wdefense.attacks.wasserstein.cost_reduction import Potentials, cheaper_plan
 from lightning_wdefense.attacks.wasserstein.linear_oracle import best_plan
 from lightning_wdefense.attacks.wasserstein.local_transport import LocalTransport
-from lightning_wdefense.attacks.wasserstein.projection import Prices, affordable, fitting, nearest_plan_with_room
+from lightning_wdefense.attacks.wasserstein.projection import (
+    Multipliers,
+    fit_budget,
+    fit_capacity,
+    nearest_plan_with_capacity,
+)
 
 Method = Literal["projected", "frank-wolfe"]
 AscentT = TypeVar("AscentT", bound="Ascent")
 FIRST_STEP = 2.0
 """Of projected ascent: what the largest entry of the gradient moves, in units of the image's largest pixel."""
-LOOKS = 5
+CHECKPOINTS = 5
 """How often in a run steps may be halved."""
-RISING = 0.75
+MIN_RISING_SHARE = 0.75
 """Share of steps on which the loss must have risen since the last look, for the step to stay as it is."""
-PRESSURE = 0.3
+FIRST_PRICE_STEP = 0.3
 """By how much the prices of overfull pixels rise in the first step of Frank-Wolfe, in units of the largest gradient."""
-SWEEPS, TOLERANCE = 100, 1e-6
+REPAIR_SWEEPS, REPAIR_TOLERANCE = 100, 1e-6
 """Of the repair in every step."""
-REPLANNING = 5
+REPLAN_ITERATIONS = 5
 """Steps towards the cheapest plan, in every step of the ascent."""
-STRETCH, PULL = 3.0, 0.3
+MAX_BUDGET_FACTOR, BUDGET_FACTOR_POWER = 3.0, 0.3
 """The most that a step may spend, in budgets, and how fast it comes to what is right: a power of what the last plan left of the budget."""
 
 
@@ -50,15 +55,15 @@ class Ascent(ABC):
     """
 
     transport: LocalTransport
-    legal: Tensor
+    feasible: Tensor
     steps: int
     taken: int = 0
-    stretch: Tensor = field(init=False)
+    budget_factor: Tensor = field(init=False)
     potentials: Potentials = field(init=False)
 
     def __post_init__(self) -> None:
-        self.stretch = torch.ones_like(self.transport.budget)
-        self.potentials = Potentials.none(self.transport)
+        self.budget_factor = torch.ones_like(self.transport.budget)
+        self.potentials = Potentials.zeros(self.transport)
 
     @abstractmethod
     def move(self, gradient: Tensor, values: Tensor) -> None:
@@ -66,7 +71,7 @@ class Ascent(ABC):
 
     def select(self: AscentT, index: Tensor) -> AscentT:
         """The same for some of the images."""
-        part = replace(self, transport=self.transport.select(index), legal=self.legal[index])
+        part = replace(self, transport=self.transport.select(index), feasible=self.feasible[index])
         for each in fields(self):
             if not each.init:  # what the ascent itself keeps of every image
                 value = getattr(self, each.name)
@@ -74,18 +79,18 @@ class Ascent(ABC):
         return part
 
     @property
-    def stretched(self) -> LocalTransport:
+    def with_enlarged_budget(self) -> LocalTransport:
         """The constraints, with what a step may spend for a budget."""
-        return replace(self.transport, budget=self.transport.budget * self.stretch)
+        return replace(self.transport, budget=self.transport.budget * self.budget_factor)
 
-    def settle(self, plan: Tensor) -> Tensor:
+    def replan(self, plan: Tensor) -> Tensor:
         """Let a plan ``(N, K, R)`` make way for a cheaper one, which is returned, and that for a legal one."""
-        plan, self.potentials = cheaper_plan(self.transport, plan, self.potentials, iterations=REPLANNING)
-        fits = fitting(self.transport, plan, sweeps=SWEEPS, tol=TOLERANCE)
+        plan, self.potentials = cheaper_plan(self.transport, plan, self.potentials, iterations=REPLAN_ITERATIONS)
+        fits = fit_capacity(self.transport, plan, sweeps=REPAIR_SWEEPS, tol=REPAIR_TOLERANCE)
         budget, cost = self.transport.budget, self.transport.cost(fits)
         left = budget / cost.clamp_min(torch.finfo(cost.dtype).tiny)
-        self.stretch = (self.stretch * left**PULL).clamp(1, STRETCH)
-        self.legal = affordable(self.transport, fits)
+        self.budget_factor = (self.budget_factor * left**BUDGET_FACTOR_POWER).clamp(1, MAX_BUDGET_FACTOR)
+        self.feasible = fit_budget(self.transport, fits)
         return plan
 
 
@@ -97,7 +102,7 @@ class ProjectedAscent(Ascent):
     is halved and the ascent goes on from the best plan so far.
     """
 
-    prices: Prices = field(init=False)
+    prices: Multipliers = field(init=False)
     step: Tensor = field(init=False)
     rises: Tensor = field(init=False)
     best: Tensor = field(init=False)
@@ -107,11 +112,11 @@ class ProjectedAscent(Ascent):
     def __post_init__(self) -> None:
         super().__post_init__()
         budget = self.transport.budget
-        self.prices = Prices.none(self.transport)
+        self.prices = Multipliers.zeros(self.transport)
         self.step = FIRST_STEP * self.transport.masses.amax(1)
         self.rises = torch.zeros_like(budget)
         self.best = torch.full_like(budget, -torch.inf)
-        self.best_plan = self.legal
+        self.best_plan = self.feasible
         self.best_gradient = budget.new_zeros(self.transport.shape)
 
     def move(self, gradient: Tensor, values: Tensor) -> None:
@@ -119,19 +124,19 @@ class ProjectedAscent(Ascent):
         rose = values > self.best
         self.rises += rose
         self.best = torch.where(rose, values, self.best)
-        self.best_plan = torch.where(rose.view(-1, 1, 1), self.legal, self.best_plan)
+        self.best_plan = torch.where(rose.view(-1, 1, 1), self.feasible, self.best_plan)
         self.best_gradient = torch.where(rose.view(-1, 1, 1, 1), gradient, self.best_gradient)
-        plan, every = self.legal, max(self.steps // LOOKS, 2)
+        plan, every = self.feasible, max(self.steps // CHECKPOINTS, 2)
         self.taken += 1
         if self.taken % every == 0:
-            stuck = self.rises < RISING * every
+            stuck = self.rises < MIN_RISING_SHARE * every
             self.step = torch.where(stuck, self.step / 2, self.step)
             plan = torch.where(stuck.view(-1, 1, 1), self.best_plan, plan)
             gradient = torch.where(stuck.view(-1, 1, 1, 1), self.best_gradient, gradient)
             self.rises = torch.zeros_like(self.rises)
-        climb = self.transport.seen_from(steepest(gradient) * self.step.view(-1, 1, 1, 1))
-        plan, self.prices = nearest_plan_with_room(self.stretched, plan + climb, self.prices)
-        self.settle(plan)
+        climb = self.transport.gather_neighbours(steepest(gradient) * self.step.view(-1, 1, 1, 1))
+        plan, self.prices = nearest_plan_with_capacity(self.with_enlarged_budget, plan + climb, self.prices)
+        self.replan(plan)
 
 
 @dataclass
@@ -146,19 +151,19 @@ class FrankWolfe(Ascent):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.plan = self.legal
-        self.prices = self.legal.new_zeros(self.transport.shape)
+        self.plan = self.feasible
+        self.prices = self.feasible.new_zeros(self.transport.shape)
 
     def move(self, gradient: Tensor, values: Tensor) -> None:
         """One step."""
-        vertex = best_plan(self.stretched, steepest(gradient) - self.prices)
+        vertex = best_plan(self.with_enlarged_budget, steepest(gradient) - self.prices)
         self.plan = torch.lerp(self.plan, vertex, 2 / (self.taken + 2))
         self.taken += 1
-        if self.transport.room is not None:
-            images = self.transport.arrived(self.plan)
-            over = (images - self.transport.room.view_as(images)).clamp(-1, 1)
-            self.prices = (self.prices + PRESSURE / math.sqrt(self.taken) * over).clamp_min(0)
-        self.settle(self.plan)
+        if self.transport.capacity is not None:
+            images = self.transport.transported(self.plan)
+            over = (images - self.transport.capacity.view_as(images)).clamp(-1, 1)
+            self.prices = (self.prices + FIRST_PRICE_STEP / math.sqrt(self.taken) * over).clamp_min(0)
+        self.replan(self.plan)
 
 
 ASCENTS: dict[str, type[Ascent]] = {

@@ -20,10 +20,10 @@ from lightning_wdefense.attacks.wasserstein.local_transport import (
     LocalTransport,
     check_images,
     check_neighbourhood,
+    clamp_rounding,
     square,
-    without_rounding,
 )
-from lightning_wdefense.attacks.wasserstein.projection import legal
+from lightning_wdefense.attacks.wasserstein.projection import feasible_plan
 
 
 @dataclass(frozen=True)
@@ -94,23 +94,23 @@ class WassersteinAttack(Attack):
         for name in ("steps", "restarts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.early_exit and not self._knows_fooled:
+        if self.early_exit and not self._loss_defines_misclassified:
             raise ValueError(
                 f'early_exit=True ends where a sample is misclassified, which loss={self.loss!r} does not say: use loss=None, "ce" or '
                 '"margin", or early_exit=False.'
             )
 
     @property
-    def _knows_fooled(self) -> bool:
+    def _loss_defines_misclassified(self) -> bool:
         return self.loss in (None, "ce", "margin")
 
     def of_losses(self) -> Attack | None:
         """The same attack on a model that returns its losses itself."""
-        return replace(self, loss=outputs_as_losses, early_exit=False) if self._knows_fooled else None
+        return replace(self, loss=outputs_as_losses, early_exit=False) if self._loss_defines_misclassified else None
 
     def perturb(self, problem: Problem) -> Tensor:
         """The adversarial inputs, in data units."""
-        data = without_rounding(problem.data, problem.dtype)
+        data = clamp_rounding(problem.data, problem.dtype)
         check_images(data, self.neighbourhood)
         if self.loss == "kl":
             problem = problem.with_clean_outputs()
@@ -118,9 +118,9 @@ class WassersteinAttack(Attack):
         scale = float(data.amax() if self.threat.bounds is None else self.threat.bounds[1])
         images = data / scale
         budget = self.threat.eps**self.p * images.sum((1, 2, 3))
-        room = None if problem.box.high is None else problem.box.high / scale
-        transport = LocalTransport.of(images, budget, room, square(self.neighbourhood, self.p))
-        found = Found(problem.data.clone(), problem)
+        capacity = None if problem.box.high is None else problem.box.high / scale
+        transport = LocalTransport.of(images, budget, capacity, square(self.neighbourhood, self.p))
+        found = WorstImages(problem.data.clone(), problem)
         for round_ in range(self.restarts):
             loss = self.loss or ("ce", "margin")[round_ % 2]
             for method in self.methods:
@@ -128,25 +128,27 @@ class WassersteinAttack(Attack):
                 if len(open_) == 0:
                     return found.images
                 part = transport.select(open_)
-                start = part.stay()
+                start = part.identity_plan()
                 if round_ > 0 or self.loss == "kl":
                     start = _random_plan(part, problem.generator)
-                self._climb(problem, open_, ASCENTS[method](part, start, self.steps), loss, scale, found)
+                self._ascend(problem, open_, ASCENTS[method](part, start, self.steps), loss, scale, found)
         return found.images
 
-    def _climb(
-        self, problem: Problem, index: Tensor, ascent: Ascent, loss: AttackLoss, scale: float, found: Found
+    def _ascend(
+        self, problem: Problem, index: Tensor, ascent: Ascent, loss: AttackLoss, scale: float, found: WorstImages
     ) -> None:
         # All of them are taken as they are, so that labels that do not fit meet the checks.
         part = problem if len(index) == len(problem.data) else problem.select(index)
         for step in range(self.steps + 1):
-            images = ascent.transport.arrived(ascent.legal) * scale
+            images = ascent.transport.transported(ascent.feasible) * scale
             last = step == self.steps
             point = images.requires_grad_(not last)
             with torch.set_grad_enabled(not last):
                 outputs = part.forward(point)
                 values = part.loss(outputs, loss, check=step == 0)
-            fooled = part.fooled(outputs) if self._knows_fooled else torch.zeros_like(values, dtype=torch.bool)
+            fooled = (
+                part.fooled(outputs) if self._loss_defines_misclassified else torch.zeros_like(values, dtype=torch.bool)
+            )
             judged = part.loss(outputs, "margin") if self.loss is None else values
             found.keep(index, images.detach(), fooled, judged.detach())
             if last:
@@ -162,7 +164,7 @@ class WassersteinAttack(Attack):
             ascent.move(gradient, values)
 
 
-class Found:
+class WorstImages:
     """The worst image of each sample so far: a misclassified one before any other, then the one of larger loss."""
 
     def __init__(self, images: Tensor, problem: Problem) -> None:
@@ -184,7 +186,7 @@ def _random_plan(transport: LocalTransport, generator: torch.Generator) -> Tenso
     """The best plan for random values, taken in a random part."""
     values = random_normal(transport.budget.new_empty(transport.shape), generator)
     share = random_uniform(transport.budget, generator).view(-1, 1, 1)
-    return legal(transport, torch.lerp(transport.stay(), best_plan(transport, values), share))
+    return feasible_plan(transport, torch.lerp(transport.identity_plan(), best_plan(transport, values), share))
 
 
 def check_ball(threat: ThreatModel, size: int, p: int) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_wdefense.attacks.wasserstein.local_transport import LocalTransport
-from lightning_wdefense.attacks.wasserstein.projection import filled
+from lightning_wdefense.attacks.wasserstein.projection import rescale_rows
 
 
 class Potentials(NamedTuple):
@@ -24,7 +24,7 @@ class Potentials(NamedTuple):
     arriving: Tensor
 
     @classmethod
-    def none(cls, transport: LocalTransport) -> Potentials:
+    def zeros(cls, transport: LocalTransport) -> Potentials:
         """Of plans that may be as dear as they are."""
         masses = transport.masses
         return cls(torch.zeros_like(masses).unsqueeze(1), masses.new_zeros(transport.shape))
@@ -51,16 +51,16 @@ def cheaper_plan(
     Returns:
         The plan, of the same masses, and the potentials.
     """
-    image, masses, costs = transport.arrived(plan), transport.masses.unsqueeze(1), transport.costs
+    image, masses, costs = transport.transported(plan), transport.masses.unsqueeze(1), transport.costs
     # Every entry is in one row and arrives in one pixel, so this is the largest step that is safe, shared out by the units of both sides.
     step = math.sqrt(1 / (2 * len(costs)))
     unit = masses.amax(2, keepdim=True) / float(costs.max())
     leaving, arriving = potentials
     for _ in range(iterations):
         before = plan
-        plan = (plan + step * unit * (leaving + transport.seen_from(arriving) - costs)).clamp_min_(0)
+        plan = (plan + step * unit * (leaving + transport.gather_neighbours(arriving) - costs)).clamp_min_(0)
         plan = plan.mul_(transport.inside)
         ahead = 2 * plan - before
         leaving = leaving + step / unit * (masses - ahead.sum(1, keepdim=True))
-        arriving = arriving + step / unit.unsqueeze(1) * (image - transport.arrived(ahead))
-    return filled(transport, plan), Potentials(leaving, arriving)
+        arriving = arriving + step / unit.unsqueeze(1) * (image - transport.transported(ahead))
+    return rescale_rows(transport, plan), Potentials(leaving, arriving)

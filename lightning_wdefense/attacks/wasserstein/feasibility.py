@@ -6,13 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.optimize import linprog
-from scipy.sparse import coo_array, eye_array, hstack
 from torch import Tensor
 
 from lightning_wdefense.attacks.threat import ThreatModel
 from lightning_wdefense.attacks.wasserstein.attack import check_ball
-from lightning_wdefense.attacks.wasserstein.local_transport import Neighbourhood, check_images, square, without_rounding
+from lightning_wdefense.attacks.wasserstein.local_transport import Neighbourhood, check_images, clamp_rounding, square
 
 UNMATCHED = 1e-4
 """Share of an image's mass that no plan can explain, from which on its distance is infinite; below, it is rounding."""
@@ -73,7 +71,7 @@ def wasserstein_feasibility(
     x, y = (threat.to_data(images.detach().cpu().double()) for images in (inputs, adversarial))
     box = threat.box(x, precision=inputs.dtype)
     # Rounding of the conversion to data units makes no mass.
-    x = without_rounding(x, inputs.dtype)
+    x = clamp_rounding(x, inputs.dtype)
     x = torch.where(x < 1e-7 * x.amax(), x.clamp_max(0), x)
     check_images(x, neighbourhood)
     total = x.sum((1, 2, 3))
@@ -93,6 +91,9 @@ def wasserstein_feasibility(
 
 def _local_cost(x: np.ndarray, y: np.ndarray, near: Neighbourhood) -> tuple[float, float]:
     """The cheapest local plan between two images ``(H, W)`` and the mass that it cannot explain."""
+    from scipy.optimize import linprog  # half a second, for those alone who need it
+    from scipy.sparse import coo_array, eye_array, hstack
+
     height, width = x.shape
     reach = near.size // 2
     sources, targets = np.flatnonzero(x > 0), np.flatnonzero(y > 0)

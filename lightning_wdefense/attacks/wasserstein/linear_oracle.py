@@ -22,7 +22,7 @@ def best_plan(transport: LocalTransport, values: Tensor) -> Tensor:
         The plan ``(N, K, R)``.
     """
     value, place = _best_at_each_distance(transport, values)
-    price = value.new_tensor([transport.near.costs[ring[0]] for ring in transport.near.rings])
+    price = value.new_tensor([transport.neighbourhood.costs[ring[0]] for ring in transport.neighbourhood.rings])
     nodes, slopes, lengths = [torch.zeros_like(place[:, :1])], [], []
     for _ in range(len(price) - 1):
         now = nodes[-1]
@@ -35,7 +35,7 @@ def best_plan(transport: LocalTransport, values: Tensor) -> Tensor:
         nodes.append(torch.where(worth, step, now))
         slopes.append(slope.clamp_min(0))
         lengths.append(price[nodes[-1]] - price[now])
-    plan = transport.stay()
+    plan = transport.identity_plan()
     if not slopes:
         return plan
     bills = torch.cat(lengths, 1) * transport.masses.unsqueeze(1)
@@ -51,9 +51,9 @@ def best_plan(transport: LocalTransport, values: Tensor) -> Tensor:
 
 def _best_at_each_distance(transport: LocalTransport, values: Tensor) -> tuple[Tensor, Tensor]:
     """The largest value in each ring around a pixel, ``(N, rings, R)``, and its place."""
-    seen = transport.seen_from(values).masked_fill(~transport.inside, -torch.inf)
+    seen = transport.gather_neighbours(values).masked_fill(~transport.inside, -torch.inf)
     best, places = [], []
-    for ring in transport.near.rings:
+    for ring in transport.neighbourhood.rings:
         value, at = seen[:, list(ring)].max(1)
         best.append(value)
         places.append(torch.tensor(ring, device=at.device)[at])

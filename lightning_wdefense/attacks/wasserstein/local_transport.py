@@ -58,23 +58,25 @@ class LocalTransport:
         inside: which of them are in the image and not in its margin, ``(N, K, R)``.
     """
 
-    near: Neighbourhood
+    neighbourhood: Neighbourhood
     shape: torch.Size
     rows: Tensor
     masses: Tensor
     budget: Tensor
-    room: Tensor | None
+    capacity: Tensor | None
     neighbours: Tensor
     inside: Tensor
 
     @classmethod
-    def of(cls, images: Tensor, budget: Tensor, room: Tensor | None, near: Neighbourhood) -> LocalTransport:
+    def of(
+        cls, images: Tensor, budget: Tensor, capacity: Tensor | None, neighbourhood: Neighbourhood
+    ) -> LocalTransport:
         """That of images ``(N, C, H, W)`` without negative values."""
         flat = images.flatten(1)
         count = max(int((flat > 0).sum(1).max()), 1)
         # The pixels with mass first; a stable sort keeps them in order.
         rows = torch.argsort((flat <= 0).to(torch.uint8), dim=1, stable=True)[:, :count]
-        reach = near.size // 2
+        reach = neighbourhood.size // 2
         places = torch.arange(images[0].numel(), device=images.device).view(1, *images.shape[1:])
         margin = F.pad(places, [reach] * 4, value=-1)
         width = margin.shape[-1]
@@ -83,12 +85,12 @@ class LocalTransport:
         home = (margin.flatten() >= 0).nonzero().squeeze(1)
         neighbours = home[rows].unsqueeze(1) + steps.view(1, -1, 1)
         return cls(
-            near,
+            neighbourhood,
             images.shape,
             rows,
             flat.gather(1, rows),
             budget,
-            None if room is None else room.flatten(1),
+            None if capacity is None else capacity.flatten(1),
             neighbours,
             margin.flatten()[neighbours] >= 0,
         )
@@ -96,28 +98,28 @@ class LocalTransport:
     def select(self, index: Tensor) -> LocalTransport:
         """The same for some of the images."""
         parts = {name: getattr(self, name)[index] for name in ("rows", "masses", "budget", "neighbours", "inside")}
-        room = None if self.room is None else self.room[index]
-        return replace(self, shape=torch.Size([len(parts["rows"]), *self.shape[1:]]), room=room, **parts)
+        capacity = None if self.capacity is None else self.capacity[index]
+        return replace(self, shape=torch.Size([len(parts["rows"]), *self.shape[1:]]), capacity=capacity, **parts)
 
     @property
     def costs(self) -> Tensor:
         """Of a unit of mass, ``(K, 1)``."""
-        return self.masses.new_tensor(self.near.costs).unsqueeze(1)
+        return self.masses.new_tensor(self.neighbourhood.costs).unsqueeze(1)
 
-    def stay(self) -> Tensor:
+    def identity_plan(self) -> Tensor:
         """The plan that moves nothing."""
         plan = torch.zeros_like(self.inside, dtype=self.masses.dtype)
-        plan[:, self.near.centre] = self.masses
+        plan[:, self.neighbourhood.centre] = self.masses
         return plan
 
-    def seen_from(self, values: Tensor) -> Tensor:
+    def gather_neighbours(self, values: Tensor) -> Tensor:
         """The value of each neighbour of each pixel: ``(N, C, H, W)`` to ``(N, K, R)``; anything outside the image."""
-        padded = F.pad(values.view(self.shape), [self.near.size // 2] * 4).flatten(1)
+        padded = F.pad(values.view(self.shape), [self.neighbourhood.size // 2] * 4).flatten(1)
         return padded.gather(1, self.neighbours.flatten(1)).view_as(self.neighbours)
 
-    def arrived(self, plan: Tensor) -> Tensor:
+    def transported(self, plan: Tensor) -> Tensor:
         """The images that a plan makes, ``(N, C, H, W)``."""
-        reach = self.near.size // 2
+        reach = self.neighbourhood.size // 2
         count, channels, height, width = self.shape
         padded = plan.new_zeros(count, channels, height + 2 * reach, width + 2 * reach)
         padded.view(count, -1).scatter_add_(1, self.neighbours.flatten(1), plan.flatten(1))
@@ -138,7 +140,7 @@ def check_neighbourhood(size: int) -> None:
         raise ValueError(f"neighbourhood must be odd and at least 3, so that it has a centre, got {size}.")
 
 
-def without_rounding(data: Tensor, precision: torch.dtype) -> Tensor:
+def clamp_rounding(data: Tensor, precision: torch.dtype) -> Tensor:
     """Images in which what the conversion to data units took a little below 0 is 0.
 
     Args:

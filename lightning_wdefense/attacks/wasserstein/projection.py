@@ -9,11 +9,11 @@ from torch import Tensor
 
 from lightning_wdefense.attacks.wasserstein.local_transport import LocalTransport
 
-ROOM_STEP = 0.7
+CAPACITY_STEP = 0.7
 """Of the prices of room, in Newton steps of each by itself: less than 1, as those of its neighbours move too."""
 
 
-class Prices(NamedTuple):
+class Multipliers(NamedTuple):
     """Multipliers of the constraints, from which the next projection can start.
 
     Attributes:
@@ -22,17 +22,17 @@ class Prices(NamedTuple):
     """
 
     cost: Tensor
-    room: Tensor
+    capacity: Tensor
 
     @classmethod
-    def none(cls, transport: LocalTransport) -> Prices:
+    def zeros(cls, transport: LocalTransport) -> Multipliers:
         """Everything is free."""
         budget = transport.budget
         return cls(budget.new_zeros(len(budget), 1, 1), budget.new_zeros(transport.shape))
 
-    def select(self, index: Tensor) -> Prices:
+    def select(self, index: Tensor) -> Multipliers:
         """Those of some of the images."""
-        return Prices(self.cost[index], self.room[index])
+        return Multipliers(self.cost[index], self.capacity[index])
 
 
 def nearest_plan(transport: LocalTransport, target: Tensor, *, iterations: int = 200, tol: float = 1e-7) -> Tensor:
@@ -62,50 +62,53 @@ def nearest_plan(transport: LocalTransport, target: Tensor, *, iterations: int =
     return plan
 
 
-def nearest_plan_with_room(
-    transport: LocalTransport, target: Tensor, prices: Prices, *, iterations: int = 3
-) -> tuple[Tensor, Prices]:
+def nearest_plan_with_capacity(
+    transport: LocalTransport, target: Tensor, prices: Multipliers, *, iterations: int = 3
+) -> tuple[Tensor, Multipliers]:
     """The same with regard to the room in the pixels, nearly: a few steps of the dual, from the prices of the last time.
 
     Every iteration moves the price of cost by Newton's method and the price of each pixel by its own curvature, all at once. The price of
-    cost falls by half at most: where it is so high that nothing moves, it does not show by how much. :func:`legal` makes what is returned
+    cost falls by half at most: where it is so high that nothing moves, it does not show by how much. :func:`feasible_plan` makes what is returned
     legal.
 
     Returns:
         The plan, and the prices.
     """
     target = target.masked_fill(~transport.inside, -torch.inf)
-    price, room = prices
-    low, high = torch.zeros_like(price), _price_of_rest(transport, target - transport.seen_from(room))
+    price, capacity = prices
+    low, high = (
+        torch.zeros_like(price),
+        _price_that_stops_all(transport, target - transport.gather_neighbours(capacity)),
+    )
     for _ in range(iterations):
-        plan = _onto_rows(target - price * transport.costs - transport.seen_from(room), transport.masses)
+        plan = _onto_rows(target - price * transport.costs - transport.gather_neighbours(capacity), transport.masses)
         excess, slope = _excess(transport, plan)
         newton = torch.maximum(price + excess / slope, price / 2)
         # The prices of room move the root, so its bracket widens.
         low, high = torch.where(excess > 0, price, 0.9 * low), torch.where(excess > 0, high / 0.9, price)
         price = torch.where((newton >= low) & (newton <= high), newton, (low + high) / 2)
-        if transport.room is None:
+        if transport.capacity is None:
             continue
-        images, active = transport.arrived(plan), plan.sign()
-        curvature = transport.arrived(active - active / active.sum(1, keepdim=True).clamp_min(1)).clamp_min(0.5)
-        room = (room + ROOM_STEP * (images - transport.room.view_as(images)) / curvature).clamp_min(0)
-    return plan, Prices(price, room)
+        images, active = transport.transported(plan), plan.sign()
+        curvature = transport.transported(active - active / active.sum(1, keepdim=True).clamp_min(1)).clamp_min(0.5)
+        capacity = (capacity + CAPACITY_STEP * (images - transport.capacity.view_as(images)) / curvature).clamp_min(0)
+    return plan, Multipliers(price, capacity)
 
 
-def _price_of_rest(transport: LocalTransport, goal: Tensor) -> Tensor:
+def _price_that_stops_all(transport: LocalTransport, goal: Tensor) -> Tensor:
     """The price of cost from which on the nearest plan to ``goal`` moves nothing, ``(N, 1, 1)``."""
-    centre = transport.near.centre
+    centre = transport.neighbourhood.centre
     pull = goal - (goal[:, centre] - transport.masses).unsqueeze(1)
     pull[:, centre] = 0
     return (pull / transport.costs.clamp_min(1)).amax((1, 2)).clamp_min(0).view(-1, 1, 1)
 
 
-def legal(transport: LocalTransport, plan: Tensor, *, sweeps: int = 500, tol: float = 1e-7) -> Tensor:
+def feasible_plan(transport: LocalTransport, plan: Tensor, *, sweeps: int = 500, tol: float = 1e-7) -> Tensor:
     """A plan that holds all constraints: :func:`fitting`, then :func:`affordable`."""
-    return affordable(transport, fitting(transport, plan, sweeps=sweeps, tol=tol))
+    return fit_budget(transport, fit_capacity(transport, plan, sweeps=sweeps, tol=tol))
 
 
-def fitting(transport: LocalTransport, plan: Tensor, *, sweeps: int = 500, tol: float = 1e-7) -> Tensor:
+def fit_capacity(transport: LocalTransport, plan: Tensor, *, sweeps: int = 500, tol: float = 1e-7) -> Tensor:
     """A plan that moves the mass there is and finds room for it, by leaving at home what does not fit.
 
     Of what comes to a pixel as large a share is let in as its room allows, once what others send back is at home again: the greatest such
@@ -117,38 +120,38 @@ def fitting(transport: LocalTransport, plan: Tensor, *, sweeps: int = 500, tol: 
         sweeps: most steps of that sequence.
         tol: by how much pixels may overflow after it.
     """
-    plan = filled(transport, plan.clamp_min(0))
-    plan[:, transport.near.centre] = 0
-    if transport.room is not None:
-        coming = transport.arrived(plan).flatten(1)
-        spare = transport.room - torch.zeros_like(coming).scatter_(1, transport.rows, transport.masses)
+    plan = rescale_rows(transport, plan.clamp_min(0))
+    plan[:, transport.neighbourhood.centre] = 0
+    if transport.capacity is not None:
+        coming = transport.transported(plan).flatten(1)
+        spare = transport.capacity - torch.zeros_like(coming).scatter_(1, transport.rows, transport.masses)
         share, going = torch.ones_like(coming), plan
         for _ in range(sweeps):
             gone = torch.zeros_like(coming).scatter_(1, transport.rows, going.sum(1))
             fits = torch.where(coming > 0, ((spare + gone) / coming).clamp(0, 1), share)
             last, share = share, torch.minimum(share, fits)
-            going = plan * transport.seen_from(share.view(transport.shape))
+            going = plan * transport.gather_neighbours(share.view(transport.shape))
             if not bool(((last - share) * coming > tol).any()):
                 break
         plan = going
-    return _rest_at_home(transport, plan)
+    return _keep_remainder(transport, plan)
 
 
-def filled(transport: LocalTransport, plan: Tensor) -> Tensor:
+def rescale_rows(transport: LocalTransport, plan: Tensor) -> Tensor:
     """A plan without negative entries, its rows scaled to the masses of the pixels."""
     return plan * (transport.masses.unsqueeze(1) / plan.sum(1, keepdim=True).clamp_min(torch.finfo(plan.dtype).tiny))
 
 
-def affordable(transport: LocalTransport, plan: Tensor) -> Tensor:
+def fit_budget(transport: LocalTransport, plan: Tensor) -> Tensor:
     """All that moves, scaled to the budget."""
     cost = transport.cost(plan)
     share = (transport.budget / cost.clamp_min(torch.finfo(cost.dtype).tiny)).clamp(max=1)
-    return _rest_at_home(transport, plan * share.view(-1, 1, 1))
+    return _keep_remainder(transport, plan * share.view(-1, 1, 1))
 
 
-def _rest_at_home(transport: LocalTransport, plan: Tensor) -> Tensor:
+def _keep_remainder(transport: LocalTransport, plan: Tensor) -> Tensor:
     """The plan, in place, with what its rows do not send in their own pixels."""
-    centre = transport.near.centre
+    centre = transport.neighbourhood.centre
     plan[:, centre] = 0
     plan[:, centre] = transport.masses - plan.sum(1)
     return plan

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from lightning_wdefense import Recipe, RobustnessMonitor, ThreatModel, WassersteinDefense
 from lightning_wdefense.attacks import WassersteinAttack, get_attack, wasserstein_feasibility
 from lightning_wdefense.attacks.wasserstein.ascent import steepest
-from lightning_wdefense.attacks.wasserstein.attack import Found
+from lightning_wdefense.attacks.wasserstein.attack import WorstImages
 from lightning_wdefense.attacks.wasserstein.linear_oracle import best_plan
 from lightning_wdefense.attacks.wasserstein.local_transport import LocalTransport, square
-from lightning_wdefense.attacks.wasserstein.projection import legal, nearest_plan
+from lightning_wdefense.attacks.wasserstein.projection import feasible_plan, nearest_plan
 
 
 def ball(eps: float, **options) -> ThreatModel:
@@ -150,15 +150,15 @@ def test_does_harm_at_small_radii_and_more_at_larger_ones(digits_cnn):
 def published(name: str, model: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int) -> Tensor:
     """Frank-Wolfe or projected ascent whose steps do not know the box, made feasible at the end by the same repair."""
     transport = LocalTransport.of(x, eps * x.sum((1, 2, 3)), torch.ones_like(x), square(5, 1))
-    plan = transport.stay()
+    plan = transport.identity_plan()
     for step in range(steps):
-        point = transport.arrived(plan).requires_grad_()
+        point = transport.transported(plan).requires_grad_()
         (gradient,) = torch.autograd.grad(F.cross_entropy(model(point), y, reduction="sum"), point)
         if name == "frank-wolfe":
             plan = torch.lerp(plan, best_plan(transport, steepest(gradient)), 2 / (step + 2))
         else:
-            plan = nearest_plan(transport, plan + transport.seen_from(0.1 * steepest(gradient)), iterations=30)
-    return transport.arrived(legal(transport, plan))
+            plan = nearest_plan(transport, plan + transport.gather_neighbours(0.1 * steepest(gradient)), iterations=30)
+    return transport.transported(feasible_plan(transport, plan))
 
 
 @pytest.mark.parametrize("eps", [0.05, 0.15])
@@ -222,7 +222,7 @@ def test_each_round_and_each_method_only_makes_it_worse(digits_cnn):
 
 def test_a_sample_that_fell_stays_fallen():
     """Nothing that is classified correctly takes the place of an image that is not, whatever its loss."""
-    found, index = Found(torch.zeros(1, 1, 2, 2), None), torch.tensor([0])
+    found, index = WorstImages(torch.zeros(1, 1, 2, 2), None), torch.tensor([0])
     for loss, fooled in ((1.0, False), (2.0, True), (3.0, False), (4.0, False)):
         found.keep(index, torch.full((1, 1, 2, 2), loss), torch.tensor([fooled]), torch.tensor([loss]))
     assert found.fooled.all()
