@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+from benchmarks.defenses import runs as defenses_runs
+from benchmarks.defenses.__main__ import main
+from benchmarks.shared.variants import TUNING, Variant, candidates
+from lightning_wdefense import ThreatModel
+from lightning_wdefense.defenses import RECIPES
+
 TINY = "--epochs 1 --limit-train 64 --validation 16 --test 16 --warmup-epochs 0 --validation-steps 2 --pgd-steps 2 --pgd-restarts 1 --attack-steps 2 --queries 5"
 
 
 @pytest.fixture
 def bench(tmp_path):
     """Runs the benchmark on a few digits, in a folder of the test."""
-    from benchmarks.defenses.__main__ import main
 
     def run(arguments: str, *, dataset="digits") -> int:
         places = ["--output", str(tmp_path / "results"), "--work", str(tmp_path / "work")]
@@ -61,8 +62,6 @@ def test_writes_everything_and_a_second_call_does_nothing(bench, tmp_path, capsy
 
 
 def test_resumes_after_the_last_finished_stage(bench, tmp_path, monkeypatch):
-    from benchmarks.defenses import runs as defenses_runs
-
     whole, calls = defenses_runs.left, []
 
     def interrupted(model, attack, *rest):
@@ -101,8 +100,6 @@ def test_goes_on_from_its_results_where_the_work_is_lost(bench, tmp_path, capsys
 
 
 def test_a_failed_run_does_not_stop_the_others(bench, tmp_path, monkeypatch, capsys):
-    from benchmarks.defenses import runs as defenses_runs
-
     whole = defenses_runs.train
 
     def failing(variant, *rest):
@@ -150,25 +147,7 @@ def test_timing_compares_with_pgd_at(bench, tmp_path):
     assert low <= timing["alp"]["ratio"] <= high
 
 
-def test_a_lock_is_free_when_its_process_is_dead(tmp_path):
-    from benchmarks.shared.files import claimed
-
-    held = f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r})\nfrom pathlib import Path\nfrom _files import claimed\nwith claimed(Path({str(tmp_path / 'lock')!r})) as ours:\n    print(ours, flush=True)\n    sys.stdin.read()"
-    process = subprocess.Popen([sys.executable, "-c", held], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "True\n"
-    with claimed(tmp_path / "lock") as ours:
-        assert not ours
-    process.kill()
-    process.communicate()
-    with claimed(tmp_path / "lock") as ours:
-        assert ours
-
-
 def test_candidates_are_as_many_for_every_recipe():
-    from benchmarks.shared.variants import TUNING, Variant, candidates
-    from lightning_wdefense import ThreatModel
-    from lightning_wdefense.defenses import RECIPES
-
     threat = ThreatModel(eps=0.1)
     for name in RECIPES.keys() - TUNING.keys():
         tried = candidates(Variant.parse(name), threat)

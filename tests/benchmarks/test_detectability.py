@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from benchmarks.detectability.__main__ import DETECTOR_NAMES, main
+from benchmarks.detectability.attacks import SPECS, Evading, matching_eps
+from benchmarks.detectability.report import differences, groups
 from lightning_wdefense.attacks import ATTACKS
 from lightning_wdefense.attacks.losses import margin
+from lightning_wdefense.detection import Energy
 
 TINY = (
     "--models undefended --success 0.5 --seeds 1 --train 400 --epochs 3 --validation 40 --matched 32 --test 60 --learned 200 --bisections 2 "
@@ -18,8 +23,6 @@ TINY = (
 
 
 def test_writes_resumes_and_leaves_out(tmp_path, monkeypatch, capsys):
-    from benchmarks.detectability.__main__ import DETECTOR_NAMES, SPECS, main
-
     monkeypatch.setitem(SPECS, "unheard-of", SPECS["pgd-linf"].__class__("unheard-of", "linf", 0.1))
     monkeypatch.setitem(
         ATTACKS, "unwilling", lambda threat, **options: ATTACKS["feature-scattering"](threat, **options)
@@ -50,8 +53,6 @@ def test_writes_resumes_and_leaves_out(tmp_path, monkeypatch, capsys):
 
 
 def test_the_radius_of_a_linear_model_is_known():
-    from benchmarks.detectability.attacks import SPECS, matching_eps
-
     model = nn.Sequential(nn.Flatten(), nn.Linear(1, 2))
     with torch.no_grad():
         model[1].weight.copy_(torch.tensor([[-1.0], [1.0]]))
@@ -73,11 +74,6 @@ def test_the_radius_of_a_linear_model_is_known():
 
 
 def test_evading_keeps_attacking_until_it_has_won():
-    from types import SimpleNamespace
-
-    from benchmarks.detectability.attacks import Evading
-    from lightning_wdefense.detection import Energy
-
     logits = torch.tensor([[2.0, 0.0], [0.0, 2.0]], requires_grad=True)
     labels = torch.tensor([0, 0])
     values = Evading(Energy(), 3.0)(SimpleNamespace(logits=logits, features=None, inputs=None), labels)
@@ -89,8 +85,6 @@ def test_evading_keeps_attacking_until_it_has_won():
 
 
 def test_differences_are_paired_by_model():
-    from benchmarks.detectability.report import differences, groups
-
     def cell(attack: str, seed: int, auroc: float) -> dict:
         values = {"knn": [auroc, 0.0, 1.0], "lid": None}
         return {"model": "linf", "attack": attack, "success": 0.9, "seed": seed, "plain": values, "adaptive": values}

@@ -1,4 +1,4 @@
-"""``benchmarks/gpu.py``: a rehearsal of all of it, and how it spends its minutes."""
+"""``benchmarks.gpu``: a rehearsal of all of it, and how it spends its minutes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
+from benchmarks.gpu import schedule
+from benchmarks.gpu.book import LINES, Book, summary
+
+ROOT = Path(__file__).parents[2]
 FAKES = {
     "works": "def run(context):\n    context.measure('figure', lambda: {'ms': 1.23456789})",
     "fails": "def run(context):\n    context.measure('before', lambda: {'ms': 1.0})\n    raise RuntimeError('planted')",
@@ -28,33 +31,26 @@ FAKES = {
 
 
 def call(*words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), *map(str, words)]
+    command = [sys.executable, "-m", "benchmarks.gpu", *map(str, words)]
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command, capture_output=True, text=True, timeout=300, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
 
 
 @pytest.fixture
-def gpu():
-    from benchmarks.gpu import __main__ as gpu
-
-    return gpu
-
-
-@pytest.fixture
-def stages(gpu, tmp_path, monkeypatch):
+def stages(tmp_path, monkeypatch):
     """Stages that end in all the ways that there are, and what is left of them in the book."""
     (tmp_path / "fakes").mkdir()
     for name, code in FAKES.items():
         (tmp_path / "fakes" / f"{name}.py").write_text(f'"""{name}"""\n{code}\n')
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "fakes"))
-    monkeypatch.setattr(gpu, "GRACE", 1.0)
-    monkeypatch.setattr(gpu, "STARTED", 1.0)
+    monkeypatch.setattr(schedule, "GRACE", 1.0)
+    monkeypatch.setattr(schedule, "STARTED", 1.0)
 
     def run(*names: str, minutes: float = 2.0, seconds: float = 30.0) -> dict:
-        chosen = tuple(gpu.Stage(name, name, 8.0 if name == "hangs" else seconds) for name in names)
-        monkeypatch.setattr(gpu, "STAGES", chosen)
-        monkeypatch.setattr(gpu, "EVERY", chosen)
+        chosen = tuple(schedule.Stage(name, name, 8.0 if name == "hangs" else seconds) for name in names)
+        monkeypatch.setattr(schedule, "STAGES", chosen)
+        monkeypatch.setattr(schedule, "EVERY", chosen)
         options = Namespace(
             rehearse=not torch.cuda.is_available(),
             minutes=minutes,
@@ -63,7 +59,7 @@ def stages(gpu, tmp_path, monkeypatch):
             wheels=None,
             stages=None,
         )
-        run.failed = gpu.run(options)
+        run.failed = schedule.run(options)
         return json.loads((tmp_path / "out" / "gpu.json").read_text())["stages"]
 
     return run
@@ -113,27 +109,27 @@ def test_says_what_there_was_no_time_for(stages, capsys):
     assert "not begun" in capsys.readouterr().out
 
 
-def test_the_last_table_is_short(gpu, tmp_path):
-    book = gpu.Book(tmp_path)
+def test_the_last_table_is_short(tmp_path):
+    book = Book(tmp_path)
     for stage in "abcde":
         book.note(stage, state="done", title=stage)
         for row in range(40):
             book.row(stage, f"row {row}", {"ms": 1.0})
-    lines = gpu.summary(book).splitlines()
-    assert len(lines) <= gpu.LINES
+    lines = summary(book).splitlines()
+    assert len(lines) <= LINES
     assert all(any(line.startswith(stage + " ") for line in lines) for stage in "abcde")
     assert sum("more in gpu.md" in line for line in lines) == 5
 
 
-def test_rehearsal(gpu, tmp_path):
+def test_rehearsal(tmp_path):
     """Every stage at toy size: nothing may fail on a GPU for a silly reason. And the second call has nothing to do."""
     begun = time.monotonic()
     run = call("--rehearse", "--minutes", "4", "--output", tmp_path / "out")
     seconds = time.monotonic() - begun
     assert run.returncode == 0, run.stdout + run.stderr
     content = json.loads((tmp_path / "out" / "gpu.json").read_text())
-    assert [stage["state"] for stage in content["stages"].values()] == ["done"] * len(gpu.STAGES), run.stdout
-    assert list(content["stages"]) == [stage.name for stage in gpu.STAGES]
+    assert [stage["state"] for stage in content["stages"].values()] == ["done"] * len(schedule.STAGES), run.stdout
+    assert list(content["stages"]) == [stage.name for stage in schedule.STAGES]
     files = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
     assert len(files) <= 8
     assert max(file.stat().st_size for file in files) <= 16 * 2**20
@@ -145,8 +141,8 @@ def test_rehearsal(gpu, tmp_path):
     assert (tmp_path / "out" / "gpu.json").read_text() == written
 
 
-def test_bad_arguments(gpu, tmp_path):
-    book = gpu.Book(tmp_path)
+def test_bad_arguments(tmp_path):
+    book = Book(tmp_path)
     with book.changing() as content:
         content["about"]["card"] = "NVIDIA A100"
     cases = {

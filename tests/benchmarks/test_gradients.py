@@ -8,27 +8,25 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.gradients import __main__ as gradients
+from benchmarks.gradients.measures import Pairs, fresh_samples, gaussians, known_pairs, true_gradient
+from benchmarks.gradients.report import Count, count
+
 LOSSES = ["paired L2", "Sinkhorn", "Sinkhorn p=1", "sliced", "critic"]
 
 
 def pairs(images=96, alike=False):
     """A linear map and points that an attack has moved, each its own way."""
-    from benchmarks.gradients.measures import Pairs
-
     torch.manual_seed(0)
     clean, moved = torch.randn(2, 1 if alike else images, 6).expand(2, images, 6)
     return Pairs(nn.Linear(6, 4), clean, clean + moved, torch.arange(images) % 10)
 
 
 def of_pairs(data, loss, size=16):
-    from benchmarks.gradients.measures import known_pairs, true_gradient
-
     return known_pairs(data, true_gradient(data, loss, 0, 20), loss, size, 0, 20, 6)
 
 
 def of_gaussians(loss, dim, distance):
-    from benchmarks.gradients.measures import fresh_samples, gaussians
-
     return fresh_samples(gaussians(dim, 0), gaussians(dim, 1), loss, distance, 64, 0, 60, 3)
 
 
@@ -63,8 +61,6 @@ def test_where_pairs_are_random_l2_pulls_the_cloud_together_and_the_critic_does_
 
 
 def test_counts_what_is_better_worse_and_not_separated():
-    from benchmarks.gradients.report import Count, count
-
     def cell(values):
         return {str(seed): {"points agree": value} for seed, value in enumerate(values)}
 
@@ -77,8 +73,6 @@ def test_counts_what_is_better_worse_and_not_separated():
 
 
 def test_writes_everything_and_goes_on(tmp_path, monkeypatch, capsys):
-    from benchmarks.gradients import __main__ as gradients
-
     whole = gradients.load
     monkeypatch.setattr(gradients, "load", lambda *args: (found := whole(*args))._replace(train=found.train.first(128)))
     tiny = {"EPOCHS": (1,), "SIZES": (64,), "DIMENSIONS": (2,), "DISTANCES": (4.0,), "UPDATES": 3, "PROBES": 2}

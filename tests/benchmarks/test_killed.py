@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 
 import pytest
 import torch
@@ -41,7 +40,7 @@ def tuning(monkeypatch):
         return json.loads((folder / "results" / "defenses_digits_tuning.json").read_text())
 
     monkeypatch.setattr(defenses, "candidates", lambda variant, _: [variant])
-    monkeypatch.setattr("defenses_tuning.candidates", lambda variant, _: [variant])
+    monkeypatch.setattr("benchmarks.defenses.tuning.candidates", lambda variant, _: [variant])
     return run
 
 
@@ -114,24 +113,21 @@ def gradients(monkeypatch):
 
 
 def critic(monkeypatch):
-    from benchmarks.critic import __main__ as critic_sensitivity
-    from benchmarks.critic.accuracy import measure as critic_accuracy
+    from benchmarks.critic import __main__ as critic
+    from benchmarks.critic.accuracy import measure as accuracy
 
     def run(folder):
-        monkeypatch.setattr("sys.argv", ["", "--accuracy-seeds", "2", "--output", str(folder)])
-        critic_sensitivity.main()
+        critic.main(["--accuracy-seeds", "2", "--output", str(folder)])
         return [json.loads((folder / f"critic_{name}.json").read_text()) for name in ("sensitivity", "accuracy")]
 
     cells = [(name, "default", lambda dim, seed: dim + seed / 10, {}) for name in ("ours", "plain WGAN-GP")]
-    monkeypatch.setattr(critic_sensitivity, "cells", lambda: cells)
-    monkeypatch.setattr(critic_sensitivity, "markdown", lambda *_: "")
-    monkeypatch.setattr(critic_sensitivity, "plot", lambda *_: None)
-    monkeypatch.setattr(critic_accuracy, "cells", lambda: {"ours|default": 1, "no critic|default": 2})
-    monkeypatch.setattr(
-        critic_accuracy, "accuracy", lambda critic, protocol, splits, seed, folder: {"robust": critic + seed}
-    )
-    monkeypatch.setattr("critic_accuracy_report.markdown", str)
-    monkeypatch.setattr("critic_accuracy.adopt", lambda *_: None)
+    monkeypatch.setattr(critic.distance, "cells", lambda: cells)
+    monkeypatch.setattr(critic.distance_report, "markdown", lambda *_: "")
+    monkeypatch.setattr(critic.distance_report, "plot", lambda *_: None)
+    monkeypatch.setattr(accuracy, "cells", lambda: {"ours|default": 1, "no critic|default": 2})
+    monkeypatch.setattr(accuracy, "accuracy", lambda critic, protocol, splits, seed, folder: {"robust": critic + seed})
+    monkeypatch.setattr(accuracy, "adopt", lambda *_: None)
+    monkeypatch.setattr(critic.accuracy_report, "markdown", str)
     return run
 
 
@@ -259,70 +255,3 @@ def test_an_unreadable_file_counts_as_absent(name, tmp_path, monkeypatch, capsys
         expected = run(tmp_path / "undisturbed")
     assert without_times(run(tmp_path)) == without_times(expected)
     assert f"{path} cannot be read, and counts as absent" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.999])
-def test_every_part_of_a_file_is_unreadable(share, tmp_path, capsys):
-    from benchmarks.shared.files import load, read, save, write_atomically
-
-    save(tmp_path / "weights.pt", {"a": torch.arange(300.0), "b": torch.zeros(2, 2)})
-    write_atomically(tmp_path / "record.json", {"a": list(range(300))})
-    assert load(tmp_path / "weights.pt")["a"][-1] == 299
-    assert read(tmp_path / "record.json")["a"][-1] == 299
-    for path in sorted(tmp_path.iterdir()):
-        path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    assert load(tmp_path / "weights.pt") is None
-    assert read(tmp_path / "record.json") == {}
-    assert capsys.readouterr().err.count("cannot be read, and counts as absent") == 2
-    assert load(tmp_path / "none.pt") is None
-    assert read(tmp_path / "none.json") == {}
-    assert not capsys.readouterr().err
-
-
-def test_what_a_process_works_on_is_its_own_until_it_is_dead(tmp_path):
-    """A real ``kill -9``, in the middle of a file and of a scratch folder."""
-    from benchmarks.shared.files import alone, claimed, read, replacing, scratch, sweep, write_atomically
-
-    write_atomically(tmp_path / "record.json", {"old": 1})
-    ready, say = os.pipe()
-    if (child := os.fork()) == 0:  # it touches files alone: PyTorch's threads are not there
-        signal.alarm(30)  # should this test fail before it kills it
-        with claimed(tmp_path / "lock"), alone(tmp_path / "record.json"), scratch(tmp_path) as folder:
-            (folder / "epoch=1.ckpt").write_text("checkpoint")
-            with replacing(tmp_path / "record.json") as file:
-                file.write(b'{"new":')
-                file.flush()
-                os.write(say, b"!")
-                signal.pause()
-        os._exit(0)
-    os.close(say)
-    assert os.read(ready, 1) == b"!"
-    sweep(tmp_path)
-    with scratch(tmp_path) as ours:
-        assert len(list(tmp_path.glob(UNFINISHED))) == 3
-    assert not ours.exists()
-    with claimed(tmp_path / "lock") as free:
-        assert not free
-    with pytest.raises(SystemExit, match=r"Another process works on .*record\.json"), alone(tmp_path / "record.json"):
-        pass
-    os.kill(child, signal.SIGKILL)
-    assert os.waitpid(child, 0)[1] == signal.SIGKILL
-    assert read(tmp_path / "record.json") == {"old": 1}
-    with claimed(tmp_path / "lock") as free, alone(tmp_path / "record.json"):
-        assert free
-        write_atomically(tmp_path / "other.json", {})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["lock", "other.json", "record.json", "record.lock"]
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    from benchmarks.shared.files import read, write_atomically
-
-    write_atomically(tmp_path / "record.json", {"old": 1})
-    with pytest.raises(TypeError, match="not JSON serializable"):
-        write_atomically(tmp_path / "record.json", {"new": torch.zeros(1)})
-    from benchmarks.shared.files import save
-
-    with pytest.raises((AttributeError, TypeError, RuntimeError)):
-        save(tmp_path / "record.json", lambda: None)
-    assert read(tmp_path / "record.json") == {"old": 1}
-    assert len(list(tmp_path.iterdir())) == 1

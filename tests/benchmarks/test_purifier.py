@@ -7,12 +7,15 @@ import json
 import torch
 from torch import nn
 
+from benchmarks.purifier.__main__ import main, measured
+from benchmarks.shared.data import Images
+from benchmarks.shared.protocol import PROTOCOLS
+from lightning_wdefense.defenses import PurifiedClassifier
+
 TINY = "--seeds 1 --train 900 --test 40 --epochs 6 --pgd-steps 5 --attack-steps 2 --queries 5"
 
 
 def test_writes_and_resumes(tmp_path):
-    from benchmarks.purifier.__main__ import main
-
     arguments = [*TINY.split(), "--output", str(tmp_path)]
     main([*arguments, "--models", "no purifier", "trained as usual"])
     first = json.loads((tmp_path / "purifier_digits.json").read_text())["results"]
@@ -28,11 +31,6 @@ def test_writes_and_resumes(tmp_path):
 
 
 def test_naive_and_through_are_different_attacks():
-    from benchmarks.purifier.__main__ import measured
-    from benchmarks.shared.data import Images
-    from benchmarks.shared.protocol import PROTOCOLS
-    from lightning_wdefense.defenses import PurifiedClassifier
-
     class Mirror(nn.Module):
         def forward(self, x):
             return 1 - x

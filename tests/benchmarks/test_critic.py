@@ -8,6 +8,11 @@ import json
 import pytest
 import torch
 
+from benchmarks.critic.accuracy import measure as critic_accuracy
+from benchmarks.critic.accuracy.measure import NONE, OURS, PLAIN, adopt, cells
+from benchmarks.critic.accuracy.plain import PlainDiscrepancy
+from benchmarks.critic.accuracy.report import AXES, markdown, spread
+
 TINY = {
     "train": 64,
     "validation": 16,
@@ -21,8 +26,6 @@ TINY = {
 
 def gaussians(steps, penalty):
     """What a plain critic says of two Gaussians at a distance of 1, after so many batches."""
-    from benchmarks.critic.accuracy.plain import PlainDiscrepancy
-
     draw, labels = torch.Generator().manual_seed(0), torch.zeros(256, dtype=torch.long)
     training = PlainDiscrepancy(lr=1e-3, penalty=penalty).start(torch.zeros(4, 2), 1)
     said = []
@@ -45,8 +48,6 @@ def test_plain_critic_overshoots_as_a_two_sided_penalty_does(penalty):
 
 
 def test_plain_critic_knows_the_classes():
-    from benchmarks.critic.accuracy.plain import PlainDiscrepancy
-
     training = PlainDiscrepancy().start(torch.zeros(4, 2), 3)
     points = torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
     one, other = (training.critic(points, torch.full((5,), label)) for label in (0, 2))
@@ -54,8 +55,6 @@ def test_plain_critic_knows_the_classes():
 
 
 def test_every_cell_differs_from_the_default_and_from_the_others():
-    from benchmarks.critic.accuracy.measure import NONE, OURS, PLAIN, cells
-
     found = cells()
     critics = [critic for key, critic in found.items() if not key.startswith(NONE)]
     assert len(set(critics)) == len(critics)
@@ -64,8 +63,6 @@ def test_every_cell_differs_from_the_default_and_from_the_others():
 
 
 def test_runs_are_stored_one_by_one_and_go_on(tmp_path, monkeypatch, capsys):
-    from benchmarks.critic.accuracy import measure as critic_accuracy
-
     protocol = dataclasses.replace(critic_accuracy.PROTOCOLS["digits"], **TINY)
     monkeypatch.setitem(critic_accuracy.PROTOCOLS, "digits", protocol)
     wanted = {key: critic for key, critic in critic_accuracy.cells().items() if key.endswith("default")}
@@ -84,8 +81,6 @@ def test_runs_are_stored_one_by_one_and_go_on(tmp_path, monkeypatch, capsys):
 
 
 def test_takes_over_what_the_benchmark_of_the_defences_has_measured(tmp_path):
-    from benchmarks.critic.accuracy.measure import adopt
-
     def run(recipe, changes, seed=0, averaged=False):
         test = {"clean": {"accuracy": 0.9}, "apgd-t": {"accuracy": 0.5}}
         return {"recipe": recipe, "changes": changes, "seed": seed, "averaged": averaged, "test": test}
@@ -108,8 +103,6 @@ def test_takes_over_what_the_benchmark_of_the_defences_has_measured(tmp_path):
 
 
 def test_report_takes_spreads_within_seeds_and_names_what_diverged():
-    from benchmarks.critic.accuracy.report import AXES, OURS, PLAIN, markdown, spread
-
     runs = {f"{OURS}|{setting}": {"0": {"robust": 0.5}, "1": {"robust": 0.4}} for setting in AXES["steps"]}
     runs[f"{OURS}|default"] = {"0": {"robust": 0.56}, "1": {"robust": 0.44}}
     runs[f"{OURS}|10 steps"]["2"] = {"robust": 0.9}  # which the others lack

@@ -1,4 +1,4 @@
-"""``benchmarks/wasserstein_attacks.py``: its cells, and how two attacks are compared."""
+"""The benchmark of Wasserstein attacks: its cells, and how two attacks are compared."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import json
 
 import pytest
 
+from benchmarks.wasserstein.attacks import __main__ as wasserstein_attacks
+from benchmarks.wasserstein.attacks.report import accuracy, lead, spending
+
 
 def cell(name: str, broken: list[bool], clean: list[bool] | None = None) -> dict:
     return {"attack": name, "broken": broken, "clean": clean or [False] * len(broken)}
 
 
 def test_the_lead_is_paired_by_image():
-    from benchmarks.wasserstein.attacks.report import accuracy, lead
-
     ours, theirs = [cell("ours", [True] * 6 + [False] * 4)], [cell("theirs", [True] * 2 + [False] * 8)]
     assert accuracy(ours)[0] == pytest.approx(0.4)
     found = lead(ours, theirs)
@@ -27,8 +28,6 @@ def test_the_lead_is_paired_by_image():
 
 
 def test_models_that_disagree_are_no_lead():
-    from benchmarks.wasserstein.attacks.report import lead
-
     ours = [cell("ours", [True] * 60 + [False] * 40), cell("ours", [False] * 100)]
     theirs = [cell("theirs", [False] * 100), cell("theirs", [True] * 10 + [False] * 90)]
     found = lead(ours, theirs)
@@ -40,8 +39,6 @@ def test_models_that_disagree_are_no_lead():
 
 
 def test_images_that_were_wrong_before_are_nobodys_success():
-    from benchmarks.wasserstein.attacks.report import accuracy, lead
-
     wrong = [True, True, False, False]
     ours, theirs = [cell("ours", [True, True, True, False], wrong)], [cell("theirs", [False] * 4, wrong)]
     assert accuracy(ours)[0] == pytest.approx(0.25)
@@ -49,8 +46,6 @@ def test_images_that_were_wrong_before_are_nobodys_success():
 
 
 def test_what_images_spend_is_a_median_over_models():
-    from benchmarks.wasserstein.attacks.report import spending
-
     def costs(resisting: list[float], thorough: list[float]) -> dict:
         return {"resisting": resisting, "thorough": thorough}
 
@@ -67,8 +62,6 @@ def test_what_images_spend_is_a_median_over_models():
 
 
 def test_runs_and_goes_on_where_it_was(tmp_path, capsys):
-    from benchmarks.wasserstein.attacks import __main__ as wasserstein_attacks
-
     command = ["--quick", "--models", "undefended", "--work", str(tmp_path / "work"), "--output", str(tmp_path)]
     wasserstein_attacks.main(command)
     text = (tmp_path / "wasserstein_attacks_digits.md").read_text()
