@@ -74,9 +74,9 @@ def extras() -> dict[str, set[str]]:
 def test_torchattacks_and_its_old_pins_come_only_where_autoattack_is_run():
     found = extras()
     assert {name for name, brings in found.items() if "torchattacks" in brings} == {
-        "torchattacks", "examples", "test", "bench",
+        "torchattacks", "examples", "test", "dev", "bench",
     }  # fmt: skip
-    users = ("wandb", "plot", "cli", "detection")
+    users = ("wandb", "plot", "cli", "detection", "geomloss")
     assert found["all"] == set().union(*(found[name] for name in users))
 
 
@@ -90,6 +90,8 @@ def test_every_extra_that_a_text_advises_brings_what_is_missing():
         for names in re.findall(r"(?:lightning-wdefense|-e \"\.)\[([\w,]+)\]", path.read_text())
         for name in names.split(",")
     }
-    assert {"all", "torchattacks", "plot", "detection"} <= advised <= brings.keys()
-    missing = {"torchattacks": "torchattacks", "plot": "matplotlib", "detection": "scikit-learn", "wandb": "wandb"}
+    assert {"all", "torchattacks", "plot", "detection", "geomloss"} <= advised <= brings.keys()
+    missing = {
+        "torchattacks": "torchattacks", "plot": "matplotlib", "detection": "scikit-learn", "wandb": "wandb", "geomloss": "geomloss",
+    }  # fmt: skip
     assert all(package in brings[name] for name, package in missing.items())
