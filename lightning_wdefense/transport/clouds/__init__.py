@@ -1,1 +1,1 @@
-"""Weighted point clouds: read from what was passed, checked and padded, and multiplied without losing digits."""
+"""Weighted point clouds: reading and checking arguments, padding, and products in full precision."""

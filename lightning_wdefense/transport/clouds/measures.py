@@ -1,4 +1,4 @@
-"""Weighted point clouds, read from whatever the caller passed and checked once."""
+"""Weighted point clouds, read from the arguments of the caller and checked once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_wdefense.transport.clouds.padding import contained
 
 MASS_TOLERANCE = 1e-3
-"""Relative difference between the two total masses that counts as rounding, whatever the dtype; see :func:`_rounding`."""
+"""Relative difference between the two total masses that counts as rounding, for every dtype; see :func:`_rounding`."""
 
 
 class Measure(NamedTuple):
@@ -47,14 +47,13 @@ def read_measures(
     own_cost: bool = False,
     claims: list[Tensor] | None = None,
 ) -> tuple[Measure, Measure]:
-    """Both clouds as batched measures in float32 or float64, or an error that says what is wrong with which argument.
+    """Both clouds as batched measures in float32 or float64, or an error that names the argument and what is wrong with it.
 
-    Points of weight zero may have any value and any label, and come back as :func:`~.padding.contained` says. In the balanced case
+    Points of weight zero may have any value and any label, and are returned as :func:`~lightning_wdefense.transport.clouds.padding.contained` describes. In the balanced case
     the second mass is scaled to the first, so that rounding cannot make the problem infeasible.
 
-    With ``claims`` no value is looked at, for which the host would have to wait for a GPU: what has to hold of values is added to
-    that list, as booleans ``()``. Where one of them does not hold, the measures are worth nothing, and a call without ``claims``
-    raises the error.
+    With ``claims`` no value is read, because the host would have to wait for a GPU. The conditions on values are appended to that list
+    as booleans ``()``. If one of them is false, the measures are invalid, and a call without ``claims`` raises the error.
     """
     _check_cloud("x", x)
     _check_cloud("y", y)
@@ -242,7 +241,7 @@ def check_float(name: str, tensor: Tensor) -> None:
 
 
 def check_finite(name: str, tensor: Tensor, weights: Tensor | None = None) -> None:
-    """An error if there is a NaN or an infinity in it, but for points ``(..., N, D)`` of weight zero."""
+    """An error if it holds NaN or infinity, except in points ``(..., N, D)`` of weight zero."""
     # A sum is finite only if all its terms are, and takes a fiftieth of the time to look at; but it may overflow.
     if math.isfinite(tensor.detach().sum()):
         return

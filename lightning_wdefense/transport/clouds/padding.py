@@ -1,4 +1,4 @@
-"""Points of weight zero: they fill up a tensor, and belong to no cloud."""
+"""Points of weight zero, which pad a tensor and belong to no cloud."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 def contained(
     x: Tensor, y: Tensor, a: Tensor, b: Tensor, *, own_cost: bool, padded: bool | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The clouds with their points of weight zero among the others, so that whatever is computed of them is as good as of these.
+    """The clouds with their points of weight zero moved among the others, so that results are as accurate as without them.
 
     What has no weight has no part in the transport, but products with NaN, infinite or very large values spoil what has. Where it
     lies decides only how the value depends on its weight: so it stays where it is in the box that all points with weight span, and

@@ -1,4 +1,4 @@
-"""Products of float32 matrices with float32 accuracy, whatever reduced precision the user allows for training."""
+"""Products of float32 matrices with float32 accuracy, also where the user allows reduced precision for training."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ if hasattr(os, "register_at_fork"):
 def exact_matmul(left: Tensor, right: Tensor) -> Tensor:
     """``left @ right`` of batches ``(1 or B, I, J)`` and ``(1 or B, J, K)``, and all its derivatives, with exact products.
 
-    Autocast is off in them too: a backward pass that is called under autocast would be cast, whatever the forward pass was.
+    Autocast is off in them too: a backward pass that is called under autocast would be cast otherwise.
     """
     product: Tensor = _ExactMatmul.apply(left, right)
     return product

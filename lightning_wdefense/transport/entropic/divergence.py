@@ -1,4 +1,4 @@
-"""The Sinkhorn divergence: entropic transport without its bias, so that it is zero between equal clouds."""
+"""The Sinkhorn divergence: debiased entropic transport, which is zero between equal point clouds."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def sinkhorn_divergence(
     r"""Sinkhorn divergence between two weighted point clouds (Feydy et al. 2019).
 
     ``S(x, y) = OT(x, y) - OT(x, x) / 2 - OT(y, y) / 2 + eps / 2 (sum a - sum b)^2``, where ``OT`` is the value of
-    :func:`sinkhorn` and the three share one blur. It is zero if the clouds are equal and positive otherwise, up to the
-    tolerance; it goes to the transport cost as the blur goes to 0 and to a kernel distance as it grows.
+    :func:`sinkhorn`. The three transports share one blur. Up to the tolerance, the divergence is zero if the clouds are equal and
+    positive otherwise. It converges to the transport cost as the blur goes to 0, and to a kernel distance as the blur grows.
 
     The arguments, the gradients and the errors are those of :func:`sinkhorn`.
 
@@ -43,22 +43,22 @@ def sinkhorn_divergence(
         x: points ``(N, D)`` or ``(B, N, D)``, of a floating dtype.
         y: points ``(M, D)`` or ``(B, M, D)``.
         a: weights of ``x``, ``(N,)`` or ``(B, N)``; ``None`` for ``1 / N`` each. Points of weight zero are padding of any value.
-        b: weights of ``y``, likewise; without ``reach`` they must sum to what ``a`` sums to.
+        b: weights of ``y``, likewise. Without ``reach`` their sum must equal that of ``a``.
         p: 1 for the distance as cost, 2 for half the squared distance.
-        blur: scale below which the transport does not look, in units of the distance; wins over ``relative_blur``.
-        relative_blur: blur in units of the typical distance between ``x`` and ``y``, a constant for the gradient.
-        reach: distance beyond which mass is rather destroyed and created than moved; ``None`` for balanced transport.
+        blur: scale of the entropic smoothing, in units of the distance (``eps = blur^p``). It takes precedence over ``relative_blur``.
+        relative_blur: blur in units of the typical distance between ``x`` and ``y``. It counts as a constant in the gradient.
+        reach: distance beyond which destroying and creating mass is cheaper than moving it; ``None`` for balanced transport.
         cost: differentiable ``(x, y) -> (N, M)`` or ``(B, N, M)``, symmetric, in place of ``|x - y|^p / p``. The
-            divergence is only sure to be positive if ``exp(-cost / eps)`` is a positive definite kernel. Or ``"cosine"`` for
+            divergence is guaranteed to be positive only if ``exp(-cost / eps)`` is a positive definite kernel. Or ``"cosine"`` for
             ``1 - cos(x, y)``.
-        label_cost: added to the cost where labels differ, within a cloud too, in units of the cost.
+        label_cost: added to the cost where labels differ, also within a cloud, in units of the cost.
         x_labels: integers ``(N,)`` or ``(B, N)``, or probabilities ``(N, K)`` or ``(B, N, K)``; unused without
             ``label_cost``.
         y_labels: labels of ``y``, likewise.
-        tol: marginal error at which to stop. The default holds the gradient to 1%.
-        max_iter: most iterations, those of the annealing included.
-        solver: ``"native"``, or ``"geomloss"`` for a second opinion.
-        warm_start: potentials of the last call, to start from; updated in place.
+        tol: marginal error at which to stop. The default keeps the error of the gradient below 1%.
+        max_iter: maximum number of iterations, including those of the annealing.
+        solver: ``"native"``, or ``"geomloss"`` for an independent check.
+        warm_start: dual potentials of the last call to start from; updated in place.
 
     Returns:
         The divergence in units of the cost, ``()`` or ``(B,)``, in float32 or better.
@@ -77,14 +77,14 @@ def sinkhorn_divergence(
         Séjourné, Feydy, Vialard, Trouvé, Peyré, "Sinkhorn divergences for unbalanced optimal transport", 2019.
 
     Example:
-        A translation by ``t`` costs ``|t|^2 / 2``, whatever the blur:
+        A translation by ``t`` costs ``|t|^2 / 2`` for every blur:
 
         >>> import torch
         >>> x = torch.randn(16, 2, generator=torch.Generator().manual_seed(0))
         >>> round(sinkhorn_divergence(x, x + torch.tensor([0.0, 2.0])).item(), 3)
         2.0
 
-        Clouds of different sizes make a batch by padding, with points of weight zero:
+        Clouds of different sizes form a batch by padding with points of weight zero:
 
         >>> weights = (torch.arange(16) < 10) / 10
         >>> padded = x.masked_fill(weights[:, None] == 0, torch.nan)
@@ -94,7 +94,7 @@ def sinkhorn_divergence(
     options = SinkhornOptions(p, blur, relative_blur, reach, cost, label_cost, tol, max_iter, solver)
     evaluation = evaluate(Given(x, y, a, b, x_labels, y_labels, options, debias=True), warm_start)
     value = evaluation.value
-    # geomloss counts it in; without weights the two sums are equal to the last bit.
+    # geomloss includes it already. Without weights the two sums are equal to the last bit.
     if reach is not None and solver == "native" and (a is not None or b is not None):
         source, target, *_ = evaluation.arguments
         excess = source.weights.sum(-1) - target.weights.sum(-1)
@@ -103,18 +103,18 @@ def sinkhorn_divergence(
 
 
 class SinkhornDivergence(nn.Module):
-    """:func:`sinkhorn_divergence` as a module without parameters: settings first, clouds later.
+    """:func:`sinkhorn_divergence` as a module without parameters. The settings go to the constructor, the clouds to the call.
 
     Args:
         p: 1 for the distance as cost, 2 for half the squared distance.
-        blur: absolute blur, in units of the distance; wins over ``relative_blur``.
-        relative_blur: blur in units of the typical distance of the batch.
-        reach: distance beyond which mass is rather destroyed and created than moved; ``None`` for balanced transport.
+        blur: absolute blur, in units of the distance. It takes precedence over ``relative_blur``.
+        relative_blur: blur in units of the typical distance between the two clouds.
+        reach: distance beyond which destroying and creating mass is cheaper than moving it; ``None`` for balanced transport.
         cost: differentiable and symmetric ``(x, y) -> cost matrix`` in place of ``|x - y|^p / p``, or ``"cosine"``.
         label_cost: added to the cost where labels differ, in units of the cost.
         tol: marginal error at which to stop.
-        max_iter: most iterations, those of the annealing included.
-        solver: ``"native"``, or ``"geomloss"`` for a second opinion.
+        max_iter: maximum number of iterations, including those of the annealing.
+        solver: ``"native"``, or ``"geomloss"`` for an independent check.
 
     Raises:
         TypeError: if a setting is of the wrong type.
@@ -161,7 +161,7 @@ class SinkhornDivergence(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """The cost, the blur in force, and whatever else is not the default."""
+        """The order of the cost, the blur that is used, and every setting that is not the default."""
         unused = "blur" if self.options.blur is None else "relative_blur"
         always = {"p", "blur", "relative_blur"} - {unused}
         values = {field: getattr(self.options, field.name) for field in fields(self.options) if field.name != unused}

@@ -24,7 +24,7 @@ from lightning_wdefense.transport.entropic.warm_start import WarmStart
 
 
 class SinkhornConvergenceWarning(UserWarning):
-    """The iterations ended before the plan had the right marginals, so that value and gradient are inexact."""
+    """The iterations ended before the plan had the right marginals, so the value and the gradient are inexact."""
 
 
 class Evaluation(NamedTuple):
@@ -83,12 +83,12 @@ def _solve(arguments: Arguments, warm_start: WarmStart | None) -> Evaluation:
     (size, n), m = arguments.x.weights.shape, arguments.y.weights.shape[1]
     solve = newton.transports if newton.suits(size, n, m, arguments.x.weights.device) else sinkhorn.transports
     start = None if warm_start is None else warm_start.recall(arguments.y.weights)
-    # Steps of the iteration that lead nowhere may overflow: they are taken back.
+    # A step of the iteration that is rejected later may overflow.
     with torch.no_grad(), exact_products(), numpy.errstate(all="ignore"), workspace() as work:
         transports = solve(arguments, start, work)
     optima, blur = transports
     if warm_start is not None:
-        warm_start.potential = optima["xy"].g  # whatever it is worth: the next call judges it
+        warm_start.potential = optima["xy"].g  # the next call checks how good it is
     return Evaluation(arguments, differentiable_value(arguments, transports), optima, blur)
 
 

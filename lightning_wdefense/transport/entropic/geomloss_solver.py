@@ -1,6 +1,6 @@
-"""The same quantities by geomloss, to check ours against: end to end, its own cost, iterations and gradients.
+"""The same quantities by geomloss, as an independent check with its own cost, iterations and gradients.
 
-geomloss stops after one annealing sweep, so that it has an accuracy but no tolerance, and takes one float of blur.
+geomloss stops after one annealing sweep, so it has no tolerance. It takes one blur for a whole batch.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def geomloss_transports(arguments: Arguments) -> tuple[Tensor, Transports]:
 
 
 def _run(problem: Problem, tensors: list[Tensor], **mode: bool) -> list[Any]:
-    """Call geomloss on each problem of the batch by itself: it knows one blur for all."""
+    """Call geomloss on each problem of the batch by itself: it takes one blur for all."""
     losses = _geomloss()
     a, x, b, y = tensors
     options, cost = problem.options, problem.options.cost

@@ -1,4 +1,4 @@
-"""How to transport: the settings shared by the Sinkhorn functions, checked once."""
+"""The settings that the Sinkhorn functions share, checked once."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class SinkhornOptions:
 
     @property
     def rho(self) -> float | None:
-        """Price of creating or destroying mass, in units of the cost; ``None`` if it is forbidden."""
+        """Price of creating or destroying mass, in units of the cost; ``None`` for balanced transport."""
         return None if self.reach is None else float(self.reach) ** self.p
 
 

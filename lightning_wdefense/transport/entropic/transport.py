@@ -1,4 +1,4 @@
-"""Entropic optimal transport between point clouds, with the potentials and how well the iterations converged."""
+"""Entropic optimal transport between point clouds: value, dual potentials and convergence."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from lightning_wdefense.transport.entropic.warm_start import WarmStart
 
 
 class SinkhornResult(NamedTuple):
-    """What :func:`sinkhorn` found. ``B`` is absent from every shape if it was absent from the inputs.
+    """The result of :func:`sinkhorn`. Without a batch in the inputs no shape has ``B``.
 
     Attributes:
         value: the optimal value, ``()`` or ``(B,)``; the only field with a gradient.
         f: dual potential on ``x``, ``(N,)`` or ``(B, N)``, in units of the cost.
         g: dual potential on ``y``, ``(M,)`` or ``(B, M)``.
-        n_iter: iterations taken, those of the annealing included; on a GPU, those of a kernel or, where they were not enough, those
-            that followed. Of small problems on a CPU, steps of Sinkhorn's and of Newton's.
-        marginal_error: root mean square of the relative error of the plan's marginals. It bounds their L1 error as a share
-            of the mass, and foretells the error of the gradient better.
+        n_iter: number of iterations, including those of the annealing. On a GPU these are the iterations of the kernel, or, if they
+            were not enough, the iterations after it. For small problems on a CPU, Sinkhorn's and Newton's steps both count.
+        marginal_error: root mean square of the relative error of the plan's marginals. It is an upper bound of their L1 error as a
+            share of the mass, and predicts the error of the gradient better than the L1 error does.
         converged: whether ``marginal_error`` is at most ``tol``.
-        blur: the blur that was used, which a relative one depends on the data for.
+        blur: the blur that was used, in units of the distance. A relative blur depends on the data.
     """
 
     value: Tensor
@@ -59,41 +59,42 @@ def sinkhorn(
 
     The value is the minimum over plans ``P`` of
     ``<P, C> + eps KL(P | a b^T) + rho KL(P 1 | a) + rho KL(P^T 1 | b)``, with the conventions of geomloss:
-    ``C = |x - y|^p / p``, ``eps = blur^p``, ``rho = reach^p``, and infinite ``rho`` (marginals exactly ``a`` and ``b``)
-    without ``reach``. It is not zero between equal clouds: :func:`sinkhorn_divergence` is.
+    ``C = |x - y|^p / p``, ``eps = blur^p`` and ``rho = reach^p``. Without ``reach``, ``rho`` is infinite and the marginals are
+    exactly ``a`` and ``b``. The value is not zero between equal clouds; :func:`sinkhorn_divergence` is.
 
-    Gradients reach ``x``, ``y``, ``a`` and ``b`` by the envelope theorem, without a graph through the iterations, and can be
-    differentiated again (``create_graph=True``) by the implicit function theorem. Computed in float32 or better whatever autocast says; gradients come back in the dtype of the inputs.
+    Gradients with respect to ``x``, ``y``, ``a`` and ``b`` follow from the envelope theorem, without a graph through the iterations.
+    They can be differentiated again (``create_graph=True``) by the implicit function theorem. All is computed in float32 or
+    better, also under autocast; gradients have the dtype of the inputs.
 
     Args:
         x: points ``(N, D)`` or ``(B, N, D)``, of a floating dtype.
         y: points ``(M, D)`` or ``(B, M, D)``.
-        a: weights of ``x``, ``(N,)`` or ``(B, N)``, not negative; ``None`` for ``1 / N`` each. A point of weight zero is padding, of any
-            value and label, NaN and infinite included: it changes nothing. Outside the box that all other points span it counts as
-            the nearest place in it where its weight is differentiated and where potentials are asked for (with a cost of your own, as
-            the point of the largest weight, wherever it is).
-        b: weights of ``y``, likewise. Without ``reach`` they must sum to what ``a`` sums to, up to the rounding of their dtype.
+        a: weights of ``x``, ``(N,)`` or ``(B, N)``, not negative; ``None`` for ``1 / N`` each. A point of weight zero is padding. It
+            may have any value and label, also NaN or infinity, and does not change the result. Its own potential, and the gradient
+            in its weight, are those of the nearest place in the bounding box of the other points (with a cost function of your own,
+            those of the point with the largest weight).
+        b: weights of ``y``, likewise. Without ``reach`` their sum must equal that of ``a``, up to the rounding of their dtype.
         p: 1 for the distance as cost, 2 for half the squared distance.
-        blur: scale below which the transport does not look, in units of the distance; wins over ``relative_blur``.
-        relative_blur: blur in units of the typical distance of the batch, ``mean(C)^(1/p)`` between ``x`` and ``y``
-            (without the label cost). It is recomputed at each call and is a constant for the gradient.
-        reach: distance beyond which mass is rather destroyed and created than moved (Séjourné 2019); ``None`` for
+        blur: scale of the entropic smoothing, in units of the distance (``eps = blur^p``). It takes precedence over ``relative_blur``.
+        relative_blur: blur in units of the typical distance ``mean(C)^(1/p)`` between ``x`` and ``y`` (without the label cost). It is
+            recomputed at each call and counts as a constant in the gradient.
+        reach: distance beyond which destroying and creating mass is cheaper than moving it (Séjourné 2019); ``None`` for
             balanced transport.
         cost: differentiable ``(x, y) -> (N, M)``, or ``(B, N, M)`` if the inputs are batched, in place of
             ``|x - y|^p / p``; or ``"cosine"`` for ``1 - cos(x, y)``.
         label_cost: added to the cost where labels differ, in units of the cost. For soft labels it is multiplied by the
             total variation distance between them.
         x_labels: labels of ``x``: integers ``(N,)`` or ``(B, N)``, or probabilities ``(N, K)`` or ``(B, N, K)``.
-            Unused without ``label_cost``, so that callers may always pass them.
+            They may always be passed, and are used only with ``label_cost``.
         y_labels: labels of ``y``, likewise.
         tol: marginal error at which to stop.
-        max_iter: most iterations, those of the annealing included.
-        solver: ``"native"``, or ``"geomloss"`` for a second opinion (slower, blind to ``tol`` and ``max_iter``, and its
-            unbalanced gradients are known to be too small by a factor of ``(rho + eps / 2) / (rho + eps)``).
-        warm_start: potentials of the last call, to start from; updated in place. Not used by geomloss.
+        max_iter: maximum number of iterations, including those of the annealing.
+        solver: ``"native"``, or ``"geomloss"`` for an independent check. geomloss is slower and ignores ``tol`` and ``max_iter``. Its
+            unbalanced gradients are too small by a factor of ``(rho + eps / 2) / (rho + eps)``.
+        warm_start: dual potentials of the last call to start from; updated in place. geomloss does not use them.
 
     Returns:
-        The value, the potentials, and how well the iterations converged.
+        The value, the dual potentials and the marginal error.
 
     Raises:
         TypeError: if an argument is of the wrong type, or points or weights are not of a floating dtype.

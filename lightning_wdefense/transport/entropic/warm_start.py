@@ -1,4 +1,4 @@
-"""Potentials carried from one call to the next."""
+"""Dual potentials that are carried from one call to the next."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from torch import Tensor
 
 
 class WarmStart:
-    """Where the next call of a Sinkhorn function starts: at the potential that the last one ended with.
+    """A start for the next call of a Sinkhorn function: the dual potential that the last call ended with.
 
-    For calls on slowly changing clouds, such as the steps of an attack or of a descent, which then take a few iterations
-    instead of dozens. The result is the same, up to the tolerance. A handle belongs to one sequence of calls; potentials of
-    another shape are ignored, and far ones cost one pass before the usual start is taken.
+    It is meant for clouds that change slowly, such as those of the steps of an attack or of a gradient descent. Such calls then take
+    a few iterations instead of dozens. The result is the same up to the tolerance. Use one object for one sequence of calls.
+    Potentials of another shape are ignored. Potentials that are far from the solution cost one pass.
 
     Example:
         >>> import torch

@@ -1,7 +1,7 @@
-"""Attempts as CUDA graphs, for problems of a shape that comes again and again, as the batches of a training do.
+"""Attempts as CUDA graphs, for problems of a shape that is repeated, such as the batches of a training.
 
-An attempt is some eighty launches, which take the host many times as long as they take the GPU; recorded, it is one. Only where the
-environment has ``LIGHTNING_WDEFENSE_RECORD=1``: it has not been seen to be right on a GPU yet.
+An attempt consists of about eighty kernel launches, which take the host much longer than the GPU. As a graph it is one launch. This is
+used only if the environment has ``LIGHTNING_WDEFENSE_RECORD=1``, because it has not been verified on a GPU yet.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ DEVICES = frozenset({"cuda"} if os.environ.get("LIGHTNING_WDEFENSE_RECORD") == "
 """Types of the devices on which attempts are recorded."""
 
 LARGEST = 2**22
-"""Entries of all costs up to which an attempt is recorded: the GPU is busy for longer than the host with a larger one, and a graph
-keeps the memory of all that it computes."""
+"""Number of entries of all costs up to which an attempt is recorded. With a larger one the GPU is busy for longer than the host, and a
+graph keeps the memory of everything that it computes."""
 
 KEPT = 4
-"""Graphs that are kept, those that were taken last."""
+"""Number of graphs that are kept, the most recently used ones."""
 
 RECENT = 8
-"""Calls among which one is looked for that was alike."""
+"""Number of the last calls that are searched for one of the same shapes."""
 
 _lock = threading.Lock()
 _graphs: OrderedDict[Hashable, _Recorded] = OrderedDict()

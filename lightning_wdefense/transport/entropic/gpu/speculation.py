@@ -1,7 +1,7 @@
-"""Transports on a GPU without waiting for it: kernels, their check and the gradients are queued before anything is looked at.
+"""Transports on a GPU without waiting for it: kernels, their check and the gradients are queued before the host reads a result.
 
-The check is in PyTorch and as strict as that of the careful way, so that a kernel that fails costs time but no accuracy: what does
-not pass is thrown away.
+The check is in PyTorch and as strict as that of the step-by-step solver, so a kernel that fails costs time but no accuracy: a result that
+does not pass is discarded.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lightning_wdefense.transport.entropic.solver.dual import semi_dual
 from lightning_wdefense.transport.entropic.solver.optimum import Optimum, Transports, of_weights
 
 MARGIN = 0.9
-"""Share of the tolerance that the kernels are asked for: their sums are in another order than those of the check."""
+"""Share of the tolerance that the kernels aim at, because their sums are in another order than those of the check."""
 
 
 class Attempt(NamedTuple):

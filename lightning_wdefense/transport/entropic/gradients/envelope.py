@@ -1,4 +1,4 @@
-"""Values whose gradients are known by the envelope theorem, so that no graph has to be kept through what computed them."""
+"""The value with its gradients by the envelope theorem, without a graph through the iterations."""
 
 from __future__ import annotations
 

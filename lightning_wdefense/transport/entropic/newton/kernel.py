@@ -1,7 +1,7 @@
 """The kernel ``exp((g - C) / eps)`` of a small problem, in NumPy and in float64.
 
-An operation of NumPy begins in a fraction of the time that one of PyTorch takes, and on 100 x 100 numbers that is what counts. In
-float64 no entry that matters underflows, and denormal numbers, which are 50 times slower, are out of reach.
+An operation of NumPy has a fraction of the overhead of one of PyTorch, and for 100 x 100 numbers the overhead dominates. In float64 no
+entry that matters underflows, and denormal numbers, which are 50 times slower, do not occur.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ Vector = NDArray[numpy.float64]
 Matrix = NDArray[numpy.float64]
 
 FLOOR = -200.0
-"""Smallest exponent, far below any mass that counts and far above the denormal numbers."""
+"""Smallest exponent: far below any mass that counts, and far above the denormal numbers."""
 
 WIDE = 48
-"""Dimensions from which products of points are worth a conversion."""
+"""Number of dimensions from which products of points in the dtype of the caller are faster."""
 
 DUST = 2.0**-50
-"""Share of the mass that leaves nothing, added in float64 and taken off again, of what is 2^-52 of it or less."""
+"""Share of the mass that is added in float64 and subtracted again, so that entries of 2^-52 of it or less become zero."""
 
 UNIT = {"f": 2.0**-23, "d": 2.0**-52}
 """Unit in the last place, by the character of the dtype."""
 
 
 QUIET = 2**13, 2**18
-"""Multiplications up to which NumPy's products with a vector and with a matrix take no threads. Beyond, it takes all cores, whatever
-PyTorch is told, and to wake them takes longer than these products."""
+"""Number of multiplications up to which NumPy's products with a vector and with a matrix use no threads. Beyond it NumPy uses all cores,
+independently of PyTorch's settings, and waking them takes longer than these products."""
 
 
 class Cloud(NamedTuple):
@@ -109,7 +109,7 @@ def price(potential: Vector, rho: float | None) -> Vector:
 
 
 def answer(cost: Matrix, weights: Vector, potential: Vector, eps: float, rho: float | None) -> Vector:
-    """The potential ``(N,)`` of the rows that answers to one of the columns, whatever the weights of the rows."""
+    """The potential ``(N,)`` of the rows that is the exact answer to one of the columns, for any weights of the rows."""
     exponents = (potential - cost) * (1 / eps) + numpy.log(weights)
     top = exponents.max(1)
     log_sums = numpy.log(numpy.exp(exponents - top[:, None]).sum(1)) + top

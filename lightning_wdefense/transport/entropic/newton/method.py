@@ -1,9 +1,9 @@
 """Dual potentials of a small problem by Newton's method.
 
-Where the rows are exact the dual value is a concave function of one potential. Its second derivative is a matrix ``(M, M)``, and
-for a hundred points the step that it gives costs no more than a dozen of Sinkhorn's, and saves more. The two need each other:
-Newton's step settles the balance between far parts of the problem, which the sweeps are slow at, and the sweeps settle every
-point's own mass, at which Newton's method crawls.
+Where the rows are exact the dual value is a concave function of one potential. Its second derivative is a matrix ``(M, M)``. For a
+hundred points Newton's step costs no more than a dozen of Sinkhorn's sweeps, and saves more than that. Both are needed: Newton's step
+balances distant parts of the problem, where sweeps converge slowly. The sweeps balance each point's own mass, where Newton's method
+converges slowly.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ COOLING = 4.0
 """Largest ratio between a temperature of the annealing and the next one."""
 
 WARMEST = 0.05
-"""Share of the mean cost at which the annealing starts."""
+"""Temperature at which the annealing starts, as a share of the mean cost."""
 
 ENTRY = 0.05
-"""Marginal error at which a temperature above the final one is left."""
+"""Relative marginal error at which a temperature above the final one is left."""
 
 FIRST_SWEEPS = 20
 """Sinkhorn steps at a new temperature."""
@@ -32,10 +32,10 @@ SWEEPS = 5
 """Sinkhorn steps after one of Newton's."""
 
 STEPS = 40
-"""Steps of Newton's after which the problem is left to others."""
+"""Number of Newton steps after which the method gives up."""
 
 FALLS = 4
-"""Steps that lowered the dual value, and were taken back, after which it is too."""
+"""Number of steps that lowered the dual value and were undone, after which the method gives up."""
 
 DAMPING = 1e-6
 """Share of the weights that is added to the curvature, which is singular where points exchange no mass."""
@@ -47,10 +47,10 @@ ABSORBED = 30.0
 """Largest exponent of the scaling; beyond it the kernel is made anew."""
 
 QUIET = 96
-"""Unknowns up to which SciPy solves a system without threads; beyond, it takes all cores, which may be busy."""
+"""Number of unknowns up to which SciPy solves a system without threads. Beyond it SciPy uses all cores, which may be busy."""
 
 SLACK = 1e-12
-"""Share by which a dual value may fall and still count as not fallen: rounding."""
+"""Share by which a dual value may fall and still count as not fallen (rounding)."""
 
 
 def newton(
@@ -67,7 +67,7 @@ def newton(
 ) -> Potentials | None:
     """Potentials of the transport of ``a`` to ``b`` to a relative marginal error of ``tol``, or ``None`` if they are not found.
 
-    The arguments are those of :func:`~.solver.solve`, as NumPy arrays in float64, and weights ``b`` are positive.
+    The arguments are those of :func:`lightning_wdefense.transport.entropic.solver.potentials.solve`, as NumPy arrays in float64, and weights ``b`` are positive.
     An iteration is a sweep or a step of Newton's.
     """
     kernel = DenseKernel(cost, a, b, rho)

@@ -1,4 +1,4 @@
-"""Small problems on a CPU, solved one by one: from the cost to the gradient in NumPy and in float64."""
+"""Small problems on a CPU, solved one by one in NumPy and float64, from the cost to the gradient."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ from lightning_wdefense.transport.entropic.problem.workspace import Workspace
 from lightning_wdefense.transport.entropic.solver.optimum import IDENTITY, Optimum, Transports, optimum, solved, stacked
 
 SMALL = 192
-"""Points of the larger cloud up to which Newton's method is worth its matrix."""
+"""Number of points of the larger cloud up to which Newton's method is faster."""
 
 FEW = 8
-"""Problems of a batch up to which they take less time one by one, each by Newton's method, than all at once."""
+"""Number of problems of a batch up to which solving them one by one by Newton's method is faster than all at once."""
 
 
 @dataclass(frozen=True)
 class SmallProblem(Problem):
-    """:class:`~.problem.Problem` with its measures in NumPy too, by their names."""
+    """:class:`~lightning_wdefense.transport.entropic.problem.problem.Problem` with its measures in NumPy too, by their names."""
 
     clouds: Mapping[str, Cloud]
     alone: bool
@@ -106,7 +106,7 @@ def suits(size: int, n: int, m: int, device: torch.device) -> bool:
 
 def transports(arguments: Arguments, start: Tensor | None, work: Workspace) -> Transports:
     """As :func:`lightning_wdefense.transport.entropic.solver.optimum.transports`, for calls that :func:`suits`."""
-    return solved(_problems(arguments, work), _solved, arguments, start)
+    return solved(_problems(arguments, work), _solved, arguments.pairs, arguments.needed, start)
 
 
 def _problems(arguments: Arguments, work: Workspace) -> Iterator[SmallProblem]:

@@ -1,4 +1,4 @@
-"""Dual potentials of the transport of a small measure to itself, in NumPy: what :mod:`~.symmetric` does, in less time."""
+"""Dual potentials of the transport of a small measure to itself, in NumPy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ground costs: what it costs to move a unit of mass from a point to another."""
+"""Ground costs: the cost of moving a unit of mass from one point to another."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from lightning_wdefense.transport.entropic.problem.workspace import Workspace
 Rows = Callable[..., Tensor]
 
 STORED = {"cpu": 2**28, "cuda": 2**31}
-"""Entries up to which a cost is stored, by type of device; a larger one is made anew whenever it is needed."""
+"""Number of entries up to which a cost matrix is stored, by type of device. A larger one is recomputed whenever it is needed."""
 
 SHARE = 0.25
-"""Share of a GPU's free memory up to which a cost is stored: its kernel takes as much, and so do gradients."""
+"""Share of a GPU's free memory up to which a cost is stored. Its kernel takes as much memory, and so do the gradients."""
 
 UNASKED = 2**26
-"""Bytes up to which a GPU is not asked for its free memory, which takes time."""
+"""Size in bytes up to which the free memory of a GPU is not queried, because the query takes time."""
 
 BLOCK = 2**18
-"""Entries that are made at once, so that they stay in the cache of a core."""
+"""Number of entries that are computed at once, so that they stay in the cache of a core."""
 
 ROUNDING = 1e-3
-"""Error of a cost, in units of the temperature, above which its products are taken in float64."""
+"""Error of a cost, in units of the temperature, above which its products are computed in float64."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class GroundCost:
         return sum(means, a.new_zeros(())) / (a.sum(-1) * b.sum(-1))
 
     def too_large(self, like: Tensor) -> bool:
-        """Whether a matrix of this shape is not stored, on the device and in the dtype of a tensor.
+        """Whether a matrix of this shape, on the device and in the dtype of a tensor, is too large to be stored.
 
         One beside a cost that is stored may take more of the memory that is left, so that both or neither are.
         """
@@ -89,7 +89,7 @@ class GroundCost:
 
 
 def too_large(shape: Sequence[int], like: Tensor, share: float = SHARE) -> bool:
-    """Whether matrices ``(..., N, M)`` are not stored, on the device and in the dtype of a tensor."""
+    """Whether matrices ``(..., N, M)`` on the device and in the dtype of a tensor are too large to be stored."""
     device = like.device
     if shape[-2] * shape[-1] > STORED.get(device.type, STORED["cpu"]):
         return True
@@ -98,7 +98,7 @@ def too_large(shape: Sequence[int], like: Tensor, share: float = SHARE) -> bool:
 
 
 def _free(device: torch.device) -> int:
-    """Bytes of a GPU's memory that nobody uses, those included that PyTorch holds for later."""
+    """Bytes of a GPU's memory that are unused, including those that PyTorch reserves for later."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
@@ -159,7 +159,7 @@ def distance(x: Tensor, y: Tensor) -> GroundCost:
 
 
 def within_a_cloud(cost: GroundCost) -> GroundCost:
-    """The cost between the points of one cloud: zero from each to itself, whatever the rounding."""
+    """The cost between the points of one cloud: exactly zero from each point to itself."""
 
     def matrix(part: slice, out: Tensor | None = None) -> Tensor:
         block = cost.matrix(part, out)

@@ -1,4 +1,4 @@
-"""One problem, or a batch that is solved at once: its measures, their ground costs, and the blur that follows from them."""
+"""One transport problem, or a batch that is solved at once: measures, ground costs and blur."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lightning_wdefense.transport.entropic.problem.costs import (
 from lightning_wdefense.transport.entropic.problem.workspace import Workspace
 
 LOOPED = 2**18
-"""Entries of a cost from which a CPU solves the problems of a batch one by one, each in its cache."""
+"""Number of entries of a cost matrix from which a CPU solves the problems of a batch one by one, each in its cache."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,11 @@ class Problem:
 
     @cached_property
     def blur(self) -> Tensor:
-        """Scale ``(...)``, in units of the distance, below which the transport does not look."""
+        """Blur ``(...)``, in units of the distance."""
         mean = self._mean
         if self.options.blur is None and self.matrices and bool((mean < 0).any()):
             raise ValueError(
-                f"cost is {float(mean.min()):.3g} on average, and a blur relative to a negative cost means nothing: "
+                f"cost is {float(mean.min()):.3g} on average, so a blur relative to it is not defined: "
                 "pass blur=, or add a constant to the cost."
             )
         return blur_of(mean, self.options)
@@ -107,7 +107,7 @@ class Problem:
 def blur_of(mean: Tensor, options: SinkhornOptions) -> Tensor:
     """The blur ``(...)`` that follows from the mean cost.
 
-    Kept away from temperatures that underflow: identical points have no typical distance.
+    It is at least so large that the temperature does not underflow: identical points have no typical distance.
     """
     floor = torch.finfo(mean.dtype).tiny ** (0.5 / options.p)
     if options.blur is not None:

@@ -1,4 +1,4 @@
-"""Large buffers that are used again: on a CPU, touching fresh memory costs more than the arithmetic in it."""
+"""Large buffers that are reused: on a CPU, the first access to new memory takes longer than the arithmetic in it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 KEPT = 2**24
-"""Elements up to which a buffer is kept, 64 MiB in float32."""
+"""Number of elements up to which a buffer is kept (64 MiB in float32)."""
 
 _local = threading.local()
 

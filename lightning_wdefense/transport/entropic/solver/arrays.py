@@ -1,4 +1,4 @@
-"""Small vectors on a CPU as NumPy arrays: their operations begin in a fraction of the time that those of tensors take.
+"""Small vectors on a CPU as NumPy arrays, whose operations have less overhead than those of tensors.
 
 NumPy and PyTorch share most names, so that code can be written for either, with the module in a variable ``xp``.
 """
@@ -16,7 +16,7 @@ Array = Any
 """A tensor or a NumPy array."""
 
 SMALL = 1024
-"""Entries up to which a vector is small. NumPy takes threads of its own for larger ones, beside those of PyTorch."""
+"""Number of entries up to which a vector is small. For larger ones NumPy starts threads of its own, beside those of PyTorch."""
 
 
 def namespace(like: Tensor) -> ModuleType:

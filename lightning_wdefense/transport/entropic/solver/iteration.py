@@ -14,7 +14,7 @@ from lightning_wdefense.transport.entropic.solver.dual import semi_dual
 from lightning_wdefense.transport.entropic.solver.kernel import GibbsKernel
 
 ROUNDING = 64
-"""Units in the last place by which a value may fall and still count as not fallen."""
+"""Units in the last place by which the dual value may fall and still count as not fallen (rounding)."""
 
 
 class _Point(NamedTuple):
@@ -60,8 +60,8 @@ class Iteration:
 
         Gives up after ``patience`` iterations if the error is not even below ``ENTRY``.
 
-        Extrapolation by itself may wander off. Plain steps never lower the dual value, so a step that did is taken back, one
-        that is nearer to the plain step is taken in its place, and the history starts anew.
+        Extrapolation alone may diverge. A plain step never lowers the dual value. So a step that lowered it is undone and replaced by one
+        that is nearer to the plain step, and the history starts again.
         """
         xp, kernel, history, single = self.xp, self.kernel, self.history, g.ndim == 1
         eps_, tol_ = (array(xp, each) if isinstance(each, Tensor) else each for each in (eps, tol))

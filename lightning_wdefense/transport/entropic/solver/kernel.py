@@ -17,10 +17,10 @@ from lightning_wdefense.transport.entropic.problem.costs import GroundCost
 from lightning_wdefense.transport.entropic.problem.workspace import Workspace
 
 CACHED = 2**18
-"""Entries of a stored block: a pass reads it twice, the second time from the cache of a core."""
+"""Number of entries of a stored block. A pass reads it twice, the second time from the cache of a core."""
 
 STREAMED = {"cpu": 2**18, "cuda": 2**26}
-"""Entries of a block that is made anew in every pass, by type of device."""
+"""Number of entries of a block that is recomputed in every pass, by type of device."""
 
 
 class _Block(NamedTuple):

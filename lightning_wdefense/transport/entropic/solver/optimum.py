@@ -1,7 +1,7 @@
 """The optimal value of a transport and its gradient, by the envelope theorem.
 
 At the optimum, the derivative of an optimal value is that of the objective with the solution held fixed (Danskin), so that
-nothing of the iterations that found it is kept.
+nothing of the iterations has to be kept.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lightning_wdefense.transport.entropic.solver.symmetric import solve_symmetr
 from lightning_wdefense.transport.entropic.solver.tiled import TiledKernel
 
 IDENTITY = 0.1
-"""Share of the tolerance below which mass that leaves its point, in a transport to itself, does not count."""
+"""Share of the tolerance below which mass that leaves its point counts as none, in a transport of a measure to itself."""
 
 
 class Optimum(NamedTuple):
@@ -57,24 +57,23 @@ P = TypeVar("P", bound=Problem)
 
 def transports(arguments: Arguments, start: Tensor | None, work: Workspace) -> Transports:
     """Solve all transports of a call, the first one from the potential ``start`` ``(B, M)`` if it is given."""
-    return solved(problems(arguments, work), optimum, arguments, start)
+    return solved(problems(arguments, work), optimum, arguments.pairs, arguments.needed, start)
 
 
 def solved(
     parts: Iterable[P],
     solve: Callable[[P, Pair, Needed, Tensor | None], Optimum],
-    arguments: Arguments,
+    pairs: Sequence[Pair],
+    needed: Needed,
     start: Tensor | None,
 ) -> Transports:
     """What ``solve`` finds of each part of a batch, as a batch."""
     results, blurs = [], []
     for i, problem in enumerate(parts):
         here = start if start is None or problem.x.weights.ndim == 2 else start[i]
-        results.append(
-            [solve(problem, pair, arguments.needed, here if pair == "xy" else None) for pair in arguments.pairs]
-        )
+        results.append([solve(problem, pair, needed, here if pair == "xy" else None) for pair in pairs])
         blurs.append(problem.blur)
-    optima = {pair: stacked(each) for pair, each in zip(arguments.pairs, zip(*results, strict=True), strict=True)}
+    optima = {pair: stacked(each) for pair, each in zip(pairs, zip(*results, strict=True), strict=True)}
     return Transports(optima, blurs[0] if blurs[0].ndim else torch.stack(blurs))
 
 

@@ -1,4 +1,4 @@
-"""Dual potentials of entropic transport: from a high temperature down to the one that is asked for.
+"""Dual potentials of entropic transport, by annealing from a high temperature down to the requested one.
 
 All functions take one problem, costs ``(N, M)`` and a temperature that is a number, or a batch of them, costs ``(B, N, M)`` and
 temperatures ``(B, 1)``. A problem of a batch that has converged waits for the others, so that it ends as it would alone.

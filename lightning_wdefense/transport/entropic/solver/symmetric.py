@@ -1,4 +1,4 @@
-"""Dual potentials of the transport of a measure to itself: one vector, and no annealing."""
+"""Dual potentials of the transport of a measure to itself: one vector, without annealing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def solve_symmetric(
 ) -> Solution:
     """Potentials of the transport of a measure to itself, found by averaging.
 
-    For a cost that is zero on the diagonal the scaling lies between ``n^-1/2`` and ``a^-1/2``, whatever the temperature.
+    For a cost that is zero on the diagonal the scaling lies between ``n^-1/2`` and ``a^-1/2`` at every temperature.
     """
     a = kernel.a
     xp = namespace(a)

@@ -1,4 +1,4 @@
-"""The kernel of two clouds that are too large for a stored cost, on a GPU: made and used up tile by tile by Triton."""
+"""The kernel of two clouds that are too large for a stored cost, on a GPU: computed tile by tile by Triton."""
 
 from __future__ import annotations
 

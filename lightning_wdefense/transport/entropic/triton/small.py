@@ -261,7 +261,7 @@ def launch(
     found: Tensor,
     report: Tensor,
 ) -> None:
-    """As :func:`solve`, of contiguous tensors, with costs in rows of a multiple of :data:`~.pairwise.ALIGNED` entries.
+    """As :func:`solve`, of contiguous tensors, with costs in rows of a multiple of :data:`~lightning_wdefense.transport.entropic.triton.pairwise.ALIGNED` entries.
 
     ``found`` and ``report`` are where the results go.
     """

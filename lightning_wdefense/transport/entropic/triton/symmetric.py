@@ -95,7 +95,7 @@ def launch(
     """Find potentials ``(B, N)``, and report errors and numbers of iterations ``(B, 2)``.
 
     Args:
-        cost: costs ``(B, N, N)``, in rows of :data:`~.pairwise.ALIGNED` entries.
+        cost: costs ``(B, N, N)``, in rows of :data:`~lightning_wdefense.transport.entropic.triton.pairwise.ALIGNED` entries.
         a: weights ``(B, N)``.
         eps: temperatures ``(B,)``.
         rho: price of creating or destroying mass, infinite if it is forbidden.
