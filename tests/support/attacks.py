@@ -93,11 +93,11 @@ ATTACK_CASES = {
     "torchattacks-pgd": AttackCase(
         lambda threat: TorchAttack("PGDL2" if threat.norm == "l2" else "PGD", threat, steps=3), own=False
     ),
-    "apgd-ce": AttackCase(lambda threat: get_attack("apgd-ce", threat, steps=5), own=False),
+    "apgd-ce": AttackCase(lambda threat: get_attack("apgd-ce", threat, steps=3), own=False),
     "apgd-t": AttackCase(lambda threat: get_attack("apgd-t", threat, steps=3), own=False),
-    "fab-t": AttackCase(lambda threat: get_attack("fab-t", threat, steps=3), noisy=False, own=False),
-    "square": AttackCase(lambda threat: get_attack("square", threat, n_queries=20), own=False, differentiates=False),
-    "autoattack": AttackCase(lambda threat: AutoAttack(threat, steps=5, queries=20), own=False),
+    "fab-t": AttackCase(lambda threat: get_attack("fab-t", threat, steps=2), noisy=False, own=False),
+    "square": AttackCase(lambda threat: get_attack("square", threat, n_queries=10), own=False, differentiates=False),
+    "autoattack": AttackCase(lambda threat: AutoAttack(threat, steps=3, queries=10), own=False),
 }
 
 OWN_CASES = {name: case for name, case in ATTACK_CASES.items() if case.own}
