@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import schedule
+from benchmarks.gpu.__main__ import arguments
 from benchmarks.gpu.book import LINES, Book, summary
 
 ROOT = Path(__file__).parents[2]
@@ -65,7 +66,7 @@ def stages(tmp_path, monkeypatch):
     return run
 
 
-def test_each_stage_costs_no_more_than_its_share(stages):
+def test_each_stage_costs_no_more_than_its_share_and_a_second_call_goes_on(stages, tmp_path):
     """One that hangs is killed with all that it started, one that fails ends; their figures stay, and the next ones run."""
     begun = time.monotonic()
     found = stages("hangs", "fails", "lame", "works")
@@ -86,19 +87,14 @@ def test_each_stage_costs_no_more_than_its_share(stages):
     status = Path(f"/proc/{child}/status")
     assert not status.exists() or "zombie" in status.read_text()
 
-
-def test_goes_on_where_it_was(stages, tmp_path):
-    first = stages("works", "lame")
+    # Called again, what is finished is not run again, and of the others only what failed.
     (tmp_path / "fakes" / "lame.py").write_text(
         '""" """\n' + FAKES["lame"].replace("1 / 0", "{'ms': 5.0}").replace("2.0", "9.0")
     )
     (tmp_path / "fakes" / "works.py").write_text('""" """\n' + FAKES["fails"])
     again = stages("works", "lame")
-    assert again["works"] == first["works"]  # finished, so not run again
-    assert again["lame"]["rows"] == {
-        "faulty": {"ms": 5.0},
-        "whole": {"ms": 2.0},
-    }  # what failed is tried again, and only that
+    assert again["works"] == found["works"]
+    assert again["lame"]["rows"] == {"faulty": {"ms": 5.0}, "whole": {"ms": 2.0}}
     assert again["lame"]["state"] == "done"
     assert stages.failed == 0
 
@@ -111,10 +107,9 @@ def test_says_what_there_was_no_time_for(stages, capsys):
 
 def test_the_last_table_is_short(tmp_path):
     book = Book(tmp_path)
-    for stage in "abcde":
-        book.note(stage, state="done", title=stage)
-        for row in range(40):
-            book.row(stage, f"row {row}", {"ms": 1.0})
+    rows = {f"row {row}": {"ms": 1.0} for row in range(40)}
+    with book.changing() as content:
+        content["stages"] = {stage: {"state": "done", "title": stage, "rows": rows} for stage in "abcde"}
     lines = summary(book).splitlines()
     assert len(lines) <= LINES
     assert all(any(line.startswith(stage + " ") for line in lines) for stage in "abcde")
@@ -141,9 +136,8 @@ def test_rehearsal(tmp_path):
     assert (tmp_path / "out" / "gpu.json").read_text() == written
 
 
-def test_bad_arguments(tmp_path):
-    book = Book(tmp_path)
-    with book.changing() as content:
+def test_bad_arguments(tmp_path, capsys):
+    with Book(tmp_path).changing() as content:
         content["about"]["card"] = "NVIDIA A100"
     cases = {
         "another folder": ["--rehearse", "--output", tmp_path],
@@ -153,8 +147,9 @@ def test_bad_arguments(tmp_path):
     }
     if not torch.cuda.is_available():
         cases["--rehearse"] = ["--output", tmp_path / "out"]
-    for words, arguments in cases.items():
-        run = call(*arguments)
-        assert run.returncode == 2, (words, run.stdout)
-        assert words in run.stderr
+    for words, given in cases.items():
+        with pytest.raises(SystemExit) as stopped:
+            arguments([str(each) for each in given])
+        assert stopped.value.code == 2
+        assert words in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
