@@ -1,4 +1,4 @@
-"""The training objective: which attack, which discrepancy, which weights."""
+"""Robust training objectives (recipes and discrepancies), input purifiers, and Wasserstein smoothing."""
 
 from lightning_wdefense.defenses.critic import CriticDiscrepancy
 from lightning_wdefense.defenses.discrepancies import (

@@ -1,4 +1,4 @@
-"""What a model made of one set of inputs."""
+"""The result of one forward pass of a model: outputs, features and loss."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from torch import Tensor
 
 
 class Branch(NamedTuple):
-    """The model's view of one set of inputs: raw outputs, features ``(N, ...)``, and the loss of the user's own step.
+    """Outputs and features of a model for one set of inputs, clean or adversarial.
 
-    Features are ``(N, 0)`` where there are none, and the recipe compares none. There is no loss where it was a plain forward pass.
+    Attributes:
+        outputs: the model's return value.
+        features: ``(N, ...)``; ``(N, 0)`` if the recipe compares no features.
+        loss: the loss of the user's own step; ``None`` after a plain forward pass.
     """
 
     outputs: Any
@@ -19,5 +22,5 @@ class Branch(NamedTuple):
 
     @property
     def finite(self) -> bool:
-        """Whether the features are numbers."""
+        """Whether the features are free of NaN and infinite values."""
         return bool(self.features.isfinite().all())

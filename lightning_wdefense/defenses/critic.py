@@ -1,4 +1,4 @@
-"""The Wasserstein distance between clean and adversarial features by a critic that trains beside the model."""
+"""The Wasserstein distance between clean and adversarial features, estimated by a critic that is trained with the model."""
 
 from __future__ import annotations
 
@@ -24,33 +24,35 @@ from lightning_wdefense.transport.critic.training import check_max_steps
 
 @dataclass(frozen=True)
 class CriticDiscrepancy:
-    """``W_1`` between the clean and the adversarial features of each class, as a critic sees it (the WGAN route).
+    """The 1-Wasserstein distance ``W_1`` between clean and adversarial features of each class, estimated by a critic (as in WGAN).
 
-    One function a class, because without classes a critic is content if an attacked 3 has the features of a clean 8: on MNIST that cost 25
-    points of robust accuracy at a weight at which this one gained 4.
+    By default the critic has one function per class. A critic without classes accepts that an attacked 3 has the features of a
+    clean 8. On MNIST such a critic cost 25 points of robust accuracy, at a weight at which the critic with classes gained 4.
 
-    Before each step of the model the critic learns from the batch's detached features, as many steps as it is behind (see
-    :class:`~lightning_wdefense.transport.CriticTraining`); then the model minimises the critic's gap (under a penalty,
-    which lets it overshoot, divided by the length of its gradient where that is more than 1). A 1-Lipschitz critic moves every
-    sample's features with the same force at most, near or far: paired L2 pulls hardest at the samples that are lost.
+    Before each training step of the model, the critic is trained on the batch's detached features, for up to ``max_steps`` steps
+    (see :class:`~lightning_wdefense.transport.CriticTraining`). Then the model minimises the critic's gap. With a gradient penalty
+    the gap can exceed ``W_1``, so it is divided by the critic's gradient norm where this is above 1. The gradient of a 1-Lipschitz
+    critic is at most 1 for every sample, near or far; the gradient of paired L2 is largest for the samples that moved farthest.
 
-    This is configuration only. The critic itself is made for the features' shape and device at the first batch; it lives in the checkpoint of
-    the callback or the mixin, and under DDP it is the same on all ranks to the last bit. It is no part of the user's module.
+    This class is only a configuration. The critic is created at the first batch, for the shape and device of the features. It is
+    saved in the checkpoint of the callback or the mixin, and it is not part of the user's module. Under DDP it is bitwise equal on
+    all ranks.
 
     Args:
-        lipschitz: how it is kept Lipschitz, see :class:`~lightning_wdefense.transport.WassersteinCritic`.
-        penalty: weight of a gradient penalty.
-        lr: length of a step of the critic.
-        max_steps: most steps of the critic on a batch.
-        by_class: one function a class; needs labels that are classes of the outputs, or their probabilities.
-        width: of its hidden layers; ``None`` for that of the features, from 64 to 256.
-        depth: number of its hidden layers.
-        network: ``shape of one sample's features -> module``, in place of the network that is built; with ``by_class=False``.
-        seed: of its weights.
+        lipschitz: how the critic is kept 1-Lipschitz, see :class:`~lightning_wdefense.transport.WassersteinCritic`.
+        penalty: weight of the gradient penalty.
+        lr: learning rate of the critic, which is the length of a step.
+        max_steps: largest number of critic steps per batch.
+        by_class: one critic function per class. Needs labels that are classes of the outputs, or class probabilities.
+        width: width of the hidden layers; ``None`` for the width of the features, between 64 and 256.
+        depth: number of hidden layers.
+        network: ``(shape of one sample's features) -> module``, instead of the default network; needs ``by_class=False``.
+        seed: seed of the initial weights.
 
     Raises:
-        ValueError: for settings out of range; at the first batch, for a network that does not go with ``lipschitz`` (BatchNorm), and at any,
-            for features that do not fit it, are not finite, or come from fewer than two samples; before the critic or the model takes a step.
+        ValueError: if a setting is out of range; at the first batch, if the network cannot be kept Lipschitz (BatchNorm); at any
+            batch, if the features do not fit the critic, are not finite, or have fewer than two samples. Neither the critic nor
+            the model has then taken a step on the batch.
 
     References:
         Arjovsky, Chintala, Bottou, "Wasserstein GAN", ICML 2017.
@@ -75,15 +77,22 @@ class CriticDiscrepancy:
 
     def __post_init__(self) -> None:
         if self.by_class and self.network is not None:
-            raise ValueError("A network of your own takes no classes: set by_class=False.")
+            raise ValueError(
+                "A network= of your own gets no classes, but by_class=True needs them: set by_class=False."
+            )
         check_settings(self.lipschitz, self.penalty, self.width, self.depth, None)
         check_rate(self.lr, orthonormal=self.lipschitz == "orthogonal")
         check_max_steps(self.max_steps)
 
     def start(self, features: Tensor, classes: int | None = None) -> CriticTraining:
-        """A new critic for features like these ``(N, ...)``, with one function for each of so many classes."""
+        """A new critic.
+
+        Args:
+            features: features ``(N, ...)`` that give the shape, the dtype and the device.
+            classes: number of classes, for one function per class; ``None`` for a single function.
+        """
         shape, dtype = features.shape[1:], torch.promote_types(features.dtype, torch.float32)
-        # Lightning's "true" precisions change the default to one in which no matrix can be made orthonormal.
+        # Lightning's "true" precisions change the default dtype to one in which no matrix can be made orthonormal.
         with default_dtype(dtype):
             critic = WassersteinCritic(
                 shape if self.network is None else self.network(shape),
@@ -99,10 +108,10 @@ class CriticDiscrepancy:
 
 
 class OnlineCritic:
-    """A critic in training, from its first batch on.
+    """A critic that is created at the first batch and trained on every batch.
 
     Args:
-        config: what kind of critic.
+        config: settings of the critic.
     """
 
     def __init__(self, config: CriticDiscrepancy) -> None:
@@ -111,7 +120,7 @@ class OnlineCritic:
         self._loaded: dict[str, Any] | None = None
 
     def gap(self, clean: Branch, adversarial: Branch, labels: Any) -> Tensor:
-        """The critic's gap between two batches of features, differentiable in both, without the overshoot of a weak penalty."""
+        """The critic's gap between clean and adversarial features, a scalar in units of the features; differentiable in both."""
         training, labels = self._training_on(clean, labels)
         with training.critic.frozen(), eager():
             return training.critic.bounded_gap(clean.features, adversarial.features, labels)
@@ -126,10 +135,19 @@ class OnlineCritic:
         average: Average | None = None,
         measure: bool = False,
     ) -> dict[str, Any]:
-        """Learn from a batch of features, which are constants in it.
+        """Train the critic on the detached features of a batch.
+
+        Args:
+            clean: outputs and features of the clean inputs.
+            adversarial: outputs and features of the adversarial inputs.
+            labels: labels of the batch.
+            generator: random generator of the critic's noise.
+            average: mean of a tensor over all ranks.
+            measure: whether to return measurements.
 
         Returns:
-            With ``measure``, what the critic said of the batch before it learned from it; else nothing.
+            With ``measure``, the critic's gap, distance, penalty, gradient norm and steps, before training on the batch;
+            otherwise an empty dictionary.
         """
         before = self._training, self._loaded
         training, labels = self._training_on(clean, labels)
@@ -138,7 +156,7 @@ class OnlineCritic:
             try:
                 said = training.update(x, y, labels, generator=generator, average=average)
             except BaseException:
-                self._training, self._loaded = before  # one that was made for a batch that does not do is no critic
+                self._training, self._loaded = before  # a critic created for an invalid batch must not stay
                 raise
             if not measure:
                 return {}
@@ -154,15 +172,15 @@ class OnlineCritic:
         }
 
     def state_dict(self) -> dict[str, Any] | None:
-        """For the checkpoint; ``None`` before the first batch."""
+        """State of the critic and its training, for a checkpoint; ``None`` before the first batch."""
         return self._loaded if self._training is None else self._training.state_dict()
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        """Continue from a checkpoint, at the next batch."""
+        """Restore the state from a checkpoint at the next batch."""
         self._training, self._loaded = None, state
 
     def _training_on(self, clean: Branch, labels: Any) -> tuple[CriticTraining, Tensor | None]:
-        """The critic, made now if it was not, and the labels as it takes them."""
+        """The critic, created if it does not exist yet, and the labels in the form that it needs."""
         classes = self._classes(clean, labels) if self.config.by_class else None
         if self._training is None:
             number = None if classes is None else logits_of(clean.outputs).shape[1]
@@ -179,6 +197,6 @@ class OnlineCritic:
                 return classes
         found = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
         raise ValueError(
-            f"A critic that heeds classes needs a class (N,) or probabilities (N, K) for each sample, got labels {found}: for other tasks "
-            "give the recipe discrepancy=CriticDiscrepancy(by_class=False)."
+            f"A critic with by_class=True needs a class (N,) or class probabilities (N, K) for each sample, got labels {found}. For other "
+            "tasks give the recipe discrepancy=CriticDiscrepancy(by_class=False)."
         )

@@ -1,4 +1,4 @@
-"""A recipe at work on a model: attacks it, watches it, measures it."""
+"""Applies a recipe to a model: attack, weight perturbation, training loss and measurements."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ UNTRAINED: dict[str, Any] = {"batches": 0, "multiplier": None, "critic": None}
 
 
 class Defense(Attachment):
-    """Binds a recipe to the module whose outputs it regularises.
+    """A recipe, bound to the model whose outputs it regularises.
 
-    Copies of that module do not have it: a mixin's copy has what was learned, and makes a defense of its own.
+    Copies of the model do not contain it. A copy of a module with the mixin has the learned state, and creates its own defense.
 
     Args:
-        recipe: what to do.
+        recipe: the recipe.
         model: takes the inputs and returns logits.
-        pick: finds the outputs in what the model returns.
+        pick: finds the outputs in the model's return value.
 
     Raises:
         ValueError: if the recipe's features name no submodule.
@@ -55,20 +55,21 @@ class Defense(Attachment):
         self.perturbation = WeightPerturbation(model, recipe.awp)
 
     def value_in_state(self) -> Any:
-        """What was learned, from which the copy's own goes on."""
+        """A copy of the learned state, with which the defense of a copied module continues."""
         return copy.deepcopy(self.state_dict())
 
     def count_batch(self, trainer: object, begun: int) -> int:
-        """How many batches were defended, this one included.
+        """Number of batches that were defended, including the current one.
 
-        Optimizer steps would not do (there may be two a batch, or one in four), nor all batches of the trainer (training may have begun
-        without the defense). However often it is asked of one batch, that counts once: LBFGS calls the step again and again.
+        Optimizer steps are not a substitute: there may be two per batch, or one per four batches. The trainer's number of batches is
+        not either, because training may have begun without the defense. A batch counts once, even if the step is called several
+        times on it, as with LBFGS.
 
         Args:
-            trainer: whose batch it is.
-            begun: how many batches it has begun.
+            trainer: the trainer that runs the batch.
+            begun: number of batches that the trainer has begun.
         """
-        if self.batches is None:  # a checkpoint of 0.1.0, which did not count
+        if self.batches is None:  # a checkpoint of version 0.1.0, which had no count
             self.batches = begun - 1
         if self._counted != (id(trainer), begun):
             self._counted = (id(trainer), begun)
@@ -78,7 +79,14 @@ class Defense(Attachment):
     def passes(
         self, inputs: Tensor, labels: Any, model: Callable[[Tensor], Any] | None = None, *, whole: bool = False
     ) -> ModelForwardPasses:
-        """Plain forward passes of the model (or of a callable in its place) over a batch, never over a part of it where it is ``whole``."""
+        """Plain forward passes over a batch.
+
+        Args:
+            inputs: ``(N, ...)`` in model units.
+            labels: labels of the batch.
+            model: a callable to run instead of the model.
+            whole: never run a part of the batch.
+        """
         run = model or self.model
         self.recorder.attach(trial_pass(run, inputs))
         return ModelForwardPasses(
@@ -93,13 +101,13 @@ class Defense(Attachment):
         generator: torch.Generator | None = None,
         average: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """Adversarial inputs of the recipe's attack, from which a learned attack learns.
+        """Adversarial inputs ``(N, ...)`` of the recipe's attack; also updates an attack that learns.
 
         Args:
-            passes: over the batch.
+            passes: forward passes over the batch.
             radius: factor on the attack's eps (the warm-up).
-            generator: source of the attack's noise.
-            average: the mean of a scalar over all ranks, on which all of them learn the same.
+            generator: random generator of the attack's noise.
+            average: mean of a scalar over all ranks, so that all ranks learn the same.
         """
         attack = self.recipe.attack_at(radius)
         if isinstance(attack, LearnedAttack) and self.multiplier is not None:
@@ -123,15 +131,15 @@ class Defense(Attachment):
         """Train the recipe's critic, if it has one, on the detached features of a batch.
 
         Args:
-            clean: the clean inputs' branch.
-            adversarial: the adversarial inputs' branch.
-            labels: of the batch.
-            generator: source of its noise.
-            average: the mean of a tensor over all ranks.
-            measure: whether to say what the critic made of the batch.
+            clean: outputs and features of the clean inputs.
+            adversarial: outputs and features of the adversarial inputs.
+            labels: labels of the batch.
+            generator: random generator of the critic's noise.
+            average: mean of a tensor over all ranks.
+            measure: whether to return the critic's measurements of the batch.
 
         Returns:
-            That, for the logs.
+            The critic's measurements, for the logs.
         """
         if self.critic is None or clean is None or adversarial is None:
             return {}
@@ -140,19 +148,19 @@ class Defense(Attachment):
         except ValueError:
             if clean.finite and adversarial.finite:
                 raise
-            return {}  # what has diverged, and what to do, is said by combine
+            return {}  # combine raises the error that names what diverged
 
     def learned(self) -> dict[str, float]:
-        """What the recipe has learned, for the logs."""
+        """The learned multiplier of the attack, for the logs."""
         return {} if self.multiplier is None else {"multiplier": self.multiplier}
 
     def state_dict(self) -> dict[str, Any]:
-        """What the recipe has learned, and how many batches it defended, for a checkpoint."""
+        """The learned state and the number of defended batches, for a checkpoint."""
         critic = None if self.critic is None else self.critic.state_dict()
         return {"batches": self.batches, "multiplier": self.multiplier, "critic": critic}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint; from an empty state, that of a training without the defense, begin."""
+        """Restore the state from a checkpoint. An empty state, of a training without the defense, means a new start."""
         state = state or UNTRAINED
         self.batches, self._counted = state.get("batches"), None
         self.multiplier = state.get("multiplier")
@@ -163,20 +171,20 @@ class Defense(Attachment):
     def perturbed_weights(
         self, passes: ForwardPasses, adversarial: Tensor, task_loss: Callable[[Any, Any], Tensor] | None = None
     ) -> Iterator[Callable[[Tensor], None]]:
-        """Where the recipe has ``awp``, the weights are moved uphill on its loss inside; buffers and random state are not.
+        """Context in which the weights are perturbed to increase the recipe's loss, if the recipe has ``awp``.
 
-        Costs the passes of a training step without the attack, in the model's own modes.
+        Buffers and the random state do not change. The cost is that of a training step without the attack, in the model's own modes.
 
         Args:
-            passes: over the batch.
+            passes: forward passes over the batch.
             adversarial: the adversarial inputs.
-            task_loss: ``(outputs, labels) -> scalar`` on what ``training_step`` sees; the step's own where the passes go through it, else
-                the recipe's by default.
+            task_loss: ``(outputs, labels) -> scalar``, the loss on the inputs of ``training_step``. Not used if the passes go through
+                the step, which has its own loss. ``None`` for the recipe's task loss.
 
         Yields:
-            A function of the step's loss, after which the weights come back at the end of its backward pass. Without that call, after an
-            exception, and for a loss without a graph, they come back with the end of the context. A backward pass that may not come is
-            the caller's to look after, by :meth:`restore_weights`.
+            A function to call with the step's loss; the weights are then restored at the end of the loss's backward pass. Without
+            that call, after an exception, or for a loss without a graph, they are restored at the end of the context. If the backward
+            pass may not happen, the caller must call :meth:`restore_weights`.
         """
         recipe, perturbation = self.recipe, self.perturbation
         waiting = False
@@ -197,7 +205,7 @@ class Defense(Attachment):
                     if loss is None:
                         loss = (task_loss or recipe.task_loss)(seen.outputs, passes.labels)
                     steps = perturbation.ascent_steps(self.combine(loss, clean, attacked, passes)[0])
-                perturbation.apply(steps)  # out here, where nobody takes moved weights for a trace
+                perturbation.apply(steps)  # outside of that context, which would restore the weights
             yield until_backward
         except BaseException:
             waiting = False
@@ -209,7 +217,7 @@ class Defense(Attachment):
     def combine(
         self, task_loss: Tensor, clean: Branch | None, adversarial: Branch | None, passes: ForwardPasses
     ) -> tuple[Tensor, dict[str, Any]]:
-        """The training loss and its parts: see :func:`~lightning_wdefense.defenses.objective.combine`."""
+        """The training loss and its parts, see :func:`~lightning_wdefense.defenses.objective.combine`."""
         seen = clean if clean is not None else adversarial
         classes = passes.labels if seen is None or self.recipe.compares_classes else passes.classes(seen)
         return combine(
@@ -230,17 +238,18 @@ class Defense(Attachment):
         except ValueError:
             if clean.finite and adversarial.finite:
                 raise
-            return clean.features.new_tensor(torch.nan)  # combine says which part is not finite, and what to do
+            return clean.features.new_tensor(torch.nan)  # combine raises the error that names this part
 
     def restore_weights(self) -> None:
-        """Take perturbed weights back now: the backward pass failed, or never came."""
+        """Restore perturbed weights now, for a backward pass that failed or did not happen."""
         self.perturbation.undo()
 
     def measure(self, passes: ForwardPasses, adversarial: Tensor) -> dict[str, Tensor]:
-        """What the attack did, in eval mode and without a trace: accuracies, success, and the transport cost of the features.
+        """Accuracies, attack success and transport cost of the features, in eval mode without side effects.
 
-        Costs two passes. Accuracies are left out where the labels are not classes of the outputs, and the transport where there
-        are no features, or none that are finite. Through the step its own loss on both sides is measured as well.
+        The cost is two forward passes. Accuracies are left out if the labels are not classes of the outputs. The transport cost is
+        left out if there are no features or they are not finite. If the passes go through the step, its loss on clean and on
+        adversarial inputs is included.
         """
         with passes.without_side_effects():
             clean, attacked = passes.run(passes.values), passes.run(adversarial)

@@ -1,4 +1,4 @@
-"""How far the adversarial outputs or features are from the clean ones: ``(clean, adversarial, labels) -> scalar``."""
+"""Discrepancies between clean and adversarial outputs or features, as functions ``(clean, adversarial, labels) -> scalar``."""
 
 from __future__ import annotations
 
@@ -22,14 +22,45 @@ Discrepancy = Callable[[Tensor, Tensor, Any], Tensor] | CriticDiscrepancy
 
 
 def kl(clean: Tensor, adversarial: Tensor, labels: Any = None) -> Tensor:
-    """``KL(softmax(clean) || softmax(adversarial))``, the batch mean (TRADES)."""
+    """Kullback-Leibler divergence ``KL(softmax(clean) || softmax(adversarial))``, the mean over the batch (TRADES).
+
+    Args:
+        clean: logits ``(N, K, ...)`` on clean inputs.
+        adversarial: logits on adversarial inputs, of the same shape.
+        labels: not used.
+
+    References:
+        Zhang et al., "Theoretically principled trade-off between robustness and accuracy", ICML 2019.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+        >>> kl(logits, logits)
+        tensor(0.)
+    """
     return kl_divergence(adversarial, clean).mean()
 
 
 def weighted_kl(clean: Tensor, adversarial: Tensor, labels: Any) -> Tensor:
-    """``KL(softmax(clean) || softmax(adversarial))``, weighted with the clean input's ``1 - p_y``, the batch mean (MART).
+    """``KL(softmax(clean) || softmax(adversarial))``, weighted with ``1 - p_y`` of the clean input; the batch mean (MART).
 
-    Of masks each pixel has its own weight, and a sample the sum over its pixels.
+    For masks each pixel has its own weight, and a sample's value is the sum over its pixels.
+
+    Args:
+        clean: logits ``(N, K, ...)`` on clean inputs.
+        adversarial: logits on adversarial inputs, of the same shape.
+        labels: classes ``(N, ...)`` or class probabilities ``(N, K, ...)``.
+
+    Raises:
+        TypeError: if the labels are not a tensor.
+        ValueError: if the labels are not classes of the logits.
+
+    References:
+        Wang et al., "Improving adversarial robustness requires revisiting misclassified examples", ICLR 2020.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+        >>> weighted_kl(logits, logits, torch.tensor([0, 1]))
+        tensor(0.)
     """
     classes = hard_labels(class_labels(labels, clean, check_values=True))
     right = F.softmax(float32_or_better(logits_of(clean)), 1).gather(1, classes.clamp_min(0).unsqueeze(1)).squeeze(1)
@@ -37,16 +68,42 @@ def weighted_kl(clean: Tensor, adversarial: Tensor, labels: Any) -> Tensor:
 
 
 def mmd(clean: Tensor, adversarial: Tensor, labels: Any = None) -> Tensor:
-    """Squared maximum mean discrepancy, with five Gaussian kernels around the batch's mean squared distance (Long et al., 2015).
+    """Squared maximum mean discrepancy (MMD) with the mean of five Gaussian kernels; the value lies in [0, 2].
 
-    Their bandwidths are the mean squared distance between two points of the pooled batch (a constant for the gradient) times 1/4, 1/2,
-    1, 2 and 4; the kernels' mean is taken, so that the value lies in [0, 2].
+    The squared bandwidths are 1/4, 1/2, 1, 2 and 4 times the mean squared distance between two points of the pooled batch. This
+    distance is a constant for the gradient.
+
+    Args:
+        clean: clean outputs or features ``(N, ...)``.
+        adversarial: adversarial ones, of the same shape.
+        labels: not used.
+
+    References:
+        Long et al., "Learning transferable features with deep adaptation networks", ICML 2015.
+
+    Example:
+        >>> features = torch.tensor([[0.0], [1.0]])
+        >>> mmd(features, features)
+        tensor(0.)
     """
     return squared_mmd(float32_or_better(_rows(clean)), float32_or_better(_rows(adversarial)))
 
 
 def coral(clean: Tensor, adversarial: Tensor, labels: Any = None) -> Tensor:
-    """``|cov(clean) - cov(adversarial)|_F^2 / (4 D^2)``: second moments alone (Sun and Saenko, 2016); 0 for a single sample."""
+    """CORAL: ``|cov(clean) - cov(adversarial)|_F^2 / (4 D^2)`` with sample covariances; 0 for a single sample.
+
+    Args:
+        clean: clean outputs or features ``(N, ...)``, flattened to ``(N, D)``.
+        adversarial: adversarial ones, of the same shape.
+        labels: not used.
+
+    References:
+        Sun and Saenko, "Deep CORAL: correlation alignment for deep domain adaptation", ECCV Workshops 2016.
+
+    Example:
+        >>> coral(torch.tensor([[0.0], [2.0]]), torch.tensor([[1.0], [1.0]]))  # variances 2 and 0
+        tensor(1.)
+    """
     one, other = float32_or_better(_rows(clean)), float32_or_better(_rows(adversarial))
     return (_covariance(one) - _covariance(other)).square().sum() / (4 * one.shape[1] ** 2)
 
@@ -57,65 +114,107 @@ def _covariance(points: Tensor) -> Tensor:
 
 
 def paired_l2(clean: Tensor, adversarial: Tensor, labels: Any = None) -> Tensor:
-    """``mean |clean_i - adversarial_i|^2 / 2``: the transport cost of the coupling that pairs each sample with itself."""
+    """``mean |clean_i - adversarial_i|^2 / 2``: the transport cost of the identity coupling (ALP).
+
+    Args:
+        clean: clean outputs or features ``(N, ...)``.
+        adversarial: adversarial ones, of the same shape.
+        labels: not used.
+
+    References:
+        Kannan, Kurakin, Goodfellow, "Adversarial logit pairing", 2018.
+
+    Example:
+        >>> paired_l2(torch.tensor([[0.0, 0.0]]), torch.tensor([[3.0, 4.0]]))
+        tensor(12.5000)
+    """
     return (float32_or_better(clean) - float32_or_better(adversarial)).square().sum() / (2 * len(clean))
 
 
 @dataclass(frozen=True)
 class Transport:
-    """The Sinkhorn divergence between the clean and the adversarial batch, which uses the labels if it has a label cost.
+    """The Sinkhorn divergence between the clean and the adversarial batch. With a label cost it uses the labels.
 
     Args:
         divergence: the divergence and its settings.
+
+    References:
+        Bouniot, Audigier, Loesch, "Optimal transport as a defense against adversarial attacks", ICPR 2020.
+
+    Example:
+        >>> points = torch.tensor([[0.0, 0.0], [10.0, 0.0]])
+        >>> print(f"{Transport()(points, points + 1):.2f}")  # moved by (1, 1): |(1, 1)|^2 / 2
+        1.00
     """
 
     divergence: SinkhornDivergence = field(default_factory=SinkhornDivergence)
 
     def __call__(self, clean: Tensor, adversarial: Tensor, labels: Any = None) -> Tensor:
-        """The divergence of two batches ``(N, ...)``."""
+        """The divergence between two batches ``(N, ...)``."""
         labels = _classes(labels, len(clean)) if self.divergence.options.label_cost is not None else None
         return self.divergence(_rows(clean), _rows(adversarial), x_labels=labels, y_labels=labels)
 
 
 @dataclass(frozen=True)
 class SlicedTransport:
-    """Half the squared sliced Wasserstein distance between the clean and the adversarial batch; for many dimensions, and blind to labels.
+    """Half the squared sliced Wasserstein distance between the clean and the adversarial batch. It does not use labels.
 
-    It sees the mean over directions: a translation costs ``1 / D`` of what it costs by transport in ``D`` dimensions.
+    The value is a mean over directions: a translation in ``D`` dimensions costs ``1 / D`` of its transport cost.
 
     Args:
         distance: the distance and its settings.
+
+    Example:
+        >>> points = torch.tensor([[0.0, 0.0], [10.0, 0.0]])
+        >>> print(f"{SlicedTransport()(points, points + 1):.2f}")  # half of the transport cost, 1, in two dimensions
+        0.50
     """
 
     distance: SlicedWasserstein = field(default_factory=SlicedWasserstein)
 
     def __call__(self, clean: Tensor, adversarial: Tensor, labels: Any = None) -> Tensor:
-        """Half the squared distance of two batches ``(N, ...)``."""
+        """Half the squared distance between two batches ``(N, ...)``."""
         return 0.5 * self.distance(_rows(clean), _rows(adversarial)).square()
 
 
 @dataclass(frozen=True)
 class ClassTransport:
-    """The entropic transport cost between the clean and the adversarial batch, in which mass stays within its class.
+    """The entropic transport cost between the clean and the adversarial batch, with transport within each class only.
 
-    The plan spreads each sample over the samples of its class that are near it on the other side, and the cost is *not* debiased:
-    its gradient draws each adversarial sample towards clean ones of its class, its own among them, so that classes contract.
-    Pairing (:func:`paired_l2`) and the divergence only ask that a sample, or the batch, stays where it was. It is not zero between
-    equal batches. Units are those of the squared features, half of them, as for the others.
+    The transport plan couples each sample with nearby samples of its class in the other batch. The cost is *not* debiased. Its
+    gradient moves each adversarial sample towards clean samples of its class, its own clean input among them, so classes become more
+    compact. :func:`paired_l2` and the divergence only keep a sample, or the batch, where it was. The cost between equal batches is
+    not zero. Its unit is half the squared unit of the features, as for the other discrepancies.
 
     Args:
-        relative_blur: of the transport, in units of the typical distance between the two sides.
-        relative_label_cost: price of leaving the class, in units of the mean squared distance from the other side's centre.
+        relative_blur: blur of the transport, in units of the typical distance between the two batches.
+        relative_label_cost: cost added between samples of different classes, in units of the mean squared distance of the clean
+            samples from the centre of the adversarial ones.
+
+    Example:
+        >>> clean, labels = torch.tensor([[0.0], [10.0]]), torch.tensor([0, 1])
+        >>> cost, swapped = ClassTransport()(clean, clean + 1, labels), ClassTransport()(clean, clean.flip(0), labels)
+        >>> bool(cost < 2), bool(swapped > 40)  # each sample moved by 1, or to the place of the other class
+        (True, True)
     """
 
     relative_blur: float = 0.2
     relative_label_cost: float = 10.0
 
     def __call__(self, clean: Tensor, adversarial: Tensor, labels: Any) -> Tensor:
-        """The cost of transport between two batches ``(N, ...)`` with the same labels."""
+        """The transport cost between two batches ``(N, ...)`` with the same labels.
+
+        Args:
+            clean: clean outputs or features.
+            adversarial: adversarial ones, of the same shape.
+            labels: classes ``(N,)`` or class probabilities ``(N, K)``.
+
+        Raises:
+            ValueError: if the labels do not give each sample a class.
+        """
         x, y = float32_or_better(_rows(clean)), float32_or_better(_rows(adversarial))
         labels = _classes(labels, len(clean))
-        # At unit scale the label cost is a number, for which nobody has to wait for the device.
+        # At unit scale the label cost is a constant, so the host need not wait for the device.
         scale = (
             (x.detach() - y.detach().mean(0)).square().sum(1).mean().sqrt().clamp_min(torch.finfo(x.dtype).tiny ** 0.5)
         )
@@ -131,10 +230,10 @@ class ClassTransport:
 
 
 def _classes(labels: Any, samples: int) -> Tensor:
-    """Labels as the cost takes them; one floating number a sample is class 0 or 1.
+    """Labels in the form that the label cost needs. One float per sample, 0 or 1, is a binary class.
 
     Raises:
-        ValueError: if they do not give each sample a class, or probabilities of the classes.
+        ValueError: if they do not give each sample a class or class probabilities.
     """
     if isinstance(labels, Tensor) and labels.is_floating_point() and labels.numel() == samples:
         labels = labels.reshape(-1)
@@ -145,9 +244,9 @@ def _classes(labels: Any, samples: int) -> Tensor:
     if not classes or (floats and bool(((labels < 0).any(1) | ((labels.float().sum(1) - 1).abs() > 1e-2)).any())):
         found = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
         raise ValueError(
-            f"A transport that heeds classes needs a class (N,) or probabilities (N, K) for each of the {samples} samples, got "
-            f"labels {found}{' that are no probabilities' * floats}: for other tasks use the discrepancy 'sinkhorn' or "
-            "'paired-l2' (recipes 'sat-features', 'alp-features')."
+            f"Transport within classes needs a class (N,) or class probabilities (N, K) for each of the {samples} samples, got labels "
+            f"{found}{' that are not probabilities' * floats}. For other tasks use the discrepancy 'sinkhorn' or 'paired-l2' "
+            "(recipes 'sat-features', 'alp-features')."
         )
     return labels
 
@@ -157,7 +256,8 @@ def _rows(points: Tensor) -> Tensor:
 
 
 LABEL_COST = 100.0
-"""Far above the distance between logits of different classes: mass stays within its class."""
+"""Label cost of ``"sinkhorn-label"``, in units of ``|x - y|^2 / 2`` of logits. It is far above the cost between classes, so transport
+stays within each class."""
 
 DISCREPANCIES: dict[str, Discrepancy] = {
     "kl": kl,
@@ -174,10 +274,19 @@ DISCREPANCIES: dict[str, Discrepancy] = {
 
 
 def get_discrepancy(discrepancy: str | Discrepancy) -> Discrepancy:
-    """A discrepancy by its name; a :class:`CriticDiscrepancy` and callables ``(clean, adversarial, labels) -> scalar`` pass.
+    """A discrepancy by its name. Objects are returned as discrepancies.
+
+    Args:
+        discrepancy: a name in ``DISCREPANCIES``, a :class:`~lightning_wdefense.transport.SinkhornDivergence`, a
+            :class:`~lightning_wdefense.transport.SlicedWasserstein`, a :class:`CriticDiscrepancy`, or a callable
+            ``(clean, adversarial, labels) -> scalar``.
 
     Raises:
-        ValueError: if the name does not exist, with the nearest ones.
+        ValueError: if the name does not exist; the message lists the nearest names.
+
+    Example:
+        >>> get_discrepancy("paired-l2") is paired_l2
+        True
     """
     if isinstance(discrepancy, SlicedWasserstein):
         return SlicedTransport(discrepancy)

@@ -1,4 +1,4 @@
-"""How a defense runs a batch: by plain forward passes of the model, or through the module's own step."""
+"""Runs a batch for a defense, by plain forward passes of the model or by calls of the module's own step."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from lightning_wdefense.modules.steps import Step
 
 
 class ForwardPasses(ABC):
-    """One batch, and the passes over it that a recipe needs.
+    """One batch, and the forward passes over it that a recipe needs.
 
     Attributes:
-        values: what the adversary moves, ``(N, ...)``.
-        labels: of the batch.
+        values: the values that the attack perturbs, ``(N, ...)``.
+        labels: labels of the batch.
     """
 
     values: Tensor
@@ -39,27 +39,27 @@ class ForwardPasses(ABC):
     def attack(
         self, attack: Attack, *, generator: torch.Generator | None = None, execution: Execution | None = None
     ) -> Tensor:
-        """The values that the attack finds."""
+        """The adversarial values ``(N, ...)`` of an attack."""
 
     @abstractmethod
     def run(self, values: Tensor) -> Branch:
-        """A pass of ours over these values, with a graph, in the module's own modes."""
+        """A forward pass for a term of the recipe, with a graph, in the module's own modes."""
 
     @abstractmethod
     def without_side_effects(self, *, evaluation: bool = True) -> contextlib.AbstractContextManager[Any]:
-        """Inside, passes leave no trace, in eval mode or in the module's own modes."""
+        """Context in which forward passes have no side effects, in eval mode or in the module's own modes."""
 
     @abstractmethod
     def watch(self) -> contextlib.AbstractContextManager[Callable[[Any], Branch]]:
-        """Watch the user's own step; what is yielded makes the branch of the step's result."""
+        """Record the user's own step. Yields a function from the step's result to its branch."""
 
     @property
     def classifies(self) -> bool:
-        """Whether the outputs may be read as logits."""
+        """Whether the outputs are logits of the labels."""
         return True
 
     def classes(self, branch: Branch) -> Any:
-        """The labels for a discrepancy between features of this branch."""
+        """The labels for a discrepancy between features of this branch, one per row of the features."""
         return self.labels
 
 
@@ -68,11 +68,11 @@ class ModelForwardPasses(ForwardPasses):
 
     Args:
         model: takes the inputs and returns logits.
-        recorder: of the model, attached.
+        recorder: records the model; must be attached.
         inputs: ``(N, ...)`` in model units.
-        labels: of the batch.
-        compares: whether the outputs must hold a tensor.
-        pick: finds the outputs in what the model returns, for the attack.
+        labels: labels of the batch.
+        compares: whether the recipe compares outputs, which must then contain a tensor.
+        pick: finds the outputs in the model's return value, for the attack.
         whole: never run a part of the batch.
     """
 
@@ -94,7 +94,7 @@ class ModelForwardPasses(ForwardPasses):
     def attack(
         self, attack: Attack, *, generator: torch.Generator | None = None, execution: Execution | None = None
     ) -> Tensor:
-        """The inputs that the attack finds."""
+        """The adversarial inputs ``(N, ...)`` of an attack, in model units."""
         model = self.model if self._pick is None else PickedOutputModel(self.model, self._pick)
         if self._whole:
             execution = replace(execution or Execution(), whole=True)
@@ -109,17 +109,17 @@ class ModelForwardPasses(ForwardPasses):
         return self._branch(recording)
 
     def without_side_effects(self, *, evaluation: bool = True) -> contextlib.AbstractContextManager[Any]:
-        """Isolated from the user's module."""
+        """Context in which the state of the user's module is preserved."""
         return _isolated_eager(self.model, self.values.device, evaluation)
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[Callable[[Any], Branch]]:
-        """Watch somebody else call the model once on the whole batch."""
+        """Record the user's own call of the model on the whole batch."""
         with self._recorder.recording() as recording:
             yield lambda result: self._branch(recording)
 
     def classes(self, branch: Branch) -> Any:
-        """The labels; where there is one for each element (masks), all samples are of one class."""
+        """The labels; for one label per element (masks), all samples get the same class."""
         labels = self.labels
         if (
             isinstance(labels, Tensor)
@@ -131,23 +131,23 @@ class ModelForwardPasses(ForwardPasses):
         return labels
 
     def _branch(self, recording: Recording) -> Branch:
-        """Outputs and features of the one pass over the whole batch.
+        """Outputs and features of the recorded pass over the whole batch.
 
         Raises:
             RuntimeError: if the model did not run exactly once on the whole batch.
-            TypeError: if its outputs hold no tensor, which the recipe compares.
+            TypeError: if the recipe compares outputs and they contain no tensor.
         """
         outputs, model, size = recording.outputs, self._recorder.model, len(self.values)
         children = [name for name, child in model.named_children() if any(True for _ in child.parameters())]
         hint = (
             "Call the module itself (`self(x)`) once in training_step, or name the submodule that is called on the whole batch "
-            f"with model=; its submodules: {', '.join(map(repr, children)) or 'none'}. Or let the adversary go through the step: "
+            f"with model=; its submodules: {', '.join(map(repr, children)) or 'none'}. Or let the attack go through the step: "
             'WassersteinDefense(..., through="step").'
         )
         if len(outputs) != 1:
             raise RuntimeError(
                 f"The outputs of {type(model).__name__} could not be captured: its forward ran {len(outputs)} times during "
-                f"the step, where once was expected. {hint}"
+                f"the step, but must run once. {hint}"
             )
         try:
             found = tensor_of(outputs[0])
@@ -164,14 +164,14 @@ class ModelForwardPasses(ForwardPasses):
 
 
 class StepForwardPasses(ForwardPasses):
-    """Calls of the module's own step.
+    """Forward passes that are calls of the module's own step.
 
     Args:
         step: the step.
-        site: the batch, and what the adversary moves of it.
-        labels: of the batch; ``None`` where there are none.
+        site: the batch, and the values in it that the attack perturbs.
+        labels: labels of the batch, or ``None``.
         inspection: what :func:`inspect_step` found.
-        recorder: of the module, attached.
+        recorder: records the module; must be attached.
         compares: whether the recipe compares outputs or features.
     """
 
@@ -192,7 +192,7 @@ class StepForwardPasses(ForwardPasses):
     def attack(
         self, attack: Attack, *, generator: torch.Generator | None = None, execution: Execution | None = None
     ) -> Tensor:
-        """The values that the attack finds through the step."""
+        """The adversarial values ``(N, ...)`` of an attack through the step."""
         return attack_step(
             attack,
             self._step,
@@ -210,7 +210,7 @@ class StepForwardPasses(ForwardPasses):
         return self._site.perturbed(values)
 
     def run(self, values: Tensor) -> Branch:
-        """One more call of the step: where the user's own began, it draws the same noise."""
+        """One more call of the step, with the random state that the user's own call starts from."""
         if self._step.ready:  # in a rehearsal
             with self.perturbed(values) as batch, self._recorder.recording() as recording:
                 loss = required_loss(self._step, batch)
@@ -231,12 +231,12 @@ class StepForwardPasses(ForwardPasses):
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[Callable[[Any], Branch]]:
-        """Watch the user's own call of the step."""
+        """Record the user's own call of the step."""
         with self._recorder.recording() as recording:
             yield lambda result: self.branch_of(recording, result)
 
     def classes(self, branch: Branch) -> Any:
-        """The labels, once for each time that the samples were seen; where they are no classes, all rows are of one."""
+        """The labels, repeated for each time that the layer ran. If they are not classes, all rows get the same class."""
         labels, rows = self.labels, len(branch.features)
         if isinstance(labels, Tensor) and labels.ndim and len(labels) and rows % len(labels) == 0:
             soft = labels.is_floating_point()
@@ -247,24 +247,24 @@ class StepForwardPasses(ForwardPasses):
 
     @property
     def classifies(self) -> bool:
-        """Whether the outputs were seen to be logits of the labels."""
+        """Whether the inspection found that the outputs are logits of the labels."""
         return self._inspection.outputs is not None
 
     def read(self, recording: Recording) -> Any:
-        """The model's outputs in a pass: what it returned, or what the last linear layer did; of several calls the first."""
+        """The model's outputs: its return value (of several calls, the first), or the output of the last linear layer."""
         if recording.outputs and self._inspection.outputs != "head":
             outputs = recording.outputs[0]
             return outputs if self._inspection.pick is None else self._inspection.pick(outputs)
         return recording.heads[-1]
 
     def _read_for(self, attack: Attack) -> Callable[[Recording], Any] | None:
-        """How the attack is given outputs: a loss of the user's own all that the model returned, others the logits."""
+        """Finds the outputs for the attack: the model's whole return value for a loss of the user's own, otherwise the logits."""
         if self._inspection.model_calls and callable(getattr(attack, "loss", None)):
             return lambda recording: recording.outputs[0]
         return self.read if self._inspection.outputs is not None or self._inspection.model_calls else None
 
     def branch_of(self, recording: Recording, result: Any) -> Branch:
-        """What a call of the step showed."""
+        """The branch of a call of the step."""
         return self._branch(recording, self._step.loss_of(result))
 
     def _branch(self, recording: Recording, loss: Tensor | None) -> Branch:
@@ -274,9 +274,8 @@ class StepForwardPasses(ForwardPasses):
         if self._recorder.features == OUTPUTS:
             if outputs is None:
                 raise RuntimeError(
-                    f"The recipe compares the model's outputs, and none were found in the {self._step.name} of "
-                    f"{type(self._step.module).__name__}: name the submodule that returns them with model=, or compare features instead: "
-                    'features="penultimate", or a dotted path.'
+                    f"The recipe compares the model's outputs, but {self._step.name} of {type(self._step.module).__name__} showed none. Name "
+                    'the submodule that returns them with model=, or compare features: features="penultimate", or a dotted path.'
                 )
             return Branch(outputs, tensor_of(outputs), loss)
         return Branch(outputs, self._features(recording), loss)
@@ -285,8 +284,8 @@ class StepForwardPasses(ForwardPasses):
         found = [self._recorder.rows(each) for each in recording.features if isinstance(each, Tensor)]
         if not found:
             raise ValueError(
-                f"The layer of features={self._recorder.features!r} did not run in {self._step.name}, or returned no tensor: name one that "
-                "does with features=."
+                f"The layer of features={self._recorder.features!r} did not run in {self._step.name}, or returned no tensor. Name another "
+                "layer with features=."
             )
         return torch.cat(found) if len({each.shape[1] for each in found}) == 1 else found[-1]
 

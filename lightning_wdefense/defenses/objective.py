@@ -1,4 +1,4 @@
-"""The arithmetic of a recipe, in one place for the callback and the mixin."""
+"""Combines the terms of a recipe into the training loss, for the callback and the mixin."""
 
 from __future__ import annotations
 
@@ -16,11 +16,19 @@ from lightning_wdefense.modules.outputs import float32_or_better, logits_of
 
 
 def mart_margin_loss(outputs: Any, labels: Any) -> Tensor:
-    """``-log(1 - max_{k != y} p_k)``, the batch mean: with cross-entropy it makes MART's boosted one (Wang et al., 2020)."""
+    """``-log(1 - max_{k != y} p_k)``, the mean over the batch: the margin term of MART's boosted cross-entropy.
+
+    Args:
+        outputs: logits ``(N, K, ...)`` on adversarial inputs.
+        labels: classes ``(N, ...)`` or class probabilities ``(N, K, ...)``.
+
+    References:
+        Wang et al., "Improving adversarial robustness requires revisiting misclassified examples", ICLR 2020.
+    """
     logits = float32_or_better(logits_of(outputs))
     classes = hard_labels(class_labels(labels, outputs, check_values=True))
     others = F.log_softmax(logits, 1).scatter(1, classes.clamp_min(0).unsqueeze(1), -torch.inf).amax(1)
-    # log(1 - p) from log p without loss of digits near p = 0 and p = 1.
+    # log(1 - p) computed from log p, without loss of precision near p = 0 and p = 1.
     return -torch.log(-torch.expm1(others.clamp_max(-torch.finfo(logits.dtype).eps)))[not_ignored(classes)].mean()
 
 
@@ -32,22 +40,22 @@ def combine(
     labels: Any,
     discrepancy: Callable[[Branch, Branch, Any], Tensor],
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The training loss, ``task_loss + other_weight * task(other) + margin_weight * runner-up + weight * discrepancy``.
+    """The training loss, ``task_loss + other_weight * task(other) + margin_weight * margin_loss + weight * discrepancy``.
 
     Args:
-        recipe: says what is added.
-        task_loss: the loss on the inputs that the user's step saw.
-        clean: the clean inputs' branch; may be ``None`` where no term needs it.
-        adversarial: the adversarial inputs' branch, likewise.
-        labels: of the batch.
-        discrepancy: ``(clean, adversarial, labels) -> scalar``: the recipe's, with what it has learned.
+        recipe: the recipe, which gives the weights.
+        task_loss: the loss on the inputs that the user's step got, a scalar.
+        clean: outputs and features of the clean inputs; may be ``None`` if no term needs them.
+        adversarial: outputs and features of the adversarial inputs; may be ``None`` if no term needs them.
+        labels: labels of the batch.
+        discrepancy: the recipe's discrepancy, ``(clean, adversarial, labels) -> scalar``.
 
     Returns:
-        The loss, and its detached parts: ``loss`` (the sum), ``task_loss``, and those of ``other_loss``, ``margin_loss`` and
-        ``discrepancy`` (unweighted) that the recipe has.
+        The loss, and its detached parts: ``loss`` (the sum), ``task_loss``, and ``other_loss``, ``margin_loss`` and
+        ``discrepancy`` (without weights) if the recipe has them.
 
     Raises:
-        FloatingPointError: if a part is NaN or infinite; says which.
+        FloatingPointError: if a part is NaN or infinite; the message names the part.
     """
     parts = {"task_loss": task_loss}
     loss = task_loss
@@ -74,10 +82,12 @@ def _raise_not_finite(recipe: Recipe, parts: dict[str, Tensor]) -> None:
     culprits = [name for name, part in parts.items() if not bool(torch.isfinite(part).all())]
     values = ", ".join(f"{name} = {float(part.detach().float().mean()):.4g}" for name, part in parts.items())
     advice = {
-        "task_loss": "task_loss is the training_step's own loss: lower the learning rate, clip gradients, or look at the data",
-        "other_loss": "other_loss is the task loss on the other branch's outputs: do the labels fit it?",
+        "task_loss": "task_loss is the training_step's own loss: lower the learning rate, clip gradients, or check the data",
+        "other_loss": "other_loss is the task loss on the other branch's outputs: check that the labels fit the task loss",
         "margin_loss": f"lower margin_weight={recipe.margin_weight}",
         "discrepancy": f"lower weight={recipe.weight}, or choose other features than {recipe.features!r}",
     }
-    hints = "; ".join(advice[name] for name in culprits) or "the weighted sum overflowed: lower the weights"
+    hints = (
+        "; ".join(advice[name] for name in culprits) or "the weighted sum is too large for its dtype: lower the weights"
+    )
     raise FloatingPointError(f"The loss of recipe {recipe.name!r} is not finite ({values}): {hints}.")

@@ -1,4 +1,4 @@
-"""A way to train robustly, as data."""
+"""Recipes: the terms, weights and attack of a robust training objective."""
 
 from __future__ import annotations
 
@@ -34,41 +34,52 @@ Branch = Literal["clean", "adversarial"]
 
 
 def mean_cross_entropy(outputs: Any, labels: Tensor) -> Tensor:
-    """Cross-entropy with hard or soft labels, the mean over the batch (and over pixels)."""
+    """Cross-entropy with hard or soft labels, the mean over the batch (and over pixels).
+
+    Args:
+        outputs: logits ``(N, K, ...)``, or a return value that contains them.
+        labels: classes ``(N, ...)`` or class probabilities ``(N, K, ...)``.
+
+    Returns:
+        A scalar in float32 or better.
+    """
     logits, labels = float32_or_better(logits_of(outputs)), class_labels(labels, outputs, check_values=True)
     return F.cross_entropy(logits, labels.to(logits.dtype) if labels.is_floating_point() else labels)
 
 
 LOSSES = ("ce", "margin", "kl")
-"""Losses by name, all of which read logits."""
+"""Names of the attack losses that need logits."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a robust training step minimises: ``step(seen) + other_weight * task(other) + weight * discrepancy``.
+    """The objective of a robust training step: ``step(seen) + other_weight * task(other) + weight * discrepancy``.
 
     Args:
-        attack: makes the adversarial inputs; ``None`` for none.
-        sees: which inputs the user's own ``training_step`` is given, ``"clean"`` or ``"adversarial"``. The other ones get a
-            plain forward pass, where a term needs it.
-        discrepancy: between clean and adversarial features: ``"kl"``, ``"paired-l2"``, ``"sinkhorn"``, ``"sinkhorn-label"``,
-            any other name in ``DISCREPANCIES``, a :class:`~lightning_wdefense.transport.SinkhornDivergence`,
-            :class:`~lightning_wdefense.transport.SlicedWasserstein` or :class:`CriticDiscrepancy`, or a callable
-            ``(clean, adversarial, labels)``.
-        weight: of the discrepancy.
-        features: where it is measured: ``"outputs"``, ``"penultimate"`` (the input of the last linear layer that runs), or a
-            dotted path to a submodule.
-        other_weight: of the task loss on the inputs that ``training_step`` does not see.
-        task_loss: ``(outputs, labels) -> scalar`` for that term, and for ``awp``.
-        margin_weight: of ``-log(1 - max_{k != y} p_k)`` on the adversarial outputs, the second half of MART's boosted cross-entropy.
-        awp: size of the adversarial weight perturbation (Wu et al., 2020), in multiples of each weight's norm; 0 for none, 0.005 to
-            0.01 in the paper. The step's gradient is taken at weights moved uphill by so much, which costs about one more training
-            step without the attack. ``task_loss`` stands in for the loss in ``training_step``, which runs only once.
-        execution: how the model is run inside the attack, such as ``Execution(precision="bf16")``; ``None`` for as it is.
-        ramp_steps: in the warm-up let the attack's number of steps grow with its radius, which saves time.
-        warmup_epochs: the attack's radius grows linearly from 0 over so many epochs, counted in the batches that were defended:
-            neither accumulation nor several optimizers change it, and a training that began without the defense has all of it. Training at a large radius from the start collapses to a constant output.
-        name: for logs and messages.
+        attack: makes the adversarial inputs; ``None`` for no attack.
+        sees: the inputs of the user's own ``training_step``, ``"clean"`` or ``"adversarial"``. The other inputs get a plain forward
+            pass if a term needs it.
+        discrepancy: the discrepancy between clean and adversarial features: ``"kl"``, ``"paired-l2"``, ``"sinkhorn"``,
+            ``"sinkhorn-label"``, any other name in ``DISCREPANCIES``, a
+            :class:`~lightning_wdefense.transport.SinkhornDivergence`, :class:`~lightning_wdefense.transport.SlicedWasserstein` or
+            :class:`CriticDiscrepancy`, or a callable ``(clean, adversarial, labels) -> scalar``.
+        weight: weight of the discrepancy.
+        features: the features that the discrepancy compares: ``"outputs"``, ``"penultimate"`` (the input of the last linear layer
+            that runs), or a dotted path to a submodule.
+        other_weight: weight of the task loss on the inputs that ``training_step`` does not get.
+        task_loss: ``(outputs, labels) -> scalar``, the task loss for that term and for ``awp``.
+        margin_weight: weight of ``-log(1 - max_{k != y} p_k)`` on the adversarial outputs, the second term of MART's boosted
+            cross-entropy.
+        awp: size of the adversarial weight perturbation (Wu et al., 2020), in multiples of each weight's norm; 0 for none. The
+            paper uses 0.005 to 0.01. The gradient of the training step is taken at the perturbed weights. This costs about as much
+            as one more training step without the attack. The perturbation uses ``task_loss`` instead of the loss of
+            ``training_step``, which runs only once.
+        execution: how the attack runs the model, such as ``Execution(precision="bf16")``; ``None`` for no change.
+        ramp_steps: in the warm-up, increase the attack's number of steps with eps, which saves time.
+        warmup_epochs: number of epochs over which the attack's eps grows linearly from 0. It is counted in defended batches, so
+            gradient accumulation and several optimizers do not change it, and a training that began without the defense still gets
+            the whole warm-up. Training at a large eps from the start can collapse to a constant output.
+        name: name for logs and messages.
 
     Raises:
         ValueError: if a value is unknown or negative, or a term needs an attack and there is none.
@@ -100,13 +111,17 @@ class Recipe:
                 raise ValueError(f"{field} must not be negative, got {getattr(self, field)}.")
         terms = (self.weight, self.other_weight, self.margin_weight, self.awp)
         if self.attack is None and (self.sees == "adversarial" or any(terms)):
-            raise ValueError('Without an attack there are no adversarial inputs: sees="clean", all weights and awp 0.')
+            raise ValueError(
+                'attack=None gives no adversarial inputs, so it needs sees="clean", and all weights and awp must be 0.'
+            )
         if self.weight and self.discrepancy is None:
-            raise ValueError(f"weight={self.weight} needs a discrepancy=.")
+            raise ValueError(
+                f'weight={self.weight} needs a discrepancy, but there is none: set discrepancy=, such as "sinkhorn".'
+            )
         if self.discrepancy is not None:
             get_discrepancy(self.discrepancy)
         if self.ramp_steps and not isinstance(self.attack, PGD):
-            raise ValueError(f"ramp_steps=True needs PGD, whose steps can be fewer, got {self.attack!r}.")
+            raise ValueError(f"ramp_steps=True needs PGD, whose number of steps can grow, got {self.attack!r}.")
 
     @property
     def threat(self) -> ThreatModel | None:
@@ -115,80 +130,87 @@ class Recipe:
 
     @property
     def eps(self) -> float:
-        """The attack's full radius, in data units; 0 without an attack."""
+        """The attack's perturbation budget eps, in data units; 0 without an attack."""
         return 0.0 if self.attack is None else self.attack.threat.eps
 
     @property
     def active(self) -> bool:
-        """Whether the recipe changes anything: otherwise training is exactly as without it."""
+        """Whether the recipe changes the training. If not, training is exactly as without a recipe."""
         return self.needs("adversarial") or self.awp > 0
 
     def needs(self, branch: Branch) -> bool:
-        """Whether the loss needs the model's outputs on the clean, or on the adversarial inputs."""
+        """Whether the loss needs the model's outputs on the ``"clean"`` or on the ``"adversarial"`` inputs."""
         both = self.weight > 0 or self.other_weight > 0
         return both or self.sees == branch or (branch == "adversarial" and self.margin_weight > 0)
 
     @property
     def compares(self) -> bool:
-        """Whether a term of the loss reads what the model returned, and not only the user's own step."""
+        """Whether a term of the loss needs the model's outputs, beyond the loss of the user's own step."""
         return self.weight > 0 or self.other_weight > 0 or self.margin_weight > 0
 
     @property
     def compares_classes(self) -> bool:
-        """Whether a term of the loss, or the attack, reads outputs as logits of classes."""
+        """Whether a term of the loss, or the attack, needs logits of classes."""
         by_divergence = self.weight > 0 and self.discrepancy in ("kl", "weighted-kl")
         by_attack = self.attack is not None and self.attack.of_losses() is None
         return by_divergence or self.margin_weight > 0 or (by_attack and getattr(self.attack, "loss", None) in LOSSES)
 
     def attack_at(self, radius: float) -> Attack:
-        """The attack with its eps multiplied by ``radius`` (the warm-up), and its steps as well where they ramp."""
+        """The attack with its eps multiplied by ``radius``, from 0 to 1 (the warm-up); with ``ramp_steps`` its steps as well."""
         attack = self.attack
         assert attack is not None
         if self.ramp_steps and isinstance(attack, PGD):
             steps = max(1, math.ceil(radius * attack.steps))
-            # Fewer steps go as far together.
+            # Fewer steps cover the same distance in total.
             step_size = None if attack.step_size is None else attack.step_size * attack.steps / steps
             attack = replace(attack, steps=steps, step_size=step_size)
         return attack if radius == 1.0 else attack.with_eps(attack.threat.eps * radius)
 
     @classmethod
     def named(cls, name: str, threat: ThreatModel, **changes: Any) -> Recipe:
-        """A published recipe by its name, for a threat model.
+        """A recipe by its name, for a threat model. ``x'`` are adversarial inputs, ``f`` is the model.
 
         ====================== =====================================================================================
-        ``standard``           ``CE(f(x), y)``: the user's training as it is
+        ``standard``           ``CE(f(x), y)``: the user's training, unchanged
         ``pgd-at``             ``CE(f(x'), y)`` (Madry et al., 2018)
-        ``fast-at``            the same with one step from noise of twice the radius, N-FGSM (de Jorge et al., 2022)
+        ``fast-at``            the same with one step from noise of twice the budget, N-FGSM (de Jorge et al., 2022)
         ``trades``             ``CE(f(x), y) + 6 KL(f(x) || f(x'))`` (Zhang et al., 2019)
         ``mart``               ``BCE(f(x'), y) + 5 KL(f(x) || f(x')) (1 - p_y(x))`` (Wang et al., 2020)
         ``alp``                ``CE(f(x'), y) + 1 paired L2`` of logits (Kannan et al., 2018; adversarial batch only)
         ``alp-features``       ``CE(f(x'), y) + 0.1 paired L2`` of penultimate features
         ``sat``                ``CE(f(x'), y) + 1 Sinkhorn divergence`` of logits (Bouniot et al., 2020)
-        ``sat-label``          the same, with a ground cost that keeps mass within its class
+        ``sat-label``          the same, with a label cost that keeps transport within each class
         ``sat-features``       ``CE(f(x'), y) + 0.1 Sinkhorn divergence`` of penultimate features
         ``class-transport``    ``CE(f(x'), y) + 0.1 entropic transport within the classes`` of penultimate features (ours)
-        ``critic``             ``CE(f(x'), y) + 0.1 W_1`` of each class's penultimate features, by a critic (the WGAN route)
+        ``critic``             ``CE(f(x'), y) + 0.1 W_1`` of each class's penultimate features, by a critic (as in WGAN)
         ``mmd``                ``CE(f(x'), y) + 1 MMD^2`` of logits, five Gaussian kernels (as in Song et al., 2019)
         ``coral``              ``CE(f(x'), y) + 1 |difference of covariances|^2 / 4D^2`` of logits (as in Song et al., 2019)
-        ``udr``                ``CE(f(x'), y)``, ``x'`` from a soft ball whose pull is learned (Bui et al., 2022)
+        ``udr``                ``CE(f(x'), y)``, ``x'`` from a soft ball with a learned multiplier (Bui et al., 2022)
         ``wrm``                ``CE(f(x'), y)``, ``x'`` maximises ``CE - gamma |x' - x|^2`` (Sinha et al., 2018)
         ``sinkhorn-dro``       ``T log mean_m exp(CE(f(x + noise_m), y) / T)``, no attack (Wang et al., 2021)
         ``feature-scattering`` ``CE(f(x'), y)``, ``x'`` maximises the transport cost of logits (Zhang and Wang, 2019);
-                               **fails under AutoAttack** and warns of it
+                               **fails under AutoAttack**; a warning says so
         ====================== =====================================================================================
 
-        ``BCE`` is MART's boosted cross-entropy, ``CE - log(1 - max_{k != y} p_k)``. Paired L2 is ``mean |z_i - z'_i|^2 / 2``, the transport cost of the identity coupling, so that each ``alp`` is the
-        ablation of a ``sat``. The attack is PGD with 10 steps; under the Wasserstein norm, which ``fast-at``,
-        ``udr``, ``wrm``, ``sinkhorn-dro`` and ``feature-scattering`` do not take, 5 steps of projected ascent by :class:`WassersteinAttack`.
+        ``BCE`` is MART's boosted cross-entropy, ``CE - log(1 - max_{k != y} p_k)``. Paired L2 is ``mean |z_i - z'_i|^2 / 2``, the
+        transport cost of the identity coupling. So each ``alp`` recipe is the ablation of a ``sat`` recipe.
+
+        The attack is PGD with 10 steps. For the Wasserstein norm it is :class:`WassersteinAttack` with 5 steps of projected gradient
+        ascent; ``fast-at``, ``udr``, ``wrm``, ``sinkhorn-dro`` and ``feature-scattering`` do not support this norm.
 
         Args:
-            name: one of the above.
-            threat: what the attacker may do.
+            name: one of the names above.
+            threat: the threat model.
             **changes: fields of the recipe to replace, such as ``weight=0.3`` or ``attack=PGD(threat, steps=7)``.
 
         Raises:
             TypeError: if ``threat`` is no threat model.
-            ValueError: if the name does not exist, with the nearest ones, or its attack does not take the threat's norm.
+            ValueError: if the name does not exist (the message lists the nearest names), or its attack does not support the norm.
+
+        Example:
+            >>> recipe = Recipe.named("sat", ThreatModel(eps=8 / 255), weight=0.5)
+            >>> recipe.discrepancy, recipe.weight
+            ('sinkhorn', 0.5)
         """
         check_threat(threat, f"Recipe {name!r}")
         if name not in RECIPES:
@@ -204,8 +226,8 @@ def _adversary(threat: ThreatModel, loss: Literal["ce", "kl"] = "ce") -> Attack:
 
 def _feature_scattering(threat: ThreatModel) -> Recipe:
     warnings.warn(
-        'Recipe "feature-scattering" fails under AutoAttack: models that looked 60% robust under PGD were 37% robust (CIFAR-10). It is '
-        "there to be compared with; choose another one for a model that must be robust.",
+        'Recipe "feature-scattering" fails under AutoAttack: models with 60% robust accuracy under PGD had 37% under AutoAttack '
+        "(CIFAR-10). Use it for comparison only, and choose another recipe for a model that must be robust.",
         stacklevel=3,
     )
     return Recipe(FeatureScattering(threat))
@@ -239,4 +261,4 @@ RECIPES: dict[str, Callable[[ThreatModel], Recipe]] = {
     "sinkhorn-dro": lambda threat: Recipe(GibbsNoise(threat)),
     "feature-scattering": _feature_scattering,
 }
-"""Every recipe that has a name."""
+"""All recipes by name, as functions of the threat model."""

@@ -1,4 +1,4 @@
-"""Adversarial weight perturbation: the loss is minimised at the worst weights nearby."""
+"""Adversarial weight perturbation (AWP): the gradient of the loss is taken at perturbed weights that increase the loss."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from lightning_wdefense.modules.autograd import gradients
 
 
 class WeightPerturbation:
-    """Moves a model's weights uphill for one backward pass, and back to the last bit (Wu et al., 2020).
+    """Perturbs a model's weights for one backward pass, and restores them exactly (Wu et al., 2020).
 
-    Each weight matrix or kernel moves along its gradient by ``size`` times its own norm; biases and norms' scales stay. Weights are
-    changed in place, so whatever holds them (an optimizer, DDP, compiled code) sees the perturbed ones until :meth:`undo`.
+    Each weight matrix or kernel moves along its gradient by ``size`` times its own norm. Biases and the scales of normalisation
+    layers do not change. Weights are changed in place, so an optimizer, DDP or compiled code sees the perturbed weights until
+    :meth:`undo`.
 
     Args:
-        model: whose weights are perturbed.
+        model: the model whose weights are perturbed.
         size: length of the perturbation in multiples of each weight's norm.
 
     References:
@@ -27,7 +28,7 @@ class WeightPerturbation:
         self._kept: list[tuple[nn.Parameter, Tensor]] = []
 
     def ascent_steps(self, loss: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
-        """By how much each weight moves towards a larger ``loss``; weights that it does not depend on stay."""
+        """The step of each weight along its gradient, which increases ``loss``. Weights without a gradient have no step."""
         weights = [weight for weight in self.model.parameters() if weight.requires_grad and weight.ndim > 1]
         directions = gradients(loss, weights) if weights else ()
         steps = []
@@ -36,13 +37,13 @@ class WeightPerturbation:
                 if gradient is None:
                     continue
                 length = gradient.norm()
-                # A zero gradient, or one that overflowed, gives no direction. No branch: that would wait for the device.
+                # A gradient that is zero or overflowed gives no direction. No branch, because it would wait for the device.
                 scale = torch.nan_to_num(self.size * weight.norm() / length, nan=0.0, posinf=0.0)
                 steps.append((weight, torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0) * scale))
         return steps
 
     def apply(self, steps: list[tuple[nn.Parameter, Tensor]]) -> None:
-        """Move the weights."""
+        """Add the steps to the weights."""
         self.undo()
         with torch.no_grad():
             for weight, step in steps:
@@ -50,18 +51,18 @@ class WeightPerturbation:
                 weight.add_(step)
 
     def undo_after(self, loss: Tensor) -> bool:
-        """Take the weights back as soon as the backward pass of ``loss`` ends; returns whether there can be one."""
+        """Restore the weights when the backward pass of ``loss`` ends; returns whether ``loss`` has a backward pass."""
         if self._kept and loss.requires_grad:
             loss.register_hook(self._at_the_end_of_backward)
         return loss.requires_grad
 
     def undo(self) -> None:
-        """Take the weights back now."""
+        """Restore the weights now."""
         with torch.no_grad():
             while self._kept:
                 weight, value = self._kept.pop()
                 weight.copy_(value)
 
     def _at_the_end_of_backward(self, gradient: Tensor) -> None:
-        # The same mechanism by which DDP learns that all gradients are there.
+        # DDP uses the same mechanism to know that all gradients are computed.
         torch.autograd.Variable._execution_engine.queue_callback(self.undo)  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Detectors that tell adversarial inputs from clean ones: ``fit(features, labels)`` on clean data, then ``score(features)``."""
+"""Detectors of adversarial inputs: ``fit(features, labels)`` on clean data, then ``score(features)``; two-sample tests."""
 
 from lightning_wdefense.detection.base import Detector
 from lightning_wdefense.detection.critic import CriticScore

@@ -1,4 +1,4 @@
-"""The contract of every detector, kept in one place."""
+"""The base class of all detectors, and the checks of their features and labels."""
 
 from __future__ import annotations
 
@@ -12,23 +12,38 @@ from torch import Tensor
 from lightning_wdefense.modules.outputs import float32_or_better
 
 Features = Tensor | Sequence[Tensor]
-"""What one layer, or each of several layers, shows of a batch: ``(N, ...)``."""
+"""Features ``(N, ...)`` of one layer, or a sequence with the features of several layers."""
 
 Reads = Literal["outputs", "features", "inputs"]
+"""What a detector reads: the model's logits, features of a layer, or the model's inputs."""
+
 DetectorT = TypeVar("DetectorT", bound="Detector")
 
 
 class Detector(ABC):
-    """Tells adversarial inputs from clean ones: ``fit(features, labels)`` on clean data, then ``score(features) -> (N,)``.
+    """Distinguishes adversarial from clean inputs: ``fit(features, labels)`` on clean data, then ``score(features) -> (N,)``.
 
-    The higher the score, the more adversarial the sample looks; only the order of scores means something. A detector that is
-    given several layers treats each by itself and adds up their scores. Scores are computed in float32 or better with autocast
-    off, and gradients reach the features, so that an attack can be told to evade the detector.
+    A higher score means that a sample is more likely adversarial. Only the order of scores matters. For several layers, a detector
+    scores each layer separately and adds up the scores. Scores are computed in float32 or better, without autocast. Gradients reach
+    the features, so an adaptive attack can minimise the score.
+
+    Subclasses implement :meth:`fit_layer` and :meth:`score_layer`.
 
     Attributes:
         name: the detector's short name, as in logs and in :func:`get_detector`.
-        reads: what it wants of a model: its logits (``"outputs"``), a layer's ``"features"``, or the model's own ``"inputs"``.
-        learns: whether it must be fitted before it can score.
+        reads: what the detector reads: the model's logits (``"outputs"``), a layer's ``"features"``, or the model's ``"inputs"``.
+        learns: whether the detector must be fitted before it can score.
+
+    Example:
+        >>> import torch
+        >>> class Norm(Detector):
+        ...     name, learns = "norm", False
+        ...     def fit_layer(self, features, labels):
+        ...         return None
+        ...     def score_layer(self, fitted, features):
+        ...         return features.norm(dim=1)
+        >>> Norm().score(torch.tensor([[3.0, 4.0]]))
+        tensor([5.])
     """
 
     name: ClassVar[str]
@@ -40,30 +55,30 @@ class Detector(ABC):
 
     @abstractmethod
     def fit_layer(self, features: Tensor, labels: Tensor | None) -> Any:
-        """What is learned of one layer's clean features ``(N, D)``, for :meth:`score_layer`."""
+        """The fitted state of one layer, from its clean features ``(N, D)``, for :meth:`score_layer`."""
 
     @abstractmethod
     def score_layer(self, fitted: Any, features: Tensor) -> Tensor:
         """Scores ``(N,)`` of one layer's features ``(N, D)``."""
 
     def fit(self: DetectorT, features: Features, labels: Tensor | None = None) -> DetectorT:
-        """Learn what clean samples look like; forgets what was learned before.
+        """Fit the detector to clean samples, and replace any earlier fit.
 
         Args:
-            features: of clean samples, ``(N, ...)``, or those of several layers.
-            labels: their classes ``(N,)``, for detectors that look at each class.
+            features: features of clean samples, ``(N, ...)``, or a sequence of those of several layers.
+            labels: classes ``(N,)`` of the samples, for detectors that use classes.
 
         Returns:
             The detector itself.
 
         Raises:
-            TypeError: if features are not float tensors, or labels not integers.
-            ValueError: if they are empty or not finite, do not fit together, or are too few.
+            TypeError: if features are not float tensors, or labels are not integers.
+            ValueError: if there are too few samples, features are empty or not finite, or shapes do not fit together.
         """
         layers = read(features)
         if labels is not None:
             labels = _read_labels(labels, len(layers[0])).to(layers[0].device)
-        # Copies that no later change of the caller's memory reaches, and that a graph may save.
+        # Copies, so that later changes of the caller's tensors have no effect, and so that autograd may save them.
         with torch.inference_mode(False), torch.no_grad(), _in_full_precision(layers[0]):
             labels = None if labels is None else labels.clone()
             fitted = [self.fit_layer(layer.detach().clone(), labels) for layer in layers]
@@ -72,15 +87,15 @@ class Detector(ABC):
 
     @property
     def ready(self) -> bool:
-        """Whether it can score: it was fitted, or learns nothing."""
+        """Whether the detector can score: it is fitted, or needs no fit."""
         return self._fitted is not None or not self.learns
 
     def of_model(self: DetectorT, model: Callable[[Tensor], Any]) -> DetectorT:
-        """The detector for the inputs of this model: itself, unless it runs a model and was given none."""
+        """The detector for this model: the detector itself, unless it runs a model and has none yet."""
         return self
 
     def score(self, features: Features) -> Tensor:
-        """How adversarial each sample looks.
+        """Score of each sample; a higher score means more likely adversarial.
 
         Args:
             features: ``(N, ...)`` as in :meth:`fit`, on the same device.
@@ -89,20 +104,18 @@ class Detector(ABC):
             Scores ``(N,)`` in float32 or better.
 
         Raises:
-            RuntimeError: if the detector learns and has not been fitted.
+            RuntimeError: if the detector must be fitted and is not.
             TypeError: if features are not float tensors.
-            ValueError: if they are not finite, or of another width or number of layers than fitted.
+            ValueError: if features are not finite, or their width or number of layers differs from the fit.
         """
         if not self.ready:
-            raise RuntimeError(
-                f"{type(self).__name__} was asked before it was fitted: call fit(features, labels) on clean data."
-            )
+            raise RuntimeError(f"{type(self).__name__} is not fitted: call fit(features, labels) on clean data first.")
         layers = read(features)
         widths = [layer.shape[1] for layer in layers]
         if self._widths is not None and widths != self._widths:
             raise ValueError(
-                f"{type(self).__name__} was fitted on features of width {_one_or_all(self._widths)}, got {_one_or_all(widths)}: take "
-                "them from the same layers at the same input size."
+                f"{type(self).__name__} was fitted on features of width {_one_or_all(self._widths)}, got {_one_or_all(widths)}. Take the "
+                "features from the same layers, at the same input size."
             )
         fitted = [None] * len(layers) if self._fitted is None else self._fitted
         with _in_full_precision(layers[0]):
@@ -110,50 +123,59 @@ class Detector(ABC):
 
 
 def check_enough_samples(needed: int, features: Tensor, reason: str) -> None:
-    """Refuse too few samples.
+    """Raise an error if there are too few samples.
+
+    Args:
+        needed: smallest number of samples.
+        features: ``(N, D)``.
+        reason: what the samples are needed for, such as ``"to estimate a density"``.
 
     Raises:
-        ValueError: saying how many there are and what for more are needed.
+        ValueError: if there are fewer than ``needed``; the message gives both numbers and the reason.
     """
     if len(features) < needed:
         raise ValueError(f"At least {needed} clean samples are needed {reason}, got {len(features)}.")
 
 
 def spread(features: Tensor) -> float:
-    """Root of the features' mean variance.
+    """Square root of the mean variance of the features ``(N, D)``, in units of the features.
 
     Raises:
-        ValueError: if it is 0.
+        ValueError: if the value is 0.
     """
     value = float(features.cpu().double().var(0, correction=0).mean().sqrt())
     if value == 0:
-        raise ValueError("All clean samples have the same features, so there is no scale to measure by.")
+        raise ValueError(
+            "All clean samples have the same features, so distances have no scale: fit on other samples or features."
+        )
     return value
 
 
 def read(features: Features) -> list[Tensor]:
-    """Each layer's features ``(N, D)`` in float32 or better.
+    """Features ``(N, D)`` of each layer, in float32 or better.
 
     Raises:
-        TypeError: if they are not float tensors.
-        ValueError: if they are empty or not finite, or of different samples.
+        TypeError: if features are not float tensors.
+        ValueError: if features are empty or not finite, or layers have different numbers of samples.
     """
     layers = [features] if isinstance(features, Tensor) else list(features)
     if not layers:
-        raise ValueError("The features are an empty list: give at least one layer's.")
+        raise ValueError("The features are an empty list: give the features of at least one layer.")
     for layer in layers:
         if not isinstance(layer, Tensor) or not layer.is_floating_point():
             kind = layer.dtype if isinstance(layer, Tensor) else type(layer).__name__
-            raise TypeError(f"The features must be a float tensor (N, ...) or a list of such, got {kind}.")
+            raise TypeError(f"The features must be a float tensor (N, ...) or a list of float tensors, got {kind}.")
         if layer.ndim == 0 or 0 in layer.shape:
             raise ValueError(
                 f"The features must be a batch with at least one sample and value, got shape {tuple(layer.shape)}."
             )
         if len(layer) != len(layers[0]):
-            raise ValueError(f"All layers must show the same samples, got {len(layers[0])} and {len(layer)} of them.")
+            raise ValueError(
+                f"All layers must have features of the same samples, got {len(layers[0])} and {len(layer)} samples."
+            )
         if not bool(layer.detach().isfinite().all()):
             raise ValueError(
-                "The features hold NaN or infinite values: look for a model that diverged, or for an attack."
+                "The features contain NaN or infinite values: check whether the model or the attack diverged."
             )
     return [float32_or_better(layer).reshape(len(layer), -1) for layer in layers]
 
@@ -162,11 +184,11 @@ def _read_labels(labels: Tensor, samples: int) -> Tensor:
     if not isinstance(labels, Tensor) or labels.is_floating_point():
         kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(
-            f"The labels must be an integer tensor (N,) of classes, got {kind}. Take the argmax of soft labels."
+            f"The labels must be an integer tensor (N,) of classes, got {kind}. For soft labels, pass their argmax."
         )
     if labels.shape != (samples,):
         raise ValueError(
-            f"The labels must give each of the {samples} samples a class, ({samples},), got {tuple(labels.shape)}."
+            f"The labels must have one class for each of the {samples} samples, shape ({samples},), got {tuple(labels.shape)}."
         )
     return labels
 

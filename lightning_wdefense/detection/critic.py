@@ -1,4 +1,4 @@
-"""The score of a critic that was trained elsewhere."""
+"""A detector that uses the score of a trained critic."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from lightning_wdefense.detection.base import Detector
 
 
 class CriticScore(Detector):
-    """What a critic says: any callable that is high on clean features and low on adversarial ones, as a WGAN's critic is.
+    """Negative value of a critic: a callable that is high on clean features and low on adversarial ones, as in WGAN.
 
-    The critic has been fitted already, on clean *and* adversarial features, so unlike the other detectors this one knows the attack.
-    It learns nothing here and need not be fitted.
+    The critic must already be trained, on clean *and* adversarial features. So unlike the other detectors, this one knows the attack.
+    It needs no fit.
 
     Args:
-        critic: ``(N, D) -> (N,)`` or ``(N, 1)``.
+        critic: a callable ``(N, D) -> (N,)`` or ``(N, D) -> (N, 1)``.
 
     Raises:
         TypeError: if the critic is not callable.
-        ValueError: in ``score``, if it does not return one number a sample.
+        ValueError: in ``score``, if the critic does not return one number per sample.
 
     References:
         Arjovsky, Chintala, Bottou, "Wasserstein generative adversarial networks", ICML 2017.
@@ -42,12 +42,14 @@ class CriticScore(Detector):
         self.critic = critic
 
     def fit_layer(self, features: Tensor, labels: Tensor | None) -> None:
-        """Nothing."""
+        """Do nothing; the critic is already trained."""
 
     def score_layer(self, fitted: None, features: Tensor) -> Tensor:
-        """Scores ``(N,)``."""
+        """Scores ``(N,)`` of features ``(N, D)``."""
         values = self.critic(features)
         if not isinstance(values, Tensor) or values.numel() != len(features):
             shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-            raise ValueError(f"The critic must return one number a sample, ({len(features)},) here, got {shape}.")
+            raise ValueError(
+                f"The critic must return one number per sample, shape ({len(features)},) here, got {shape}."
+            )
         return -values.reshape(-1).to(torch.promote_types(values.dtype, torch.float32))

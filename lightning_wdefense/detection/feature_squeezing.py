@@ -1,4 +1,4 @@
-"""What a classifier says before and after its inputs are simplified."""
+"""Feature squeezing: compares a classifier's predictions before and after its inputs are simplified."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from lightning_wdefense.modules.state.isolation import isolated
 
 
 def reduce_bit_depth(data: Tensor, bits: int, bounds: tuple[float, float] = (0.0, 1.0)) -> Tensor:
-    """Round to ``2^bits`` evenly spaced values from the lower bound to the upper; the gradient is that of the identity.
+    """Round to ``2^bits`` evenly spaced values between the bounds. The gradient is that of the identity (BPDA).
 
     Args:
-        data: of any shape, in data units.
-        bits: for each value.
-        bounds: smallest and largest value.
+        data: values of any shape, in data units.
+        bits: number of bits per value.
+        bounds: smallest and largest value, in data units.
 
     Example:
         >>> import torch
@@ -31,16 +31,16 @@ def reduce_bit_depth(data: Tensor, bits: int, bounds: tuple[float, float] = (0.0
     low, high = bounds
     step = (high - low) / (2**bits - 1)
     rounded = ((data - low) / step).round() * step + low
-    # Straight through, so that an attack can be told to evade the detector (BPDA).
+    # Straight-through gradient, so that an adaptive attack can minimise the score.
     return data + (rounded - data).detach() if data.requires_grad else rounded
 
 
 def median_filter(images: Tensor, size: int) -> Tensor:
-    """Median of the square window around each pixel; beyond the border the image's outermost pixels go on.
+    """Median of the square window around each pixel. The border is padded with the nearest pixels.
 
     Args:
         images: ``(N, C, H, W)``.
-        size: side of the window, odd.
+        size: side of the window in pixels, odd.
 
     Example:
         >>> import torch
@@ -56,17 +56,17 @@ def median_filter(images: Tensor, size: int) -> Tensor:
 class FeatureSqueezing(Detector):
     """Largest L1 distance between the class probabilities of an input and of its squeezed copies.
 
-    The copies have fewer bits a value and, for images ``(N, C, H, W)``, a median filter. It reads the model's *inputs*, in model units,
-    and runs the model in eval mode, leaving it as it was. It learns nothing and need not be fitted.
+    The first copy has fewer bits per value. For images ``(N, C, H, W)`` there is a second copy, after a median filter. The detector
+    reads the model's *inputs*, in model units. It runs the model in eval mode and preserves its state. It needs no fit.
 
     Args:
-        threat: the units and bounds of the inputs; its norm and eps are not used.
-        model: a module or callable from inputs to logits. :class:`~lightning_wdefense.DetectionMonitor` gives its own.
-        bits: of a value in the first copy. The paper takes 1 for MNIST and 4 or 5 for colour images.
-        size: side of the median filter's window, odd. The paper's is 2.
+        threat: gives mean, std and bounds of the inputs; its norm and eps are not used.
+        model: a module or callable from inputs to logits. :class:`~lightning_wdefense.DetectionMonitor` uses its own model.
+        bits: number of bits per value in the first copy. The paper uses 1 for MNIST and 4 or 5 for colour images.
+        size: side of the median filter's window in pixels, odd. The paper uses 2.
 
     Raises:
-        ValueError: for a threat without bounds, ``bits`` below 1, or a window that is even or below 3.
+        ValueError: if the threat model has no bounds, ``bits`` is below 1, or ``size`` is even or below 3.
 
     References:
         Xu, Evans, Qi, "Feature squeezing: detecting adversarial examples in deep neural networks", NDSS 2018.
@@ -75,7 +75,7 @@ class FeatureSqueezing(Detector):
         >>> import torch
         >>> model = torch.nn.Linear(4, 3)
         >>> detector = FeatureSqueezing(ThreatModel(), model, bits=1)
-        >>> detector.score(torch.tensor([[0.0, 1.0, 1.0, 0.0]]))  # one bit is all it needs
+        >>> detector.score(torch.tensor([[0.0, 1.0, 1.0, 0.0]]))  # one bit represents these values exactly
         tensor([0.])
     """
 
@@ -87,7 +87,9 @@ class FeatureSqueezing(Detector):
         self, threat: ThreatModel, model: Callable[[Tensor], Any] | None = None, bits: int = 4, size: int = 3
     ) -> None:
         if threat.bounds is None:
-            raise ValueError("FeatureSqueezing rounds between bounds, but the threat has bounds=None.")
+            raise ValueError(
+                "FeatureSqueezing rounds values between bounds, but the threat model has bounds=None: set its bounds."
+            )
         if bits < 1:
             raise ValueError(f"bits must be at least 1, got {bits}.")
         if size < 3 or size % 2 == 0:
@@ -95,29 +97,32 @@ class FeatureSqueezing(Detector):
         self.threat, self.model, self.bits, self.size = threat, model, bits, size
 
     def of_model(self, model: Callable[[Tensor], Any]) -> FeatureSqueezing:
-        """Itself if it has a model, else the same with this one."""
+        """The detector itself if it has a model, otherwise a copy with this model."""
         return self if self.model is not None else FeatureSqueezing(self.threat, model, self.bits, self.size)
 
     def score(self, features: Any) -> Tensor:
-        """How much the class probabilities of inputs ``(N, ...)``, in model units, depend on detail: ``(N,)`` from 0 to 2.
+        """Largest L1 distance between class probabilities, ``(N,)`` from 0 to 2.
+
+        Args:
+            features: inputs ``(N, ...)`` in model units.
 
         Raises:
-            RuntimeError: without a model.
+            RuntimeError: if the detector has no model.
             TypeError: if the inputs are not a float tensor.
-            ValueError: if they are not finite.
+            ValueError: if the inputs are not finite.
         """
         if self.model is None:
-            raise RuntimeError("FeatureSqueezing was asked before it had a model: give it one with model=.")
+            raise RuntimeError("FeatureSqueezing has no model to run: give it one with model=.")
         if not isinstance(features, Tensor):
-            raise TypeError(f"FeatureSqueezing scores the model's inputs, one tensor, got {type(features).__name__}.")
+            raise TypeError(f"FeatureSqueezing needs the model's inputs as one tensor, got {type(features).__name__}.")
         read(features)
         return self.score_layer(None, features)
 
     def fit_layer(self, features: Tensor, labels: Tensor | None) -> None:
-        """Nothing."""
+        """Do nothing; feature squeezing needs no fit."""
 
     def score_layer(self, fitted: None, features: Tensor) -> Tensor:
-        """Scores ``(N,)`` of the inputs in their own shape."""
+        """Scores ``(N,)`` of inputs ``(N, ...)`` in model units."""
         threat, differentiable = self.threat, torch.is_grad_enabled() and features.requires_grad
         assert threat.bounds is not None
         assert self.model is not None
@@ -132,6 +137,6 @@ class FeatureSqueezing(Detector):
             return torch.stack(distances).amax(0)
 
     def _probabilities(self, data: Tensor, dtype: torch.dtype) -> Tensor:
-        inputs = self.threat.to_model(data).to(dtype, copy=True)  # the model may work in place
+        inputs = self.threat.to_model(data).to(dtype, copy=True)  # a copy, because the model may work in place
         assert self.model is not None
         return float32_or_better(logits_of(self.model(inputs))).softmax(1)

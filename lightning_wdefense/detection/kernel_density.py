@@ -1,4 +1,4 @@
-"""How rarely clean samples are where a sample is."""
+"""Detection by a kernel density estimate of clean features."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from lightning_wdefense.detection.base import Detector, check_enough_samples, sp
 
 
 class Kernels(NamedTuple):
-    """Gaussian kernels of one bandwidth, a float, around points ``(N, D)``."""
+    """Gaussian kernels around points.
+
+    Attributes:
+        points: centres ``(N, D)``.
+        bandwidth: standard deviation of the kernels, in units of the points.
+    """
 
     points: Tensor
     bandwidth: float
@@ -21,14 +26,15 @@ class Kernels(NamedTuple):
 class KernelDensity(Detector):
     """Negative log density of a Gaussian kernel estimate on the clean samples of all classes.
 
-    The paper estimates the density of the *predicted* class; of the densities of all classes the nearest dominates here as well.
+    The paper estimates the density of the *predicted* class only. Here the nearest class dominates the sum over all classes, so the
+    result is similar.
 
     Args:
-        bandwidth: standard deviation of the kernels, in units of the features; ``None`` for Scott's rule, ``N^(-1 / (D + 4))`` times
-            the root of the features' mean variance.
+        bandwidth: standard deviation of the kernels, in units of the features. ``None`` for Scott's rule: ``N^(-1 / (D + 4))`` times
+            the square root of the mean variance of the features.
 
     Raises:
-        ValueError: if the bandwidth is not positive; in ``fit``, with a single sample or without any spread.
+        ValueError: if the bandwidth is not positive and finite; in ``fit``, if there is a single sample or all samples are equal.
 
     References:
         Feinman et al., "Detecting adversarial samples from artifacts", 2017. Scott, "Multivariate density estimation", 1992.
@@ -56,7 +62,7 @@ class KernelDensity(Detector):
         return Kernels(features, spread(features) * samples ** (-1 / (width + 4)))
 
     def score_layer(self, fitted: Kernels, features: Tensor) -> Tensor:
-        """Scores ``(N,)``."""
+        """Scores ``(N,)`` of features ``(N, D)``."""
         points, bandwidth = fitted
         distances = torch.cdist(
             features / bandwidth, points / bandwidth, compute_mode="donot_use_mm_for_euclid_dist"

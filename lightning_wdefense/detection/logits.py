@@ -1,4 +1,4 @@
-"""Detectors that look at a classifier's logits alone."""
+"""Detectors that use only a classifier's logits: maximum softmax probability and energy."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from lightning_wdefense.modules.outputs import float32_or_better, logits_of
 
 
 def max_softmax_score(logits: Tensor) -> Tensor:
-    """``-log max_k p_k`` of each sample: 0 for certainty, up to ``log K``.
+    """``-log max_k p_k`` of each sample, from 0 (certain) to ``log K``.
 
-    The order is that of ``1 - max_k p_k``, but a confident model's samples do not all round to 0.
+    The order is the same as for ``1 - max_k p_k``, but the scores of confident predictions do not all round to 0.
 
     Args:
         logits: ``(N, K)``, or ``(N,)`` or ``(N, 1)`` of a binary classifier.
@@ -38,7 +38,7 @@ def max_softmax_score(logits: Tensor) -> Tensor:
 
 
 def energy_score(logits: Tensor) -> Tensor:
-    """The energy ``-log sum_k exp(z_k)`` of each sample: low where some class has a large logit.
+    """The energy ``-log sum_k exp(z_k)`` of each sample. It is low if a class has a large logit.
 
     Args:
         logits: ``(N, K)``, or ``(N,)`` or ``(N, 1)`` of a binary classifier.
@@ -58,7 +58,7 @@ def energy_score(logits: Tensor) -> Tensor:
 
 
 class MaxSoftmax(Detector):
-    """How unsure the classifier is, see :func:`max_softmax_score`. Reads logits and learns nothing, so it need not be fitted.
+    """Negative log of the largest class probability, see :func:`max_softmax_score`. The detector reads logits and needs no fit.
 
     Example:
         >>> import torch
@@ -79,7 +79,7 @@ class MaxSoftmax(Detector):
 
 
 class Energy(Detector):
-    """The classifier's energy, see :func:`energy_score`. Reads logits and learns nothing, so it need not be fitted.
+    """The classifier's energy, see :func:`energy_score`. The detector reads logits and needs no fit.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Distance to the nearest class, measured by the spread within classes."""
+"""Detection by the Mahalanobis distance to the nearest class mean."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from lightning_wdefense.detection.base import Detector, spread
 
 
 class ClassGaussians(NamedTuple):
-    """Gaussians with one covariance, in coordinates where that is the identity.
+    """Gaussian distributions with a common covariance, in whitened coordinates, where the covariance is the identity.
 
     Attributes:
-        means: of the classes, ``(K, D)``, in whitened coordinates.
-        centre: of all samples, ``(D,)``, subtracted before whitening.
-        whitening: ``(D, D)``; rows ``x`` become ``(x - centre) @ whitening``.
+        means: class means ``(K, D)``, in whitened coordinates.
+        centre: mean of all samples, ``(D,)``, subtracted before whitening.
+        whitening: whitening matrix ``(D, D)``: a row ``x`` becomes ``(x - centre) @ whitening``.
     """
 
     means: Tensor
@@ -29,12 +29,12 @@ class ClassGaussians(NamedTuple):
 class Mahalanobis(Detector):
     """Squared Mahalanobis distance to the nearest class mean, with one covariance for all classes.
 
-    The covariance of the deviations from the class means is that of Ledoit and Wolf (shrunk towards a multiple of the identity), so it
-    can be inverted with fewer samples than features or with units that are always off. Given several layers, their distances
-    are added up, as in the paper with equal weights. Needs labels, and scikit-learn.
+    The covariance of the deviations from the class means is estimated by the method of Ledoit and Wolf (shrinkage towards a multiple
+    of the identity). So it can be inverted even with fewer samples than features, or with constant features. The distances of
+    several layers are added up, as in the paper with equal weights. Needs labels, and scikit-learn.
 
     Raises:
-        ValueError: in ``fit``, without labels, if a class has fewer than 2 samples, or if all samples are equal.
+        ValueError: in ``fit``, if there are no labels, a class has fewer than 2 samples, or all samples are equal.
         ModuleNotFoundError: if scikit-learn is not installed.
 
     References:
@@ -54,31 +54,33 @@ class Mahalanobis(Detector):
     name: ClassVar[str] = "mahalanobis"
 
     def __init__(self) -> None:
-        _scikit_learn()  # what is missing should be missed before a model is trained
+        _scikit_learn()  # a missing package should be an error before a model is trained
 
     def fit_layer(self, features: Tensor, labels: Tensor | None) -> ClassGaussians:
-        """The classes' means and their common covariance."""
+        """Class means and the common covariance, as whitened Gaussians."""
         if labels is None:
-            raise ValueError("Mahalanobis measures the distance to class means: call fit(features, labels).")
-        # On the CPU, where scikit-learn computes, and where all devices can go for float64.
+            raise ValueError(
+                "Mahalanobis needs labels, because it measures distances to class means: call fit(features, labels)."
+            )
+        # On the CPU, because scikit-learn computes there, and because some devices have no float64.
         points, labels = features.cpu().double(), labels.cpu()
         _, classes, counts = labels.unique(return_inverse=True, return_counts=True)
         if int(counts.min()) < 2:
             few = labels.unique()[counts < 2].tolist()
-            raise ValueError(f"Each class needs at least 2 clean samples to show its spread; classes {few} have fewer.")
+            raise ValueError(f"Each class needs at least 2 clean samples for its covariance; classes {few} have fewer.")
         sums = points.new_zeros(len(counts), points.shape[1]).index_add(0, classes, points)
         means = sums / counts.unsqueeze(1)
         deviations = (points - means[classes]).numpy()
         covariance = torch.from_numpy(_scikit_learn()(deviations, assume_centered=True)[0])
         scale, directions = torch.linalg.eigh(covariance)
-        # Where classes have no spread at all, whatever is not a class mean is far, but not infinitely.
+        # In directions without any variance within classes, distances are large but finite.
         scale = scale.clamp_min(torch.finfo(features.dtype).eps * spread(points) ** 2)
         whitening, centre = directions / scale.sqrt(), points.mean(0)
         fitted = ((means - centre) @ whitening, centre, whitening)
         return ClassGaussians(*(each.to(features) for each in fitted))
 
     def score_layer(self, fitted: ClassGaussians, features: Tensor) -> Tensor:
-        """Scores ``(N,)``."""
+        """Scores ``(N,)`` of features ``(N, D)``."""
         whitened = (features - fitted.centre) @ fitted.whitening
         return torch.stack([(whitened - mean).square().sum(1) for mean in fitted.means]).amin(0)
 

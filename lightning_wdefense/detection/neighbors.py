@@ -1,4 +1,4 @@
-"""Detectors that look at the distances to the nearest clean samples."""
+"""Detection by distances to the nearest clean samples: k-nearest neighbours and local intrinsic dimensionality."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from lightning_wdefense.detection.base import Detector, check_enough_samples
 
 
 def nearest_distances(points: Tensor, references: Tensor, k: int) -> Tensor:
-    """Distances ``(N, k)`` of each point ``(N, D)`` to its ``k`` nearest references ``(M, D)``, increasing."""
-    # Products of raw features would round away what is near.
+    """Distances ``(N, k)`` of each point ``(N, D)`` to its ``k`` nearest references ``(M, D)``, in increasing order."""
+    # Not by matrix products, whose rounding errors are larger than small distances.
     distances = torch.cdist(points, references, compute_mode="donot_use_mm_for_euclid_dist")
     return distances.topk(k, largest=False).values
 
 
 class _Neighbors(Detector):
+    """Base of the detectors that keep the clean features and search ``k`` neighbours in them."""
+
     def __init__(self, k: int) -> None:
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}.")
@@ -33,10 +35,10 @@ class KNNDistance(_Neighbors):
     """Distance to the ``k``-th nearest clean sample.
 
     Args:
-        k: which neighbour.
+        k: rank of the neighbour, at least 1.
 
     Raises:
-        ValueError: if ``k`` is below 1; in ``fit``, with fewer than ``k`` samples.
+        ValueError: if ``k`` is below 1; in ``fit``, if there are fewer than ``k`` samples.
 
     References:
         Sun et al., "Out-of-distribution detection with deep nearest neighbors", ICML 2022 (there on normalised features).
@@ -53,22 +55,22 @@ class KNNDistance(_Neighbors):
         super().__init__(k)
 
     def score_layer(self, fitted: Tensor, features: Tensor) -> Tensor:
-        """Scores ``(N,)``."""
+        """Scores ``(N,)`` of features ``(N, D)``."""
         return nearest_distances(features, fitted, self.k)[:, -1]
 
 
 class LID(_Neighbors):
-    """Local intrinsic dimensionality: how fast the number of clean samples grows with the radius around a sample.
+    """Local intrinsic dimensionality (LID): the growth rate of the number of clean samples with the radius around a sample.
 
-    The maximum-likelihood estimate ``-1 / mean_i log(r_i / r_k)`` from the distances to the ``k`` nearest clean samples. The paper
-    takes neighbours from minibatches, and trains a classifier on the values of many layers; here the reference is all of
-    the clean samples, and layers are added up.
+    The score is the maximum-likelihood estimate ``-1 / mean_i log(r_i / r_k)`` from the distances ``r_i`` to the ``k`` nearest clean
+    samples. The paper uses neighbours from minibatches, and trains a classifier on the values of many layers. Here the neighbours
+    come from all clean samples, and the values of several layers are added up.
 
     Args:
-        k: number of neighbours.
+        k: number of neighbours, at least 2.
 
     Raises:
-        ValueError: if ``k`` is below 2; in ``fit``, with fewer than ``k`` samples.
+        ValueError: if ``k`` is below 2; in ``fit``, if there are fewer than ``k`` samples.
 
     References:
         Ma et al., "Characterizing adversarial subspaces using local intrinsic dimensionality", ICLR 2018. Amsaleg et al.,
@@ -85,12 +87,12 @@ class LID(_Neighbors):
 
     def __init__(self, k: int = 20) -> None:
         if k < 2:
-            raise ValueError(f"k must be at least 2, got {k}: one distance shows no growth.")
+            raise ValueError(f"k must be at least 2, got {k}: one distance gives no growth rate.")
         super().__init__(k)
 
     def score_layer(self, fitted: Tensor, features: Tensor) -> Tensor:
-        """Scores ``(N,)``."""
-        # A sample that is itself among the references has a neighbour at distance 0.
+        """Scores ``(N,)`` of features ``(N, D)``."""
+        # A sample that is one of the clean samples has a neighbour at distance 0.
         logs = nearest_distances(features, fitted, self.k).clamp_min(torch.finfo(features.dtype).tiny).log()
         growth = (logs[:, -1:] - logs).mean(1)
         return 1 / growth.clamp_min(torch.finfo(features.dtype).eps)

@@ -17,7 +17,7 @@ DETECTORS: dict[str, type[Detector]] = {
     detector.name: detector
     for detector in (MaxSoftmax, Energy, Mahalanobis, KNNDistance, LID, KernelDensity, FeatureSqueezing, CriticScore)
 }
-"""Every detector that has a name; each takes its own options."""
+"""All detectors by name. Each has its own options."""
 
 
 def get_detector(name: str, **options: Any) -> Detector:
@@ -25,10 +25,10 @@ def get_detector(name: str, **options: Any) -> Detector:
 
     Args:
         name: one of ``DETECTORS``.
-        **options: for the detector's constructor; ``"feature-squeezing"`` needs ``threat``, ``"critic"`` needs ``critic``.
+        **options: arguments of the detector's constructor; ``"feature-squeezing"`` needs ``threat``, ``"critic"`` needs ``critic``.
 
     Raises:
-        ValueError: if the name does not exist, with the nearest ones.
+        ValueError: if the name does not exist; the message lists the nearest names.
 
     Example:
         >>> get_detector("knn", k=3).k

@@ -1,4 +1,4 @@
-"""Is a whole batch from the clean distribution? Two-sample tests with permutation p-values."""
+"""Two-sample permutation tests of whether a batch comes from the clean distribution."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from lightning_wdefense.transport.kernels.gaussian import multiscale_kernel
 StatisticName = Literal["sinkhorn", "mmd", "energy"]
 
 RELATIVE_BLUR = 0.2
-"""Of the Sinkhorn statistic, in units of the root of the pooled samples' mean cost."""
+"""Blur of the Sinkhorn statistic, in units of the square root of the mean cost of the pooled sample."""
 
 
 class TwoSampleResult(NamedTuple):
     """The outcome of :func:`two_sample_test`.
 
     Attributes:
-        statistic: the distance between the two samples.
-        p_value: the share of relabellings, the given one included, under which it is as large: small where the samples differ.
+        statistic: the statistic of the two samples, a scalar; its unit depends on the statistic.
+        p_value: the share of permutations, the identity included, with at least this value of the statistic. It is small if the
+            samples have different distributions.
     """
 
     statistic: Tensor
@@ -37,20 +38,21 @@ class TwoSampleResult(NamedTuple):
 def two_sample_test(
     x: Tensor, y: Tensor, statistic: StatisticName = "energy", *, permutations: int = 200, seed: int = 0
 ) -> TwoSampleResult:
-    """Test whether two independent samples come from one distribution.
+    """Permutation test of the null hypothesis that two independent samples have the same distribution.
 
-    The p-value is that of the permutation test, ``(1 + #{as large under a random relabelling}) / (1 + permutations)``: whatever
-    the distribution and the sample sizes, under the null hypothesis it is at most ``alpha`` with a probability of at most ``alpha``.
-    For that the samples must be independent: do not compare a batch with its own attacked copy.
+    The p-value is ``(1 + #{permutations with a statistic at least as large}) / (1 + permutations)``. Under the null hypothesis it is
+    at most ``alpha`` with a probability of at most ``alpha``, for every distribution and sample size. The samples must be
+    independent for this: do not compare a batch with its own attacked copy.
 
     Args:
-        x: ``(N, ...)``, such as features of clean samples.
-        y: ``(M, ...)``, such as features of a batch under suspicion.
-        statistic: ``"sinkhorn"`` for the Sinkhorn divergence (cost ``|x - y|^2 / 2``), ``"mmd"`` for the squared maximum mean discrepancy
-            with five Gaussian kernels around the mean squared distance, ``"energy"`` for the energy distance ``2 E|x - y| - E|x - x'| - E|y - y'|``.
-        permutations: number of random relabellings; the p-value is at least ``1 / (1 + permutations)``. Each costs a transport problem
-            with ``"sinkhorn"``, and next to nothing with the others.
-        seed: of the relabellings.
+        x: first sample ``(N, ...)``, such as features of clean samples.
+        y: second sample ``(M, ...)``, such as features of a batch that may be attacked.
+        statistic: ``"sinkhorn"`` for the Sinkhorn divergence (cost ``|x - y|^2 / 2``); ``"mmd"`` for the squared maximum mean
+            discrepancy with five Gaussian kernels around the mean squared distance; ``"energy"`` for the energy distance
+            ``2 E|x - y| - E|x - x'| - E|y - y'|``.
+        permutations: number of random permutations; the p-value is at least ``1 / (1 + permutations)``. With ``"sinkhorn"`` each
+            permutation costs one transport problem; with the others its cost is small.
+        seed: seed of the permutations.
 
     Returns:
         The statistic, a scalar in float32 or better, and the p-value.
@@ -92,22 +94,23 @@ def two_sample_test(
             *(torch.randperm(len(points), generator=generator) for _ in range(permutations)),
         ]
         values = _STATISTICS[statistic](points)(torch.stack(orders).to(device), len(x))
-        # Relabellings that split the samples alike may differ by rounding.
+        # Permutations that divide the points in the same way may have values that differ by rounding.
         tolerance = 1e-5 * values.abs().amax()
         return TwoSampleResult(values[0], float((values >= values[0] - tolerance).sum()) / len(values))
 
 
 class TwoSampleTest:
-    """:func:`two_sample_test` in the manner of a detector: ``fit(features)`` on clean samples, then ``test(features)`` on a batch.
+    """:func:`two_sample_test` with the interface of a detector: ``fit(features)`` on clean samples, then ``test(features)`` on a batch.
 
     Args:
         statistic: ``"sinkhorn"``, ``"mmd"`` or ``"energy"``.
-        permutations: number of random relabellings.
-        seed: of the relabellings.
+        permutations: number of random permutations.
+        seed: seed of the permutations.
 
     Raises:
-        RuntimeError: in ``test``, before ``fit``.
-        ValueError: as :func:`two_sample_test` does.
+        RuntimeError: in ``test``, if ``fit`` was not called.
+        TypeError: in ``test``, as :func:`two_sample_test`.
+        ValueError: in ``test``, as :func:`two_sample_test`.
 
     Example:
         >>> import torch
@@ -126,9 +129,9 @@ class TwoSampleTest:
         return self
 
     def test(self, features: Tensor) -> TwoSampleResult:
-        """Test a batch ``(M, ...)``."""
+        """Test a batch ``(M, ...)`` against the clean samples."""
         if self._clean is None:
-            raise RuntimeError("TwoSampleTest was asked before it was fitted: call fit(features) on clean data.")
+            raise RuntimeError("TwoSampleTest is not fitted: call fit(features) on clean data first.")
         return two_sample_test(self._clean, features, self.statistic, permutations=self.permutations, seed=self.seed)
 
 
@@ -141,11 +144,11 @@ def _energy(points: Tensor) -> Callable[[Tensor, int], Tensor]:
 
 
 def _sinkhorn(points: Tensor) -> Callable[[Tensor, int], Tensor]:
-    # One blur for all relabellings. With cost |x - y|^2 / 2 the mean over pairs of centred points is their mean squared length.
+    # One blur for all permutations. For the cost |x - y|^2 / 2 and centred points, the mean cost over pairs is the mean squared norm.
     blur = RELATIVE_BLUR * float(points.square().sum(1).mean().sqrt().clamp_min(torch.finfo(points.dtype).tiny ** 0.5))
 
     def values(orders: Tensor, n: int) -> Tensor:
-        # In parts of about as many points as a single call is given elsewhere.
+        # In parts of about 4096 points, to bound the memory of a batch of problems.
         parts = orders.split(max(1, 4096 // orders.shape[1]))
         return torch.cat([sinkhorn_divergence(points[part[:, :n]], points[part[:, n:]], blur=blur) for part in parts])
 

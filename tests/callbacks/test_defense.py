@@ -753,13 +753,13 @@ def with_critic(**settings):
 
 CONSTRUCTOR_ERRORS = {
     "unknown recipe": (lambda: WassersteinDefense("trade", threat=THREAT), "'trades'"),
-    "no threat": (lambda: WassersteinDefense("trades"), "threat= is needed"),
+    "no threat": (lambda: WassersteinDefense("trades"), "needs a threat model.*threat="),
     "another threat": (lambda: WassersteinDefense(Recipe.named("sat", THREAT), threat=ThreatModel(eps=0.1)), "differs"),
     "negative weight": (lambda: defend("sat", weight=-1), "weight"),
     "weight without discrepancy": (lambda: defend("pgd-at", weight=1.0), "needs a discrepancy"),
     "unknown discrepancy": (lambda: Recipe(PGD(THREAT), discrepancy="sinkhron", weight=1), "'sinkhorn'"),
-    "no attack": (lambda: Recipe(None), "Without an attack"),
-    "no attack to perturb for": (lambda: Recipe(None, "clean", awp=0.01), "Without an attack"),
+    "no attack": (lambda: Recipe(None), "attack=None gives no adversarial inputs"),
+    "no attack to perturb for": (lambda: Recipe(None, "clean", awp=0.01), "attack=None gives no adversarial inputs"),
     "negative perturbation": (lambda: Recipe.named("pgd-at", THREAT, awp=-0.1), "awp must not be negative"),
     "steps of another attack": (lambda: Recipe.named("fast-at", THREAT, ramp_steps=True), "needs PGD"),
     "unknown critic": (lambda: CriticDiscrepancy(lipschitz="orthogonall"), "'orthogonal'"),

@@ -122,9 +122,9 @@ class TestClassTransport:
         [
             (torch.zeros(N, 2, 2, dtype=torch.long), r"\(12, 2, 2\)"),
             (torch.arange(N - 1), r"\(11,\)"),
-            (torch.linspace(-3, 3, N), "no probabilities"),
-            (torch.linspace(0, 1, N)[:, None], "no probabilities"),
-            (torch.tensor([[1.0, 0, 1]]).expand(N, -1), "no probabilities"),
+            (torch.linspace(-3, 3, N), "not probabilities"),
+            (torch.linspace(0, 1, N)[:, None], "not probabilities"),
+            (torch.tensor([[1.0, 0, 1]]).expand(N, -1), "not probabilities"),
             (None, "NoneType"),
         ],
         ids=["pixels", "too few", "regression", "regression in 0..1", "several labels", "none"],

@@ -136,7 +136,7 @@ def test_mistakes_are_explained(name, mistake):
 
 @pytest.mark.parametrize("name", learning)
 def test_asked_before_fitted(name):
-    with pytest.raises(RuntimeError, match=r"asked before it was fitted: call fit\(features, labels\)"):
+    with pytest.raises(RuntimeError, match=r"is not fitted: call fit\(features, labels\)"):
         DETECTOR_CASES[name]().score(features(1))
 
 
@@ -146,7 +146,7 @@ SETTINGS = {
     "lid's k": (lambda: get_detector("lid", k=1), ValueError, "k must be at least 2, got 1"),
     "few for k": (lambda: get_detector("knn", k=9).fit(features(0, n=8)), ValueError, "At least 9.*neighbours, got 8"),
     "bandwidth": (lambda: get_detector("kernel-density", bandwidth=0.0), ValueError, "bandwidth must be positive.*0.0"),
-    "no spread": (lambda: get_detector("kernel-density").fit(torch.ones(5, 2)), ValueError, "same features, so there is no scale"),
+    "no spread": (lambda: get_detector("kernel-density").fit(torch.ones(5, 2)), ValueError, "same features, so distances have no scale"),
     "one sample": (lambda: get_detector("kernel-density").fit(features(0, n=1)), ValueError, "At least 2.*density, got 1"),
     "no labels": (lambda: Mahalanobis().fit(features(0)), ValueError, r"call fit\(features, labels\)"),
     "few of a class": (lambda: Mahalanobis().fit(features(0, n=5), torch.tensor([0, 0, 7, 1, 1])), ValueError, r"classes \[7\] have fewer"),
@@ -155,7 +155,7 @@ SETTINGS = {
     "bits": (lambda: FeatureSqueezing(ThreatModel(), bits=0), ValueError, "bits must be at least 1"),
     "window": (lambda: FeatureSqueezing(ThreatModel(), size=2), ValueError, "size must be odd.*got 2"),
     "no bounds": (lambda: FeatureSqueezing(ThreatModel(bounds=None)), ValueError, "bounds=None"),
-    "no model": (lambda: FeatureSqueezing(ThreatModel()).score(features(0)), RuntimeError, "before it had a model.*model="),
+    "no model": (lambda: FeatureSqueezing(ThreatModel()).score(features(0)), RuntimeError, "has no model to run.*model="),
     "list of inputs": (lambda: FeatureSqueezing(ThreatModel(), Nasty(6)).score([features(0)]), TypeError, "one tensor, got list"),
 }  # fmt: skip
 

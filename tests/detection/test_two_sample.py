@@ -115,7 +115,7 @@ MISTAKES = {
     "NaN": (lambda: two_sample_test(X, X * torch.nan), ValueError, "y.*NaN"),
     "integers": (lambda: two_sample_test(X.long(), X), TypeError, "x must have a floating dtype"),
     "no tensor": (lambda: two_sample_test(None, X), TypeError, "x must be a torch.Tensor, got NoneType"),
-    "not fitted": (lambda: TwoSampleTest().test(X), RuntimeError, r"before it was fitted: call fit\(features\)"),
+    "not fitted": (lambda: TwoSampleTest().test(X), RuntimeError, r"is not fitted: call fit\(features\)"),
 }
 
 

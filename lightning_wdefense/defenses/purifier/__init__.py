@@ -1,1 +1,1 @@
-"""Generators that take an input to the clean distribution, their training, and the classifier behind one."""
+"""Input purifiers: generators that map attacked inputs to clean ones, their training, and purified classifiers."""

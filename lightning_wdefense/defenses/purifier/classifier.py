@@ -1,4 +1,4 @@
-"""A purifier in front of a classifier, as one model, which is how it is to be attacked."""
+"""A purifier and a classifier as one model, so that attacks go through both."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from lightning_wdefense.defenses.purifier.generators import check_purified
 
 
 class PurifiedClassifier(nn.Module):
-    """``classifier(purifier(inputs))`` as one model: use it, monitor it and attack it like any other.
+    """``classifier(purifier(inputs))`` as one model, which can be monitored and attacked like any other model.
 
-    Attacks go through both, with full gradients. There is no other way to judge a purifier: every one that was published on the strength
-    of attacks on the classifier alone fell to attacks that went through it (Athalye et al., 2018).
+    Attacks go through both parts, with full gradients. A purifier must be evaluated in this way: purifiers that were evaluated with
+    attacks on the classifier alone were later broken by attacks through the purifier (Athalye et al., 2018).
 
     Args:
-        purifier: a :class:`WassersteinPurifier`, whose generator is taken, or any module from inputs ``(N, ...)`` to inputs of the same shape.
-        classifier: any model of the inputs.
-        bpda: for purifiers that are not differentiable, or hide their gradient (quantisation, JPEG, sampling): run forward through the
-            purifier, and backward as if it were the identity (backward pass differentiable approximation). The outputs are the same.
+        purifier: a :class:`WassersteinPurifier`, whose generator is used, or any module from inputs ``(N, ...)`` to inputs of the
+            same shape.
+        classifier: any model that takes these inputs.
+        bpda: for purifiers that are not differentiable or have no useful gradient (quantisation, JPEG, sampling). The forward pass
+            runs the purifier; the backward pass treats it as the identity (backward pass differentiable approximation, BPDA). The
+            outputs do not change.
 
     Raises:
-        TypeError: in use, if the purifier returns no tensor.
-        ValueError: in use, if it changes the shape.
+        TypeError: in the forward pass, if the purifier returns no tensor.
+        ValueError: in the forward pass, if the purifier changes the shape.
 
     References:
         Athalye, Carlini, Wagner, "Obfuscated gradients give a false sense of security", ICML 2018.
@@ -37,13 +39,13 @@ class PurifiedClassifier(nn.Module):
 
     def __init__(self, purifier: nn.Module, classifier: nn.Module, *, bpda: bool = False) -> None:
         super().__init__()
-        # A WassersteinPurifier holds a classifier of its own, which has no place in here.
+        # A WassersteinPurifier contains a classifier of its own, which is not used here.
         inner = getattr(purifier, "purified", None)
         self.purifier: nn.Module = inner.purifier if isinstance(inner, PurifiedClassifier) else purifier
         self.classifier, self.bpda = classifier, bpda
 
     def purify(self, inputs: Tensor) -> Tensor:
-        """The purified inputs ``(N, ...)``; with ``bpda`` their gradient is that of the inputs themselves."""
+        """The purified inputs ``(N, ...)``. With ``bpda`` their gradient is passed to the inputs unchanged."""
         if not self.bpda:
             return check_purified(self.purifier(inputs), inputs)
         with torch.no_grad():
@@ -55,7 +57,7 @@ class PurifiedClassifier(nn.Module):
         return self.classifier(self.purify(inputs))
 
     def extra_repr(self) -> str:
-        """How its gradient is taken."""
+        """Whether the gradient is that of BPDA."""
         return f"bpda={self.bpda}"
 
 

@@ -1,4 +1,4 @@
-"""Networks that map inputs to inputs, for a purifier to train."""
+"""Generators: networks from inputs to purified inputs."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from lightning_wdefense.attacks.threat import ThreatModel
 
 
 class ResidualGenerator(nn.Module):
-    """``inputs + g(inputs)``, where ``g`` starts at 0: it starts as the identity, and learns what to change.
+    """``inputs + g(inputs)``, where ``g`` is 0 at the start, so that the generator starts as the identity.
 
-    For images ``g`` is a convnet that keeps their size, which may be any; for everything else an MLP. Its activations are smooth, so that an
-    attack that goes through it finds gradients.
+    For images ``g`` is a convolutional network that works for any image size; for other inputs it is an MLP. Its activations are
+    smooth, so that attacks through the generator have useful gradients.
 
     Args:
-        shape: of one sample: ``(C, H, W)`` for images, or any other, or the number of values.
-        width: channels, or units, of the hidden layers.
+        shape: shape of one sample: ``(C, H, W)`` for images, any other shape, or the number of values.
+        width: number of channels or units of the hidden layers.
         depth: number of hidden layers.
-        seed: of the weights. PyTorch's own random number generators are not touched.
+        seed: seed of the initial weights. PyTorch's global random state does not change.
 
     Raises:
         ValueError: if ``shape`` holds no value, or ``width`` or ``depth`` is below 1.
@@ -56,16 +56,16 @@ class ResidualGenerator(nn.Module):
             self.correction = nn.Sequential(*layers, last)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Inputs ``(N, ...)`` to purified ones of the same shape."""
+        """Purified inputs ``(N, ...)``, of the shape of ``inputs``."""
         return inputs + self.correction(inputs).view_as(inputs)
 
 
 class BoundedGenerator(nn.Module):
-    """A generator whose results are held to the shape of its inputs and to the threat model's bounds.
+    """A generator whose outputs are checked for the shape of the inputs and clamped to the threat model's bounds.
 
     Args:
-        generator: maps inputs ``(N, ...)`` in model units to purified ones of the same shape.
-        threat: says what is legal, and how model units relate to data units.
+        generator: maps inputs ``(N, ...)`` in model units to purified inputs of the same shape.
+        threat: the threat model; its bounds are in data units, its mean and std convert them to model units.
     """
 
     def __init__(self, generator: nn.Module, threat: ThreatModel) -> None:
@@ -82,39 +82,39 @@ class BoundedGenerator(nn.Module):
             purified = self.generator(inputs)
         except RuntimeError as error:
             raise ValueError(
-                f"The generator fails on inputs of shape {tuple(inputs.shape)}: {error}. Give the purifier generator= one for them, such "
+                f"The generator fails on inputs of shape {tuple(inputs.shape)}: {error}. Give the purifier a generator= for this shape, such "
                 f"as ResidualGenerator({tuple(inputs.shape[1:])})."
             ) from error
         purified = check_purified(purified, inputs).to(inputs.dtype)
         if self.threat.bounds is None:
             return purified
-        # The limits, one for each channel, go into model units, so that what lies between them is not rounded on its way there and back.
+        # The bounds, one per channel, are converted to model units, so that values inside them are not rounded by a conversion.
         like = (1, *inputs.shape[1:2], *[1] * (inputs.ndim - 2))
         low, high = (self.threat.to_model(purified.new_full(like, bound)) for bound in self.threat.bounds)
         return torch.clamp(purified, low, high)
 
 
 def check_purified(purified: object, inputs: Tensor) -> Tensor:
-    """Refuse what cannot stand in for the inputs.
+    """Raise an error if purified inputs cannot replace the inputs.
 
     Raises:
-        TypeError: if it is no tensor.
-        ValueError: if it has another shape.
+        TypeError: if ``purified`` is not a tensor.
+        ValueError: if its shape is not that of ``inputs``.
     """
     if not isinstance(purified, Tensor):
         raise TypeError(f"A purifier must return a tensor of purified inputs, got a {type(purified).__name__}.")
     if purified.shape != inputs.shape:
         raise ValueError(
-            f"A purifier must return inputs of the shape that it was given, {tuple(inputs.shape)}, got {tuple(purified.shape)}."
+            f"A purifier must return inputs of the same shape as it got, {tuple(inputs.shape)}, but returned {tuple(purified.shape)}."
         )
     return purified
 
 
 def generator_for(classifier: nn.Module) -> ResidualGenerator:
-    """A generator for what the classifier's first layer takes.
+    """A generator for the input shape of the classifier's first layer.
 
     Raises:
-        ValueError: if that cannot be seen from its layers.
+        ValueError: if the first layer does not determine the shape of the inputs.
     """
     for layer in classifier.modules():
         if isinstance(layer, nn.Conv2d) and layer.in_channels:
@@ -124,6 +124,6 @@ def generator_for(classifier: nn.Module) -> ResidualGenerator:
         if any(True for _ in layer.parameters(recurse=False)):
             break
     raise ValueError(
-        f"{type(classifier).__name__} does not begin with a Conv2d or Linear layer that tells the shape of its inputs: give generator= a "
+        f"{type(classifier).__name__} does not begin with a Conv2d or Linear layer, so the shape of its inputs is not known. Pass generator= a "
         "module from inputs to inputs, such as ResidualGenerator((3, 32, 32))."
     )

@@ -1,4 +1,4 @@
-"""A generator that maps attacked inputs back to clean ones, trained with a critic in front of a classifier."""
+"""Trains a generator, in front of a classifier, to map attacked inputs back to the clean distribution."""
 
 from __future__ import annotations
 
@@ -30,52 +30,55 @@ _CHECKPOINT_KEY = "wasserstein_purifier"
 
 
 class WassersteinPurifier(LightningModule):
-    r"""Trains a generator that maps attacked inputs back to the clean distribution, in front of a classifier that stays as it is.
+    r"""Trains a generator that maps attacked inputs back to the clean distribution, in front of a frozen classifier.
 
-    The generator ``G`` minimises, over the attacked inputs ``x'`` of clean ones ``x`` of class ``y``,
+    The generator ``G`` minimises, over clean inputs ``x`` of class ``y`` and their adversarial inputs ``x'``,
 
         ``critic_weight * gap(x, G(x')) + reconstruction_weight * mean |x - G(x')| + task_weight * CE(classifier(G(x')), y)``,
 
-    where the gap is what a Lipschitz critic, which trains beside it, sees of ``W_1`` between the clean and the purified inputs of each
-    class; it never exceeds the paired distance that stands next to it. Both are in data units (Euclidean lengths of a whole sample).
+    where the gap is the estimate, by a Lipschitz critic that is trained with the generator, of ``W_1`` between the clean and the
+    purified inputs of each class. The gap never exceeds the paired distance ``mean |x - G(x')|``. Both are in data units (Euclidean
+    norm of a whole sample).
 
-    **A purifier is worth what is left when the attack goes through it**, and nothing else is measured here: ``val/robust_acc`` and
-    ``val/clean_acc`` (``test/...``) are of the purifier and the classifier as one model. By default the attack in training goes through as
-    well. ``through=False`` is the way of the papers (APE-GAN, Defense-GAN): the attack sees the classifier alone. That looks excellent
-    as long as nobody attacks the purifier, and then leaves next to nothing; it is here to show that.
+    **A purifier must be evaluated by attacks that go through it**, and this module measures nothing else: ``val/robust_acc`` and
+    ``val/clean_acc`` (``test/...``) belong to the purifier and the classifier as one model. By default the attack in training goes
+    through both as well. With ``through=False`` the attack in training sees the classifier alone, as in APE-GAN and Defense-GAN. Such
+    a purifier has a high accuracy under attacks on the classifier alone, and almost none under attacks through the purifier. The
+    option exists for this comparison.
 
-    Also logged are ``train/loss``, ``train/task_loss``, ``train/reconstruction``, and of the critic ``train/critic_gap``,
+    Also logged: ``train/loss``, ``train/task_loss``, ``train/reconstruction``, and for the critic ``train/critic_gap``,
     ``train/critic_distance``, ``train/critic_penalty``, ``train/critic_gradient_norm`` and ``train/critic_steps``.
 
-    Fit it like any LightningModule; ``purifier.purified`` is then the defended model. It can be watched in training by other callbacks,
-    ``RobustnessMonitor(threat, ["autoattack"], model="purified", name="auto")``. Override ``configure_optimizers`` for another optimiser of
-    ``self.purified.purifier``'s parameters. The classifier is run in eval mode and is never changed (Lightning may warn at the start that it
-    is in eval mode: so it should be). The critic has an optimiser of its own, lives in the checkpoint and is the same on all ranks.
+    Fit it like any LightningModule; ``purifier.purified`` is then the defended model. Other callbacks can monitor it in training:
+    ``RobustnessMonitor(threat, ["autoattack"], model="purified", name="auto")``. To use another optimiser, override
+    ``configure_optimizers`` and pass it the parameters of ``self.purified.purifier``. The classifier runs in eval mode and never
+    changes; Lightning may warn at the start that it is in eval mode, which is intended. The critic has its own optimiser, is saved
+    in the checkpoint, and is the same on all ranks.
 
     Args:
-        classifier: returns logits of inputs in model units; it should be trained already.
-        threat: what the attacker may do.
-        attack: of the training, by name or made for the same threat.
-        through: whether that attack goes through the purifier.
-        generator: module from inputs ``(N, ...)`` to inputs of the same shape, in model units; ``None`` for a :class:`ResidualGenerator`
-            that fits the classifier's first layer. Its results are clamped to the threat's bounds.
-        critic: what kind of critic.
-        critic_weight: of the critic's gap; 0 for no critic.
-        reconstruction_weight: of the paired distance.
-        task_weight: of the classifier's cross-entropy.
-        evaluation: the attack through the purifier in validation and test, which is PGD for watching training; no claim of robustness
-            should rest on less than ``"autoattack"``.
+        classifier: a trained classifier from inputs in model units to logits.
+        threat: the threat model: norm, perturbation budget eps (data units) and bounds.
+        attack: the attack in training, by name or made for the same threat model.
+        through: whether the attack in training goes through the purifier.
+        generator: module from inputs ``(N, ...)`` to inputs of the same shape, in model units; ``None`` for a
+            :class:`ResidualGenerator` that fits the classifier's first layer. Its outputs are clamped to the bounds of the threat.
+        critic: settings of the critic.
+        critic_weight: weight of the critic's gap; 0 for no critic.
+        reconstruction_weight: weight of the paired distance.
+        task_weight: weight of the classifier's cross-entropy.
+        evaluation: the attack through the purifier in validation and test. PGD is enough to watch training; a claim of robustness
+            needs at least ``"autoattack"``.
         lr: learning rate of Adam.
         inputs: position, key or attribute of the inputs in a batch; by default found by convention.
         labels: the same for the labels.
-        seed: seeds the attacks' noise, which depends only on it, the epoch, the batch and the rank.
+        seed: seed of the attacks' noise. The noise depends only on the seed, the epoch, the batch and the rank.
 
     Raises:
-        ValueError: for an unknown attack, one made for another threat model, weights that are negative, not finite or all 0, or a classifier
-            that does not tell the shape of its inputs; in training, for inputs or labels that do not fit, a generator that changes the shape,
-            or, with a critic, a batch of fewer than two samples.
-        TypeError: in training, for a classifier whose outputs are no logits.
-        FloatingPointError: in training, if a part of the loss is NaN or infinite; says which.
+        ValueError: if the attack is unknown or made for another threat model, a weight is negative or not finite, all weights are 0,
+            or the classifier does not determine the shape of its inputs; in training, if inputs or labels do not fit, the generator
+            changes the shape, or, with a critic, a batch has fewer than two samples.
+        TypeError: in training, if the outputs of the classifier are no logits.
+        FloatingPointError: in training, if a part of the loss is NaN or infinite; the message names the part.
         MisconfigurationException: for a strategy that shards the parameters.
 
     References:
@@ -114,7 +117,9 @@ class WassersteinPurifier(LightningModule):
         self.threat, self.through, self.lr, self.seed = threat, through, lr, seed
         self.attack = get_attack(attack, threat) if isinstance(attack, str) else attack
         if self.attack.threat != threat:
-            raise ValueError(f"The attack was made for {self.attack.threat}, but threat={threat}: use the same one.")
+            raise ValueError(
+                f"The attack was made for {self.attack.threat}, but threat={threat}: use the same threat model for both."
+            )
         self.evaluation = evaluation_attacks([evaluation], threat)
         generator = generator_for(classifier) if generator is None else generator
         self.purified = PurifiedClassifier(BoundedGenerator(generator, threat), classifier)
@@ -126,7 +131,7 @@ class WassersteinPurifier(LightningModule):
         return self.purified.purify(inputs)
 
     def setup(self, stage: str) -> None:
-        """Keep the classifier, which is not trained, out of what DDP synchronises; let the critic move to where the data will be."""
+        """Exclude the classifier, which is not trained, from DDP, and let the critic move to the device of the data."""
         check_strategy(self.trainer, type(self).__name__)
         classifier = self.purified.classifier
         names = [name for name, _ in (*classifier.named_parameters(), *classifier.named_buffers())]
@@ -138,18 +143,18 @@ class WassersteinPurifier(LightningModule):
         return torch.optim.Adam(self.purified.purifier.parameters(), lr=self.lr)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the generator's gradients, which the trainer asks for before it begins; the classifier's are none of its business."""
+        """Clear the gradients of the generator only. The trainer calls this at its start, and the classifier must not change."""
         self.purified.purifier.zero_grad(set_to_none)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Attack the batch, let the critic learn from it, and say how far the purified inputs are from the clean ones."""
+        """Attack the batch, train the critic on it, and return the generator's loss."""
         inputs, labels = self._batches.read(batch)
         noise = seeded_generator(inputs.device, self.seed, self.current_epoch, batch_idx, self.global_rank)
         attacked = self.purified if self.through else self.purified.classifier
         adversarial = self.attack(attacked, inputs, labels, generator=noise)
         purified = self(adversarial)
         with _constant(self.purified.classifier, inputs.device):
-            outputs = self.purified.classifier(purified.clone())  # it may work in place
+            outputs = self.purified.classifier(purified.clone())  # the classifier may work in place
         clean, restored = (self.threat.to_data(float32_or_better(each)) for each in (inputs, purified))
         parts = {
             "task_loss": mean_cross_entropy(outputs, labels),
@@ -168,19 +173,19 @@ class WassersteinPurifier(LightningModule):
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Attack the purifier and the classifier as one."""
+        """Attack the purifier and the classifier as one model, and log clean and robust accuracy."""
         self._evaluate("val", batch, batch_idx, dataloader_idx)
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Attack the purifier and the classifier as one."""
+        """Attack the purifier and the classifier as one model, and log clean and robust accuracy."""
         self._evaluate("test", batch, batch_idx, dataloader_idx)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the critic. An override must call ``super()``."""
+        """Save the critic. An override must call ``super()``."""
         checkpoint[_CHECKPOINT_KEY] = self._critic.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Continue with the critic. An override must call ``super()``."""
+        """Restore the critic. An override must call ``super()``."""
         self._critic.load_state_dict(checkpoint.get(_CHECKPOINT_KEY))
 
     def _evaluate(self, stage: str, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
@@ -195,7 +200,7 @@ class WassersteinPurifier(LightningModule):
 
 @contextlib.contextmanager
 def _constant(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Inside, the module is run in eval mode, without a trace, and is differentiated with respect to its inputs alone."""
+    """Context in which the module runs in eval mode without side effects, and only its inputs get gradients."""
     with isolated(module, device), frozen(module):
         yield
 
@@ -206,7 +211,7 @@ def _check_weights(weights: dict[str, float]) -> None:
             raise ValueError(f"{name}_weight must be finite and not negative, got {weight}.")
     if not any(weights.values()):
         raise ValueError(
-            "critic_weight, reconstruction_weight and task_weight are all 0: there is nothing to train for."
+            "critic_weight, reconstruction_weight and task_weight are all 0, so there is nothing to train: set one of them above 0."
         )
 
 
@@ -215,5 +220,5 @@ def _check_finite(parts: dict[str, Tensor]) -> None:
     if not bool(values.isfinite().all()):
         found = ", ".join(f"{name} = {value:.4g}" for name, value in zip(parts, values.tolist(), strict=True))
         raise FloatingPointError(
-            f"The purifier's loss is not finite ({found}): lower lr, clip gradients, or look at the generator and the classifier."
+            f"The purifier's loss is not finite ({found}): lower lr, clip gradients, or check the generator and the classifier."
         )

@@ -1,4 +1,4 @@
-"""Exact confidence bounds and tests for how often something happened."""
+"""Exact confidence bounds and tests for binomial counts."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ import torch
 from torch import Tensor
 
 BISECTIONS = 60
+"""Number of bisection steps for a confidence bound; 2^-60 is below the precision of float64."""
 
 
 def lower_bound(successes: Tensor, trials: int, alpha: float) -> Tensor:
-    """Clopper and Pearson's lower bound of a probability, which is above it with a probability of at most ``alpha``.
+    """Lower confidence bound of a probability (Clopper and Pearson). It is too high with a probability of at most ``alpha``.
 
-    The ``p`` at which ``successes`` or more would happen with probability ``alpha``.
+    It is the ``p`` for which ``successes`` or more successes have the probability ``alpha``.
 
     Args:
-        successes: ``(N,)`` integers from 0 to ``trials``.
-        trials: how often it was tried.
-        alpha: one-sided.
+        successes: number of successes, ``(N,)`` integers from 0 to ``trials``.
+        trials: number of trials.
+        alpha: one-sided error probability.
 
     Returns:
         ``(N,)`` in float64, on the CPU.
@@ -28,7 +29,7 @@ def lower_bound(successes: Tensor, trials: int, alpha: float) -> Tensor:
 
     Example:
         >>> import torch
-        >>> lower_bound(torch.tensor([0, 100]), 100, 0.05)  # of nothing but successes it is the 100th root of 0.05
+        >>> lower_bound(torch.tensor([0, 100]), 100, 0.05)  # for 100 successes it is the 100th root of 0.05
         tensor([0.0000, 0.9705], dtype=torch.float64)
     """
     counts, index = successes.cpu().unique(return_inverse=True)
@@ -44,11 +45,11 @@ def lower_bound(successes: Tensor, trials: int, alpha: float) -> Tensor:
 
 
 def two_sided_p_value(successes: Tensor, trials: Tensor) -> Tensor:
-    """Of the hypothesis that successes and failures are equally likely, where there are at least as many successes.
+    """Two-sided p-value of the null hypothesis that successes and failures are equally likely (exact binomial test).
 
     Args:
-        successes: ``(N,)`` integers.
-        trials: ``(N,)``, at least 1 and at most twice ``successes``.
+        successes: number of successes, ``(N,)`` integers, at least as many as failures.
+        trials: number of trials ``(N,)``, at least 1 and at most twice ``successes``.
 
     Returns:
         ``(N,)`` in float64, on the CPU.
@@ -63,7 +64,7 @@ def two_sided_p_value(successes: Tensor, trials: Tensor) -> Tensor:
 
 
 def _log_tail(successes: int, trials: int, probability: float) -> float:
-    """Log probability of so many successes or more."""
+    """Log probability of ``successes`` or more successes."""
     if probability <= 0:
         return 0.0 if successes == 0 else -math.inf
     counts = torch.arange(successes, trials + 1, dtype=torch.float64)

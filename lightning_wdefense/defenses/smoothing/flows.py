@@ -1,4 +1,4 @@
-"""Images whose mass flows between neighbouring pixels."""
+"""Moves the mass of images between neighbouring pixels (flows), and draws random flows."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ def apply_flow(images: Tensor, horizontal: Tensor, vertical: Tensor) -> Tensor:
     """Move mass between neighbouring pixels; each channel keeps its own.
 
     Args:
-        images: ``(N, C, H, W)``.
-        horizontal: mass that flows from a pixel to its right neighbour, ``(N, C, H, W - 1)``; negative for the way back.
-        vertical: mass that flows from a pixel to the one below, ``(N, C, H - 1, W)``.
+        images: pixel masses ``(N, C, H, W)``.
+        horizontal: mass that moves from a pixel to its right neighbour, ``(N, C, H, W - 1)``; negative for the other direction.
+        vertical: mass that moves from a pixel to the pixel below, ``(N, C, H - 1, W)``; negative for the other direction.
 
     Returns:
-        The images afterwards. Any image of the same masses can be reached, and the least ``|horizontal|_1 + |vertical|_1`` that does it is
-        the 1-Wasserstein distance with Manhattan ground distance, if the masses are not negative.
+        The images ``(N, C, H, W)`` after the flow. Any image with the same mass per channel can be reached. For masses that are not
+        negative, the smallest ``|horizontal|_1 + |vertical|_1`` that reaches it is the 1-Wasserstein distance with Manhattan ground
+        distance.
 
     References:
         Ling and Okada, "An efficient earth mover's distance algorithm for robust histogram comparison", 2007. Levine and Feizi,

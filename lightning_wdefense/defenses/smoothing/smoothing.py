@@ -1,4 +1,4 @@
-"""A classifier smoothed over random transport of pixel mass, which is certifiably robust to transport."""
+"""Wasserstein smoothing: a randomised classifier with a certificate of robustness in the 1-Wasserstein distance."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ from lightning_wdefense.modules.state.isolation import isolated
 Ground = Literal["euclidean", "manhattan"]
 
 ABSTAIN = -1
-"""The class that stands for no answer."""
+"""The class index that means "abstain"."""
 
 
 class Certificate(NamedTuple):
-    """What :meth:`WassersteinSmoothing.certify` found.
+    """The result of :meth:`WassersteinSmoothing.certify`.
 
     Attributes:
-        classes: of each image, ``(N,)``; -1 where nothing can be said.
-        radii: within which the smoothed classifier's answer is that class, ``(N,)``; 0 where nothing can be said.
+        classes: certified class of each image, ``(N,)``; -1 where the classifier abstains.
+        radii: certified radius of each image, ``(N,)``, in shares of mass times pixels. Within this 1-Wasserstein distance the
+            smoothed classifier predicts the class; 0 where the classifier abstains.
     """
 
     classes: Tensor
@@ -38,26 +39,31 @@ class Certificate(NamedTuple):
 
 @dataclass(frozen=True)
 class WassersteinSmoothing:
-    r"""Randomised smoothing in the space of flows: what the classifier says of most images with randomly moved mass.
+    r"""Randomised smoothing with random flows of pixel mass, and its certificate in the 1-Wasserstein distance.
 
-    Between neighbouring pixels of an image of mass 1 flows move Laplace noise, horizontally and vertically. Any image that transport
-    makes of it is its own image under a shift of the flows, whose L1 length is the 1-Wasserstein distance with Manhattan ground
-    distance. A shift by ``r`` changes the log probability of any event by at most ``r / b``, where ``b = sigma / sqrt(2)``: if all but a
-    share ``q < 1 / 2`` of the noisy images are of one class, then within ``r < b log(1 / 2q)`` it stays the most likely one. That is
-    tighter than the paper's ``b / 2 log((1 - q) / q)`` at the same probabilities. The certificate is of the *smoothed* classifier,
-    :meth:`predict`, which abstains or errs with a probability of at most ``alpha`` each; the classifier itself should have been
-    trained on noisy images, :meth:`noisy`.
+    An image is normalised to mass 1. Random flows move Laplace-distributed amounts of mass between neighbouring pixels, horizontally
+    and vertically. The smoothed classifier predicts the class that is most frequent over such noisy copies of the image.
+
+    Any other image of the same mass is the original image after a shift of the flows. The smallest L1 norm of such a shift is the
+    1-Wasserstein distance with Manhattan ground distance. A shift of norm ``r`` changes the log probability of any event by at most
+    ``r / b``, where ``b = sigma / sqrt(2)``. If a share ``1 - q > 1 / 2`` of the noisy images has one class, then this class stays
+    the most probable one within the certified radius ``b log(1 / 2q)``. This is tighter than the radius in the paper,
+    ``b / 2 log((1 - q) / q)``, for the same probabilities.
+
+    The certificate holds for the *smoothed* classifier, :meth:`predict`. For each image, the certificate is wrong with a probability
+    of at most ``alpha``, and so is the prediction. The base classifier should be trained on noisy images, :meth:`noisy`.
 
     Args:
-        sigma: standard deviation of the flows, in shares of an image's mass; the paper takes 0.005 to 0.5.
-        threat: the units of the inputs; its norm, eps and bounds are not used. ``None`` for inputs in data units.
-        ground: ground distance of the radii: ``"euclidean"``, which is at least ``1 / sqrt(2)`` of the Manhattan one, so that the
-            radius is divided by ``sqrt(2)``, or ``"manhattan"``.
-        samples: noisy copies of each image from which probabilities are estimated.
-        selection: further ones, from which :meth:`certify` chooses the class.
-        alpha: probability with which each answer may be wrong.
-        batch_size: images that the model is given at once.
-        seed: seeds the noise of calls that are given no generator.
+        sigma: standard deviation of the flows, in shares of an image's mass; 0.005 to 0.5 in the paper.
+        threat: gives the mean and std that convert model units to data units; its norm, eps and bounds are not used. ``None`` for
+            inputs in data units.
+        ground: ground distance of the radii, ``"euclidean"`` or ``"manhattan"``. The Euclidean distance is at least ``1 / sqrt(2)``
+            of the Manhattan distance, so the radius is divided by ``sqrt(2)``.
+        samples: number of noisy copies of each image that estimate the probabilities.
+        selection: number of additional noisy copies from which :meth:`certify` chooses the class.
+        alpha: error probability of each certificate and prediction.
+        batch_size: number of images in one forward pass.
+        seed: seed of the noise for calls without a generator.
 
     Raises:
         ValueError: if a setting is out of its range.
@@ -100,15 +106,18 @@ class WassersteinSmoothing:
             raise ValueError(f"alpha must be between 0 and 1, such as 0.05, got {self.alpha}.")
 
     def noisy(self, inputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """One noisy copy of each image, to train on; pixels may leave the bounds.
+        """One noisy copy of each image, for training. Pixels may leave the bounds.
 
         Args:
             inputs: images ``(N, C, H, W)`` in model units.
-            generator: source of the noise.
+            generator: random generator of the noise; ``None`` for one seeded with ``seed``.
+
+        Returns:
+            Images ``(N, C, H, W)`` in model units.
 
         Raises:
-            TypeError: if the inputs are not float tensors.
-            ValueError: if they are not images, hold negative or non-finite pixels (in data units), or an image has no mass.
+            TypeError: if the inputs are not a float tensor.
+            ValueError: if they are not images, have negative or non-finite pixels (in data units), or an image has no mass.
         """
         data = self._read(inputs)
         return self._to_model(self._move(data, self._generator(data, generator)), inputs.dtype)
@@ -116,16 +125,16 @@ class WassersteinSmoothing:
     def predict(
         self, model: Callable[[Tensor], Any], inputs: Tensor, *, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Classes ``(N,)`` of the smoothed classifier, -1 where two are too close to be told apart.
+        """Classes ``(N,)`` that the smoothed classifier predicts; -1 where the two most frequent classes are too close (abstain).
 
         Args:
-            model: a module or callable from inputs to logits, left as it was.
+            model: a module or callable from inputs to logits, whose state is preserved.
             inputs: images ``(N, C, H, W)`` in model units.
-            generator: source of the noise; ``None`` for one seeded with ``seed``.
+            generator: random generator of the noise; ``None`` for one seeded with ``seed``.
 
         Raises:
-            TypeError: if the inputs are not float tensors, or the outputs are not logits.
-            ValueError: as :meth:`noisy` does.
+            TypeError: if the inputs are not a float tensor, or the outputs are not logits.
+            ValueError: as :meth:`noisy`, or if the model does not give one class per image.
         """
         data = self._read(inputs)
         counts = self._count(model, data, inputs.dtype, self.samples, self._generator(data, generator))
@@ -136,19 +145,19 @@ class WassersteinSmoothing:
     def certify(
         self, model: Callable[[Tensor], Any], inputs: Tensor, *, generator: torch.Generator | None = None
     ) -> Certificate:
-        """Classes ``(N,)`` and the radii ``(N,)`` within which they are certain, each with a confidence of ``1 - alpha``.
+        """Certified classes ``(N,)`` and certified radii ``(N,)``, each with a confidence of ``1 - alpha``.
 
-        A radius is a 1-Wasserstein distance between images of mass 1 (with several channels, of one mass over all of them, each
-        channel's own staying the same), in mass times pixels.
+        A radius is a 1-Wasserstein distance between images of mass 1, in shares of mass times pixels. With several channels the mass
+        is that of all channels together, and mass does not move between channels.
 
         Args:
-            model: a module or callable from inputs to logits, left as it was.
+            model: a module or callable from inputs to logits, whose state is preserved.
             inputs: images ``(N, C, H, W)`` in model units.
-            generator: source of the noise; ``None`` for one seeded with ``seed``.
+            generator: random generator of the noise; ``None`` for one seeded with ``seed``.
 
         Raises:
-            TypeError: if the inputs are not float tensors, or the outputs are not logits.
-            ValueError: as :meth:`noisy` does.
+            TypeError: if the inputs are not a float tensor, or the outputs are not logits.
+            ValueError: as :meth:`noisy`, or if the model does not give one class per image.
         """
         data, run = self._read(inputs), self._count
         generator = self._generator(data, generator)
@@ -159,7 +168,14 @@ class WassersteinSmoothing:
         return Certificate(classes.to(inputs.device), radii.to(inputs.device))
 
     def radius(self, probability: Tensor) -> Tensor:
-        """The radius that follows from (a lower bound of) the probability of a class under noise; 0 up to one half."""
+        """Certified radius for (a lower bound of) the probability of a class under noise; 0 for probabilities up to 1 / 2.
+
+        Args:
+            probability: of any shape, from 0 to 1.
+
+        Returns:
+            Radii of the same shape, in shares of mass times pixels.
+        """
         scale = self.sigma / math.sqrt(2) / (math.sqrt(2) if self.ground == "euclidean" else 1.0)
         return -scale * (2 * (1 - probability)).clamp(max=1.0).log()
 
@@ -168,20 +184,20 @@ class WassersteinSmoothing:
             kind = inputs.dtype if isinstance(inputs, Tensor) else type(inputs).__name__
             raise TypeError(f"The inputs must be a float tensor of images (N, C, H, W), got {kind}.")
         if inputs.ndim != 4 or 0 in inputs.shape:
-            raise ValueError(f"Mass moves between pixels of images (N, C, H, W), got shape {tuple(inputs.shape)}.")
+            raise ValueError(
+                f"The inputs must be images (N, C, H, W), between whose pixels mass can move, got shape {tuple(inputs.shape)}."
+            )
         with torch.inference_mode(False), torch.no_grad():
             data = float32_or_better(inputs.detach().clone())
             data = data if self.threat is None else self.threat.to_data(data)
         rounding = 8 * torch.finfo(inputs.dtype).eps * float(data.abs().amax())
         if not bool((data >= -rounding).all()) or not bool(data.isfinite().all()):
             raise ValueError(
-                f"Pixels are masses, which must be finite and not negative, but in data units they run from {float(data.min()):.4g} to "
-                f"{float(data.max()):.4g}. If the pipeline normalises its inputs, give threat=ThreatModel(mean=..., std=...)."
+                f"Pixels are masses and must be finite and not negative, but in data units they range from {float(data.min()):.4g} to "
+                f"{float(data.max()):.4g}. If the pipeline normalises its inputs, set threat=ThreatModel(mean=..., std=...)."
             )
         if bool((data.flatten(1).sum(1) <= 0).any()):
-            raise ValueError(
-                "An image has no mass (all of its pixels are 0), so there is nothing to move: leave it out."
-            )
+            raise ValueError("An image has no mass (all of its pixels are 0), so it cannot be smoothed: leave it out.")
         return data
 
     def _generator(self, data: Tensor, generator: torch.Generator | None) -> torch.Generator:
@@ -200,7 +216,7 @@ class WassersteinSmoothing:
     def _count(
         self, model: Callable[[Tensor], Any], data: Tensor, dtype: torch.dtype, samples: int, generator: torch.Generator
     ) -> Tensor:
-        """How many of the noisy copies are of each class, ``(N, K)``, on the CPU."""
+        """Number of noisy copies that are classified as each class, ``(N, K)``, on the CPU."""
         found: list[Tensor] = []
         with isolated(model, data.device), torch.no_grad():
             for image in data.split(1):
@@ -211,7 +227,7 @@ class WassersteinSmoothing:
                     )
                     if logits.ndim != 2:
                         raise ValueError(
-                            f"Smoothing counts one class an image, but the logits have shape {tuple(logits.shape)}."
+                            f"Smoothing needs one class per image, logits (N, K), but the logits have shape {tuple(logits.shape)}."
                         )
                     classes.append(logits.argmax(1))
                 found.append(torch.cat(classes).bincount(minlength=logits.shape[1]).cpu())
@@ -219,18 +235,20 @@ class WassersteinSmoothing:
 
 
 def certified_accuracy_curve(certificate: Certificate, labels: Tensor, epsilons: Sequence[float]) -> AccuracyCurve:
-    """The share of images of which a right class is certain within each eps, and the area under that curve.
+    """Certified accuracy at each eps, and the area under the curve.
+
+    The certified accuracy at eps is the share of images whose certified class is correct and whose certified radius is above eps.
 
     Args:
-        certificate: of :meth:`WassersteinSmoothing.certify`.
-        labels: integers ``(N,)``.
-        epsilons: radii ``(E,)``, strictly increasing from 0, in the units of the certificate's radii.
+        certificate: result of :meth:`WassersteinSmoothing.certify`.
+        labels: integer classes ``(N,)``.
+        epsilons: values of eps ``(E,)``, strictly increasing from 0, in the units of the certificate's radii.
 
     Returns:
-        The curve, with accuracies as shares in [0, 1] that never rise.
+        The curve. Accuracies are shares in [0, 1] and never increase with eps.
 
     Raises:
-        ValueError: if the labels are not one an image, or ``epsilons`` does not start at 0 and increase strictly.
+        ValueError: if there is not one integer label per image, or ``epsilons`` does not start at 0 and increase strictly.
 
     Example:
         >>> import torch
@@ -240,7 +258,7 @@ def certified_accuracy_curve(certificate: Certificate, labels: Tensor, epsilons:
     """
     if labels.shape != certificate.classes.shape or labels.is_floating_point():
         raise ValueError(
-            f"labels must be {len(certificate.classes)} integers, one an image, got {labels.dtype} {tuple(labels.shape)}."
+            f"labels must be {len(certificate.classes)} integers, one per image, got {labels.dtype} {tuple(labels.shape)}."
         )
     right = certificate.classes == labels
     accuracies = torch.stack([(right & (certificate.radii > eps)).float().mean() for eps in epsilons])

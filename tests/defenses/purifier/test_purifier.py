@@ -292,7 +292,7 @@ class Other(nn.Module):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"generator": Other(lambda x: x[:, :, 1:])}, ValueError, "shape that it was given, .*1, 8, 8.*1, 7, 8"),
+        ({"generator": Other(lambda x: x[:, :, 1:])}, ValueError, "same shape as it got, .*1, 8, 8.*1, 7, 8"),
         ({"generator": Other(lambda x: (x, x))}, TypeError, "must return a tensor .* got a tuple"),
         ({"generator": ResidualGenerator(65)}, ValueError, r"generator fails on inputs of shape \(32, 1, 8, 8\)"),
         ({"generator": Other(lambda x: x / 0), "critic_weight": 0.0}, FloatingPointError, "reconstruction = nan"),
