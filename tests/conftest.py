@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
+from typing import Any
 
 import pytest
 import torch
+from _pytest.doctest import DoctestModule
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
@@ -15,6 +18,17 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # A worker a core: more threads would only wait for each other, in the processes that tests start as well.
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collect_file() -> Generator[None, list[Any], list[Any]]:
+    """Doctests are the package's alone.
+
+    With ``--doctest-ignore-import-errors`` a file of tests that cannot be imported would be skipped as a doctest, and its second import,
+    as tests, find a module without any: all its tests would be gone without an error.
+    """
+    return [each for each in (yield) if not isinstance(each, DoctestModule)]
+
 
 DIGITS_EPS = 0.2
 """L-infinity radius that the robust model of ``digits_cnn`` was trained for; the digits lie in [0, 1]."""
