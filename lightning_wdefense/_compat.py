@@ -1,4 +1,4 @@
-"""Which Lightning namespace is used: ``lightning.pytorch`` where it is installed, else ``pytorch_lightning``."""
+"""Lightning's names, from ``lightning.pytorch`` where it is installed, otherwise from ``pytorch_lightning``."""
 
 from __future__ import annotations
 
@@ -28,11 +28,14 @@ __all__ = [
 
 
 def dataloader_suffix(index: int) -> str:
-    """How a logged key tells several dataloaders apart: as Lightning does, where it lets others do so (from 2.5.3)."""
+    """Suffix of a logged key for one of several dataloaders.
+
+    From Lightning 2.5.3 it is Lightning's own suffix; older versions reserve that one for themselves.
+    """
     version = Version(sys.modules[Trainer.__module__.split(".trainer")[0]].__version__)  # type: ignore[attr-defined]
     return f"/dataloader_idx_{index}" if version >= Version("2.5.3") else f"/dataloader_{index}"
 
 
 def is_a(instance: Any, class_name: str) -> bool:
-    """Whether an object is of a class or a subclass of this name, whichever namespace it comes from."""
+    """Whether an object's class, or one of its base classes, has this name, in either namespace."""
     return any(cls.__name__ == class_name for cls in type(instance).__mro__)

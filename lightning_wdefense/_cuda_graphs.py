@@ -1,4 +1,4 @@
-"""Work on a GPU as a CUDA graph: recorded once, and launched as one afterwards."""
+"""Record a computation on a GPU as a CUDA graph, so that it is launched as a whole afterwards."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ import torch
 T = TypeVar("T")
 
 WARMUP = 3
-"""Passes before a recording, in which libraries choose their algorithms."""
+"""Number of passes before a recording, in which libraries choose their algorithms."""
 
 
 def tensor_signature(tensor: torch.Tensor) -> tuple[Hashable, ...]:
-    """What another tensor must have in common with one that a graph reads."""
+    """Shape, dtype and device: a tensor can take the place of a graph's input only if they are equal."""
     return tensor.shape, tensor.dtype, tensor.device
 
 
 def record(compute: Callable[[], T], device: torch.device) -> tuple[Callable[[], None], T]:
-    """Record a computation.
+    """Record a computation as a CUDA graph.
+
+    Args:
+        compute: the computation; it takes no arguments.
+        device: the CUDA device.
 
     Returns:
-        What does it again, and the result: tensors that hold it then, in the memory of the graph.
+        A function that runs the computation again, and its result: tensors in the graph's memory, which each run overwrites.
     """
     with _recording, torch.cuda.device(device):
         current, side = torch.cuda.current_stream(), _side_stream(device)
@@ -40,14 +44,14 @@ def record(compute: Callable[[], T], device: torch.device) -> tuple[Callable[[],
 
 
 _recording = threading.RLock()
-"""PyTorch records one graph at a time."""
+"""Lock: PyTorch records one graph at a time."""
 
 _abandoned: list[torch.cuda.CUDAGraph] = []
 
 
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    # One for all recordings: libraries keep a workspace for each stream.
+    # One stream for all recordings: libraries keep a workspace for each stream.
     return torch.cuda.Stream(device)
 
 
@@ -56,12 +60,12 @@ def _captured(compute: Callable[[], T], stream: torch.cuda.Stream) -> tuple[Call
     graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
     generator = torch.cuda.default_generators[device]
     users = generator.graphsafe_get_state()
-    # Until PyTorch 2.12 a capture that fails leaves the generator and the allocator as in the midst of it: the generator is given another
-    # state meanwhile, the allocator is told of the end, and the graph, which both may still ask, stays.
+    # Until PyTorch 2.12 a failed capture leaves the generator and the allocator in the state of an unfinished capture. So the
+    # generator gets another state for the capture, the allocator is told of its end, and the graph, which both may still use, is kept.
     generator.graphsafe_set_state(generator.clone_state())
     cause: Exception | None = None
     try:
-        # The outer context, because the inner one leaves its stream the current one where the end of a capture fails.
+        # The outer context is needed because the inner one does not restore the current stream if the end of the capture fails.
         with (
             torch.cuda.stream(stream),
             torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
@@ -77,7 +81,7 @@ def _captured(compute: Callable[[], T], stream: torch.cuda.Stream) -> tuple[Call
             torch._C._cuda_endAllocateToPool(device, pool)
         with contextlib.suppress(Exception):
             torch.cuda.synchronize()
-        if cause is not None:  # the end of the capture only says that there was something
+        if cause is not None:  # the error at the end of the capture does not name the cause
             raise cause from None
         raise
     finally:

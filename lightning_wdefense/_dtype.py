@@ -1,4 +1,4 @@
-"""The dtype of new tensors."""
+"""Set PyTorch's default dtype for a while, safely among threads."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from lightning_wdefense._locks import locked
 
 @contextlib.contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """New tensors are of this dtype inside. Lightning's "true" precisions change the default as well.
+    """Make this dtype the default for new tensors inside the context. Lightning's "true" precisions change the default too.
 
-    The default is one of the process: where it is another one, threads that want this one or yet another wait for each other.
+    The default belongs to the whole process. While a thread has changed it here, other threads that want to change it wait.
     """
     if torch.get_default_dtype() == dtype:
         yield

@@ -1,4 +1,4 @@
-"""A module as a function of its inputs alone."""
+"""Switch off gradients with respect to a module's parameters for a while."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from lightning_wdefense._locks import locked
 
 @contextlib.contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """Inside, the module is differentiated with respect to its inputs alone; each parameter's own flag comes back.
+    """Set ``requires_grad`` of all parameters to ``False`` inside the context, and restore each parameter's own flag afterwards.
 
-    Other threads that would freeze or isolate it wait.
+    Gradients with respect to the module's inputs are still computed. Other threads that want to freeze or isolate the module wait.
     """
     with locked(module.modules()):
         flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]

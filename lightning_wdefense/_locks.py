@@ -1,4 +1,4 @@
-"""What one thread at a time may work on."""
+"""Locks on arbitrary objects, so that one thread at a time works with a module or a setting."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ import torch
 
 
 class ObjectLocks:
-    """Objects that one thread at a time holds: several at once, and again by the thread that holds them already.
+    """A reentrant lock for each object, with detection of deadlocks.
 
-    All of them are taken together or none is, so that their order does not matter. Where threads that hold something wait for each other
-    in a circle, the one that would close it gets an error.
+    A thread takes all the locks that it asks for together, so their order does not matter. If waiting would close a circle of
+    threads that wait for each other, the thread gets an error instead.
     """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._holders: dict[int, tuple[int, int]] = {}  # by object: the thread, and how many times
-        self._wanted: dict[int, set[int]] = {}  # by thread: the objects that it waits for
+        self._holders: dict[int, tuple[int, int]] = {}  # id of the object -> the thread that holds it, and how often
+        self._wanted: dict[int, set[int]] = {}  # thread -> ids of the objects that it waits for
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._forked)
 
     @contextlib.contextmanager
     def __call__(self, objects: Iterable[object]) -> Iterator[None]:
-        """Wait until no other thread holds any of these objects, and hold them inside.
+        """Wait until no other thread holds any of these objects, and hold them inside the context.
 
         Raises:
-            RuntimeError: if the threads that hold them wait for what this one holds.
+            RuntimeError: for a deadlock: the threads that hold these objects wait for objects that this thread holds.
         """
         if _in_autograd_worker():
-            # Whoever called backward() holds what it needs, and waits for this thread.
+            # The thread that called backward() holds the locks, and waits for this thread.
             yield
             return
-        kept = list(objects)  # alive, so that no other object gets one of their ids
+        kept = list(objects)  # keeps them alive, so that no other object gets one of their ids
         me, keys = threading.get_ident(), {id(each) for each in kept}
         with self._changed:
             self._wait(me, keys)
@@ -57,15 +57,15 @@ class ObjectLocks:
             while ahead := self._ahead_of(me):
                 if self._would_wait_forever(me, ahead):
                     raise RuntimeError(
-                        "Two threads attack models that run each other, each inside of the other's attack: they would wait for each "
-                        "other forever. Give each thread a copy of the model (copy.deepcopy), or attack in one thread."
+                        "Deadlock: two threads attack models that share modules, and each waits for a module that the other one "
+                        "uses. Give each thread a copy of the model (copy.deepcopy), or run the attacks in one thread."
                     )
                 self._changed.wait()
         finally:
             del self._wanted[me]
 
     def _ahead_of(self, thread: int) -> set[int]:
-        """The threads that hold what this one waits for."""
+        """The threads that hold the objects that this thread waits for."""
         holders = {self._holders[key][0] for key in self._wanted.get(thread, ()) if key in self._holders}
         return holders - {thread}
 
@@ -77,16 +77,16 @@ class ObjectLocks:
         return me in seen
 
     def _forked(self) -> None:
-        # The other threads are not in the child, nor will they ever let go.
+        # The other threads do not exist in the child process, so their locks must be released here.
         me = threading.get_ident()
         self._changed, self._wanted = threading.Condition(), {}
         self._holders = {key: holder for key, holder in self._holders.items() if holder[0] == me}
 
 
 locked = ObjectLocks()
-"""The one of this package."""
+"""The locks of this package: ``with locked(objects): ...``."""
 
 
 def _in_autograd_worker() -> bool:
-    # Backward passes on accelerators run in threads that PyTorch made, and with them the passes that checkpointing makes again.
+    # Backward passes on accelerators, and the forward passes that activation checkpointing repeats in them, run in threads of PyTorch.
     return torch._C._current_graph_task_id() != -1 and isinstance(threading.current_thread(), threading._DummyThread)

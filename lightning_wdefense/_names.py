@@ -1,4 +1,4 @@
-"""What users may name: resolved, or an error that says what exists and what was probably meant."""
+"""Look up objects by name, with error messages that list the known names and the most similar ones."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ T = TypeVar("T")
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
-    """Message for a name that does not exist, with the nearest ones that do.
+    """Error message for an unknown name, with the most similar known names.
 
     Args:
-        kind: what the name should have named, e.g. ``"attack"``.
-        name: what was given.
-        known: the names that exist.
+        kind: the kind of object, such as ``"attack"``.
+        name: the unknown name.
+        known: all known names.
     """
     known = list(known)
     lowered = {each.lower(): each for each in known}
@@ -27,18 +27,22 @@ def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
 def resolved(
     option: str, kind: type[T], given: Sequence[str | T] | Mapping[str, str | T], make: Callable[[str], T], example: str
 ) -> dict[str, T]:
-    """Several objects by name, each name once.
+    """Make several objects from their names, and check that each name occurs once.
 
     Args:
-        option: the user's argument that they come from, a plural such as ``"attacks"``.
-        kind: of the objects, which have a ``name``.
-        given: names, objects, or a mapping from names of the user's own to either.
-        make: an object from its name.
-        example: a name that exists.
+        option: the name of the user's argument, a plural such as ``"attacks"``.
+        kind: the class of the objects, which have a ``name``.
+        given: names, objects, or a mapping from the user's own names to either.
+        make: makes an object from its name.
+        example: a known name, for the error message.
+
+    Returns:
+        The objects by name, in the order given.
 
     Raises:
-        TypeError: for what is neither a name nor such an object.
-        ValueError: for two of a name, none at all, or one that is not in a list; and what ``make`` raises.
+        TypeError: if something is neither a name nor an object of this class.
+        ValueError: if a name occurs twice, nothing is given, or a single name is given instead of a sequence; also what
+            ``make`` raises.
     """
     if isinstance(given, (str, kind)):
         raise ValueError(f"{option}= takes a sequence or a mapping: write {option}=[{given!r}].")

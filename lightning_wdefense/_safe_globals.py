@@ -1,4 +1,4 @@
-"""Configuration in a checkpoint's hyperparameters can be loaded with ``weights_only=True``."""
+"""Register the package's configuration classes, so that checkpoints that hold them load with ``weights_only=True``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PACKAGE = __name__.split(".")[0]
 
 
 def configuration_classes() -> list[type]:
-    """Our classes that are settings and nothing else: threat models, attacks (those to come as well), recipes and what these hold."""
+    """This package's classes that hold settings only: threat models, all attacks, recipes, and the objects in them."""
     ours = [cls for cls in _below(Attack) if cls.__module__.split(".")[0] == PACKAGE]
     discrepancies = [type(it) for it in DISCREPANCIES.values() if type(it).__module__.split(".")[0] == PACKAGE]
     settings = [SinkhornDivergence, SinkhornOptions, SlicedWasserstein, SlicedOptions, Transport, SlicedTransport]
@@ -30,9 +30,10 @@ def configuration_classes() -> list[type]:
 
 
 def register() -> None:
-    """Let torch load them. Loading one sets its attributes and runs no code of ours.
+    """Allow ``torch.load(weights_only=True)`` to load them. Loading one sets its attributes and runs no code of this package.
 
-    Beside classes there are the pure functions by which a recipe computes its loss, and ``set``, which modules without parameters hold.
+    Besides the classes it allows the pure functions that a recipe computes its loss with, and ``set``, which modules without
+    parameters hold.
     """
     functions = [it for it in DISCREPANCIES.values() if isinstance(it, FunctionType)]
     torch.serialization.add_safe_globals([*configuration_classes(), mean_cross_entropy, *functions, set])

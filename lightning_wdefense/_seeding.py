@@ -1,4 +1,4 @@
-"""Noise that depends on where a run stands and on nothing else, so that a resumed run draws it again."""
+"""Random numbers that depend only on given integers (seed, epoch, batch, rank), so that a resumed run draws the same ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ from lightning_wdefense._locks import locked
 
 
 def seeded_generator(device: torch.device, *place: int) -> torch.Generator:
-    """A generator seeded by integers, such as (seed, epoch, batch, rank); other integers, other noise."""
+    """A random generator seeded with integers such as (seed, epoch, batch, rank); other integers give other noise.
+
+    Args:
+        device: device of the generator.
+        place: the integers.
+    """
     digest = hashlib.blake2b(struct.pack(f"<{len(place)}q", *place), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
@@ -22,13 +27,13 @@ _GLOBAL_RANDOM_STATE = object()
 
 
 def locked_random_state() -> contextlib.AbstractContextManager[None]:
-    """Inside, no other thread seeds the global random states for code of ours that draws from them."""
+    """Lock: inside the context, no other thread of this package seeds the global random states."""
     return locked([_GLOBAL_RANDOM_STATE])
 
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Draws on the CPU are seeded inside, as those of layers that are made; the global random state is afterwards as it was."""
+    """Seed the CPU's global random state inside the context, for example to initialise layers, and restore it afterwards."""
     with locked_random_state(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the accelerators as well
         yield

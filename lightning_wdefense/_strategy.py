@@ -1,4 +1,4 @@
-"""What a trainer's strategy must leave whole."""
+"""Refuse trainer strategies that an attack cannot work with."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
 
 
 def check_strategy(trainer: Trainer, who: str) -> None:
-    """Refuse strategies that shard the parameters: an attack needs the whole model on every rank.
+    """Refuse strategies that shard the model's parameters: an attack needs the whole model on every rank.
+
+    Args:
+        trainer: the trainer.
+        who: the name of the caller, for the error message.
 
     Raises:
         MisconfigurationException: for FSDP, DeepSpeed and model parallelism.

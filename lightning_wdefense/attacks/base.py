@@ -1,4 +1,4 @@
-"""The contract of every attack, kept in one place."""
+"""The base class of all attacks, which isolates the model, converts units and enforces the bounds."""
 
 from __future__ import annotations
 
@@ -26,24 +26,43 @@ Model = Callable[[Tensor], Any]
 AttackT = TypeVar("AttackT", bound="Attack")
 
 _NO_GRADIENT = (
-    "The model's outputs do not depend differentiably on its inputs (is there a detach(), a no_grad() block or an argmax "
-    "in forward?), so a gradient attack cannot work."
+    "The model's outputs do not depend differentiably on its inputs, so a gradient attack cannot work. Look in forward for a "
+    "detach(), a no_grad() block or an argmax."
 )
 
 
 class Attack(ABC):
-    """Turns inputs into adversarial inputs: ``attack(model, inputs, labels) -> adversarial inputs``.
+    """Computes adversarial inputs: ``attack(model, inputs, labels) -> adversarial inputs``.
 
-    An attack is configuration only. It is given the model at the call, so it can be pickled, named in YAML and shared.
-    Whatever it does, the model's modes (each submodule's), parameter gradients, buffers and the global random
-    state are afterwards as they were, also after an exception; it works under ``no_grad``, ``inference_mode`` and
-    autocast; its results never leave the bounds and, if ``bounded``, never leave the ball.
+    An attack holds configuration only. The model is an argument of the call, so an attack can be pickled, named in YAML and
+    shared. Every attack keeps these promises:
+
+    - The mode of each submodule, parameter gradients, buffers and the global random state are restored, also after an exception.
+    - It works under ``no_grad``, ``inference_mode`` and autocast.
+    - The results stay inside the bounds. If ``bounded`` is true, they also stay inside the ball of radius ``eps``.
+
+    A subclass implements :meth:`perturb`, in data units.
 
     Attributes:
-        threat: what the attacker may do.
+        threat: the threat model.
         name: the attack's short name, as in logs and in :func:`get_attack`.
-        bounded: whether the results stay inside the threat's ball. Attacks that do not are for training only.
-        seed: seeds the noise of a call that is not given a generator: the same call gives the same result.
+        bounded: whether the results stay inside the threat model's ball. An attack that is not bounded is for training only.
+        seed: seeds the noise of a call without a generator, so that the same call gives the same result.
+
+    Example:
+        >>> import torch
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True)
+        ... class Brighter(Attack):
+        ...     threat: ThreatModel
+        ...     seed: int = 0
+        ...     name = "brighter"
+        ...
+        ...     def perturb(self, problem: Problem) -> Tensor:
+        ...         return problem.project(problem.data + self.threat.eps)
+        >>> attack = Brighter(ThreatModel(eps=0.25))
+        >>> attack(torch.nn.Linear(2, 3), torch.tensor([[0.5, 1.0]]), torch.tensor([0]))
+        tensor([[0.7500, 1.0000]])
     """
 
     threat: ThreatModel
@@ -55,19 +74,25 @@ class Attack(ABC):
 
     @property
     def bounded(self) -> bool:
-        """Whether the results stay inside the threat's ball."""
+        """Whether the results stay inside the threat model's ball."""
         return True
 
     def of_losses(self) -> Attack | None:
-        """The same attack on a model that returns its losses ``(N,)`` itself; ``None`` for one that needs the model's outputs."""
+        """The same attack for a model that returns losses ``(N,)`` instead of outputs; ``None`` if the attack needs outputs."""
         return None
 
     @abstractmethod
     def perturb(self, problem: Problem) -> Tensor:
-        """Adversarial inputs in data units. The caller has isolated the model and clamps and converts the result."""
+        """Compute adversarial inputs in data units.
+
+        The caller isolates the model before. Afterwards it clamps the result into the bounds and converts it to model units.
+
+        Args:
+            problem: the batch and the model.
+        """
 
     def with_eps(self: AttackT, eps: float) -> AttackT:
-        """The same attack at another radius (data units); an explicit step size keeps its ratio to the radius."""
+        """The same attack with another perturbation budget ``eps`` (data units); a given step size is scaled in proportion."""
         changes: dict[str, Any] = {"threat": self.threat.with_eps(eps)}
         step_size = getattr(self, "step_size", None)
         if step_size is not None:
@@ -87,25 +112,29 @@ class Attack(ABC):
         """Attack a batch.
 
         Args:
-            model: an ``nn.Module`` or any callable from inputs to outputs. Modes and buffers are looked after for a
-                module or a method of one.
-            inputs: ``(N, ...)`` floating point, of any shape, in *model* units.
-            labels: whatever the loss takes: class indices ``(N,)`` or soft labels ``(N, K)`` for the named ones.
-            generator: source of all noise; ``None`` for one seeded with ``seed``.
-            samples: which samples to attack, indices or a boolean mask ``(N,)``; the others come back clean. The
-                inputs are held against the bounds as a whole.
-            execution: how the model is run (precision, layout, compiled or as a graph); ``None`` for as it is.
+            model: an ``nn.Module``, or any callable from inputs to outputs. Modes and buffers are restored for a module
+                and for a method of a module.
+            inputs: ``(N, ...)`` floating point, of any shape, in model units.
+            labels: the ground truth labels in the form that the loss takes. The named losses take class indices ``(N,)``
+                or soft labels ``(N, K)``.
+            generator: random generator for all noise; ``None`` for one seeded with ``seed``.
+            samples: the samples to attack, as indices or a boolean mask ``(N,)``; the other samples are returned clean. All
+                samples are checked against the bounds.
+            execution: how the model is run (precision, memory layout, compiled or as a CUDA graph); ``None`` for unchanged.
 
         Returns:
             Adversarial inputs in model units, with the shape, dtype and device of ``inputs``, detached.
 
         Raises:
-            TypeError: if the inputs are not floating point, the outputs are not logits, or what is to be compiled is no module.
-            ValueError: if inputs or labels do not fit the threat model or the outputs, ``samples`` does not fit the inputs, or the
-                device has no autocast.
+            TypeError: if the inputs are not floating point, the outputs are not logits, or ``execution`` compiles something that
+                is not a module.
+            ValueError: if the inputs do not fit the threat model, the labels do not fit the outputs, ``samples`` does not fit the
+                inputs, or the device does not support autocast.
         """
         if not isinstance(inputs, Tensor):
-            raise TypeError(f"The inputs must be a tensor, got {type(inputs).__name__}. Name theirs with inputs=.")
+            raise TypeError(
+                f"The inputs must be a tensor, got {type(inputs).__name__}. Say where the inputs are in the batch with inputs=."
+            )
         if inputs.ndim == 0 or len(inputs) == 0:
             raise ValueError(f"The inputs must be a batch with at least one sample, got shape {tuple(inputs.shape)}.")
         if inputs.numel() == 0:
@@ -117,7 +146,7 @@ class Attack(ABC):
         with isolated(model, inputs.device), execution.prepared(model, inputs.device) as run:
             clean = inputs.detach().clone()
             labels = apply_to_collection(labels, Tensor, lambda label: label.detach().clone())
-            # Half precision cannot hold small steps: the attack iterates in float32, the model sees its own dtype.
+            # Half precision cannot represent small steps: the attack iterates in float32, and the model gets its own dtype.
             data, box = self.threat.read(execution.lay_out(clean))
             if (self.threat.eps == 0 and self.bounded) or (samples is not None and len(samples) == 0):
                 return clean
@@ -143,7 +172,7 @@ class Attack(ABC):
 
 
 def _indices(samples: Tensor, size: int) -> Tensor:
-    """Which of so many samples are chosen by a boolean mask ``(N,)`` or by indices."""
+    """Indices of the samples that a boolean mask ``(N,)`` or indices choose, for ``N = size``."""
     samples = torch.as_tensor(samples)
     if samples.dtype == torch.bool:
         if samples.shape == (size,):
@@ -153,26 +182,26 @@ def _indices(samples: Tensor, size: int) -> Tensor:
         if not bool(((samples < -size) | (samples >= size)).any()):
             return samples
     raise ValueError(
-        f"samples= must be a boolean mask of shape ({size},) or indices in 0..{size - 1}, for {size} inputs; got {samples.dtype} of "
+        f"samples= must be a boolean mask of shape ({size},) or indices in 0..{size - 1} for {size} inputs, got {samples.dtype} of "
         f"shape {tuple(samples.shape)}{f', from {samples.min()} to {samples.max()}' * (samples.numel() > 0)}."
     )
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One batch under attack, in data units: what :meth:`Attack.perturb` works with.
+    """One batch under attack, in data units: the argument of :meth:`Attack.perturb`.
 
     Attributes:
-        model: the user's; use :meth:`forward`.
-        run: the same as the :class:`Execution` has it, on parts of the batch: takes inputs in model units.
-        data: clean inputs, data units, float32 or better.
-        labels: as given.
-        box: element-wise limits.
+        model: the user's model; call it through :meth:`forward`.
+        run: the model as the :class:`Execution` runs it, also on a part of the batch; takes inputs in model units.
+        data: clean inputs ``(N, ...)`` in data units, float32 or float64.
+        labels: the labels as given.
+        box: element-wise limits of the adversarial inputs, in data units.
         threat: the threat model.
-        generator: source of all noise.
-        dtype: the dtype that the model takes.
-        clean_outputs: the model's outputs on the clean inputs, where the loss needs them.
-        replays: takes gradients on the whole batch by graphs; ``None`` for without.
+        generator: random generator for all noise.
+        dtype: the dtype of the model's inputs.
+        clean_outputs: the model's outputs on the clean inputs, if the loss needs them.
+        replays: computes gradients on the whole batch with CUDA graphs; ``None`` for no graphs.
     """
 
     model: Model
@@ -187,7 +216,7 @@ class Problem:
     replays: Replays | None = None
 
     def forward(self, data: Tensor) -> Any:
-        """The model's outputs for inputs in data units (a copy: the model may work in place)."""
+        """The model's outputs for inputs in data units. The model gets a copy, because it may work in place."""
         inputs = self.threat.to_model(data)
         return self.run(inputs.to(self.dtype, copy=inputs is data))
 
@@ -197,7 +226,7 @@ class Problem:
             return self.forward(data)
 
     def select(self, index: Tensor) -> Problem:
-        """The same problem for some of the samples (a boolean mask or indices)."""
+        """The same problem for some of the samples, by a boolean mask or indices."""
         return replace(
             self,
             data=self.data[index],
@@ -208,7 +237,7 @@ class Problem:
         )
 
     def project(self, data: Tensor) -> Tensor:
-        """Into the ball around the clean inputs, and into the box."""
+        """Project ``data`` (data units) into the ball around the clean inputs, and into the box."""
         return self.project_(data.clone())
 
     def project_(self, data: Tensor) -> Tensor:
@@ -223,25 +252,27 @@ class Problem:
         return self.box.around(self.data, self.threat.eps) if self.threat.norm == "linf" else None
 
     def with_clean_outputs(self) -> Problem:
-        """The same problem with the clean outputs known, at the cost of a forward pass."""
+        """The same problem with ``clean_outputs`` filled in, at the cost of one forward pass."""
         return replace(self, clean_outputs=logits_of(self.outputs(self.data)))
 
     def checked_outputs(self, loss: AttackLoss) -> Any:
-        """The model's outputs on the clean inputs, after :meth:`check`, for attacks that do not differentiate them by themselves."""
+        """The model's outputs on the clean inputs, checked by :meth:`check`, for attacks that do not call :meth:`gradient`."""
         outputs = self.forward(self.data.detach().requires_grad_())
         self.check(outputs, loss)
         return outputs
 
     def check(self, outputs: Any, loss: AttackLoss) -> None:
-        """Refuse outputs and labels whose values do not fit the loss. It waits for the device: once an attack is enough.
+        """Refuse outputs and labels whose values do not fit the loss.
+
+        The check synchronises with the device, so an attack does it once.
 
         Args:
-            outputs: the model's, with a graph if there is one.
-            loss: what is maximised; nothing is known of a callable.
+            outputs: the model's outputs, with their autograd graph if there is one.
+            loss: the loss to maximise; for a callable nothing is checked.
 
         Raises:
             TypeError: if the outputs are not logits.
-            ValueError: if they are probabilities, or the labels are not their classes.
+            ValueError: if the outputs are probabilities, or the labels are not classes of the outputs.
         """
         if not callable(loss):
             check_logits(outputs)
@@ -249,12 +280,15 @@ class Problem:
                 class_labels(self.labels, outputs, check_values=True)
 
     def loss(self, outputs: Any, loss: AttackLoss, *, check: bool = False) -> Tensor:
-        """Per-sample loss ``(N,)`` of these outputs, to be maximised.
+        """Per-sample loss ``(N,)`` of these outputs, which the attack maximises.
 
         Args:
-            outputs: the model's.
-            loss: what to maximise.
-            check: also :meth:`check` the values of outputs and labels.
+            outputs: the model's outputs.
+            loss: the loss to maximise.
+            check: whether to :meth:`check` the values of outputs and labels first.
+
+        Raises:
+            ValueError: if a callable loss does not return one value per sample; also what :meth:`check` raises.
         """
         if check:
             self.check(outputs, loss)
@@ -266,22 +300,22 @@ class Problem:
         values = loss(outputs, self.labels)  # type: ignore[operator]
         if not isinstance(values, Tensor) or values.ndim == 0 or len(values) != len(self.data):
             shape = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-            raise ValueError(f"loss= must return one loss a sample, ({len(self.data)},) here, got {shape}.")
+            raise ValueError(f"loss= must return one loss per sample, shape ({len(self.data)},) here, got {shape}.")
         return values.flatten(1).sum(1) if values.ndim > 1 else values
 
     def gradient(self, data: Tensor, loss: AttackLoss, *, check: bool = False) -> Tensor:
         """Gradient of the summed loss with respect to the inputs, in data units; NaN becomes zero.
 
         Args:
-            data: where, in data units.
-            loss: what to maximise.
+            data: the point at which the gradient is taken, in data units.
+            loss: the loss to maximise.
             check: as in :meth:`loss`.
 
         Returns:
-            The gradient, in memory of its own.
+            The gradient, in the shape of ``data``; a new tensor that the caller may overwrite.
         """
         given = self.clean_outputs if loss == "kl" else self.labels
-        # Graphs wait for nothing, as checks and the scales of float16 do, and what a callable reads nobody knows.
+        # A graph cannot synchronise with the device, as checks and float16 scaling do, and the tensors that a callable reads are unknown.
         if self.replays is None or check or callable(loss) or not isinstance(given, Tensor) or len(self._scales()) > 1:
             return self.outputs_and_gradient(data, loss, check=check)[1]
         name = loss, self.dtype, self.threat.mean, self.threat.std
@@ -293,7 +327,7 @@ class Problem:
         return other.outputs_and_gradient(data, loss)[1]
 
     def outputs_and_gradient(self, data: Tensor, loss: AttackLoss, *, check: bool = False) -> tuple[Any, Tensor]:
-        """The model's outputs, and :meth:`gradient`, of one pass."""
+        """The model's outputs and the :meth:`gradient`, from one forward and backward pass."""
         point = data.detach().requires_grad_()
         outputs = self.forward(point)
         values = self.loss(outputs, loss, check=check)
@@ -303,10 +337,10 @@ class Problem:
         """Gradient of the weighted sum of ``values`` with respect to ``point``; NaN becomes zero.
 
         Args:
-            values: what to differentiate.
+            values: the tensor to differentiate.
             point: the inputs, in data units.
-            weights: of the values, of the same shape.
-            keep_graph: keep the graph for another call, which the graphs of compiled modules do not survive.
+            weights: weights of the values, in their shape.
+            keep_graph: keep the autograd graph for another call. The graphs of compiled modules cannot be kept.
 
         Raises:
             ValueError: if ``values`` do not depend differentiably on ``point``.
@@ -322,11 +356,11 @@ class Problem:
                 raise ValueError(_NO_GRADIENT)
             if scale == 1 or bool(torch.isfinite(gradient).all()):
                 break
-        # Always a copy: what autograd returns may be shared, or a view of itself.
+        # Always a copy: the tensor that autograd returns may be shared, or overlap itself in memory.
         return torch.nan_to_num(gradient if scale == 1 else gradient / scale, nan=0.0, posinf=0.0, neginf=0.0)
 
     def _scales(self) -> tuple[int, ...]:
-        # float16 gradients underflow: scale them up, and less if that overflows.
+        # float16 gradients underflow: scale the loss up, and less if the gradient then overflows.
         device = self.data.device.type
         half = self.dtype == torch.float16 or (
             torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
@@ -334,7 +368,7 @@ class Problem:
         return (4096, 64, 1) if half else (1,)
 
     def fooled(self, outputs: Any) -> Tensor:
-        """Which samples these outputs misclassify, ``(N,)`` boolean."""
+        """Which samples are misclassified by these outputs, a boolean mask ``(N,)``; for dense labels, in at least one element."""
         labels = hard_labels(class_labels(self.labels, outputs))
         wrong = (predictions(outputs) != labels) & not_ignored(labels)
         return wrong.flatten(1).any(1) if wrong.ndim > 1 else wrong

@@ -1,4 +1,4 @@
-"""What the pipeline calls labels, as classes of the model's outputs."""
+"""Check the pipeline's labels and convert them to classes of the model's outputs."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from torch import Tensor
 from lightning_wdefense.modules.outputs import has_one_output, logits_of
 
 IGNORED = -100
-"""Label of elements (pixels) that belong to no class and count for nothing, as ``torch.nn.functional.cross_entropy`` has it."""
+"""Label (-100) of elements, such as pixels, that are ignored, as in ``torch.nn.functional.cross_entropy``."""
 
 _TASK_HINT = (
-    "For another task (regression, several labels a sample) give the attack a loss=callable(outputs, labels) that returns one loss a "
-    'sample, and use it by itself, as PGD(threat, loss=...)(model, inputs, labels), or in a recipe, as Recipe.named("pgd-at", '
-    "threat, attack=...): what counts classes (RobustnessMonitor, worst_case, AutoAttack) has none to count."
+    "For another task (regression, several labels per sample) give the attack loss=callable(outputs, labels), which returns one loss "
+    'per sample. Use the attack directly, PGD(threat, loss=...)(model, inputs, labels), or in a recipe, Recipe.named("pgd-at", '
+    "threat, attack=...). RobustnessMonitor, worst_case and AutoAttack measure accuracy, so they need classes."
 )
 
 
 def hard_labels(labels: Tensor) -> Tensor:
-    """Class indices of hard or soft labels."""
+    """Class indices ``(N, ...)`` of hard labels ``(N, ...)`` or soft labels ``(N, K, ...)``."""
     return labels.argmax(1) if labels.is_floating_point() else labels
 
 
 def replace_ignore_index(labels: Any, ignore_index: int | None) -> Any:
-    """A copy of the labels in which ``ignore_index`` is :data:`IGNORED`."""
+    """A copy of the labels in which ``ignore_index`` is replaced by :data:`IGNORED`; other objects are returned unchanged."""
     if not isinstance(labels, Tensor):
         return labels
     labels = labels.detach().clone()
@@ -35,28 +35,33 @@ def replace_ignore_index(labels: Any, ignore_index: int | None) -> Any:
 
 
 def not_ignored(labels: Tensor) -> Tensor:
-    """Which hard labels are of a class, and not :data:`IGNORED`."""
+    """Boolean mask of the hard labels that are not :data:`IGNORED`."""
     return labels != IGNORED
 
 
 def class_labels(labels: Any, outputs: Any, *, check_values: bool = False) -> Tensor:
-    """Labels that fit the outputs: class indices ``(N, ...)``, or soft labels of the logits' own shape.
+    """Labels that fit the outputs: class indices ``(N, ...)``, or soft labels in the shape of the logits.
 
-    Labels of a model with a single output are 0 or 1, of any dtype, ``(N, ...)`` or ``(N, 1, ...)``. Where there is a label for each
-    element (pixel), those of :data:`IGNORED` belong to no class.
+    For a model with a single output per sample the labels are 0 or 1, of any dtype, in shape ``(N, ...)`` or ``(N, 1, ...)``. Of
+    dense labels (one per pixel), those equal to :data:`IGNORED` are ignored.
 
     Args:
-        labels: as the pipeline gives them.
-        outputs: the model's outputs for them.
-        check_values: check the range too, which waits for the device: once a batch is enough.
+        labels: the labels as the pipeline gives them.
+        outputs: the model's outputs for the same samples.
+        check_values: whether to check the range too. This synchronises with the device, so once per batch is enough.
+
+    Returns:
+        The labels: int64 class indices, or floating-point soft labels.
 
     Raises:
         TypeError: if the labels are not a tensor.
-        ValueError: if their shape or range does not fit: regression targets, several labels a sample, an illegal class.
+        ValueError: if their shape or range does not fit: regression targets, several labels per sample, or an unknown class.
     """
     logits = logits_of(outputs)
     if not isinstance(labels, Tensor):
-        raise TypeError(f"The labels must be a tensor, got {type(labels).__name__}. Name theirs with labels=.")
+        raise TypeError(
+            f"The labels must be a tensor, got {type(labels).__name__}. Say where the labels are in the batch with labels=."
+        )
     n, classes = logits.shape[0], logits.shape[1]
     if has_one_output(outputs) and labels.numel() * 2 == logits.numel():
         labels = labels.reshape(n, *logits.shape[2:])
@@ -90,8 +95,8 @@ def class_labels(labels: Any, outputs: Any, *, check_values: bool = False) -> Te
 def _check_binary(labels: Tensor) -> None:
     if not bool(((labels == 0) | (labels == 1) | (labels == IGNORED)).all()):
         raise ValueError(
-            f"The model has a single output, and the targets, from {float(labels.min()):.4g} to {float(labels.max()):.4g}, are no "
-            f"classifier's: those are 0 or 1 (of labels -1 and 1, (labels + 1) / 2). {_TASK_HINT}"
+            f"The model has a single output, but the labels run from {float(labels.min()):.4g} to {float(labels.max()):.4g}: labels of "
+            f"a binary classifier must be 0 or 1. Convert labels -1 and 1 with (labels + 1) / 2. {_TASK_HINT}"
         )
 
 
@@ -101,8 +106,8 @@ def _check_range(labels: Tensor, classes: int) -> None:
         legal |= labels == IGNORED
     if not bool(legal.all()):
         pixels = (
-            f" Elements that belong to no class have the label {IGNORED}; RobustnessMonitor, worst_case and the metrics take any "
-            "other as ignore_index=."
+            f" Elements to ignore have the label {IGNORED}; for another value use ignore_index= of RobustnessMonitor, worst_case and "
+            "the metrics."
         )
         raise ValueError(
             f"The labels run from {int(labels.min())} to {int(labels.max())}, but the model has {classes} classes: labels "

@@ -1,4 +1,4 @@
-"""Losses that an attack can maximise: each returns one value a sample."""
+"""Surrogate losses that an attack maximises; each returns one value per sample."""
 
 from __future__ import annotations
 
@@ -15,18 +15,21 @@ from lightning_wdefense.modules.outputs import float32_or_better, logits_of
 
 LossName = Literal["ce", "kl", "margin"]
 AttackLoss = LossName | Callable[[Any, Any], Tensor]
-"""A name, or a callable ``(outputs, labels) -> per-sample loss`` for tasks beyond classification."""
+"""The name of a loss, or a callable ``(outputs, labels) -> per-sample loss`` for tasks other than classification."""
 
 
 def cross_entropy(outputs: Any, labels: Tensor) -> Tensor:
-    """Cross-entropy with hard or soft labels: ``(N,)``, summed over any further dimensions (pixels that are of a class)."""
+    """Cross-entropy with hard or soft labels, ``(N,)``; with dense labels, summed over the elements (pixels) that are not ignored."""
     logits = float32_or_better(logits_of(outputs))
     loss = F.cross_entropy(logits, labels.to(logits.dtype) if labels.is_floating_point() else labels, reduction="none")
     return _by_sample(loss)
 
 
 def margin(outputs: Any, labels: Tensor) -> Tensor:
-    """Largest wrong logit minus the right one (Carlini and Wagner, 2017): positive exactly where misclassified."""
+    """Margin loss ``(N,)`` of Carlini and Wagner (2017): the largest wrong logit minus the true class's logit.
+
+    It is positive exactly for misclassified samples.
+    """
     logits = float32_or_better(logits_of(outputs))
     classes = hard_labels(labels)
     right = classes.clamp_min(0).unsqueeze(1)
@@ -36,7 +39,7 @@ def margin(outputs: Any, labels: Tensor) -> Tensor:
 
 
 def kl_divergence(outputs: Any, clean_outputs: Any) -> Tensor:
-    """``KL(softmax(clean) || softmax(adversarial))`` of each sample, as TRADES has it (Zhang et al., 2019)."""
+    """``KL(softmax(clean) || softmax(adversarial))`` of each sample, ``(N,)``, as in TRADES (Zhang et al., 2019)."""
     return _by_sample(elementwise_kl(outputs, clean_outputs))
 
 
@@ -48,7 +51,7 @@ def elementwise_kl(outputs: Any, clean_outputs: Any) -> Tensor:
 
 
 def outputs_as_losses(outputs: Any, labels: Any) -> Tensor:
-    """Of a model that returns its losses itself."""
+    """The outputs unchanged, for a model that returns per-sample losses ``(N,)``."""
     return outputs  # type: ignore[no-any-return]
 
 
@@ -57,7 +60,7 @@ def _by_sample(losses: Tensor) -> Tensor:
 
 
 def divergence_of(divergence: Callable[[Tensor, Tensor], Tensor], clean: Tensor, adversarial: Tensor) -> Tensor:
-    """A divergence between two clouds; NaN, and not its error, where a model that diverged has nothing to compare."""
+    """A divergence between two point clouds ``(N, D)``; NaN instead of an error if a cloud is not finite (training diverged)."""
     try:
         return divergence(clean, adversarial)
     except ValueError:
@@ -70,7 +73,7 @@ def check_loss(loss: AttackLoss) -> None:
     """Refuse a loss that is neither callable nor a known name.
 
     Raises:
-        ValueError: naming the nearest losses.
+        ValueError: for an unknown name; the message lists the most similar ones.
     """
     if not callable(loss) and loss not in get_args(LossName):
         raise ValueError(unknown_name("attack loss", loss, get_args(LossName)))
@@ -80,7 +83,7 @@ def check_divergence(divergence: object) -> None:
     """Refuse a divergence between batches that cannot be called; ``None`` stands for the default.
 
     Raises:
-        TypeError: saying what it must be.
+        TypeError: if it is not callable.
     """
     if divergence is not None and not callable(divergence):
         raise TypeError(

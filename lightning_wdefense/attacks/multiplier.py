@@ -1,4 +1,4 @@
-"""Attacks with a multiplier that training learns along with the model."""
+"""Attacks with a Lagrange multiplier that is learned in training, along with the model."""
 
 from __future__ import annotations
 
@@ -12,20 +12,37 @@ from lightning_wdefense.attacks.base import Attack
 class LearnedAttack(Attack):
     """An attack with the Lagrange multiplier of its constraint, which training updates by dual ascent.
 
-    Attacks are frozen, so a step of training is ``attack = replace(attack, multiplier=attack.updated_multiplier(
-    displacement))``, where ``displacement`` is what :meth:`displacement` measured on the batch, averaged over all ranks.
-    The multiplier is the whole state: a checkpoint keeps this one number.
+    Attacks are immutable, so an update makes a new attack: ``attack = replace(attack,
+    multiplier=attack.updated_multiplier(displacement))``. Here ``displacement`` is the value of :meth:`displacement` on the
+    batch, averaged over all ranks. The multiplier is the whole state, so a checkpoint stores one number.
 
     Attributes:
-        multiplier: price of leaving the ball; 0 is no price at all.
+        multiplier: Lagrange multiplier of the constraint; 0 means no constraint.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> from lightning_wdefense.attacks import SoftBallPGD, ThreatModel
+        >>> attack = SoftBallPGD(ThreatModel(eps=0.1), multiplier=0.5)
+        >>> attack = replace(attack, multiplier=attack.updated_multiplier(0.15))
+        >>> round(attack.multiplier, 6)
+        0.5001
     """
 
     multiplier: float
 
     @abstractmethod
     def displacement(self, inputs: Tensor, adversarial: Tensor) -> Tensor:
-        """What the constraint measures, a scalar in data units, of clean and adversarial inputs in model units."""
+        """The displacement that the constraint limits: a scalar in data units.
+
+        Args:
+            inputs: clean inputs ``(N, ...)``, in model units.
+            adversarial: adversarial inputs ``(N, ...)``, in model units.
+        """
 
     @abstractmethod
     def updated_multiplier(self, displacement: float | Tensor) -> float:
-        """The multiplier after one step of dual ascent: it grows where the constraint is broken, and is never negative."""
+        """The multiplier after one step of dual ascent: it grows if the constraint is violated, and is never negative.
+
+        Args:
+            displacement: the measured displacement, in data units.
+        """

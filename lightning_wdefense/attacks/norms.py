@@ -1,4 +1,4 @@
-"""Geometry of the perturbation balls: sampling, steepest ascent and projection, for inputs of any shape."""
+"""Norm balls of perturbations: sampling, steepest ascent and projection, for inputs of any shape."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def per_sample(values: Tensor, like: Tensor) -> Tensor:
 
 
 def random_uniform(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Uniform noise in [0, 1) of the shape, dtype and device of ``like``, drawn where the generator lives."""
+    """Uniform noise in [0, 1) in the shape and dtype and on the device of ``like``, drawn on the generator's device."""
     return torch.rand(like.shape, generator=generator, device=generator.device, dtype=like.dtype).to(like.device)
 
 
 def random_normal(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Standard normal noise of the shape, dtype and device of ``like``, drawn where the generator lives."""
+    """Standard normal noise in the shape and dtype and on the device of ``like``, drawn on the generator's device."""
     return torch.randn(like.shape, generator=generator, device=generator.device, dtype=like.dtype).to(like.device)
 
 
@@ -47,13 +47,13 @@ def _l2_length(delta: Tensor) -> Tensor:
 
 def _l2_uniform(like: Tensor, eps: float, generator: torch.Generator) -> Tensor:
     direction = _l2_steepest(random_normal(like, generator))
-    # r = u^(1/d) makes the point uniform in the ball, not crowded at its centre.
+    # The radius u^(1/d) makes the point uniform in the ball; a uniform radius would favour the centre.
     radius = random_uniform(like.new_empty(len(like)), generator) ** (1 / math.prod(like.shape[1:]))
     return direction * per_sample(radius, like) * eps
 
 
 def _l2_steepest(gradient: Tensor) -> Tensor:
-    # Dividing by the largest entry first keeps the square of tiny gradients from underflowing.
+    # Divide by the largest entry first: the squares of tiny gradients would underflow.
     largest = per_sample(_linf_length(gradient), gradient)
     gradient = gradient.div_(largest.clamp_min(torch.finfo(gradient.dtype).tiny))
     return gradient.div_(per_sample(_l2_length(gradient), gradient).clamp_min(1e-12))
@@ -65,9 +65,14 @@ def _l2_project(delta: Tensor, eps: float) -> Tensor:
 
 
 class Ball(NamedTuple):
-    """The operations that an attack needs of a norm ball around zero; all lengths are in data units.
+    """The operations of a norm ball around zero that attacks need; all lengths are in data units.
 
-    ``steepest`` works in the memory of the gradient that it is given: fresh temporaries cost as much as the arithmetic.
+    Attributes:
+        uniform: ``(like, eps, generator)`` to uniform noise in the ball of radius ``eps``.
+        steepest: gradient ``(N, ...)`` to the direction of steepest ascent of norm 1. It overwrites the gradient, because new
+            tensors cost as much time as the arithmetic.
+        project: ``(delta, eps)`` to the projection of ``delta`` onto the ball of radius ``eps``.
+        length: ``delta`` ``(N, ...)`` to the norm of each sample, ``(N,)``.
     """
 
     uniform: Callable[[Tensor, float, torch.Generator], Tensor]

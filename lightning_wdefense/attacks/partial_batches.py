@@ -1,4 +1,4 @@
-"""Run a model on a part of a batch, also one that only takes whole batches."""
+"""Run a model on a part of a batch, even if the model accepts whole batches only."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from lightning_wdefense.modules.outputs import tensor_of
 
 
 class PartialBatchModel:
-    """A model on parts of a batch: what is left of it, or was chosen.
+    """A model that can be called on a part of a batch.
 
-    A model that has a fixed batch size, or squeezes, fails on sizes that its loader never gave it. Where it does, or its outputs do not
-    come one a sample, parts are filled up with clean samples, for which a whole batch is run; a warning says so.
+    A model with a fixed batch size, or with a ``squeeze``, may fail on a part of a batch, or return outputs of another size. In
+    these cases the part is padded with clean samples to a whole batch, and a warning says so.
 
     Args:
-        run: takes inputs in model units.
-        batch: the clean inputs ``(N, ...)``, in model units.
-        whole: never try a part.
+        run: the model; takes inputs in model units.
+        batch: the clean inputs ``(N, ...)``, in model units, for the padding.
+        whole: always pad to a whole batch.
     """
 
     def __init__(self, run: Callable[[Tensor], Any], batch: Tensor, *, whole: bool = False) -> None:
         self._run, self._batch, self._whole = run, batch, whole
 
     def __call__(self, inputs: Tensor) -> Any:
-        """The outputs for a part, or for all of the batch."""
+        """The outputs for inputs ``(M, ...)`` in model units, ``M <= N``."""
         missing = len(self._batch) - len(inputs)
         if missing <= 0:
             return self._run(inputs)
@@ -46,14 +46,14 @@ class PartialBatchModel:
             outputs = self._run_padded(inputs)
         self._whole = True
         warnings.warn(
-            f"The model does not take a part of a batch, {len(inputs)} of {len(self._batch)} samples ({reason}), so it is run on whole "
-            "ones, which takes longer.",
+            f"The model does not accept a part of a batch, {len(inputs)} of {len(self._batch)} samples ({reason}). It is run on whole "
+            "batches instead, which takes longer.",
             stacklevel=2,
         )
         return outputs
 
     def _run_padded_after(self, inputs: Tensor, error: Exception) -> Any:
-        """The outputs by way of a whole batch, if it is the part's size that the model fails on, and not something else."""
+        """The outputs from a padded batch, if the model fails because of the size of the part; otherwise raise its error."""
         try:
             outputs = self._run_padded(inputs)
         except Exception:
@@ -73,7 +73,7 @@ class PartialBatchModel:
 
 
 def _shape_problem(outputs: Any, size: int) -> str | None:
-    """What is wrong with the outputs for so many samples, if they hold a tensor."""
+    """Why the outputs do not have one row for each of ``size`` samples; ``None`` if they do, or hold no tensor."""
     try:
         found = tensor_of(outputs)
     except TypeError:

@@ -20,7 +20,7 @@ from lightning_wdefense.attacks.threat import ThreatModel, check_threat
 from lightning_wdefense.attacks.wasserstein.attack import WassersteinAttack
 
 Attacks = Sequence[str | Attack] | Mapping[str, str | Attack]
-"""Several attacks: names, attacks, or a mapping from names of your own to either."""
+"""Several attacks: names, attacks, or a mapping from your own names to either."""
 
 ATTACKS: dict[str, Callable[..., Attack]] = {
     "fgsm": FGSM,
@@ -35,20 +35,23 @@ ATTACKS: dict[str, Callable[..., Attack]] = {
     "autoattack": AutoAttack,
     **{part: partial(autoattack_part, part) for part in PARTS},
 }
-"""Every attack that has a name of ours; each takes the threat model and its own options."""
+"""All attacks by name; each is called with the threat model and the attack's own options."""
 
 
 def get_attack(name: str, threat: ThreatModel, **options: Any) -> Attack:
-    """An attack by its name.
+    """Make an attack from its name.
 
     Args:
-        name: one of ``ATTACKS``; any other torchattacks attack is ``TorchAttack("Name", threat)``.
-        threat: what the attacker may do.
-        **options: for the attack's constructor.
+        name: one of ``ATTACKS``. For other attacks of torchattacks use ``TorchAttack("Name", threat)``.
+        threat: the threat model.
+        **options: arguments of the attack's constructor.
+
+    Returns:
+        The attack.
 
     Raises:
-        TypeError: if ``threat`` is no threat model.
-        ValueError: if the name does not exist, with the nearest ones.
+        TypeError: if ``threat`` is not a threat model.
+        ValueError: if the name is unknown; the message lists the most similar ones.
 
     Example:
         >>> get_attack("pgd", ThreatModel(eps=0.1), steps=20).steps
@@ -61,19 +64,23 @@ def get_attack(name: str, threat: ThreatModel, **options: Any) -> Attack:
 
 
 def evaluation_attacks(attacks: Attacks, threat: ThreatModel) -> dict[str, Attack]:
-    """Attacks by name, fit for measuring: bounded, for this threat model, each name once.
+    """Attacks by name, checked for evaluation: bounded, made for this threat model, and each name once.
+
+    Args:
+        attacks: names, attacks, or a mapping from your own names to either.
+        threat: the threat model.
 
     Raises:
-        TypeError: for what is neither a name nor an attack, or no threat model.
-        ValueError: for anything else.
+        TypeError: if something is neither a name nor an attack, or ``threat`` is not a threat model.
+        ValueError: if an attack is not bounded or was made for another threat model, or a name is unknown or occurs twice.
     """
     check_threat(threat, "A monitor")
     found = resolved("attacks", Attack, attacks, lambda name: get_attack(name, threat), example="pgd")  # type: ignore[type-abstract]
     for key, attack in found.items():
         if not attack.bounded:
             raise ValueError(
-                f"{key!r} leaves the threat model's ball, so it serves training alone: measure with 'pgd' or 'autoattack'."
+                f"{key!r} leaves the threat model's ball, so it is for training only: evaluate with 'pgd' or 'autoattack'."
             )
         if attack.threat != threat:
-            raise ValueError(f"{key!r} was made for {attack.threat}, but threat={threat}: use the same one.")
+            raise ValueError(f"{key!r} was made for {attack.threat}, but threat={threat}: use the same threat model.")
     return found

@@ -1,4 +1,4 @@
-"""What the attacker may do, said once and in data units."""
+"""The threat model: the norm, the perturbation budget and the legal range of the inputs, in data units."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lightning_wdefense.modules.outputs import float32_or_better
 Norm = Literal["linf", "l2", "wasserstein"]
 
 MAX_STRAYS = 0.01
-"""Share of input values that may lie outside the bounds (augmentation overshoots); more is an error."""
+"""Largest share of input values that may lie outside the bounds, as after augmentation; a larger share is an error."""
 
 
 class Box(NamedTuple):
@@ -33,39 +33,42 @@ class Box(NamedTuple):
         return data if self.low is None else torch.clamp(data, self.low, self.high)
 
     def clamp_(self, data: Tensor) -> Tensor:
-        """Clamp ``data`` into the box, in its own memory."""
+        """Clamp ``data`` into the box, in place."""
         return data if self.low is None else data.clamp_(self.low, self.high)
 
     def around(self, center: Tensor, radius: float) -> Box:
-        """The part of the box that is within ``radius`` of ``center``, which it holds, in every coordinate."""
+        """The part of the box within ``radius`` (data units) of ``center`` in every coordinate; ``center`` lies in the box."""
         low, high = center - radius, center + radius
         if self.low is None or self.high is None:
             return Box(low, high)
         return Box(torch.maximum(low, self.low, out=low), torch.minimum(high, self.high, out=high))
 
     def select(self, index: Tensor) -> Box:
-        """The limits of some of the samples."""
+        """The limits of some samples, by a boolean mask or indices."""
         return self if self.low is None or self.high is None else Box(self.low[index], self.high[index])
 
 
 @dataclass(frozen=True)
 class ThreatModel:
-    """What an attacker may do to an input: the norm, its radius and the legal range of values.
+    """What an attacker may do to an input: the norm, the perturbation budget and the legal range of values.
 
-    ``eps`` and ``bounds`` are in *data* units, those of the data before normalisation (images: usually 0 to 1);
-    ``mean`` and ``std`` say how the pipeline normalised its inputs, ``model = (data - mean) / std`` along dimension 1,
-    so that attacks are the same whatever units the model sees.
+    ``eps`` and ``bounds`` are in *data units*: the units of the data before normalisation (images: usually 0 to 1). The inputs
+    that the pipeline gives to the model are in *model units*: ``model = (data - mean) / std`` along dimension 1. With ``mean``
+    and ``std`` an attack is the same in data units, whatever units the model sees.
 
     Args:
-        norm: ``"linf"``, ``"l2"`` or ``"wasserstein"`` (the last for attacks that move mass only).
-        eps: radius of the ball, in data units.
+        norm: ``"linf"``, ``"l2"`` or ``"wasserstein"`` (for :class:`WassersteinAttack` alone).
+        eps: the perturbation budget, the radius of the ball, in data units; in pixels for ``"wasserstein"``.
         bounds: smallest and largest legal value, in data units; ``None`` for unbounded inputs (tabular data).
-        mean: the mean that the pipeline subtracted: one value, or one for each channel (dimension 1); ``None`` for 0.
-        std: the standard deviation that it divided by, likewise; ``None`` for 1.
+        mean: the mean that the pipeline subtracts, in data units: one value, or one per channel (dimension 1); ``None`` for 0.
+        std: the standard deviation that the pipeline divides by, in the same form; ``None`` for 1.
 
     Raises:
-        ValueError: if the norm does not exist, ``eps`` is negative or not finite, ``bounds`` are not increasing, or
+        ValueError: if the norm is unknown, ``eps`` is negative or not finite, ``bounds`` are not finite and increasing, or
             ``std`` is not positive.
+
+    Warns:
+        UserWarning: if ``eps`` is larger than the whole range of the bounds (norm ``linf``).
 
     Example:
         >>> threat = ThreatModel(norm="linf", eps=8 / 255, mean=(0.49, 0.48, 0.45), std=(0.25, 0.24, 0.26))
@@ -98,27 +101,32 @@ class ThreatModel:
     def _warn_of_units(self, low: float, high: float) -> None:
         if self.norm == "linf" and self.eps > high - low:
             warnings.warn(
-                f"eps={self.eps:g} is larger than the whole range of the bounds, {(low, high)}: every input is allowed. Both are in data "
-                f"units; where pixels run from 0 to 255, 8 of them are eps=8 / 255, or bounds=(0, 255).",
+                f"eps={self.eps:g} is larger than the whole range of the bounds, {(low, high)}, so every input is allowed. Both are in "
+                f"data units: for pixels from 0 to 1 write a budget of 8 grey levels as eps=8 / 255; for pixels from 0 to 255 set "
+                f"bounds=(0, 255).",
                 stacklevel=4,
             )
 
     @property
     def ball(self) -> Ball:
-        """Sampling, steepest ascent and projection for this norm."""
+        """Sampling, steepest ascent and projection for this norm.
+
+        Raises:
+            ValueError: for the norm ``"wasserstein"``, which only :class:`WassersteinAttack` attacks in.
+        """
         if self.norm not in BALLS:
             raise ValueError(
-                f"norm {self.norm!r} has no ball in pixel space, which FGSM, PGD and AutoAttack need ({' or '.join(BALLS)}): use "
-                'WassersteinAttack, in attacks= or attack= by its name "wasserstein".'
+                f"norm {self.norm!r} has no ball in pixel space. FGSM, PGD and AutoAttack need norm {' or '.join(BALLS)}: change the "
+                'norm, or use WassersteinAttack, whose name in attacks= and attack= is "wasserstein".'
             )
         return BALLS[self.norm]
 
     def with_eps(self, eps: float) -> ThreatModel:
-        """The same threat with another radius."""
+        """The same threat model with another perturbation budget ``eps`` (data units)."""
         return replace(self, eps=eps)
 
     def ratio_to(self, eps: float) -> float:
-        """By how much lengths that were chosen for this radius change with it; 1 from and to 0, which have no proportion."""
+        """The factor ``eps / self.eps`` for lengths that were chosen for this budget; 1 if either is 0."""
         return eps / self.eps if self.eps > 0 and eps > 0 else 1.0
 
     def to_data(self, inputs: Tensor) -> Tensor:
@@ -134,23 +142,27 @@ class ThreatModel:
         return inputs if std is None else inputs / std
 
     def project(self, data: Tensor, clean: Tensor, box: Box) -> Tensor:
-        """Nearest legal point: into the ball around ``clean``, then into the box (which holds ``clean``)."""
+        """Project ``data`` into the ball around ``clean`` and then into the box, which contains ``clean``; all in data units."""
         return box.clamp(clean + self.ball.project(data - clean, self.eps))
 
     def read(self, inputs: Tensor) -> tuple[Tensor, Box]:
-        """Inputs in model units as data in float32 or better, and their limits, after :meth:`box`'s checks."""
-        # Integers go on as they are, for box to refuse.
+        """Inputs in model units, converted to data units (float32 or float64), and their limits; checked by :meth:`box`."""
+        # Integers are not converted: box refuses them.
         data = self.to_data(float32_or_better(inputs)) if inputs.is_floating_point() else inputs
         return data, self.box(data, precision=inputs.dtype)
 
     def box(self, data: Tensor, precision: torch.dtype | None = None) -> Box:
-        """Element-wise limits for these clean inputs (data units), after checking them against the bounds.
+        """Element-wise limits for clean inputs, after a check of the inputs against the bounds.
 
-        A few values outside (at most 1%) widen the box for themselves, so that the clean input stays legal.
+        If a few values (at most 1%) lie outside the bounds, the limits are widened for these values, so that the clean input
+        stays legal.
 
         Args:
-            data: clean inputs in data units.
-            precision: the dtype in which the inputs came; its rounding is forgiven.
+            data: clean inputs in data units, of any shape.
+            precision: the dtype of the pipeline's inputs, whose rounding errors are tolerated; ``None`` for that of ``data``.
+
+        Returns:
+            The limits, in data units, in the shape of ``data``.
 
         Raises:
             TypeError: if the inputs are not floating point.
@@ -159,13 +171,13 @@ class ThreatModel:
         if not data.is_floating_point():
             raise TypeError(
                 f"The inputs are {data.dtype}; an attack needs floating-point inputs. Convert integer images with "
-                "x.float() / 255 (and give ThreatModel the mean= and std= of any normalisation). Token ids and categorical columns are "
-                'attacked where they are embedded: perturb="path.to.the.embedding" in the callbacks.'
+                "x.float() / 255, and give ThreatModel the mean= and std= of the normalisation. For token ids and categorical columns, "
+                'attack the output of their embedding layer: perturb="path.to.the.embedding" in the callbacks.'
             )
         least, most = torch.stack(torch.aminmax(data)).tolist() if data.numel() else (0.0, 0.0)
         if self.bounds is None:
             if not (math.isfinite(least) and math.isfinite(most)):
-                raise ValueError("The inputs hold NaN or infinite values: look at the data pipeline.")
+                raise ValueError("The inputs contain NaN or infinite values: check the data pipeline.")
             return Box(None, None)
         low, high = self.bounds
         rounding = 8 * torch.finfo(precision or data.dtype).eps * max(1.0, abs(low), abs(high), high - low)
@@ -177,24 +189,24 @@ class ThreatModel:
 
     def _explain(self, data: Tensor, outside: float) -> None:
         if not bool(torch.isfinite(data).all()):
-            raise ValueError("The inputs hold NaN or infinite values: look at the data pipeline.")
+            raise ValueError("The inputs contain NaN or infinite values: check the data pipeline.")
         if outside <= MAX_STRAYS:
             warnings.warn(
-                f"A few input values lie outside the threat model's bounds {self.bounds} (augmentation?); the bounds "
-                "are widened for those values alone.",
+                f"A few input values lie outside the threat model's bounds {self.bounds}, perhaps because of augmentation. The "
+                "bounds are widened for these values only.",
                 stacklevel=5,
             )
             return
         units = (
-            "mean and std are not set: if the pipeline normalises its inputs, give ThreatModel(mean=..., std=...) the "
-            "same values"
+            "mean and std are not set; if the pipeline normalises its inputs, give the same values to "
+            "ThreatModel(mean=..., std=...)"
             if self.mean is None and self.std is None
             else f"mean={self.mean} and std={self.std} are not those of the pipeline's normalisation"
         )
         raise ValueError(
             f"{outside:.1%} of the input values lie outside the threat model's bounds {self.bounds}: in data units they "
             f"run from {float(data.min()):.4g} to {float(data.max()):.4g}. Likely cause: {units}. If the data has another "
-            "range, set bounds=(low, high), or bounds=None for unbounded inputs."
+            "range, set bounds=(low, high); for unbounded inputs set bounds=None."
         )
 
     def _statistics(self, inputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -206,23 +218,27 @@ class ThreatModel:
             return None
         if len(values) != 1 and (inputs.ndim < 2 or inputs.shape[1] != len(values)):
             raise ValueError(
-                f"{name} has {len(values)} values, but dimension 1 of the inputs, whose shape is "
-                f"{tuple(inputs.shape)}, does not: give one value, or one for each channel."
+                f"{name} has {len(values)} values, but the inputs have shape {tuple(inputs.shape)}, and their dimension 1 "
+                f"does not have {len(values)} entries: give one value, or one per channel."
             )
         return _broadcastable(values, inputs.device, inputs.dtype, inputs.ndim)
 
 
 def check_threat(threat: object, user: str) -> None:
-    """Refuse what is no threat model, such as a radius.
+    """Refuse anything that is not a :class:`ThreatModel`, such as a number.
+
+    Args:
+        threat: the value to check.
+        user: what needs the threat model, for the error message.
 
     Raises:
-        TypeError: saying what to write.
+        TypeError: if it is not a threat model; the message says what to write.
     """
     if not isinstance(threat, ThreatModel):
         radius = isinstance(threat, (int, float)) and not isinstance(threat, bool)
         written = f"ThreatModel(eps={threat})" if radius else "ThreatModel(eps=8 / 255)"
         raise TypeError(
-            f"{user} needs a threat model, such as {written}, as its threat; got a {type(threat).__name__}: {threat!r}."
+            f"{user} needs a threat model, such as {written}, for threat=, but got a {type(threat).__name__}: {threat!r}."
         )
 
 
@@ -233,6 +249,6 @@ def _as_tuple(values: float | Sequence[float] | Tensor | None) -> tuple[float, .
 
 
 @lru_cache(maxsize=64)
-@torch.inference_mode(False)  # cached: an inference tensor would break every later backward
+@torch.inference_mode(False)  # the result is cached: an inference tensor would break later backward passes
 def _broadcastable(values: tuple[float, ...], device: torch.device, dtype: torch.dtype, ndim: int) -> Tensor:
     return torch.tensor(values, device=device, dtype=dtype).reshape([1, -1, *[1] * (ndim - 2)] if ndim > 1 else [-1])

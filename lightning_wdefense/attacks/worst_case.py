@@ -1,4 +1,4 @@
-"""What is left of a model's accuracy after several attacks, sample by sample."""
+"""The per-sample worst case of a classifier over several attacks."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from lightning_wdefense.modules.state.isolation import isolated
 
 
 class WorstCase(NamedTuple):
-    """The outcome of :func:`worst_case`.
+    """The result of :func:`worst_case`. All classes are ``(N,)``, or ``(N, ...)`` with one label per element.
 
     Attributes:
-        labels: true classes; -100 where they are ignored.
-        clean: predicted classes on the clean inputs; -1 where the outputs are NaN or infinite.
-        adversarial: predicted classes after each attack, by its name, in order. In order mode a sample that an
-            earlier attack broke keeps its wrong prediction.
-        inputs: for each sample the input that broke it, else the last one tried, else (never attacked) the clean one.
-        attacked: which samples were attacked.
+        labels: ground truth labels; -100 for ignored elements.
+        clean: predicted classes on the clean inputs; -1 if the outputs are NaN or infinite.
+        adversarial: predicted classes after each attack, by its name, in order. Without ``independent=True``, a sample that
+            an earlier attack fooled keeps its wrong prediction.
+        inputs: adversarial inputs ``(N, ...)`` in model units. For each sample it is the first input that fooled the model,
+            otherwise the result of the last attack on it, otherwise (never attacked) the clean input.
+        attacked: which samples could be attacked, ``(N,)``.
     """
 
     labels: Tensor
@@ -35,7 +36,7 @@ class WorstCase(NamedTuple):
 
     @property
     def robust(self) -> Tensor:
-        """Which samples (or elements, of which those that are ignored are never) are right on the clean input and after every attack."""
+        """Which samples (or elements) are classified correctly on the clean input and after every attack; never ignored elements."""
         left = self.clean == self.labels
         for predicted in self.adversarial.values():
             left = left & (predicted == self.labels)
@@ -43,7 +44,7 @@ class WorstCase(NamedTuple):
 
     @property
     def worst(self) -> Tensor:
-        """Predicted classes where it went wrong, else the clean ones."""
+        """The first wrong prediction of each sample; the clean prediction if there is none."""
         worst = self.clean
         for predicted in self.adversarial.values():
             worst = torch.where(worst == self.labels, predicted, worst)
@@ -63,23 +64,36 @@ def worst_case(
     generator: Callable[[], torch.Generator] | None = None,
     on_attack: Callable[[str, Tensor], None] | None = None,
 ) -> WorstCase:
-    """Run attacks in the order given, each only on the samples that are still classified correctly.
+    """Run attacks in the given order, each only on the samples that are still classified correctly.
 
     Args:
-        model: an ``nn.Module`` or a callable, left as it was.
-        attacks: by name.
+        model: an ``nn.Module`` or a callable; it is not changed.
+        attacks: the attacks, by name.
         inputs: ``(N, ...)`` in model units.
-        labels: class indices or soft labels. With one label an element (segmentation) every attack runs on all samples.
-        independent: run each attack on all samples that the model gets right, not only on what is left.
-        everyone: have the first attack move also the samples that were wrong before, for measures other than accuracy.
+        labels: ground truth labels: class indices ``(N,)``, soft labels ``(N, K)``, or one label per element (segmentation). In
+            the last case every attack runs on all samples.
+        independent: run each attack on all samples that the model classifies correctly on the clean input.
+        everyone: let the first attack also perturb the samples that were misclassified before, for measures other than accuracy.
         samples: which samples may be attacked, a boolean mask ``(N,)``; ``None`` for all.
-        ignore_index: label of elements (pixels) that count for nothing; beside it, -100 always is. The attacks are given -100 for it.
-        generator: makes the source of noise for each attack; ``None`` for each attack's own seed.
-        on_attack: called after each attack with its name and the samples that are left, ``(N,)``.
+        ignore_index: label of elements (pixels) to ignore, besides -100. The attacks get -100 in its place.
+        generator: makes a random generator for each attack; ``None`` for each attack's own seed.
+        on_attack: called after each attack with its name and the mask ``(N,)`` of the samples that remain.
+
+    Returns:
+        The predictions before and after the attacks, and the adversarial inputs.
 
     Raises:
         TypeError: if the inputs are not floating point, or the outputs are not logits.
-        ValueError: if inputs or labels do not fit, or an attack finds the outputs unfit.
+        ValueError: if the inputs do not fit the threat model, or the labels do not fit the outputs; also what an attack raises.
+
+    Example:
+        >>> import torch
+        >>> from lightning_wdefense.attacks import FGSM, PGD, ThreatModel
+        >>> threat = ThreatModel(norm="l2", eps=0.5, bounds=None)
+        >>> inputs, labels = torch.tensor([[2.0, 0.0], [0.2, 0.0]]), torch.tensor([0, 0])
+        >>> found = worst_case(torch.nn.Identity(), {"fgsm": FGSM(threat), "pgd": PGD(threat)}, inputs, labels)
+        >>> found.robust
+        tensor([ True, False])
     """
     with isolated(model, inputs.device):
         inputs = inputs.detach().clone()
@@ -87,11 +101,11 @@ def worst_case(
         labels = replace_ignore_index(labels, ignore_index)
         outputs = model(
             inputs.clone().requires_grad_().clone()
-        )  # whose graph says what made them; the model may work in place
+        )  # with an autograd graph, which check_logits reads; on a copy, because the model may work in place
         check_logits(outputs)
         target = hard_labels(class_labels(labels, outputs, check_values=True))
         warn_of_no_prediction(clean := predictions(outputs))
-        del outputs  # and with them the graph of the whole batch, which the attacks do not need
+        del outputs  # frees the graph of the whole batch, which the attacks do not need
         whole = clean.ndim > 1
         open_ = torch.ones(len(inputs), dtype=torch.bool, device=inputs.device) if whole else clean == target
         if samples is not None:
@@ -121,6 +135,6 @@ def worst_case(
 
 
 def _check_inputs(inputs: Tensor, attacks: Mapping[str, Attack]) -> None:
-    # The attacks check what they are given, which may be a part or nothing, and only once the model has run.
+    # Each attack checks only the samples that it gets, which may be none. Here all inputs are checked, before the model runs.
     for threat in {attack.threat for attack in attacks.values()}:
         threat.read(inputs)

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 THREAT = ThreatModel(eps=0.1)
 
 CONSTRUCTION = {
-    "unbounded": (["n-fgsm"], {}, ValueError, r"'n-fgsm' leaves the threat model's ball.*training alone.*'pgd'"),
+    "unbounded": (["n-fgsm"], {}, ValueError, r"'n-fgsm' leaves the threat model's ball.*training only.*'pgd'"),
     "unbounded-object": ([get_attack("n-fgsm", THREAT)], {}, ValueError, "leaves the threat model's ball"),
     "other-threat": ([PGD(THREAT.with_eps(0.2))], {}, ValueError, r"'pgd' was made for .*eps=0\.2.*threat=.*eps=0\.1"),
     "duplicate": (["pgd", PGD(THREAT, steps=20)], {}, ValueError, "Two attacks are called 'pgd'.*mapping"),

@@ -44,7 +44,7 @@ class Fixed(Sizes):
         return x.reshape(32, 1, 8, 8)
 
 
-@pytest.mark.parametrize(("module", "reason"), [(Centred, "depend on the others"), (Fixed, "RuntimeError")])
+@pytest.mark.parametrize(("module", "reason"), [(Centred, "depend on the other samples"), (Fixed, "RuntimeError")])
 @pytest.mark.filterwarnings("ignore:.*(warm-up|LeafSpec).*")
 def test_after_the_first_look_no_part_is_run(module, reason):
     attack = PGD(THREAT, steps=4, early_exit=True, restarts=2)

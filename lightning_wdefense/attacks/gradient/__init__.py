@@ -1,1 +1,1 @@
-"""Attacks that follow the gradient of a loss: within a norm ball, around it, or at a price."""
+"""Attacks that follow the gradient of a loss, inside a norm ball or with a penalty on the distance."""

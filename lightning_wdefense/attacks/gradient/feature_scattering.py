@@ -1,8 +1,8 @@
-"""Feature scattering: move the batch's outputs away from the clean ones, as a cloud.
+"""Feature scattering, an attack that maximises the transport cost between the clean and the adversarial outputs of a batch.
 
-As a *defence* it does not hold: training on it reported 60.6% robust accuracy under PGD on CIFAR-10, of which AutoAttack
-leaves 36.6%. It flattens the loss around the inputs, where gradient attacks get stuck. Combine it with other objectives or
-compare against it, and never judge a model that was trained on it by PGD.
+As a *defense* it does not hold: it was published with 60.6% robust accuracy under PGD on CIFAR-10, and AutoAttack finds 36.6%.
+Training with it flattens the loss around the inputs (gradient masking), so gradient attacks fail. Use it beside other objectives
+or for comparison, and never evaluate a model that was trained with it by PGD alone.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from lightning_wdefense.transport import sinkhorn_divergence
 
 @dataclass(frozen=True)
 class FeatureScattering(Attack):
-    """Projected gradient ascent on the transport cost between the clean and the adversarial batch's logits.
+    """Projected gradient ascent on the transport cost between the logits of the clean and of the adversarial batch.
 
-    It needs no labels, and a sample's perturbation depends on its batch. Models trained on it look robust to PGD and are
-    not: 60.6% under PGD, 36.6% under AutoAttack (CIFAR-10). Judge them by AutoAttack alone.
+    It needs no labels, and a sample's perturbation depends on its batch. Models that are trained with it seem robust to PGD but
+    are not: 60.6% under PGD and 36.6% under AutoAttack (CIFAR-10). Evaluate such models with AutoAttack.
 
     Args:
-        threat: what the attacker may do (norm ``linf`` or ``l2``).
-        steps: number of gradient steps, from a start drawn uniformly in the ball.
-        step_size: length of a step in data units; ``None`` for ``eps`` if there is one step, else ``2.5 * eps / steps``.
-        divergence: differentiable ``(clean, adversarial) -> scalar`` of logits ``(N, D)``; ``None`` for
-            ``SinkhornDivergence()``. The paper's code has the cosine cost, ``SinkhornDivergence(cost="cosine")``, which is
-            blind to the size of a single logit.
-        seed: seeds the noise of calls that are given no generator.
+        threat: the threat model (norm ``linf`` or ``l2``).
+        steps: number of gradient steps, from a uniform random start in the ball.
+        step_size: length of a step in data units; ``None`` for ``eps`` with one step, otherwise ``2.5 * eps / steps``.
+        divergence: differentiable callable ``(clean, adversarial) -> scalar`` of logits ``(N, D)``; ``None`` for
+            ``SinkhornDivergence()``. The paper's code uses the cosine cost, ``SinkhornDivergence(cost="cosine")``, which does
+            not change when all logits of a sample are multiplied by a number, and so carries no information for a single logit.
+        seed: seeds the noise of calls without a generator.
 
     Raises:
-        ValueError: for a norm without a ball, ``steps`` below 1, or a step size that is not positive.
+        ValueError: for the norm ``wasserstein``, ``steps`` below 1, or a step size that is not positive.
         TypeError: if ``divergence`` is not callable.
 
     References:
@@ -88,5 +88,5 @@ class FeatureScattering(Attack):
             check_logits(outputs)
         divergence = self.divergence or sinkhorn_divergence
         value = divergence_of(divergence, logit_rows(problem.clean_outputs), logit_rows(outputs))
-        # The divergence is a mean over the batch: gradients of the sum are of one size whatever the batch's.
+        # The divergence is a mean over the batch. Its multiple by the batch size has gradients that do not depend on the batch size.
         return problem.differentiate(value, point, value.new_tensor(float(len(data))))

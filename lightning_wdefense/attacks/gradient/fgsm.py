@@ -1,4 +1,4 @@
-"""One-step attacks."""
+"""FGSM and N-FGSM, attacks of a single gradient step."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from lightning_wdefense.attacks.threat import ThreatModel
 
 @dataclass(frozen=True)
 class FGSM(Attack):
-    """Fast gradient (sign) method, one step of length ``eps`` along the steepest ascent of the loss.
+    """Fast gradient sign method: one step of length ``eps`` in the direction of steepest ascent of the loss.
 
-    With ``noise > 0`` it is N-FGSM: the step is taken from ``x + U(-noise * eps, noise * eps)`` and *not* projected
-    back into the ball, which keeps single-step adversarial training from collapsing. Such an attack is not
-    ``bounded``: it serves training, not evaluation.
+    With ``noise > 0`` it is N-FGSM. The step starts from ``x + U(-noise * eps, noise * eps)`` and is *not* projected back into
+    the ball, which prevents catastrophic overfitting in single-step adversarial training. N-FGSM is not ``bounded``, so it is for
+    training only.
 
     Args:
-        threat: what the attacker may do (norm ``linf`` or ``l2``).
-        noise: radius of the noise start, in multiples of ``eps``; N-FGSM's is 2.
+        threat: the threat model (norm ``linf`` or ``l2``).
+        noise: radius of the random start, in multiples of ``eps``; 2 for N-FGSM.
         loss: ``"ce"``, ``"kl"``, ``"margin"``, or a callable ``(outputs, labels) -> per-sample loss``.
-        seed: seeds the noise of calls that are given no generator.
+        seed: seeds the noise of calls without a generator.
 
     Raises:
-        ValueError: for a norm without a ball, an unknown loss, a negative ``noise``, or ``loss="kl"`` without noise.
+        ValueError: for the norm ``wasserstein``, an unknown loss, a negative ``noise``, or ``loss="kl"`` without noise.
 
     References:
         Goodfellow et al., "Explaining and harnessing adversarial examples", 2015. de Jorge et al., "Make some
@@ -63,15 +63,15 @@ class FGSM(Attack):
 
     @property
     def bounded(self) -> bool:
-        """Whether the results stay inside the threat's ball: not with noise."""
+        """Whether the results stay inside the threat model's ball: only without noise."""
         return self.noise == 0
 
     def of_losses(self) -> Attack | None:
-        """The same attack on a model that returns its losses itself."""
+        """The same attack for a model that returns its losses."""
         return replace(self, loss=outputs_as_losses) if self.loss in ("ce", "margin") else None
 
     def perturb(self, problem: Problem) -> Tensor:
-        """One step from the clean (or noisy) inputs, in data units."""
+        """The adversarial inputs, in data units."""
         ball, eps = self.threat.ball, self.threat.eps
         if self.loss == "kl":
             problem = problem.with_clean_outputs()

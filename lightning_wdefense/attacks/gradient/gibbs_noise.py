@@ -1,4 +1,4 @@
-"""Noise picked by its loss: training with it is Sinkhorn distributionally robust optimisation."""
+"""Random noise chosen by its loss, for Sinkhorn distributionally robust optimisation."""
 
 from __future__ import annotations
 
@@ -18,25 +18,26 @@ from lightning_wdefense.modules.outputs import float32_or_better
 
 @dataclass(frozen=True)
 class GibbsNoise(Attack):
-    """One of several noisy copies of each sample, drawn with probability ``softmax(loss / temperature)``: no gradients.
+    """Draws one of several noisy copies of each sample, with probability ``softmax(loss / temperature)``; needs no gradients.
 
     Sinkhorn distributionally robust optimisation minimises ``temperature * log mean_m exp(loss(x + spread * noise_m) /
-    temperature)``. Its gradient is the mean of the copies' gradients under just these weights, so the gradient of the loss
-    at a copy that is drawn with them is an unbiased estimate of it, at the cost of a single backward pass. (The weights
-    are those of the model in eval mode.) Normal noise is in no ball: this serves training, not evaluation.
+    temperature)``. The gradient of this objective is the mean of the copies' gradients, weighted by these probabilities. So the
+    gradient of the loss at one drawn copy is an unbiased estimate, at the cost of a single backward pass. The probabilities
+    are computed with the model in eval mode. Normal noise is unbounded, so this attack is for training only.
 
     Args:
-        threat: units and bounds, into which the copies are clamped; its ``eps`` is the default of ``spread``.
+        threat: the threat model, for its units and bounds; the copies are clamped into the bounds. Its ``eps`` is the default
+            of ``spread``.
         spread: standard deviation of the noise in data units; ``None`` for ``eps``.
-        temperature: in units of the loss, the product of the paper's ``lambda`` and ``epsilon``: near 0 the worst copy is
-            picked, far above the losses any.
-        copies: noisy copies of each sample, that is, forward passes (one at a time, without a graph).
-        loss: ``"ce"``, ``"kl"``, ``"margin"``, or a callable ``(outputs, labels) -> per-sample loss``; the estimate is
-            unbiased if training minimises the same.
-        seed: seeds the noise of calls that are given no generator.
+        temperature: temperature of the softmax, in units of the loss: the product of the paper's ``lambda`` and ``epsilon``.
+            Near 0 the copy with the largest loss is drawn; far above the losses all copies have the same probability.
+        copies: number of noisy copies of each sample; each costs a forward pass.
+        loss: ``"ce"``, ``"kl"``, ``"margin"``, or a callable ``(outputs, labels) -> per-sample loss``. The estimate is
+            unbiased if training minimises the same loss.
+        seed: seeds the noise of calls without a generator.
 
     Raises:
-        ValueError: for a norm without a ball, an unknown loss, a ``spread`` that is negative or not finite, a
+        ValueError: for the norm ``wasserstein``, an unknown loss, a ``spread`` that is negative or not finite, a
             ``temperature`` that is not positive and finite, or ``copies`` below 1.
 
     References:
@@ -72,18 +73,18 @@ class GibbsNoise(Attack):
 
     @property
     def bounded(self) -> bool:
-        """Whether the results stay inside the threat's ball: normal noise does not."""
+        """Whether the results stay inside the threat model's ball: no, normal noise is unbounded."""
         return False
 
     def with_eps(self, eps: float) -> GibbsNoise:
-        """The same attack at another radius (data units); an explicit spread keeps its ratio to the radius."""
+        """The same attack with another perturbation budget ``eps`` (data units); a given spread is scaled in proportion."""
         scaled = self.spread
         if scaled is not None and self.threat.eps > 0:
             scaled = scaled * eps / self.threat.eps
         return replace(self, threat=self.threat.with_eps(eps), spread=scaled)
 
     def perturb(self, problem: Problem) -> Tensor:
-        """The copies that were picked, in data units."""
+        """The drawn copies, in data units."""
         if self.loss == "kl":
             problem = problem.with_clean_outputs()
         spread = self.threat.eps if self.spread is None else self.spread
@@ -92,10 +93,10 @@ class GibbsNoise(Attack):
             copy = problem.box.clamp(problem.data + spread * random_normal(problem.data, problem.generator))
             outputs = problem.outputs(copy) if index else problem.forward(copy.clone().requires_grad_())
             loss = float32_or_better(problem.loss(outputs, self.loss, check=index == 0).detach())
-            # The largest of loss / temperature + Gumbel noise is a draw from the softmax, and needs one copy at a time.
+            # Gumbel-max trick: the largest loss / temperature + Gumbel noise is a draw from the softmax, with one copy in memory at a time.
             gumbel = -(-random_uniform(loss, problem.generator).log()).log()
             score = loss / self.temperature + gumbel
-            better = score > best  # never where the loss is not a number
+            better = score > best  # false if the loss is NaN
             picked = torch.where(per_sample(better, copy), copy, picked)
             best = torch.where(better, score, best)
         return picked

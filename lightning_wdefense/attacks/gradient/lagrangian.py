@@ -1,4 +1,4 @@
-"""The penalised attack of distributionally robust training (WRM): no ball, a price on the distance."""
+"""The penalised attack of distributionally robust training (WRM), with a penalty on the distance instead of a ball."""
 
 from __future__ import annotations
 
@@ -15,29 +15,31 @@ from lightning_wdefense.attacks.threat import ThreatModel
 
 @dataclass(frozen=True)
 class LagrangianAttack(Attack):
-    """Gradient ascent on ``loss(x') - gamma * |x' - x|_2^2``, sample by sample, in data units, inside the bounds.
+    """Gradient ascent on ``loss(x') - gamma * |x' - x|_2^2`` for each sample, in data units, inside the bounds.
 
-    The distance is the squared L2 one whatever the threat's norm, and steps follow the plain gradient, so samples with
-    steep losses move farther. There is no ball: this serves training, not evaluation. Training on its results minimises
-    the expectation of ``phi_gamma(x) = max over x' of loss(x') - gamma * |x' - x|^2``, and ``gamma * rho + E[phi_gamma]``
-    bounds the loss under any shift of the data within mean squared distance ``rho``. That certificate is only an
-    *estimate* from below unless the inner problem is concave and solved: smooth activations (no ReLU) and a ``gamma``
-    above half the Lipschitz constant of the loss's gradient.
+    The distance is the squared L2 distance, whatever the threat model's norm. Steps follow the gradient without
+    normalisation, so samples with a steep loss move farther. There is no ball, so this attack is for training only.
+
+    Training with it minimises the expectation of ``phi_gamma(x) = max over x' of loss(x') - gamma * |x' - x|^2``. The number
+    ``gamma * rho + E[phi_gamma]`` bounds the loss under any shift of the data distribution within mean squared distance
+    ``rho``. It is a certificate only if the inner problem is concave and solved: this needs smooth activations (no ReLU) and a
+    ``gamma`` above half the Lipschitz constant of the loss's gradient. Otherwise it is an *estimate*, which may be too low.
 
     Args:
-        threat: units and bounds. Its ``eps`` and norm only enter the default of ``gamma``; ``eps=0`` is no attack.
-        gamma: price of a unit of squared distance, in units of the loss; ``None`` for ``1 / (2 * R)``, where ``R`` is the
-            largest L2 length in the threat's ball (``eps * sqrt(elements)`` for ``linf``): a sample whose gradient has
-            length 1 then moves by about ``R``.
-        steps: number of gradient steps; the paper takes 15 (its code one more).
-        step_size: what the first step multiplies the gradient by; ``None`` for ``1 / (2 * gamma)``, which solves a linear
-            loss in one step, contracts if the problem is concave and otherwise goes no farther than the largest gradient
-            leads. Step ``t`` takes ``1 / sqrt(t)`` of it, which damps oscillations. Both are as in the paper's code.
+        threat: the threat model, for its units and bounds. Its ``eps`` and norm affect only the default of ``gamma``, but
+            ``eps=0`` means no attack.
+        gamma: penalty per squared data unit of distance, in units of the loss. ``None`` for ``1 / (2 * R)``, where ``R`` is the
+            largest L2 norm in the threat model's ball (``eps * sqrt(elements)`` for ``linf``). A sample whose gradient has
+            norm 1 then moves by about ``R``.
+        steps: number of gradient steps; the paper takes 15, its code one more.
+        step_size: factor of the gradient in the first step, in squared data units per unit of the loss; step ``t`` uses
+            ``step_size / sqrt(t)``, which damps oscillations, as in the paper's code. ``None`` for ``1 / (2 * gamma)``, also as
+            there: it solves a linear loss in one step and converges for a concave problem.
         loss: ``"ce"``, ``"margin"``, or a callable ``(outputs, labels) -> per-sample loss``.
-        seed: seeds the noise of calls that are given no generator; the attack itself draws none.
+        seed: seeds the noise of calls without a generator; the attack itself draws no noise.
 
     Raises:
-        ValueError: for a norm without a ball, an unknown loss, ``loss="kl"``, ``steps`` below 1, or a ``gamma`` or step size
+        ValueError: for the norm ``wasserstein``, an unknown loss, ``loss="kl"``, ``steps`` below 1, or a ``gamma`` or step size
             that is not positive.
 
     References:
@@ -76,13 +78,13 @@ class LagrangianAttack(Attack):
 
     @property
     def bounded(self) -> bool:
-        """Whether the results stay inside the threat's ball: no, there is a price and no ball."""
+        """Whether the results stay inside the threat model's ball: no, there is a penalty instead."""
         return False
 
     def with_eps(self, eps: float) -> LagrangianAttack:
-        """The same attack at another scale: an explicit ``gamma`` is divided by ``eps / threat.eps``.
+        """The same attack at another scale ``eps`` (data units): a given ``gamma`` is divided by ``eps / threat.eps``.
 
-        Displacements are about ``gradient / (2 * gamma)``, so they keep their ratio to ``eps``; so does the step size.
+        Displacements are about ``gradient / (2 * gamma)``, so they are scaled in proportion to ``eps``; so is a given step size.
         """
         ratio = self.threat.ratio_to(eps)
         return replace(
@@ -93,7 +95,7 @@ class LagrangianAttack(Attack):
         )
 
     def of_losses(self) -> Attack | None:
-        """The same attack on a model that returns its losses itself."""
+        """The same attack for a model that returns its losses."""
         return replace(self, loss=outputs_as_losses) if self.loss in ("ce", "margin") else None
 
     def perturb(self, problem: Problem) -> Tensor:

@@ -1,4 +1,4 @@
-"""Projected gradient descent, the workhorse of adversarial training."""
+"""PGD, projected gradient ascent on the loss, the standard attack of adversarial training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_wdefense.attacks.norms import random_normal
 from lightning_wdefense.attacks.threat import ThreatModel
 
 GAUSSIAN_START = 0.001
-"""Standard deviation of the ``"gaussian"`` start, as in TRADES, in units of the data's range."""
+"""Standard deviation of the ``"gaussian"`` start, as in TRADES, as a fraction of the range of the bounds."""
 
 
 @dataclass(frozen=True)
@@ -22,27 +22,28 @@ class PGD(Attack):
     """Projected gradient ascent on the loss, inside the ball and the bounds.
 
     Args:
-        threat: what the attacker may do (norm ``linf`` or ``l2``).
+        threat: the threat model (norm ``linf`` or ``l2``).
         steps: number of gradient steps.
         step_size: length of a step in data units; ``None`` for ``2.5 * eps / steps``.
-        random_start: ``True`` to start uniformly in the ball, ``"gaussian"`` for TRADES' start (standard deviation
-            0.001), ``False`` to start at the clean inputs (which are a stationary point of ``loss="kl"``).
-        restarts: runs from different starts, of which each sample keeps its worst; with ``loss`` ``"ce"`` or
-            ``"margin"`` the later runs attack only what is still classified correctly.
+        random_start: ``True`` for a uniform start in the ball, ``"gaussian"`` for the start of TRADES (standard deviation 0.001
+            of the range of the bounds), ``False`` for a start at the clean inputs, where ``loss="kl"`` has no gradient.
+        restarts: number of runs from different starts. Each sample keeps its worst result. With ``loss`` ``"ce"`` or
+            ``"margin"`` later runs attack only the samples that are still classified correctly.
         loss: ``"ce"``, ``"kl"``, ``"margin"``, or a callable ``(outputs, labels) -> per-sample loss``.
-        early_exit: leave each sample where it is first misclassified (segmentation: in one element), and run the model on
-            the others alone. For training: cheaper, but the examples are weaker, and so may be the robustness. It needs
-            ``loss`` ``"ce"`` or ``"margin"``, and waits for the device at every step. A sample that the last step breaks, or
-            none, is where all the steps lead.
-        seed: seeds the noise of calls that are given no generator.
+        early_exit: stop early for each sample: keep it at the first step that misclassifies it (segmentation: in one
+            element), and run the model on the others only. It makes training cheaper, but the examples are weaker, and the
+            trained model may be less robust. It needs ``loss`` ``"ce"`` or ``"margin"``, and synchronises with the device at
+            every step.
+        seed: seeds the noise of calls without a generator.
 
     Raises:
-        ValueError: for a norm without a ball, an unknown loss, ``steps`` or ``restarts`` below 1, a step size that
-            is not positive, or ``early_exit`` with a loss that does not say what is misclassified.
+        ValueError: for the norm ``wasserstein``, an unknown loss, ``steps`` or ``restarts`` below 1, a step size that is not
+            positive, or ``early_exit`` with another loss than ``"ce"`` or ``"margin"``.
 
     References:
-        Madry et al., "Towards deep learning models resistant to adversarial attacks", 2018. On early exit: Zhang et al.,
-        "Attacks which do not kill training make adversarial learning stronger", 2020 (friendly adversarial training).
+        Madry et al., "Towards deep learning models resistant to adversarial attacks", 2018. Early stopping per
+        sample: Zhang et al., "Attacks which do not kill training make adversarial learning stronger", 2020 (friendly adversarial
+        training).
 
     Example:
         >>> import torch
@@ -80,12 +81,12 @@ class PGD(Attack):
             raise ValueError('loss="kl" has zero gradient at the clean inputs: use random_start=True or "gaussian".')
         if self.early_exit and self.loss not in ("ce", "margin"):
             raise ValueError(
-                f'early_exit=True ends where a sample is misclassified, which loss={self.loss!r} does not say: use loss="ce" or '
+                f'early_exit=True stops at the first misclassification, which loss={self.loss!r} does not define: use loss="ce" or '
                 '"margin", or early_exit=False.'
             )
 
     def of_losses(self) -> Attack | None:
-        """The same attack on a model that returns its losses itself."""
+        """The same attack for a model that returns its losses, without early exit."""
         return replace(self, loss=outputs_as_losses, early_exit=False) if self.loss in ("ce", "margin") else None
 
     def perturb(self, problem: Problem) -> Tensor:
@@ -134,7 +135,7 @@ class PGD(Attack):
         return self.step_size if self.step_size is not None else 2.5 * self.threat.eps / self.steps
 
     def _move(self, problem: Problem, data: Tensor, gradient: Tensor) -> Tensor:
-        """One step of ascent and the way back into the ball and the box; may overwrite the gradient."""
+        """One step of ascent and the projection into the ball and the box; may overwrite the gradient."""
         return problem.project_(self.threat.ball.steepest(gradient).mul_(self._step).add_(data))
 
     def _start(self, problem: Problem) -> Tensor:
@@ -147,7 +148,7 @@ class PGD(Attack):
         return clean
 
     def _fooled_and_loss(self, problem: Problem, adversarial: Tensor) -> tuple[Tensor, Tensor]:
-        """Which samples are misclassified (never any, where the loss does not say what that means), and their loss."""
+        """Which samples are misclassified (none for a loss that does not define it), and the loss of each sample."""
         outputs = problem.outputs(adversarial)
         loss = problem.loss(outputs, self.loss).detach()
         if self.loss in ("ce", "margin"):

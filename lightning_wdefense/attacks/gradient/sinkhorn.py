@@ -1,4 +1,4 @@
-"""An attack that is hard to detect by distribution: it fools the model and leaves the batch's features where they were, as a cloud."""
+"""An attack that is hard to detect: it fools the model and keeps the distribution of the batch's features."""
 
 from __future__ import annotations
 
@@ -25,35 +25,38 @@ FeatureForward = Callable[[Tensor], tuple[Any, Tensor]]
 
 @dataclass(frozen=True)
 class SinkhornAttack(Attack):
-    """Projected gradient ascent on the loss, minus a price on the shift of the batch's features.
+    """Projected gradient ascent on the loss minus a penalty on the shift of the batch's features.
 
-    The shift is the Sinkhorn divergence between the features of the clean and of the attacked batch, two clouds: an attacked sample may
-    take the place of any clean one, of another class as well, which is what a detector that knows only distributions cannot see.
-    Only what is misclassified hides, so that the success is that of an attack without a price, and each sample ends where it was
-    misclassified last. A perturbation depends on its batch: larger batches show the distribution better.
+    The shift is the Sinkhorn divergence between the features of the clean and of the adversarial batch, as point clouds. So an
+    adversarial sample may take the place of any clean sample, also of another class, and a detector that compares only the two
+    distributions does not see it. Only misclassified samples pay the penalty, so the success rate is that of an attack without
+    a penalty. Each sample keeps the last step at which it was misclassified. A perturbation depends on its batch: larger batches
+    represent the distribution better.
 
     Args:
-        threat: what the attacker may do (norm ``linf`` or ``l2``).
-        steps: number of gradient steps, from a start drawn uniformly in the ball.
+        threat: the threat model (norm ``linf`` or ``l2``).
+        steps: number of gradient steps, from a uniform random start in the ball.
         step_size: length of a step in data units; ``None`` for ``2.5 * eps / steps``.
-        weight: price of the shift, in units of the loss for a shift by the typical distance of clean features from their centre.
-        features: what is to stay: ``"outputs"``, for any callable model, or of an ``nn.Module`` ``"penultimate"`` (the input of the last
-            linear layer that runs) or a dotted path to a submodule, whose output is taken. These run eagerly, also where the model is
-            compiled.
-        loss: ``"ce"``, ``"margin"``, or a callable ``(outputs, labels) -> per-sample loss``, which does not say what is misclassified:
-            every sample then hides from the start.
-        divergence: differentiable ``(clean, adversarial) -> scalar`` of features ``(N, D)`` at unit scale; ``None`` for
+        weight: weight of the penalty, in units of the loss. The shift is measured in units of the root mean squared distance of
+            the clean features from their mean.
+        features: the features whose distribution is kept. ``"outputs"`` works for any callable model. For an ``nn.Module`` it may
+            also be ``"penultimate"`` (the input of the last linear layer that runs) or a dotted path to a submodule, whose output
+            is taken. With these two the model runs eagerly, even if it is compiled.
+        loss: ``"ce"``, ``"margin"``, or a callable ``(outputs, labels) -> per-sample loss``. A callable does not define
+            misclassification, so with it all samples pay the penalty from the start.
+        divergence: differentiable callable ``(clean, adversarial) -> scalar`` of features ``(N, D)`` at unit scale; ``None`` for
             ``SinkhornDivergence()``.
-        seed: seeds the noise of calls that are given no generator.
+        seed: seeds the noise of calls without a generator.
 
     Raises:
-        ValueError: for a norm without a ball, an unknown loss or ``"kl"``, ``steps`` below 1, a step size that is not positive, or a weight
-            that is negative or not finite; at the call, for features that name no submodule.
-        TypeError: if ``divergence`` is not callable; at the call, if the features of a submodule are wanted of what is no module.
+        ValueError: for the norm ``wasserstein``, an unknown loss or ``"kl"``, ``steps`` below 1, a step size that is not positive,
+            or a weight that is negative or not finite; at the call, if ``features`` names no submodule.
+        TypeError: if ``divergence`` is not callable; at the call, if ``features`` needs an ``nn.Module`` and the model is none.
 
     References:
-        Feydy et al., "Interpolating between optimal transport and MMD using Sinkhorn divergences", 2019. Carlini and Wagner, "Adversarial
-        examples are not easily detected: bypassing ten detection methods", 2017 (attacks that also minimise what a detector sees).
+        Feydy et al., "Interpolating between optimal transport and MMD using Sinkhorn divergences", 2019. Carlini and Wagner,
+        "Adversarial examples are not easily detected: bypassing ten detection methods", 2017 (attacks with the detector's score in
+        their loss).
 
     Example:
         >>> import torch
@@ -87,7 +90,9 @@ class SinkhornAttack(Attack):
         if not 0 <= self.weight < math.inf:
             raise ValueError(f"weight must be finite and not negative, got {self.weight}.")
         if self.loss == "kl":
-            raise ValueError('loss="kl" does not say what is misclassified: use "ce", "margin" or a callable.')
+            raise ValueError(
+                'loss="kl" does not say which samples are misclassified: use "ce", "margin" or a callable.'
+            )
         check_divergence(self.divergence)
 
     def perturb(self, problem: Problem) -> Tensor:
@@ -116,7 +121,7 @@ class SinkhornAttack(Attack):
         fooled = self._fooled(problem, outputs)
         hiding = fooled if self._loss_defines_misclassified else torch.ones_like(fooled)
         shift = self._shift(clean, torch.where(hiding.unsqueeze(1), features, features.detach()))
-        # The divergence is a mean over the batch: that of the sum does not depend on the batch's size.
+        # The divergence is a mean over the batch. Its multiple by the batch size has gradients that do not depend on the batch size.
         values = torch.cat([losses, shift.reshape(1).to(losses)])
         weights = torch.ones_like(values)
         weights[-1] = -self.weight * len(data)
@@ -127,7 +132,7 @@ class SinkhornAttack(Attack):
         return self.loss in ("ce", "margin")
 
     def _fooled(self, problem: Problem, outputs: Any) -> Tensor:
-        """Which samples are misclassified: never any, where the loss does not say what that means."""
+        """Which samples are misclassified; none for a loss that does not define it."""
         if self._loss_defines_misclassified:
             return problem.fooled(outputs)
         return torch.zeros(len(problem.data), dtype=torch.bool, device=problem.data.device)
@@ -135,13 +140,13 @@ class SinkhornAttack(Attack):
     def _shift(self, clean: Tensor, features: Tensor) -> Tensor:
         centre = clean.mean(0)
         scale = (clean - centre).square().sum(1).mean().sqrt()
-        scale = scale.where(scale > 0, scale.new_ones(()))  # a single sample, or a model that says one thing
+        scale = scale.where(scale > 0, scale.new_ones(()))  # a single sample, or a model with constant outputs
         divergence = self.divergence or sinkhorn_divergence
         return divergence_of(divergence, (clean - centre) / scale, (features - centre) / scale)
 
     @contextlib.contextmanager
     def _feature_forward(self, problem: Problem) -> Iterator[FeatureForward]:
-        """A pass that returns the outputs and the features ``(N, D)``."""
+        """A forward pass that returns the outputs and the features ``(N, D)``."""
         if self.features == OUTPUTS:
 
             def forward(data: Tensor) -> tuple[Any, Tensor]:

@@ -1,4 +1,4 @@
-"""PGD in a ball whose wall gives way (UDR), and learns by how much."""
+"""PGD with a partial projection whose strength can be learned in training (UDR)."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from lightning_wdefense.modules.outputs import float32_or_better
 
 @dataclass(frozen=True)
 class SoftBallPGD(PGD, LearnedAttack):
-    """PGD whose projection only pulls back a share of what is outside the ball (UDR); the bounds stay hard.
+    """PGD with a partial projection onto the ball (UDR); the bounds are still enforced.
 
-    After each step the perturbation ``d`` becomes ``d - multiplier * (d - project(d))``: with a multiplier of 1 (or above)
-    this is :class:`PGD`, with 0 there is no ball. The share is the paper's ``lambda * alpha / tau`` with ``tau = alpha``, as
-    in its code. Training may learn the multiplier (see :class:`LearnedAttack`): it falls while the average displacement is
-    below ``eps`` and grows above. The results may leave the ball, so this serves training, not evaluation.
+    After each step the perturbation ``d`` becomes ``d - multiplier * (d - project(d))``. With a multiplier of 1 or more this is
+    :class:`PGD`; with 0 there is no projection. The multiplier is the paper's ``lambda * alpha / tau`` with ``tau = alpha``, as in
+    the paper's code. It can be learned in training, see :class:`LearnedAttack`: it falls while the average displacement is
+    below ``eps``, and grows above. The results may leave the ball, so this attack is for training only.
 
     Args:
-        threat: what the attacker may do (norm ``linf`` or ``l2``).
+        threat: the threat model (norm ``linf`` or ``l2``).
         steps: number of gradient steps.
         step_size: length of a step in data units; ``None`` for ``2.5 * eps / steps``.
         random_start: as for :class:`PGD`.
         restarts: as for :class:`PGD`.
         loss: ``"ce"``, ``"kl"``, ``"margin"``, or a callable ``(outputs, labels) -> per-sample loss``.
-        seed: seeds the noise of calls that are given no generator.
-        multiplier: share of what is outside the ball that each step pulls back.
-        multiplier_rate: step of the dual ascent, for one data unit between displacement and ``eps``. The paper's code
-            moves by 0.02 every 10 batches; this is a tenth, for every batch.
+        seed: seeds the noise of calls without a generator.
+        multiplier: share of the distance to the ball that each step removes.
+        multiplier_rate: step size of the dual ascent: change of the multiplier per data unit between the displacement and
+            ``eps``, at each batch. The paper's code takes 0.02 every 10 batches, which is 0.002 per batch.
 
     Raises:
         ValueError: as :class:`PGD`, or if the multiplier or its rate is negative or not finite.
@@ -68,11 +68,14 @@ class SoftBallPGD(PGD, LearnedAttack):
 
     @property
     def bounded(self) -> bool:
-        """Whether the results stay inside the threat's ball: not promised, the multiplier may fall below 1."""
+        """Whether the results stay inside the threat model's ball: no, the multiplier may be below 1."""
         return False
 
     def displacement(self, inputs: Tensor, adversarial: Tensor) -> Tensor:
-        """Mean of ``|d|`` over all elements for ``linf`` (as in the paper's code), mean length for ``l2``, in data units."""
+        """The displacement in data units.
+
+        For ``linf`` it is the mean of ``|d|`` over all elements, as in the paper's code; for ``l2`` the mean norm of the samples.
+        """
         to_data = self.threat.to_data
         delta = to_data(float32_or_better(adversarial.detach())) - to_data(float32_or_better(inputs.detach()))
         return delta.abs().mean() if self.threat.norm == "linf" else self.threat.ball.length(delta).mean()
@@ -82,7 +85,7 @@ class SoftBallPGD(PGD, LearnedAttack):
         return max(self.multiplier - self.multiplier_rate * (self.threat.eps - float(displacement)), 0.0)
 
     def _move(self, problem: Problem, data: Tensor, gradient: Tensor) -> Tensor:
-        """One step of ascent, the way back towards the ball, and into the box; may overwrite the gradient."""
+        """One step of ascent, the partial projection, and the clamp into the box; may overwrite the gradient."""
         if self.multiplier >= 1:
             return super()._move(problem, data, gradient)
         ball = self.threat.ball

@@ -1,1 +1,1 @@
-"""Attacks of other libraries under our contract: torchattacks, and AutoAttack at its published settings."""
+"""Attacks of the torchattacks library as :class:`Attack` objects, and AutoAttack with its published settings."""

@@ -1,4 +1,4 @@
-"""AutoAttack as published: the number that a robustness claim is judged by."""
+"""AutoAttack with its published settings, the standard evaluation of robustness claims."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _PARTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 PARTS = tuple(_PARTS)
-"""Names of AutoAttack's parts, in their order."""
+"""Names of AutoAttack's component attacks, in their order."""
 
 
 def autoattack_part(part: str, threat: ThreatModel, **options: Any) -> TorchAttack:
-    """One part of AutoAttack at the published settings, by its name in ``PARTS``; options override."""
+    """One component attack of AutoAttack with its published settings, by its name in ``PARTS``; options override them."""
     attack, standard = _PARTS[part]
     found = TorchAttack(attack, threat, **standard | options)
     found._name = part
@@ -41,19 +41,20 @@ def autoattack_part(part: str, threat: ThreatModel, **options: Any) -> TorchAtta
 class AutoAttack(Attack):
     """The standard ensemble: APGD-CE, targeted APGD-DLR, targeted FAB (100 steps each) and Square (5000 queries).
 
-    The parts are torchattacks', with a fixed seed; each attacks only the samples that the ones before it left correct.
-    torchattacks' own preset runs 10 steps and finds fewer adversarial inputs. Targeted parts aim at the 9 most likely wrong
-    classes (all, if there are fewer); APGD-T needs 4 classes and is left out below, with a warning.
+    The component attacks are those of torchattacks, with a fixed seed. Each one attacks only the samples that are still
+    classified correctly. torchattacks' own preset runs 10 steps and finds fewer adversarial inputs. The targeted attacks aim at
+    the 9 most likely wrong classes, or at all if there are fewer. APGD-T needs at least 4 classes; for fewer classes it is
+    left out, with a warning.
 
     Args:
-        threat: what the attacker may do (norm ``linf`` or ``l2``; bounds are needed).
-        steps: gradient steps of APGD-CE, APGD-T and FAB-T; the standard is 100.
-        queries: of Square; the standard is 5000.
-        seed: seeds all noise in calls that are given no generator.
+        threat: the threat model (norm ``linf`` or ``l2``, with bounds).
+        steps: number of gradient steps of APGD-CE, APGD-T and FAB-T; the standard is 100.
+        queries: number of queries of Square; the standard is 5000.
+        seed: seeds all noise of calls without a generator.
 
     Raises:
         ImportError: if torchattacks is not installed.
-        ValueError: if the threat has no bounds or a norm without a ball, or ``steps`` or ``queries`` is below 1.
+        ValueError: if the threat model has no bounds or the norm ``wasserstein``, or ``steps`` or ``queries`` is below 1.
 
     References:
         Croce and Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free
@@ -84,7 +85,7 @@ class AutoAttack(Attack):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
 
     def parts(self, classes: int) -> list[TorchAttack]:
-        """The attacks of the ensemble for a model with so many classes, in order."""
+        """The component attacks for a model with this number of classes, in order; without APGD-T below 4 classes."""
         parts = [
             autoattack_part(
                 part, self.threat, **({"n_queries": self.queries} if part == "square" else {"steps": self.steps})
@@ -101,7 +102,7 @@ class AutoAttack(Attack):
         return parts
 
     def perturb(self, problem: Problem) -> Tensor:
-        """The adversarial inputs, in data units; where no part succeeded, those of the last part."""
+        """The adversarial inputs, in data units; for samples that no component fooled, those of the last component."""
         adversarial = problem.data.clone()
         fooled = problem.fooled(problem.outputs(problem.data))
         for part in self.parts(UnitImages(problem).classes):

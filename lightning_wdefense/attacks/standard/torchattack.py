@@ -1,4 +1,4 @@
-"""Any attack of the torchattacks library, made safe to run inside somebody else's training."""
+"""Run any attack of the torchattacks library with the promises of :class:`Attack`."""
 
 from __future__ import annotations
 
@@ -25,31 +25,41 @@ from lightning_wdefense.modules.outputs import logits_of
 from lightning_wdefense.modules.state.isolation import eager
 
 MIN_CLASSES = {"APGDT": 4, "AutoAttack": 4}
-"""The targeted DLR loss looks at the four largest logits."""
+"""Smallest number of classes by attack: the targeted DLR loss uses the four largest logits."""
 
 _NORMS = {"linf": "Linf", "l2": "L2"}
 
 
 class TorchAttack(Attack):
-    """An attack of `torchattacks <https://github.com/Harry24k/adversarial-attacks-pytorch>`_, run safely.
+    """An attack of `torchattacks <https://github.com/Harry24k/adversarial-attacks-pytorch>`_.
 
-    It keeps every promise of :class:`~lightning_wdefense.attacks.Attack`: works in data units whatever the model sees, on inputs
-    of any shape (others than images are laid out as ``(N, C, H, W)``), under ``inference_mode``, without touching modes,
-    gradients or the global random state. The result is projected into the threat's ball, so attacks without a radius of
-    their own (CW, DeepFool) count only where they end inside it.
+    It keeps all promises of :class:`~lightning_wdefense.attacks.Attack`: it works in data units and under ``inference_mode``,
+    and restores modes, gradients and the global random state. Inputs may have any shape; inputs that are not images are laid
+    out as ``(N, C, H, W)``. The result is projected into the threat model's ball. So an attack without a perturbation budget
+    (CW, DeepFool) succeeds only if the projected result is misclassified.
 
-    ``TorchAttack("AutoAttack", ...)`` is torchattacks' preset, which runs 10 steps where the published standard runs 100:
-    use ``"autoattack"`` (:class:`~lightning_wdefense.attacks.AutoAttack`) for numbers that others can compare.
+    ``TorchAttack("AutoAttack", ...)`` is torchattacks' preset of 10 steps. For numbers that others can compare, use
+    ``"autoattack"`` (:class:`~lightning_wdefense.attacks.AutoAttack`), the published standard of 100 steps.
 
     Args:
         attack: name of the class in torchattacks, such as ``"PGD"``, ``"APGD"`` or ``"Square"``.
-        threat: what the attacker may do; ``eps``, ``norm`` and the bounds are passed on, rescaled to [0, 1].
-        seed: seeds all of the attack's randomness in calls that are given no generator.
-        **options: for the attack's constructor, in torchattacks' own units (lengths on the [0, 1] scale).
+        threat: the threat model (norm ``linf`` or ``l2``, with bounds). ``eps``, the norm and the bounds are passed to the
+            attack, rescaled to the range [0, 1].
+        seed: seeds all noise of calls without a generator.
+        **options: arguments of the attack's constructor, in torchattacks' units (lengths for data in [0, 1]).
 
     Raises:
         ImportError: if torchattacks is not installed.
-        ValueError: if the attack or an option does not exist, or the threat has no bounds or a norm it cannot take.
+        ValueError: if the attack or an option is unknown, or the threat model has no bounds or a norm that the attack does not
+            support.
+
+    Example:
+        >>> import torch
+        >>> attack = TorchAttack("PGD", ThreatModel(eps=0.1), steps=5)
+        >>> inputs = torch.rand(2, 8)
+        >>> adversarial = attack(torch.nn.Linear(8, 3), inputs, torch.tensor([0, 2]))
+        >>> bool((adversarial - inputs).abs().max() <= 0.1 + 1e-6)
+        True
     """
 
     def __init__(self, attack: str, threat: ThreatModel, *, seed: int = 0, **options: Any) -> None:
@@ -62,23 +72,23 @@ class TorchAttack(Attack):
         accepted = inspect.signature(known[attack]).parameters
         for option in options:
             if option not in accepted or option in ("model", "eps", "norm"):
-                given = " It is taken from the threat model." if option in ("eps", "norm") else ""
+                given = " Its value is taken from the threat model." if option in ("eps", "norm") else ""
                 free = [name for name in accepted if name not in ("model", "eps", "norm")]
                 raise ValueError(unknown_name(f"option of {attack}", option, free) + given)
         if "eps" in accepted and "norm" not in accepted and attack.endswith("L2") != (threat.norm == "l2"):
             raise ValueError(
-                f"torchattacks' {attack} cannot attack in norm {threat.norm!r}: use PGD or PGDL2 to match."
+                f"torchattacks' {attack} cannot attack in norm {threat.norm!r}: use PGD for 'linf' and PGDL2 for 'l2'."
             )
         self.attack, self.threat, self.seed, self.options = attack, threat, seed, options
         self._name = attack.lower()
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        """The attack's name in lower case; for AutoAttack's parts their own."""
+        """The attack's name in lower case; for a component of AutoAttack the name of the component."""
         return self._name
 
     def with_eps(self, eps: float) -> TorchAttack:
-        """The same attack at another radius (data units); an explicit step size keeps its ratio to the radius."""
+        """The same attack with another perturbation budget ``eps`` (data units); a given step size is scaled in proportion."""
         scaled = copy.copy(self)
         scaled.threat = self.threat.with_eps(eps)
         if "alpha" in self.options:
@@ -87,10 +97,11 @@ class TorchAttack(Attack):
 
     def perturb(self, problem: Problem) -> Tensor:
         """The adversarial inputs, in data units."""
-        with locked_random_state():  # from which torchattacks draws
+        with locked_random_state():  # torchattacks draws from the global random state
             view = UnitImages(problem)
             attack = self._build(view.model, view.classes, seed_globally(problem.generator))
-            with default_dtype(torch.float32):  # torchattacks counts on it; Lightning's "true" precisions change it
+            # torchattacks assumes float32; Lightning's "true" precisions change the default.
+            with default_dtype(torch.float32):
                 adversarial = attack(view.images, view.labels)
             return problem.project(view.to_data(adversarial))
 
@@ -99,7 +110,7 @@ class TorchAttack(Attack):
         if classes < needed:
             raise ValueError(
                 f"torchattacks' {self.attack} needs at least {needed} classes, this model has {classes}: use "
-                '"autoattack", which leaves that part out.'
+                '"autoattack", which leaves this attack out.'
             )
         cls = _attack_classes()[self.attack]
         low, high = self.threat.bounds or (0.0, 1.0)
@@ -124,10 +135,13 @@ class TorchAttack(Attack):
 
 
 class UnitImages:
-    """A problem as torchattacks wants it: images ``(N, C, H, W)`` in [0, 1], hard labels, a module returning logits.
+    """A problem in the form that torchattacks expects: images ``(N, C, H, W)`` in [0, 1], hard labels, a module with logits.
 
-    Inputs that are not images, or are too small or oblong for the Square attack's windows, are laid out on a square
-    grid with cells to spare; what an attack does to the spare cells does not reach the model.
+    Inputs that are not images, or are too small or too narrow for the windows of the Square attack, are laid out on a square
+    grid with padding. Changes of the padding do not reach the model.
+
+    Args:
+        problem: the problem.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -145,13 +159,16 @@ class UnitImages:
         outputs = problem.checked_outputs("ce")
         logits = logits_of(outputs)
         if logits.ndim != 2:
-            raise ValueError(f"torchattacks needs one label a sample; this model's outputs are {tuple(logits.shape)}.")
+            raise ValueError(
+                f"torchattacks needs one label per sample, logits of shape (N, classes); this model's logits have shape {tuple(logits.shape)}: "
+                "use another attack, such as PGD."
+            )
         self.classes = logits.shape[1]
         self.labels = hard_labels(class_labels(problem.labels, outputs))
         self.model = _LogitsModule(self._logits, problem)
 
     def to_data(self, images: Tensor) -> Tensor:
-        """Unit images back to data units and to the inputs' own shape."""
+        """Images in [0, 1] converted back to data units and to the shape of the inputs."""
         return self._from_grid(images).to(self._problem.data.dtype) * self._range + self._low
 
     def _logits(self, images: Tensor) -> Tensor:
@@ -174,14 +191,14 @@ class UnitImages:
 
 
 def _square_fits(height: int, width: int, *, l2: bool) -> bool:
-    """Whether the windows of the Square attack (at most 0.8 of the area, odd in L2) fit into the image."""
+    """Whether the windows of the Square attack (at most 0.8 of the area; odd side in L2) fit into the image."""
     window = max(round(math.sqrt(0.8 * height * width)), 3 if l2 else 1)
     window += l2 and window % 2 == 0
     return window <= min(height, width) and (not l2 or min(height, width) >= 5)
 
 
 class _LogitsModule(nn.Module):
-    """Shows torchattacks a module without showing it the user's: no mode to change, no parameter to find."""
+    """A module for torchattacks that hides the user's module, so that its modes and parameters cannot be changed."""
 
     def __init__(self, logits: Callable[[Tensor], Tensor], problem: Problem) -> None:
         super().__init__()
@@ -193,9 +210,9 @@ class _LogitsModule(nn.Module):
 
 
 class _InputGradientOnly(torch.autograd.Function):
-    """Differentiates with respect to the images alone.
+    """Differentiates with respect to the images only.
 
-    Some attacks call ``backward()``, which would add to the parameters' ``.grad`` and fire DDP's hooks.
+    Some attacks call ``backward()``, which would otherwise add to the parameters' ``.grad`` and run the hooks of DDP.
     """
 
     @staticmethod
@@ -211,12 +228,12 @@ class _InputGradientOnly(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        # FAB walks the graph once for each class, so it is kept (and was made eagerly).
+        # FAB runs a backward pass for each class, so the graph is kept; it was made eagerly, since compiled graphs cannot be kept.
         return ctx.problem.differentiate(*ctx.graph, gradient, keep_graph=True).contiguous(), None, None
 
 
 def seed_globally(generator: torch.Generator) -> int:
-    """Seed the global random states, which the caller's isolation keeps, from a generator; returns the seed."""
+    """Seed the global random states from a generator, and return the seed. The caller restores the states."""
     seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
     torch.manual_seed(seed)
     random.seed(seed)
@@ -228,7 +245,7 @@ def _require_bounds(attack: str, threat: ThreatModel) -> None:
     if threat.bounds is None:
         raise ValueError(
             f"{attack} needs a bounded input range, but the threat model has bounds=None: set bounds=(low, high), or use "
-            '"pgd", which needs none.'
+            '"pgd", which does not need bounds.'
         )
 
 
@@ -237,7 +254,7 @@ def _torchattacks() -> ModuleType:
         import torchattacks
     except ImportError as error:
         raise ImportError(
-            'This attack needs torchattacks: pip install "lightning-wdefense[torchattacks]". "pgd" and "fgsm" need nothing.'
+            'This attack needs torchattacks: pip install "lightning-wdefense[torchattacks]". "pgd" and "fgsm" do not need it.'
         ) from error
     return torchattacks
 

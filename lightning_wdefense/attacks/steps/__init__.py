@@ -1,1 +1,1 @@
-"""Attacks on a user's own training step: where its inputs are, what a first look at it measures, and the adversary through it."""
+"""Attacks through a module's own step: where the adversary perturbs it, the inspection of the step, and the attack."""

@@ -1,4 +1,4 @@
-"""A first look at a module's step: what it computes of a batch, and whether a plain forward pass is the same."""
+"""Inspect a module's step on one batch: what it computes, and whether a plain forward pass computes the same."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ Source = Literal["model", "head"]
 
 @dataclass
 class StepInspection:
-    """What was seen of a step.
+    """The result of :func:`inspect_step`.
 
     Attributes:
-        noise: how the step is to be run: in eval mode, or, where it returns no loss there, in its own modes without noise.
-        loss: of the clean batch; ``None`` where the step returns none.
-        differentiable: whether the loss has a gradient in the adversary's values.
-        plain: whether the model ran once, on these values alone, so that a plain forward pass computes the same outputs.
-        outputs: where a classifier's outputs are found: what the model returned, or the last linear layer; ``None`` where
-            neither is a classifier's.
-        pick: finds the logits in the model's outputs, where they are a part of them.
-        by_sample: whether there is one row of those logits for each of the values.
-        model_calls: how often the model ran.
-        tensor: whether it returned one tensor.
+        noise: how to run the step: ``"off"`` for eval mode; ``"training"`` if the step returns no loss in eval mode.
+        loss: the loss of the clean batch; ``None`` if the step returns none.
+        differentiable: whether the loss has a gradient with respect to the values that the adversary perturbs.
+        plain: whether the model ran once, on these values only, so that a plain forward pass computes the same outputs.
+        outputs: where the logits of a classifier are: ``"model"`` for the model's outputs, ``"head"`` for the outputs of the last
+            linear layer; ``None`` if neither are logits.
+        pick: finds the logits in the model's outputs; ``None`` if the outputs are the logits.
+        by_sample: whether there is one row of logits for each row of the values.
+        model_calls: number of calls of the model.
+        tensor: whether the model returned a single tensor.
         head_ran: whether a linear layer ran.
-        runs_attack: whether the step attacks the model by itself.
-        reason: in words, why a plain forward pass is not the same computation.
+        runs_attack: whether the step itself runs an attack.
+        reason: why a plain forward pass is a different computation; empty if it is the same.
     """
 
     noise: Noise = "off"
@@ -67,18 +67,18 @@ def inspect_step(
     model: nn.Module | None,
     pick: Callable[[Any], Any],
 ) -> StepInspection:
-    """Run the step twice on a clean batch, without a trace, and see what it does.
+    """Run the step twice on a clean batch, without side effects, and record what it computes.
 
     Args:
         step: the step.
-        site: the batch, and what the adversary moves in it.
-        labels: of the batch; ``None`` where there are none.
-        model: whose outputs are watched.
+        site: the batch, and the values that the adversary perturbs in it.
+        labels: the labels of the batch; ``None`` if there are none.
+        model: the model whose calls are recorded; ``None`` for none.
         pick: finds the outputs in what the model returns.
 
     Raises:
-        ValueError: if the step draws on an iterator, which nobody can put back.
-        Exception: whatever the step raises.
+        ConsumedIteratorError: if the step reads from an iterator, which cannot be restored.
+        Exception: any error of the step.
     """
     failed: Exception | None = None
     inspection = StepInspection()
@@ -132,16 +132,16 @@ def _inspect(
         raise _consumed(step)
     if moved and math.isfinite(inspection.loss):
         warnings.warn(
-            f"{step.name} of {type(step.module).__name__} gave two losses for one batch, {inspection.loss:.6g} and "
-            f"{'none' if again is None else format(float(again.detach()), '.6g')}: it draws on something that cannot be put back (a random "
-            "source of its own, state outside of the module), so the adversary climbs a hill that moves.",
+            f"{step.name} of {type(step.module).__name__} returned two different losses for the same batch, {inspection.loss:.6g} and "
+            f"{'none' if again is None else format(float(again.detach()), '.6g')}: it uses state that cannot be restored (its own random "
+            "generator, or state outside of the module). So the loss changes during the attack, and the attack may be too weak.",
             stacklevel=2,
         )
     return inspection
 
 
 def partial_batch_difference(model: nn.Module, values: Tensor, pick: Callable[[Any], Any]) -> str:
-    """Why a part of a batch is not run as in the whole: the model fails on it, or its outputs are others; empty where they are the same."""
+    """Why the model cannot be run on a part of a batch: it fails, or returns other outputs; empty if it can."""
     half = len(values) // 2
     if half == 0:
         return ""
@@ -156,20 +156,20 @@ def partial_batch_difference(model: nn.Module, values: Tensor, pick: Callable[[A
     largest = float(whole.float().abs().max()) if whole.numel() else 0.0
     apart = float((part.float() - whole.float()).abs().max()) if whole.numel() else 0.0
     if apart > 16 * max(SAME_LOSS, torch.finfo(whole.dtype).eps) * largest:
-        return "its outputs for a sample depend on the others of the batch"
+        return "its outputs for a sample depend on the other samples of the batch"
     return ""
 
 
 class ConsumedIteratorError(ValueError):
-    """The step draws on something that is gone after a call."""
+    """The step reads from an iterator, which each call consumes."""
 
 
 def _consumed(step: Step) -> ConsumedIteratorError:
     found = ", ".join(f"self.{name} (a {kind})" for name, kind in iterators_of(step.module).items()) or "an iterator"
     return ConsumedIteratorError(
-        f"{step.name} of {type(step.module).__name__} draws on {found}, which is consumed at each call, so that the step is no function of "
-        "its batch and cannot be attacked through. Let the trainer draw the data instead: Trainer.fit(module, CombinedLoader({'labelled': "
-        "..., 'unlabelled': ...})), and name what is attacked with inputs='labelled.0'."
+        f"{step.name} of {type(step.module).__name__} reads from {found}, which is consumed at each call. So the loss is not a function of "
+        "the batch, and the step cannot be attacked. Let the trainer load the data instead: Trainer.fit(module, CombinedLoader({'labelled': "
+        "..., 'unlabelled': ...})), and name the inputs to attack with inputs='labelled.0'."
     )
 
 
@@ -177,8 +177,8 @@ def _consumed(step: Step) -> ConsumedIteratorError:
 def _watching(
     module: nn.Module, model: nn.Module | None, calls: list[Any], heads: list[Any], inspection: StepInspection
 ) -> Iterator[None]:
-    inside = [0]  # a model may call itself
-    level = internal_pass_depth()  # an attack inside of the step runs the model for purposes of its own
+    inside = [0]  # depth of nested calls: a model may call itself
+    level = internal_pass_depth()  # to ignore the forward passes of an attack inside of the step
 
     def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
         if internal_pass_depth() != level:
@@ -215,14 +215,14 @@ def _watching(
 
 
 def _difference(calls: list[Any], values: Tensor, model: nn.Module | None) -> str:
-    """Why a plain forward pass over the values is another computation; empty where it is the same."""
+    """Why a plain forward pass over the values is a different computation; empty if it is the same."""
     name = "the module" if model is None else type(model).__name__
     if len(calls) != 1:
-        return f"{name} was called {len(calls)} times in the step, where a plain forward pass is one call"
+        return f"{name} was called {len(calls)} times in the step, but a plain forward pass is one call"
     args, kwargs, _ = calls[0]
     if kwargs or len(args) != 1:
         given = ", ".join([f"{len(args)} positional", *map(repr, kwargs)])
-        return f"{name} was called with other arguments beside the inputs ({given})"
+        return f"{name} was called with other arguments than the inputs alone ({given})"
     (received,) = args
     if not isinstance(received, Tensor):
         return f"{name} was called on a {type(received).__name__}, not on the batch's tensor"
@@ -231,14 +231,18 @@ def _difference(calls: list[Any], values: Tensor, model: nn.Module | None) -> st
             f"{name} was called on inputs of shape {tuple(received.shape)}, but the batch holds {tuple(values.shape)}"
         )
     if not torch.equal(received, values.detach().to(received.dtype)):
-        return f"{name} was called on other values than the batch's: the step changes them first"
+        return f"{name} was called on other values than those of the batch: the step changes them first"
     return ""
 
 
 def _classifier(
     calls: list[Any], heads: list[Any], labels: Any, loss: Tensor, pick: Callable[[Any], Any]
 ) -> tuple[Source | None, Callable[[Any], Any] | None, int]:
-    """Where a classifier's logits are: in what the model returned (the first part of it that they are), or in the last linear layer's."""
+    """Where the logits of a classifier are: the model's outputs, the first suitable part of them, or the last linear layer's outputs.
+
+    Returns:
+        The source, what picks the logits from the model's outputs, and the number of rows of the logits.
+    """
     if calls:
         outputs = pick(calls[0][2])
         if is_classification(outputs, labels, loss):

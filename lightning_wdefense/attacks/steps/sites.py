@@ -1,4 +1,4 @@
-"""Where in a pipeline the adversary acts: on the inputs of a batch, or on the output of a submodule."""
+"""The place in a pipeline that the adversary perturbs: the inputs of a batch, or the output of a submodule."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from lightning_wdefense.modules.recording import find_submodule
 from lightning_wdefense.modules.state.isolation import eager
 
 CHANNELS = (1, 3, 4)
-"""So many channels make a tensor of three dimensions, in a list of which nothing else tells, an image and not a batch of sequences."""
+"""Channel numbers of images: a list of 3-D tensors with one of these in dimension 0 holds images, if nothing else tells."""
 
 
 class PerturbationSite(ABC):
-    """One batch, and what of it the adversary may move.
+    """One batch, and the values in it that the adversary perturbs.
 
     Attributes:
-        values: what it may move, as one tensor ``(M, ...)``, of which each row has a ball of its own; detached.
-        threat: the threat model in the units of ``values``.
-        size: how many samples there are.
+        values: the values that the adversary perturbs, detached, as one tensor ``(M, ...)``; each row has its own ball.
+        threat: the threat model, for the units of ``values``.
+        size: number of samples in the batch.
     """
 
     values: Tensor
@@ -39,14 +39,18 @@ class PerturbationSite(ABC):
 
     @abstractmethod
     def perturbed(self, values: Tensor) -> contextlib.AbstractContextManager[Any]:
-        """Inside, whoever runs the batch that is yielded meets these values in place of the clean ones."""
+        """A context that yields the batch to run: inside it, a pass over that batch uses these values instead of the clean ones.
+
+        Args:
+            values: values in the shape of ``self.values``.
+        """
 
 
 class InputSite(PerturbationSite):
-    """The inputs in a batch: one tensor, or several, each with a ball of its own.
+    """The inputs in a batch: one tensor, or several, each with its own ball.
 
-    Several of one shape are stacked along dimension 0; of different shapes (detection: images of different sizes) each sample becomes
-    a row of data units, filled up with zeros.
+    Several tensors of the same shape are concatenated along dimension 0. Of tensors of different shapes (object detection: images
+    of different sizes), each sample becomes a row in data units, padded with zeros.
 
     Args:
         batches: finds the inputs.
@@ -73,7 +77,7 @@ class InputSite(PerturbationSite):
 
     @cached_property
     def _samples(self) -> bool:
-        """Whether each tensor is one sample: images (C, H, W), or sequences of different lengths, in one list."""
+        """Whether each tensor is one sample, as in a list of images (C, H, W) or of sequences of different lengths."""
         count, lengths, dimensions = len(self._inputs), [len(each) for each in self._inputs], self._inputs[0].ndim
         if dimensions < 2 or not self._batches.are_listed(self._batch):
             return False
@@ -90,7 +94,7 @@ class InputSite(PerturbationSite):
 
     @contextlib.contextmanager
     def perturbed(self, values: Tensor) -> Iterator[Any]:
-        """The batch with other inputs."""
+        """Yield the batch with other inputs."""
         yield self._batches.replace(self._batch, self._unpacked(values))
 
     def _unpacked(self, values: Tensor) -> list[Tensor]:
@@ -112,11 +116,11 @@ class OutputSite(PerturbationSite):
 
     Args:
         module: the submodule.
-        values: what it returned for the batch.
+        values: the output of the submodule for the batch.
         batch: the batch.
         threat: the threat model, in units of that output.
-        free: which elements may move, broadcastable to the values (padding may not); ``None`` for all.
-        by_token: a ball for each token, the last dimension, instead of one for each sample.
+        free: mask of the elements that may be perturbed (not padding), broadcastable to the values; ``None`` for all.
+        by_token: use a ball for each token (each vector of the last dimension) instead of one for each sample.
     """
 
     def __init__(
@@ -135,7 +139,7 @@ class OutputSite(PerturbationSite):
 
     @contextlib.contextmanager
     def perturbed(self, values: Tensor) -> Iterator[Any]:
-        """The same batch, while the submodule's output is moved by as much as the values are."""
+        """Yield the same batch, and add the perturbation of the values to the submodule's output in every pass."""
         delta = values.reshape(self._clean.shape) - self._clean.to(values.dtype)
         if self._free is not None:
             delta = delta * self._free.to(delta.dtype)
@@ -145,7 +149,7 @@ class OutputSite(PerturbationSite):
 
         handle = attach_hook(self._module, move)
         try:
-            with eager():  # what was compiled before does not notice the hook
+            with eager():  # compiled code ignores the new hook
                 yield self._batch
         finally:
             handle.remove()
@@ -153,13 +157,18 @@ class OutputSite(PerturbationSite):
 
 @dataclass(frozen=True)
 class Perturb:
-    """The output of a submodule as the place where the adversary acts: embeddings of tokens, of categorical columns, of a graph's nodes.
+    """The output of a submodule that the adversary perturbs: embeddings of tokens, categorical columns or nodes of a graph.
 
     Args:
-        path: dotted path to the submodule, which must run once in the step and return a floating-point tensor ``(N, ...)``.
-        by: ``"sample"`` for a ball around each sample's whole output, ``"token"`` for one around each vector of its last dimension.
-        padding: key, position or path of a mask in the batch ``(N, T)``, true or 1 where there is a token; what is padding is left alone. By default
-            ``attention_mask`` or ``mask``, where the batch has it; the ``padding_idx`` of an ``nn.Embedding`` is heeded besides.
+        path: dotted path to the submodule. It must run once in the step and return a floating-point tensor ``(N, ...)``.
+        by: ``"sample"`` for a ball around the whole output of each sample, ``"token"`` for a ball around each vector of the last
+            dimension.
+        padding: key, position or path of a mask ``(N, T)`` in the batch, true or 1 for tokens; padding is not perturbed.
+            ``None`` for ``attention_mask`` or ``mask``, if the batch has one. The ``padding_idx`` of an ``nn.Embedding`` is not
+            perturbed either.
+
+    Raises:
+        ValueError: if ``by`` is neither ``"sample"`` nor ``"token"``.
 
     References:
         Miyato et al., "Adversarial training methods for semi-supervised text classification", 2017.
@@ -178,17 +187,17 @@ class Perturb:
             raise ValueError(f'by must be "sample" or "token", got {self.by!r}.')
 
     def site(self, root: nn.Module, batch: Any, threat: ThreatModel, run: Callable[[], Any]) -> OutputSite:
-        """The site of one batch.
+        """The values to perturb for one batch.
 
         Args:
-            root: the module that the path begins at.
+            root: the module that the path starts at.
             batch: the batch.
             threat: the threat model, in units of the submodule's output.
-            run: runs the batch once, without a trace.
+            run: runs the batch once, without side effects.
 
         Raises:
-            ValueError: if there is no such submodule, it does not run once, or returns no floating-point tensor, or the threat has bounds
-                that it does not keep.
+            ValueError: if there is no such submodule, it does not run exactly once, it returns no floating-point tensor, its output
+                lies outside the threat model's bounds, or the padding mask does not fit.
         """
         module = find_submodule(root, self.path, "perturb")
         seen: list[tuple[Any, Any]] = []
@@ -204,18 +213,18 @@ class Perturb:
             handle.remove()
         if len(seen) != 1:
             raise ValueError(
-                f"perturb={self.path!r} ran {len(seen)} times in the step, where once is needed: name a submodule that runs once."
+                f"perturb={self.path!r} ran {len(seen)} times in the step, but must run once: name a submodule that runs once."
             )
         ((args, output),) = seen
         if not isinstance(output, Tensor) or not output.is_floating_point() or output.ndim < 2:
             found = f"{output.dtype} {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(
-                f"perturb={self.path!r} returns {found}, where a floating-point tensor (N, ...) is needed: name another submodule."
+                f"perturb={self.path!r} returns {found}, but a floating-point tensor (N, ...) is needed: name another submodule."
             )
         if threat.bounds is not None and not bool(((output >= threat.bounds[0]) & (output <= threat.bounds[1])).all()):
             raise ValueError(
-                f"The output of perturb={self.path!r} lies outside of the threat model's bounds {threat.bounds}, which are those of inputs: use "
-                'ThreatModel(norm="l2", eps=..., bounds=None), with eps in units of that output.'
+                f"The output of perturb={self.path!r} lies outside of the threat model's bounds {threat.bounds}, which are bounds of inputs. "
+                'Use ThreatModel(norm="l2", eps=..., bounds=None), with eps in units of that output.'
             )
         free = self._free(module, args, output, batch)
         return OutputSite(module, output, batch, threat, free=free, by_token=self.by == "token")
@@ -229,7 +238,7 @@ class Perturb:
         if mask is not None and self.padding is not None and not fits:
             raise ValueError(
                 f"padding={self.padding!r} has shape {tuple(mask.shape)}, which does not fit the output of perturb={self.path!r}, "
-                f"{tuple(output.shape)}: name a mask of its first dimensions, true where there is a token."
+                f"{tuple(output.shape)}: name a mask in the shape of its first dimensions, true for tokens."
             )
         if mask is not None and fits:
             free = mask.bool() if free is None else free & mask.bool()
@@ -245,5 +254,5 @@ def _mask(batch: Any, key: str | int | tuple[int | str, ...] | None) -> Tensor |
         if isinstance(found, Tensor):
             return found
     if key is not None:
-        raise ValueError(f"padding={key!r} names no tensor in the batch.")
+        raise ValueError(f"padding={key!r} names no tensor in the batch: give the key, position or path of a mask.")
     return None

@@ -1,4 +1,4 @@
-"""An attack on what a module's own step computes of a batch."""
+"""Run an attack through a module's own step."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ Read = Callable[[Recording], Any]
 
 
 class StepModel:
-    """A step as the model of an attack: a callable from values of a site to losses, or to outputs that were seen in it.
+    """A step as the model of an attack: a callable from perturbed values to losses, or to outputs that were recorded.
 
-    It is whole: a step couples its samples as it likes, so no part of a batch is ever run.
+    It always runs whole batches, because a step may couple its samples.
 
     Args:
-        step: the step, in a rehearsal.
-        site: the batch, and where the values go.
-        read: what it returns, of what was recorded; ``None`` for the step's own loss, the same for each row.
-        recorder: records outputs and features.
+        step: the step, inside :meth:`Step.repeatable`.
+        site: the batch, and the place of the values in it.
+        recorder: records the outputs in the step.
+        read: returns the model's outputs from a recording; ``None`` to return the step's loss, once for each row.
     """
 
     accepts_partial_batches = False
 
     def __init__(self, step: Step, site: PerturbationSite, recorder: ForwardRecorder, read: Read | None = None) -> None:
         self._step, self._site, self._recorder, self._read = step, site, recorder, read
-        self.__self__ = step.module  # by which the module behind a callable is known
+        self.__self__ = step.module  # module_of finds the module here
 
     def __call__(self, values: Tensor) -> Any:
-        """Losses ``(M,)`` or outputs."""
+        """Losses ``(M,)`` or outputs for perturbed values ``(M, ...)``."""
         with self._site.perturbed(values) as batch:
             if self._read is None:
                 return required_loss(self._step, batch).expand(len(values))
@@ -47,15 +47,15 @@ class StepModel:
 
 
 def required_loss(step: Step, batch: Any) -> Tensor:
-    """The step's loss of a batch.
+    """The step's loss for a batch.
 
     Raises:
-        ValueError: if it returns none.
+        ValueError: if the step returns no loss.
     """
     loss = step.loss(batch)
     if loss is None:
         raise ValueError(
-            f"{step.name} of {type(step.module).__name__} returned no loss for an attacked batch, though it did for a clean one: return "
+            f"{step.name} of {type(step.module).__name__} returned a loss for the clean batch, but no loss for the adversarial batch: return "
             "the loss as a tensor, or as the 'loss' of a dictionary."
         )
     return loss
@@ -73,31 +73,34 @@ def attack_step(
     generator: torch.Generator | None = None,
     execution: Execution | None = None,
 ) -> Tensor:
-    """The values that the attack finds for a batch through a module's step.
+    """Run an attack on a batch through a module's step.
 
-    An attack that climbs a loss climbs the step's own, as one number of the whole batch; one that reads outputs (``"kl"``, a loss of your
-    own, feature scattering) reads what ``read`` finds of them in the step.
+    An attack that maximises a loss maximises the step's own loss, which is one number for the whole batch. An attack that needs
+    outputs (``"kl"``, a callable loss, feature scattering) gets the outputs that ``read`` finds in the step.
 
     Args:
-        attack: for the site's threat, or the one that the site was made for.
+        attack: the attack; its ``eps`` is used with the site's threat model.
         step: the step.
-        site: the batch.
-        noise: how the step is run, see :meth:`Step.rehearsal`.
-        recorder: records outputs.
-        read: finds the outputs in what was recorded; ``None`` where none can be found.
-        labels: for losses that read outputs.
-        generator: source of noise.
-        execution: how the model is run; a step is not compiled.
+        site: the batch, and the values in it to perturb.
+        noise: how the step is run, see :meth:`Step.repeatable`.
+        recorder: records the outputs in the step.
+        read: returns the outputs from a recording; ``None`` if there are none.
+        labels: labels for losses of outputs.
+        generator: random generator for all noise; ``None`` for one seeded with the attack's seed.
+        execution: how the model is run; a step is never compiled.
+
+    Returns:
+        The perturbed values, in the shape of ``site.values``.
 
     Raises:
-        ValueError: if the attack reads outputs, and there are none to be read.
+        ValueError: if the attack needs outputs, and there are none.
     """
     own = replace(attack, threat=site.threat.with_eps(attack.threat.eps)).of_losses()  # type: ignore[type-var]
     if own is None and read is None:
         raise ValueError(
-            f"The attack {attack.name!r} with loss={getattr(attack, 'loss', None)!r} reads the model's outputs, and those of "
+            f"The attack {attack.name!r} with loss={getattr(attack, 'loss', None)!r} needs the model's outputs, and those of "
             f"{type(step.module).__name__} could not be found in its {step.name}: say where they are with model= (a submodule that is called "
-            'on the whole batch) and outputs= (key, position or callable), or choose a recipe that only climbs the step\'s own loss, such as "pgd-at".'
+            'on the whole batch) and outputs= (key, position or callable), or choose a recipe that uses only the step\'s own loss, such as "pgd-at".'
         )
     if execution is not None and execution.compile:
         execution = replace(execution, compile=False)

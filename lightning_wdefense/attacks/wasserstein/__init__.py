@@ -1,1 +1,1 @@
-"""Attacks that move the mass of an image: local transport plans, the ways to find the worst one, and what is feasible."""
+"""The attack in the Wasserstein ball of images: local transport plans, the ascent over plans, and a check of the results."""

@@ -1,4 +1,4 @@
-"""Ascent of a loss over transport plans: the ways to move a plan by a gradient."""
+"""Gradient ascent of a loss over transport plans: projected ascent and Frank-Wolfe."""
 
 from __future__ import annotations
 
@@ -23,35 +23,36 @@ from lightning_wdefense.attacks.wasserstein.projection import (
 Method = Literal["projected", "frank-wolfe"]
 AscentT = TypeVar("AscentT", bound="Ascent")
 FIRST_STEP = 2.0
-"""Of projected ascent: what the largest entry of the gradient moves, in units of the image's largest pixel."""
+"""First step size of projected ascent: change for the largest entry of the gradient, in units of the image's largest pixel."""
 CHECKPOINTS = 5
-"""How often in a run steps may be halved."""
+"""Number of checkpoints in a run, at which the step size may be halved."""
 MIN_RISING_SHARE = 0.75
-"""Share of steps on which the loss must have risen since the last look, for the step to stay as it is."""
+"""Smallest share of steps since the last checkpoint with a rise of the loss; below it the step size is halved."""
 FIRST_PRICE_STEP = 0.3
-"""By how much the prices of overfull pixels rise in the first step of Frank-Wolfe, in units of the largest gradient."""
+"""First step size of the multipliers of the capacities in Frank-Wolfe, in units of the largest gradient entry."""
 REPAIR_SWEEPS, REPAIR_TOLERANCE = 100, 1e-6
-"""Of the repair in every step."""
+"""Largest number of sweeps, and tolerance in units of the images, of the repair in each step."""
 REPLAN_ITERATIONS = 5
-"""Steps towards the cheapest plan, in every step of the ascent."""
+"""Number of iterations of the cost reduction in each step."""
 MAX_BUDGET_FACTOR, BUDGET_FACTOR_POWER = 3.0, 0.3
-"""The most that a step may spend, in budgets, and how fast it comes to what is right: a power of what the last plan left of the budget."""
+"""Largest budget of a step as a multiple of the budget, and the exponent with which that multiple follows ``budget / cost``."""
 
 
 @dataclass
 class Ascent(ABC):
-    """A plan that moves with the loss.
+    """A transport plan that follows the gradient of a loss.
 
-    What an image costs is what the cheapest of its plans does, and steps leave plans that are dearer: mass goes there and back. So after every
-    step the plan makes way for a cheaper one of the same image, and the next step may spend more than the budget, by as much as that saves.
+    The transport cost of an image is the cost of its cheapest plan. Steps produce plans that cost more, because mass moves back
+    and forth. So after each step the plan is replaced by a cheaper plan of nearly the same image. The next step may then use more
+    than the budget, by as much as the replacement saves.
 
     Attributes:
         transport: the constraints.
-        legal: the legal plan near to it, whose images the model is shown.
-        steps: that it will take.
-        taken: of them, so far.
-        stretch: what a step may spend, in budgets, ``(N,)``.
-        potentials: of the cheapest plan.
+        feasible: a feasible plan near the current plan, ``(N, K, R)``; the model gets the images of this plan.
+        steps: number of steps of the run.
+        taken: number of steps so far.
+        budget_factor: budget of a step as a multiple of the budget, ``(N,)``.
+        potentials: dual potentials of the cheapest plan.
     """
 
     transport: LocalTransport
@@ -67,24 +68,29 @@ class Ascent(ABC):
 
     @abstractmethod
     def move(self, gradient: Tensor, values: Tensor) -> None:
-        """One step; the gradient ``(N, C, H, W)`` and the loss ``(N,)`` are those of the legal plan's images."""
+        """Take one step.
+
+        Args:
+            gradient: gradient of the loss at the images of the feasible plan, ``(N, C, H, W)``.
+            values: loss at these images, ``(N,)``.
+        """
 
     def select(self: AscentT, index: Tensor) -> AscentT:
         """The same for some of the images."""
         part = replace(self, transport=self.transport.select(index), feasible=self.feasible[index])
         for each in fields(self):
-            if not each.init:  # what the ascent itself keeps of every image
+            if not each.init:  # state that the ascent keeps for each image
                 value = getattr(self, each.name)
                 setattr(part, each.name, value[index] if isinstance(value, Tensor) else value.select(index))
         return part
 
     @property
-    def with_enlarged_budget(self) -> LocalTransport:
-        """The constraints, with what a step may spend for a budget."""
+    def enlarged_transport(self) -> LocalTransport:
+        """The constraints with the budget of a step."""
         return replace(self.transport, budget=self.transport.budget * self.budget_factor)
 
     def replan(self, plan: Tensor) -> Tensor:
-        """Let a plan ``(N, K, R)`` make way for a cheaper one, which is returned, and that for a legal one."""
+        """Replace a plan ``(N, K, R)`` by a cheaper one, which is returned, and update the feasible plan."""
         plan, self.potentials = cheaper_plan(self.transport, plan, self.potentials, iterations=REPLAN_ITERATIONS)
         fits = fit_capacity(self.transport, plan, sweeps=REPAIR_SWEEPS, tol=REPAIR_TOLERANCE)
         budget, cost = self.transport.budget, self.transport.cost(fits)
@@ -96,10 +102,10 @@ class Ascent(ABC):
 
 @dataclass
 class ProjectedAscent(Ascent):
-    """Steps along the gradient and back to the nearest plan; a step size for each image, halved where the loss no longer rises.
+    """Gradient steps and projections of the plan, with a step size for each image.
 
-    The rule is that of Auto-PGD (Croce and Hein, 2020): at every look, where the loss rose on less than three quarters of the steps, the step
-    is halved and the ascent goes on from the best plan so far.
+    The step size follows Auto-PGD (Croce and Hein, 2020). If the loss rose on less than three quarters of the steps since the last
+    checkpoint, the step size is halved and the ascent continues from the best plan so far.
     """
 
     prices: Multipliers = field(init=False)
@@ -135,15 +141,16 @@ class ProjectedAscent(Ascent):
             gradient = torch.where(stuck.view(-1, 1, 1, 1), self.best_gradient, gradient)
             self.rises = torch.zeros_like(self.rises)
         climb = self.transport.gather_neighbours(steepest(gradient) * self.step.view(-1, 1, 1, 1))
-        plan, self.prices = nearest_plan_with_capacity(self.with_enlarged_budget, plan + climb, self.prices)
+        plan, self.prices = nearest_plan_with_capacity(self.enlarged_transport, plan + climb, self.prices)
         self.replan(plan)
 
 
 @dataclass
 class FrankWolfe(Ascent):
-    """Averages of the best plans for the gradients on the way, which are exact solutions of the linear problem in the ball without the box.
+    """The Frank-Wolfe method: averages of exact solutions of the linearised problem in the ball, without the capacities.
 
-    Of the box they know through prices, which rise where pixels of the average overflow and fall where there is room.
+    The capacities enter through multipliers. They rise for pixels of the average image that exceed their capacity, and fall for
+    pixels below it.
     """
 
     plan: Tensor = field(init=False)
@@ -156,7 +163,7 @@ class FrankWolfe(Ascent):
 
     def move(self, gradient: Tensor, values: Tensor) -> None:
         """One step."""
-        vertex = best_plan(self.with_enlarged_budget, steepest(gradient) - self.prices)
+        vertex = best_plan(self.enlarged_transport, steepest(gradient) - self.prices)
         self.plan = torch.lerp(self.plan, vertex, 2 / (self.taken + 2))
         self.taken += 1
         if self.transport.capacity is not None:
@@ -173,6 +180,6 @@ ASCENTS: dict[str, type[Ascent]] = {
 
 
 def steepest(gradient: Tensor) -> Tensor:
-    """Each image's gradient, its largest entry 1."""
+    """The gradient ``(N, C, H, W)``, scaled so that the largest absolute entry of each image is 1."""
     largest = gradient.abs().flatten(1).amax(1).clamp_min(torch.finfo(gradient.dtype).tiny)
     return gradient / largest.view(-1, 1, 1, 1)

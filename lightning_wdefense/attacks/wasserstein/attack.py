@@ -1,4 +1,4 @@
-"""The attack in the Wasserstein ball: it moves the mass of pixels, and what it returns are images."""
+"""The attack in the Wasserstein ball of images, by local transport plans."""
 
 from __future__ import annotations
 
@@ -28,35 +28,38 @@ from lightning_wdefense.attacks.wasserstein.projection import feasible_plan
 
 @dataclass(frozen=True)
 class WassersteinAttack(Attack):
-    """Moves pixel mass, within each channel and to near pixels, by transport plans of bounded cost, and stays inside the bounds.
+    """Moves the mass of pixels to nearby pixels, by transport plans of bounded cost, and stays inside the bounds.
 
-    An image ``x`` becomes ``x'`` if mass can be carried from pixel to pixel, at most ``neighbourhood // 2`` rows and columns far, so that ``x``
-    turns into ``x'``; ``W_p(x, x') = (sum of mass * distance^p / mass of the image)^(1 / p)``, in pixels, must be ``eps`` at most. That pixels
-    stay in the bounds is part of the problem: overfull pixels have prices in every step, and every image that the model is shown is legal.
-    Attacks that clamp afterwards lose mass; see :func:`wasserstein_feasibility` for what an image really costs.
+    The pixel values of an image are mass. A local transport plan moves the mass of ``x`` within each channel, at most
+    ``neighbourhood // 2`` rows and columns far, and so makes ``x'``. The constraint is ``W_p(x, x') = (sum of mass * distance^p /
+    mass of the image)^(1 / p) <= eps``, in pixels. The bounds are a constraint of the same problem: pixels above them have
+    multipliers in each step, and the model only gets images inside the bounds. Attacks that clamp afterwards lose mass. See
+    :func:`wasserstein_feasibility` for the exact cost of an image.
 
     Args:
-        threat: what the attacker may do (norm ``wasserstein``); ``eps`` is in pixels: 0.1 moves all mass by a tenth of a pixel, or a tenth of
-            it by one. ``bounds`` begin with 0, the value without mass, or are ``None``.
-        steps: of each run.
-        methods: ``"projected"`` (steps along the gradient and the projection of the plan) and ``"frank-wolfe"`` (averages of exact solutions
-            of the linear problem; a step costs a third). Each sample keeps the worst of all.
-        neighbourhood: pixels along the side of the square to which a pixel's mass may go, odd: 3 to 9 is usual.
+        threat: the threat model (norm ``wasserstein``). ``eps`` is in pixels: 0.1 allows all mass to move by a tenth of a pixel,
+            or a tenth of the mass by one pixel. ``bounds`` must begin with 0, the value of a pixel without mass, or be ``None``.
+        steps: number of steps of each run.
+        methods: ``"projected"`` (gradient steps and projections of the plan), ``"frank-wolfe"`` (averages of exact solutions of
+            the linearised problem; a step costs a third of the time), or both. Each sample keeps the worst result of all runs.
+        neighbourhood: side of the square that a pixel's mass may move in, in pixels; odd, usually 3 to 9.
         p: order of the distance, 1 or 2.
-        restarts: rounds of all methods; the first begins with the clean images, the others with random plans. Later runs attack only what is
-            still classified correctly, unless the loss does not say what that is.
-        loss: ``"ce"``, ``"margin"``, ``"kl"``, or a callable ``(outputs, labels) -> per-sample loss``; ``None`` for cross-entropy in the
-            first round, the margin in the second, and so on.
-        early_exit: leave each sample where it is first misclassified; needs a loss that says what that is.
-        seed: seeds the noise of calls that are given no generator.
+        restarts: number of rounds; each round runs all methods. The first round starts from the clean images, the others from
+            random plans. With a loss that defines misclassification, later runs attack only the samples that are still
+            classified correctly.
+        loss: ``"ce"``, ``"margin"``, ``"kl"``, or a callable ``(outputs, labels) -> per-sample loss``; ``None`` for
+            cross-entropy in the first round, the margin loss in the second, and so on in turn.
+        early_exit: stop early for each sample, at its first misclassification; needs ``loss`` ``None``, ``"ce"`` or ``"margin"``.
+        seed: seeds the noise of calls without a generator.
 
     Raises:
-        ValueError: for another norm, bounds that do not begin with 0, an unknown method or loss, an even neighbourhood, or numbers out of
-            range; at the call, for inputs that are no images ``(N, C, H, W)``, are smaller than the neighbourhood, have negative pixels or no mass.
+        ValueError: for another norm, bounds that do not begin with 0, an unknown method or loss, an even neighbourhood, or
+            numbers out of range. At the call, for inputs that are not images ``(N, C, H, W)``, are smaller than the neighbourhood,
+            have negative pixels or have no mass.
 
     References:
-        Wong, Schmidt, Kolter, "Wasserstein adversarial examples via projected Sinkhorn iterations", ICML 2019 (the threat). Wu, Wang, Yu,
-        "Stronger and faster Wasserstein adversarial attacks", ICML 2020 (both methods, without the bounds).
+        Wong, Schmidt, Kolter, "Wasserstein adversarial examples via projected Sinkhorn iterations", ICML 2019 (the threat
+        model). Wu, Wang, Yu, "Stronger and faster Wasserstein adversarial attacks", ICML 2020 (both methods, without the bounds).
 
     Example:
         >>> import torch
@@ -96,8 +99,8 @@ class WassersteinAttack(Attack):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.early_exit and not self._loss_defines_misclassified:
             raise ValueError(
-                f'early_exit=True ends where a sample is misclassified, which loss={self.loss!r} does not say: use loss=None, "ce" or '
-                '"margin", or early_exit=False.'
+                f'early_exit=True stops at the first misclassification, which loss={self.loss!r} does not define: use loss=None, "ce" '
+                'or "margin", or early_exit=False.'
             )
 
     @property
@@ -105,7 +108,7 @@ class WassersteinAttack(Attack):
         return self.loss in (None, "ce", "margin")
 
     def of_losses(self) -> Attack | None:
-        """The same attack on a model that returns its losses itself."""
+        """The same attack for a model that returns its losses, without early exit."""
         return replace(self, loss=outputs_as_losses, early_exit=False) if self._loss_defines_misclassified else None
 
     def perturb(self, problem: Problem) -> Tensor:
@@ -114,7 +117,7 @@ class WassersteinAttack(Attack):
         check_images(data, self.neighbourhood)
         if self.loss == "kl":
             problem = problem.with_clean_outputs()
-        # In units in which the largest legal pixel is 1.
+        # Work in units in which the largest legal pixel is 1.
         scale = float(data.amax() if self.threat.bounds is None else self.threat.bounds[1])
         images = data / scale
         budget = self.threat.eps**self.p * images.sum((1, 2, 3))
@@ -137,7 +140,7 @@ class WassersteinAttack(Attack):
     def _ascend(
         self, problem: Problem, index: Tensor, ascent: Ascent, loss: AttackLoss, scale: float, found: WorstImages
     ) -> None:
-        # All of them are taken as they are, so that labels that do not fit meet the checks.
+        # Without selection for the whole batch, so that labels of a wrong shape reach the checks.
         part = problem if len(index) == len(problem.data) else problem.select(index)
         for step in range(self.steps + 1):
             images = ascent.transport.transported(ascent.feasible) * scale
@@ -165,7 +168,7 @@ class WassersteinAttack(Attack):
 
 
 class WorstImages:
-    """The worst image of each sample so far: a misclassified one before any other, then the one of larger loss."""
+    """The worst image of each sample so far: misclassified images before others, then the larger loss."""
 
     def __init__(self, images: Tensor, problem: Problem) -> None:
         self.images = images
@@ -173,9 +176,9 @@ class WorstImages:
         self.loss = torch.full((len(images),), -torch.inf, device=images.device)
 
     def keep(self, index: Tensor, images: Tensor, fooled: Tensor, loss: Tensor) -> None:
-        """Look at more images of some samples."""
+        """Compare new images of the samples ``index`` with the worst so far, and keep the worse ones."""
         loss = loss.to(self.loss.dtype)
-        # Of equals the later: where the loss of a confident model rounds to 0 they are not equal.
+        # For equal losses the later image is kept: if the loss of a confident model rounds to 0, the later image is better.
         better = (fooled & ~self.fooled[index]) | ((fooled == self.fooled[index]) & (loss >= self.loss[index]))
         self.images[index] = torch.where(per_sample(better, images), images, self.images[index])
         self.loss[index] = torch.where(better, loss, self.loss[index])
@@ -183,25 +186,31 @@ class WorstImages:
 
 
 def _random_plan(transport: LocalTransport, generator: torch.Generator) -> Tensor:
-    """The best plan for random values, taken in a random part."""
+    """A random feasible plan: a random step from the identity plan to the best plan for random values."""
     values = random_normal(transport.budget.new_empty(transport.shape), generator)
     share = random_uniform(transport.budget, generator).view(-1, 1, 1)
     return feasible_plan(transport, torch.lerp(transport.identity_plan(), best_plan(transport, values), share))
 
 
 def check_ball(threat: ThreatModel, size: int, p: int) -> None:
-    """Refuse a threat model or a setting that describes no Wasserstein ball of images.
+    """Refuse a threat model or a setting that does not define a Wasserstein ball of images.
+
+    Args:
+        threat: the threat model.
+        size: side of the neighbourhood, in pixels.
+        p: order of the distance.
 
     Raises:
-        ValueError: saying what it must be.
+        TypeError: if ``threat`` is not a threat model.
+        ValueError: for another norm, bounds that do not begin with 0, an even ``size``, or another ``p`` than 1 or 2.
     """
     check_threat(threat, "A Wasserstein ball")
     if threat.norm != "wasserstein":
         raise ValueError(f'A Wasserstein attack needs ThreatModel(norm="wasserstein"), got norm={threat.norm!r}.')
     if threat.bounds is not None and threat.bounds[0] != 0:
         raise ValueError(
-            f"bounds must begin with 0, the value of a pixel without mass, got {threat.bounds}: say with mean= and std= how the pipeline "
-            "normalised images that began with 0."
+            f"bounds must begin with 0, the value of a pixel without mass, got {threat.bounds}: if the pipeline normalises its images, give "
+            "ThreatModel the mean= and std= of that normalisation, and the bounds before it."
         )
     check_neighbourhood(size)
     if p not in (1, 2):

@@ -1,4 +1,4 @@
-"""The cheapest plan between two images, nearly: what an ascent over plans must ask for, if it is to spend its budget on the image."""
+"""Replace a transport plan by a cheaper plan that makes nearly the same image."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from lightning_wdefense.attacks.wasserstein.projection import rescale_rows
 
 
 class Potentials(NamedTuple):
-    """Multipliers of what leaves the pixels and of what arrives in them, from which the next search can start.
+    """Dual potentials of the two marginals of a plan, from which the next search can start.
 
     Attributes:
-        leaving: ``(N, 1, R)``.
-        arriving: ``(N, C, H, W)``.
+        leaving: dual potentials of the first marginal, the mass that leaves each pixel, ``(N, 1, R)``.
+        arriving: dual potentials of the second marginal, the mass that arrives in each pixel, ``(N, C, H, W)``.
     """
 
     leaving: Tensor
@@ -25,34 +25,35 @@ class Potentials(NamedTuple):
 
     @classmethod
     def zeros(cls, transport: LocalTransport) -> Potentials:
-        """Of plans that may be as dear as they are."""
+        """Potentials of 0."""
         masses = transport.masses
         return cls(torch.zeros_like(masses).unsqueeze(1), masses.new_zeros(transport.shape))
 
     def select(self, index: Tensor) -> Potentials:
-        """Those of some of the images."""
+        """The potentials of some of the images."""
         return Potentials(self.leaving[index], self.arriving[index])
 
 
 def cheaper_plan(
     transport: LocalTransport, plan: Tensor, potentials: Potentials, *, iterations: int
 ) -> tuple[Tensor, Potentials]:
-    """A plan that makes nearly the same image and costs less, where another one does.
+    """A plan that makes nearly the same image at a lower cost, if there is one.
 
-    Some steps of the primal-dual method (Chambolle and Pock, 2011) on the linear program of the cheapest plan. From the potentials of an
-    image nearby a few are enough; the image moves by as much as they have not converged.
+    It takes some steps of the primal-dual method (Chambolle and Pock, 2011) on the linear program of the cheapest plan. From the
+    potentials of a similar image a few steps are enough. The image changes as long as the method has not converged.
 
     Args:
-        transport: the constraints, of which the room does not matter.
-        plan: ``(N, K, R)``, whose rows have the masses of the pixels.
-        potentials: those of the last time.
-        iterations: how many steps.
+        transport: the constraints; the capacities are ignored.
+        plan: ``(N, K, R)``, whose rows sum to the masses of the pixels.
+        potentials: potentials to start from.
+        iterations: number of steps.
 
     Returns:
-        The plan, of the same masses, and the potentials.
+        The plan, with the same first marginal, and the potentials.
     """
     image, masses, costs = transport.transported(plan), transport.masses.unsqueeze(1), transport.costs
-    # Every entry is in one row and arrives in one pixel, so this is the largest step that is safe, shared out by the units of both sides.
+    # Each entry of the plan is in one row and arrives in one pixel, which gives the largest safe step. ``unit`` balances the units of
+    # the primal and the dual step.
     step = math.sqrt(1 / (2 * len(costs)))
     unit = masses.amax(2, keepdim=True) / float(costs.max())
     leaving, arriving = potentials

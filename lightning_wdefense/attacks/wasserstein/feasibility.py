@@ -1,4 +1,4 @@
-"""What a Wasserstein adversarial image really costs, found anew from the two images alone."""
+"""Check adversarial images of a Wasserstein attack: exact transport cost, mass and bounds, from the two images alone."""
 
 from __future__ import annotations
 
@@ -13,16 +13,21 @@ from lightning_wdefense.attacks.wasserstein.attack import check_ball
 from lightning_wdefense.attacks.wasserstein.local_transport import Neighbourhood, check_images, clamp_rounding, square
 
 UNMATCHED = 1e-4
-"""Share of an image's mass that no plan can explain, from which on its distance is infinite; below, it is rounding."""
+"""Largest share of an image's mass that no local plan explains and that counts as rounding; above it the distance is infinite."""
 
 
 class WassersteinFeasibility(NamedTuple):
-    """The three figures of each image.
+    """The three constraint values of each image.
 
     Attributes:
-        cost: ``W_p`` between the images by local plans, in pixels, as ``eps``, ``(N,)``; infinite where no local plan makes one of the other.
+        cost: ``W_p`` between the images for local plans, in pixels like ``eps``, ``(N,)``; infinite if no local plan exists.
         mass: largest change of the mass of a channel, relative to the image's mass, ``(N,)``.
-        box: by how much a pixel leaves the bounds, relative to the largest legal value, ``(N,)``.
+        box: largest distance of a pixel from the bounds, relative to the largest legal value, ``(N,)``.
+
+    Example:
+        >>> found = WassersteinFeasibility(torch.tensor([0.1, 0.3]), torch.zeros(2), torch.zeros(2))
+        >>> found.feasible(eps=0.2)
+        tensor([ True, False])
     """
 
     cost: Tensor
@@ -30,30 +35,40 @@ class WassersteinFeasibility(NamedTuple):
     box: Tensor
 
     def feasible(self, eps: float, tol: float = 1e-5) -> Tensor:
-        """Which images hold all three constraints, up to ``tol`` of them, ``(N,)``."""
+        """Which images satisfy all three constraints, ``(N,)``.
+
+        Args:
+            eps: the perturbation budget, in pixels.
+            tol: relative tolerance of each constraint.
+        """
         return (self.cost <= eps * (1 + tol)) & (self.mass <= tol) & (self.box <= tol)
 
 
 def wasserstein_feasibility(
     inputs: Tensor, adversarial: Tensor, threat: ThreatModel, *, neighbourhood: int = 5, p: int = 1
 ) -> WassersteinFeasibility:
-    """Transport cost, mass and bounds of adversarial images, whoever made them.
+    """Exact transport cost, change of mass and violation of the bounds of adversarial images from any attack.
 
-    The cost is the exact one: a linear program for each channel, solved by HiGHS in float64, not what an attack's own plan says. It
-    takes some tenths of a second for an image of MNIST.
+    The cost does not come from the attack's own plan. It is the optimum of a linear program for each channel, solved by HiGHS in
+    float64, which takes some tenths of a second for an image of MNIST.
 
     Args:
         inputs: clean images ``(N, C, H, W)``, in model units.
-        adversarial: what an attack made of them, in model units.
+        adversarial: adversarial images ``(N, C, H, W)``, in model units.
         threat: the threat model (norm ``wasserstein``).
-        neighbourhood: pixels along the side of the square to which mass may go.
+        neighbourhood: side of the square that mass may move in, in pixels; odd.
         p: order of the distance, 1 or 2.
 
     Returns:
-        The figures, in float64 on the CPU.
+        The three constraint values of each image, in float64 on the CPU.
 
     Raises:
-        ValueError: for shapes that differ, or what :class:`WassersteinAttack` refuses.
+        ValueError: if the shapes differ, or for inputs and arguments that :class:`WassersteinAttack` refuses.
+        RuntimeError: if HiGHS fails.
+
+    References:
+        Wong, Schmidt, Kolter, "Wasserstein adversarial examples via projected Sinkhorn iterations", ICML 2019 (the norm). Huangfu
+        and Hall, "Parallelizing the dual revised simplex method", 2018 (HiGHS).
 
     Example:
         >>> import torch
@@ -66,11 +81,11 @@ def wasserstein_feasibility(
     check_ball(threat, neighbourhood, p)
     if inputs.shape != adversarial.shape:
         raise ValueError(
-            f"Clean and adversarial images must have one shape, got {tuple(inputs.shape)} and {tuple(adversarial.shape)}."
+            f"Clean and adversarial images must have the same shape, got {tuple(inputs.shape)} and {tuple(adversarial.shape)}."
         )
     x, y = (threat.to_data(images.detach().cpu().double()) for images in (inputs, adversarial))
     box = threat.box(x, precision=inputs.dtype)
-    # Rounding of the conversion to data units makes no mass.
+    # Values that are only rounding of the conversion to data units are not mass.
     x = clamp_rounding(x, inputs.dtype)
     x = torch.where(x < 1e-7 * x.amax(), x.clamp_max(0), x)
     check_images(x, neighbourhood)
@@ -90,8 +105,8 @@ def wasserstein_feasibility(
 
 
 def _local_cost(x: np.ndarray, y: np.ndarray, near: Neighbourhood) -> tuple[float, float]:
-    """The cheapest local plan between two images ``(H, W)`` and the mass that it cannot explain."""
-    from scipy.optimize import linprog  # half a second, for those alone who need it
+    """The cost of the cheapest local plan between two images ``(H, W)``, and the mass that no local plan explains."""
+    from scipy.optimize import linprog  # imported here because it takes half a second
     from scipy.sparse import coo_array, eye_array, hstack
 
     height, width = x.shape
@@ -111,7 +126,7 @@ def _local_cost(x: np.ndarray, y: np.ndarray, near: Neighbourhood) -> tuple[floa
     source, target, price = np.concatenate(edges, axis=1)
     masses = np.concatenate([x.flat[sources], y.flat[targets]])
     one, count = np.ones(len(price)), np.arange(len(price))
-    # A row for each source and each target; what stays unexplained costs more than any chain of moves through the image could save.
+    # One constraint for each source and each target. Unexplained mass costs more than any chain of moves through the image.
     ends = np.concatenate([source, target + len(sources)]).astype(int)
     both = coo_array(
         (np.concatenate([one, one]), (ends, np.concatenate([count, count]))), shape=(len(masses), len(price))

@@ -1,4 +1,4 @@
-"""The linear oracle of the Wasserstein ball: the plan that brings mass where it is worth most."""
+"""The linear maximisation oracle of the Wasserstein ball, for the Frank-Wolfe method."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from lightning_wdefense.attacks.wasserstein.local_transport import LocalTranspor
 
 
 def best_plan(transport: LocalTransport, values: Tensor) -> Tensor:
-    """The plan of the budget that brings mass where it is worth most, whatever the room: exact, without entropy.
+    """The plan within the budget that maximises the total value of the transported mass: exact, without entropic regularisation.
 
-    A linear program with one constraint over rows that are independent without it. Of a pixel's neighbours only those on the upper hull of
-    (cost, value) matter, and the budget goes to the steepest steps along all hulls first; the last one is taken in part.
+    Capacities are ignored. The budget is the only constraint that couples the rows of this linear program. Of the neighbours of a
+    pixel only those on the upper convex hull of the points (cost, value) matter. The budget is spent on the hull segments of
+    largest slope first; the last one is used in part.
 
     Args:
         transport: the constraints.
-        values: of a unit of mass at each pixel, ``(N, C, H, W)``.
+        values: value of a unit of mass at each pixel, ``(N, C, H, W)``.
 
     Returns:
         The plan ``(N, K, R)``.
@@ -39,7 +40,7 @@ def best_plan(transport: LocalTransport, values: Tensor) -> Tensor:
     if not slopes:
         return plan
     bills = torch.cat(lengths, 1) * transport.masses.unsqueeze(1)
-    # Slopes fall along a hull, and the sort is stable: no step is taken before the ones that lead to it.
+    # Slopes decrease along a hull, and the sort is stable, so a segment is never used before the segments that lead to it.
     shares = _spend(transport.budget, bills.flatten(1), torch.cat(slopes, 1).flatten(1)).view_as(bills)
     reached = torch.cat([torch.ones_like(shares[:, :1]), shares, torch.zeros_like(shares[:, :1])], 1)
     plan.zero_()
@@ -50,7 +51,7 @@ def best_plan(transport: LocalTransport, values: Tensor) -> Tensor:
 
 
 def _best_at_each_distance(transport: LocalTransport, values: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest value in each ring around a pixel, ``(N, rings, R)``, and its place."""
+    """The largest value in each ring around a pixel, ``(N, rings, R)``, and the index of that neighbour."""
     seen = transport.gather_neighbours(values).masked_fill(~transport.inside, -torch.inf)
     best, places = [], []
     for ring in transport.neighbourhood.rings:
@@ -61,7 +62,7 @@ def _best_at_each_distance(transport: LocalTransport, values: Tensor) -> tuple[T
 
 
 def _spend(budget: Tensor, bills: Tensor, worth: Tensor) -> Tensor:
-    """How much of each bill ``(N, M)`` is paid if the budget ``(N,)`` goes to those of most worth first."""
+    """The share of each cost in ``bills`` ``(N, M)`` that the budget ``(N,)`` pays for, in order of decreasing ``worth``."""
     order = worth.argsort(dim=1, descending=True, stable=True)
     ordered = bills.gather(1, order)
     left = budget.unsqueeze(1) - (ordered.cumsum(1) - ordered)

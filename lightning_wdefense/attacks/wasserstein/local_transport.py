@@ -1,4 +1,4 @@
-"""Plans that move the mass of pixels to their neighbours: the Wasserstein ball around images."""
+"""Local transport plans, which move the mass of pixels to neighbouring pixels, and their constraints."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor
 
 
 class Neighbourhood(NamedTuple):
-    """Where mass may go: a square of pixels around its own, and what a unit of it pays.
+    """The pixels that mass may move to: a square around its own pixel, with the cost per unit of mass.
 
     Attributes:
-        size: pixels along a side, odd.
-        costs: ``distance^p`` of each of the ``K = size^2`` places, ``(K,)``; 0 in the centre.
-        rings: the places at each distance, nearest first.
+        size: number of pixels along a side, odd.
+        costs: ``distance^p`` of each of the ``K = size^2`` pixels, distances in pixels; 0 in the centre.
+        rings: the indices of the pixels at each distance, nearest first.
     """
 
     size: int
@@ -27,13 +27,13 @@ class Neighbourhood(NamedTuple):
 
     @property
     def centre(self) -> int:
-        """The place of the pixel itself."""
+        """The index of the centre, the pixel itself."""
         return len(self.costs) // 2
 
 
 @lru_cache(maxsize=16)
 def square(size: int, p: int) -> Neighbourhood:
-    """``size`` by ``size`` pixels with Euclidean distances to the power of ``p``."""
+    """The neighbourhood of ``size`` by ``size`` pixels, with cost ``distance^p`` for the Euclidean distance in pixels."""
     reach = size // 2
     squares = [i * i + j * j for i in range(-reach, reach + 1) for j in range(-reach, reach + 1)]
     rings = tuple(tuple(k for k, each in enumerate(squares) if each == square) for square in sorted(set(squares)))
@@ -42,20 +42,20 @@ def square(size: int, p: int) -> Neighbourhood:
 
 @dataclass(frozen=True)
 class LocalTransport:
-    """The plans of a batch of images ``(N, C, H, W)``, and the constraints on them.
+    """The constraints on the transport plans of a batch of images ``(N, C, H, W)``.
 
-    A plan ``(N, K, R)`` says how much of each pixel goes to each of its ``K`` neighbours. Only pixels that have mass are in it: ``R`` is
-    the largest number of them in an image, with rows of mass 0 to fill up.
+    A plan ``(N, K, R)`` says how much mass of each pixel moves to each of its ``K`` neighbours. It has rows only for pixels with
+    mass: ``R`` is the largest number of them in an image, and images with fewer have rows of mass 0 as padding.
 
     Attributes:
-        near: where mass may go.
-        shape: of the images.
-        rows: places of the pixels with mass in an image that is flattened, ``(N, R)``.
-        masses: theirs, ``(N, R)``.
-        budget: what the transport of an image may cost, ``(N,)``.
-        room: largest value of each pixel, ``(N, C * H * W)``; ``None`` without a limit.
-        neighbours: places of each pixel's neighbours in an image with a margin around it that is flattened, ``(N, K, R)``.
-        inside: which of them are in the image and not in its margin, ``(N, K, R)``.
+        neighbourhood: the pixels that mass may move to.
+        shape: shape of the images, ``(N, C, H, W)``.
+        rows: indices of the pixels with mass in the flattened image, ``(N, R)``.
+        masses: mass of these pixels, ``(N, R)``.
+        budget: the largest transport cost of each image, in units of mass times ``distance^p``, ``(N,)``.
+        capacity: largest value of each pixel, ``(N, C * H * W)``; ``None`` without a limit.
+        neighbours: indices of each pixel's neighbours in the flattened image with a margin around it, ``(N, K, R)``.
+        inside: which of these neighbours lie in the image and not in its margin, ``(N, K, R)``.
     """
 
     neighbourhood: Neighbourhood
@@ -71,7 +71,14 @@ class LocalTransport:
     def of(
         cls, images: Tensor, budget: Tensor, capacity: Tensor | None, neighbourhood: Neighbourhood
     ) -> LocalTransport:
-        """That of images ``(N, C, H, W)`` without negative values."""
+        """The constraints for given images.
+
+        Args:
+            images: ``(N, C, H, W)``, without negative values.
+            budget: the largest transport cost of each image, ``(N,)``.
+            capacity: largest value of each pixel, ``(N, C, H, W)``; ``None`` without a limit.
+            neighbourhood: the pixels that mass may move to.
+        """
         flat = images.flatten(1)
         count = max(int((flat > 0).sum(1).max()), 1)
         # The pixels with mass first; a stable sort keeps them in order.
@@ -103,22 +110,22 @@ class LocalTransport:
 
     @property
     def costs(self) -> Tensor:
-        """Of a unit of mass, ``(K, 1)``."""
+        """Cost per unit of mass for each neighbour, ``(K, 1)``."""
         return self.masses.new_tensor(self.neighbourhood.costs).unsqueeze(1)
 
     def identity_plan(self) -> Tensor:
-        """The plan that moves nothing."""
+        """The plan ``(N, K, R)`` that moves no mass."""
         plan = torch.zeros_like(self.inside, dtype=self.masses.dtype)
         plan[:, self.neighbourhood.centre] = self.masses
         return plan
 
     def gather_neighbours(self, values: Tensor) -> Tensor:
-        """The value of each neighbour of each pixel: ``(N, C, H, W)`` to ``(N, K, R)``; anything outside the image."""
+        """The value of each neighbour of each pixel: ``(N, C, H, W)`` to ``(N, K, R)``; undefined outside the image."""
         padded = F.pad(values.view(self.shape), [self.neighbourhood.size // 2] * 4).flatten(1)
         return padded.gather(1, self.neighbours.flatten(1)).view_as(self.neighbours)
 
     def transported(self, plan: Tensor) -> Tensor:
-        """The images that a plan makes, ``(N, C, H, W)``."""
+        """The images after the transport by a plan (its second marginal), ``(N, C, H, W)``."""
         reach = self.neighbourhood.size // 2
         count, channels, height, width = self.shape
         padded = plan.new_zeros(count, channels, height + 2 * reach, width + 2 * reach)
@@ -126,40 +133,44 @@ class LocalTransport:
         return padded[:, :, reach : reach + height, reach : reach + width].contiguous()
 
     def cost(self, plan: Tensor) -> Tensor:
-        """What a plan costs, ``(N,)``."""
+        """The transport cost of a plan, ``(N,)``."""
         return (plan * self.costs).sum((1, 2))
 
 
 def check_neighbourhood(size: int) -> None:
-    """Refuse a square without a centre.
+    """Refuse a neighbourhood whose side is even or below 3.
 
     Raises:
-        ValueError: with what was given.
+        ValueError: with the given size.
     """
     if size < 3 or size % 2 == 0:
         raise ValueError(f"neighbourhood must be odd and at least 3, so that it has a centre, got {size}.")
 
 
 def clamp_rounding(data: Tensor, precision: torch.dtype) -> Tensor:
-    """Images in which what the conversion to data units took a little below 0 is 0.
+    """Replace values that rounding in the conversion to data units made slightly negative by 0.
 
     Args:
         data: images in data units.
-        precision: the dtype in which they came.
+        precision: the dtype of the pipeline's inputs.
     """
     rounding = 8 * torch.finfo(precision).eps * max(1.0, float(data.abs().amax()))
     return torch.where(data >= -rounding, data.clamp_min(0), data)
 
 
 def check_images(data: Tensor, size: int) -> None:
-    """Refuse what has no mass to move.
+    """Refuse inputs that are not images with mass.
+
+    Args:
+        data: the inputs, in data units.
+        size: side of the neighbourhood, in pixels.
 
     Raises:
-        ValueError: saying what was found.
+        ValueError: if the inputs are not ``(N, C, H, W)``, smaller than the neighbourhood, negative, or without mass.
     """
     if data.ndim != 4:
         raise ValueError(
-            f"The Wasserstein norm is one of images (N, C, H, W), got inputs of shape {tuple(data.shape)}."
+            f"The Wasserstein norm is defined for images (N, C, H, W), got inputs of shape {tuple(data.shape)}: use another norm."
         )
     if size > min(data.shape[2:]):
         raise ValueError(
@@ -172,4 +183,6 @@ def check_images(data: Tensor, size: int) -> None:
         )
     empty = (data.sum((1, 2, 3)) <= 0).nonzero().flatten().tolist()
     if empty:
-        raise ValueError(f"Images without any mass have nothing to move: samples {empty[:5]} of the batch are all 0.")
+        raise ValueError(
+            f"Images without any mass have nothing to move: samples {empty[:5]} of the batch are 0 in every pixel. Leave them out of the batch."
+        )

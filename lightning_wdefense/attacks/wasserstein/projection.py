@@ -1,4 +1,4 @@
-"""The projection onto the Wasserstein ball, by its dual; and the last step that makes a plan legal in all respects."""
+"""The projection of transport plans onto the Wasserstein ball, by its dual, and the repair that makes a plan feasible."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from torch import Tensor
 from lightning_wdefense.attacks.wasserstein.local_transport import LocalTransport
 
 CAPACITY_STEP = 0.7
-"""Of the prices of room, in Newton steps of each by itself: less than 1, as those of its neighbours move too."""
+"""Step size for the multipliers of the capacities, as a fraction of a Newton step for each multiplier by itself.
+
+It is below 1 because the multipliers of neighbouring pixels change at the same time.
+"""
 
 
 class Multipliers(NamedTuple):
-    """Multipliers of the constraints, from which the next projection can start.
+    """Lagrange multipliers (prices) of the constraints, from which the next projection can start.
 
     Attributes:
-        cost: of the budget, ``(N, 1, 1)``.
-        room: of the room in each pixel, ``(N, C, H, W)``.
+        cost: multiplier of the transport budget, ``(N, 1, 1)``.
+        capacity: multipliers of the capacity of each pixel, ``(N, C, H, W)``.
     """
 
     cost: Tensor
@@ -26,26 +29,29 @@ class Multipliers(NamedTuple):
 
     @classmethod
     def zeros(cls, transport: LocalTransport) -> Multipliers:
-        """Everything is free."""
+        """Multipliers of 0."""
         budget = transport.budget
         return cls(budget.new_zeros(len(budget), 1, 1), budget.new_zeros(transport.shape))
 
     def select(self, index: Tensor) -> Multipliers:
-        """Those of some of the images."""
+        """The multipliers of some of the images."""
         return Multipliers(self.cost[index], self.capacity[index])
 
 
 def nearest_plan(transport: LocalTransport, target: Tensor, *, iterations: int = 200, tol: float = 1e-7) -> Tensor:
-    """The plan of the budget that is nearest to ``target`` ``(N, K, R)`` in the Euclidean sense, whatever the room.
+    """Project ``target`` onto the plans within the transport budget, in Euclidean distance; capacities are ignored.
 
-    At each price of a unit of cost the rows are independent projections onto simplices. Newton's method finds the price at which the
-    budget is spent, inside of a bracket that shrinks.
+    For a given multiplier of the cost, the rows of the plan are independent projections onto simplices. Newton's method, inside
+    a bracket, finds the multiplier at which the budget is spent.
 
     Args:
         transport: the constraints.
-        target: what to come near to.
-        iterations: most of them.
-        tol: of the cost, relative to the budget.
+        target: the point to project, ``(N, K, R)``.
+        iterations: largest number of iterations.
+        tol: tolerance of the cost, relative to the budget.
+
+    Returns:
+        The plan ``(N, K, R)``.
     """
     target, budget = target.masked_fill(~transport.inside, -torch.inf), transport.budget.view(-1, 1, 1)
     price = torch.zeros_like(budget)
@@ -65,14 +71,20 @@ def nearest_plan(transport: LocalTransport, target: Tensor, *, iterations: int =
 def nearest_plan_with_capacity(
     transport: LocalTransport, target: Tensor, prices: Multipliers, *, iterations: int = 3
 ) -> tuple[Tensor, Multipliers]:
-    """The same with regard to the room in the pixels, nearly: a few steps of the dual, from the prices of the last time.
+    """Project ``target`` approximately onto the plans within budget and capacities, by a few dual steps from given multipliers.
 
-    Every iteration moves the price of cost by Newton's method and the price of each pixel by its own curvature, all at once. The price of
-    cost falls by half at most: where it is so high that nothing moves, it does not show by how much. :func:`feasible_plan` makes what is returned
-    legal.
+    Each iteration updates the multiplier of the cost by Newton's method and the multiplier of each pixel by a diagonal Newton
+    step, all at once. The multiplier of the cost falls by at most half per iteration, because for a multiplier so large that no
+    mass moves the Newton step is not defined. The result may violate the constraints slightly; :func:`feasible_plan` repairs it.
+
+    Args:
+        transport: the constraints.
+        target: the point to project, ``(N, K, R)``.
+        prices: multipliers to start from.
+        iterations: number of iterations.
 
     Returns:
-        The plan, and the prices.
+        The plan ``(N, K, R)``, and the multipliers.
     """
     target = target.masked_fill(~transport.inside, -torch.inf)
     price, capacity = prices
@@ -84,7 +96,7 @@ def nearest_plan_with_capacity(
         plan = _onto_rows(target - price * transport.costs - transport.gather_neighbours(capacity), transport.masses)
         excess, slope = _excess(transport, plan)
         newton = torch.maximum(price + excess / slope, price / 2)
-        # The prices of room move the root, so its bracket widens.
+        # The multipliers of the capacities move the root, so the bracket is widened.
         low, high = torch.where(excess > 0, price, 0.9 * low), torch.where(excess > 0, high / 0.9, price)
         price = torch.where((newton >= low) & (newton <= high), newton, (low + high) / 2)
         if transport.capacity is None:
@@ -96,7 +108,7 @@ def nearest_plan_with_capacity(
 
 
 def _price_that_stops_all(transport: LocalTransport, goal: Tensor) -> Tensor:
-    """The price of cost from which on the nearest plan to ``goal`` moves nothing, ``(N, 1, 1)``."""
+    """The smallest multiplier of the cost at which the plan nearest to ``goal`` moves no mass, ``(N, 1, 1)``."""
     centre = transport.neighbourhood.centre
     pull = goal - (goal[:, centre] - transport.masses).unsqueeze(1)
     pull[:, centre] = 0
@@ -104,21 +116,24 @@ def _price_that_stops_all(transport: LocalTransport, goal: Tensor) -> Tensor:
 
 
 def feasible_plan(transport: LocalTransport, plan: Tensor, *, sweeps: int = 500, tol: float = 1e-7) -> Tensor:
-    """A plan that holds all constraints: :func:`fitting`, then :func:`affordable`."""
+    """A plan that satisfies all constraints: :func:`fit_capacity`, then :func:`fit_budget`."""
     return fit_budget(transport, fit_capacity(transport, plan, sweeps=sweeps, tol=tol))
 
 
 def fit_capacity(transport: LocalTransport, plan: Tensor, *, sweeps: int = 500, tol: float = 1e-7) -> Tensor:
-    """A plan that moves the mass there is and finds room for it, by leaving at home what does not fit.
+    """Scale a plan down so that no pixel exceeds its capacity; mass that does not fit stays in its own pixel.
 
-    Of what comes to a pixel as large a share is let in as its room allows, once what others send back is at home again: the greatest such
-    shares, which a falling sequence finds.
+    Each pixel accepts a share of the mass that arrives, as large as its capacity allows. Mass that is not accepted returns to its
+    own pixel and uses capacity there. The largest shares that are consistent are the limit of a decreasing sequence.
 
     Args:
         transport: the constraints.
-        plan: any, ``(N, K, R)``.
-        sweeps: most steps of that sequence.
-        tol: by how much pixels may overflow after it.
+        plan: any plan, ``(N, K, R)``.
+        sweeps: largest number of iterations of that sequence.
+        tol: by how much a pixel may exceed its capacity, in units of the images.
+
+    Returns:
+        The plan ``(N, K, R)``.
     """
     plan = rescale_rows(transport, plan.clamp_min(0))
     plan[:, transport.neighbourhood.centre] = 0
@@ -138,19 +153,19 @@ def fit_capacity(transport: LocalTransport, plan: Tensor, *, sweeps: int = 500, 
 
 
 def rescale_rows(transport: LocalTransport, plan: Tensor) -> Tensor:
-    """A plan without negative entries, its rows scaled to the masses of the pixels."""
+    """A non-negative plan ``(N, K, R)`` with its rows scaled so that they sum to the masses of the pixels."""
     return plan * (transport.masses.unsqueeze(1) / plan.sum(1, keepdim=True).clamp_min(torch.finfo(plan.dtype).tiny))
 
 
 def fit_budget(transport: LocalTransport, plan: Tensor) -> Tensor:
-    """All that moves, scaled to the budget."""
+    """Scale the mass that moves down, so that the cost of the plan is within the budget."""
     cost = transport.cost(plan)
     share = (transport.budget / cost.clamp_min(torch.finfo(cost.dtype).tiny)).clamp(max=1)
     return _keep_remainder(transport, plan * share.view(-1, 1, 1))
 
 
 def _keep_remainder(transport: LocalTransport, plan: Tensor) -> Tensor:
-    """The plan, in place, with what its rows do not send in their own pixels."""
+    """The plan, changed in place: mass that its rows do not move stays in its own pixel."""
     centre = transport.neighbourhood.centre
     plan[:, centre] = 0
     plan[:, centre] = transport.masses - plan.sum(1)
@@ -158,9 +173,10 @@ def _keep_remainder(transport: LocalTransport, plan: Tensor) -> Tensor:
 
 
 def _onto_rows(goal: Tensor, masses: Tensor) -> Tensor:
-    """Each row ``(N, K, R)`` onto the simplex of its mass ``(N, R)``."""
+    """Project each row of ``goal`` ``(N, K, R)`` onto the simplex of its mass ``(N, R)``."""
     masses = masses.unsqueeze(1)
-    # Left of the root of a convex, falling function Newton's steps rise to it and, as it has at most K pieces, end there.
+    # The function is convex, decreasing and piecewise linear with at most K pieces, so Newton's method from the left of its root
+    # increases monotonically and ends at the root after at most K steps.
     shift = goal.amax(1, keepdim=True) - masses
     for _ in range(goal.shape[1]):
         above = (goal - shift).clamp_min_(0)
@@ -172,10 +188,10 @@ def _onto_rows(goal: Tensor, masses: Tensor) -> Tensor:
 
 
 def _excess(transport: LocalTransport, plan: Tensor) -> tuple[Tensor, Tensor]:
-    """By how much a plan exceeds the budget, and how fast that falls with the price of cost, both ``(N, 1, 1)``."""
+    """The cost of a plan minus the budget, and the negative derivative by the multiplier of the cost, both ``(N, 1, 1)``."""
     active, costs = plan.sign(), transport.costs
     count = active.sum(1).clamp_min_(1)
-    # An entry falls by its own cost less the mean of those in its row, which stays as large as it is.
+    # The derivative of an active entry is the mean cost of the active entries in its row minus its own, as the row sum is fixed.
     first, second = (active.mul_(costs).sum(1) for _ in range(2))
     slope = (second - first.square() / count).sum(1)
     excess = transport.cost(plan) - transport.budget

@@ -117,7 +117,7 @@ TARGETS = {
     "regression in 0..1": (ONE, torch.linspace(0, 1, 8)[:, None], "single output.*from 0 to 1, are no classifier's"),
     "regression in 0..1, flat": (ONE, torch.linspace(0.1, 1, 8), "from 0.1 to 1"),
     "regression": (ONE, torch.linspace(-3, 3, 8)[:, None], "from -3 to 3"),
-    "labels -1 and 1": (ONE, torch.tensor([1.0, -1] * 4), r"of labels -1 and 1, \(labels \+ 1\) / 2"),
+    "labels -1 and 1": (ONE, torch.tensor([1.0, -1] * 4), r"labels -1 and 1 with \(labels \+ 1\) / 2"),
     "several labels": (FEW, torch.tensor([[1.0, 0, 1], [0, 1, 0]] * 4), "sum to 1"),
     "several labels, integers": (FEW, torch.tensor([[1, 0, 1], [0, 1, 0]] * 4), r"labels have shape \(8, 3\)"),
     "several targets": (FEW, torch.randn(8, 3), "non-negative"),

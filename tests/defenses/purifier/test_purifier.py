@@ -320,7 +320,7 @@ def test_errors_in_training(options, error, message):
         ({"critic_weight": 0.0, "reconstruction_weight": 0, "task_weight": 0}, "are all 0"),
         ({"attack": "pgdd"}, "There is no attack 'pgdd'. Did you mean 'pgd'"),
         ({"attack": PGD(ThreatModel(eps=0.1))}, "attack was made for"),
-        ({"evaluation": "gibbs-noise"}, "training alone"),
+        ({"evaluation": "gibbs-noise"}, "training only"),
         ({"model": nn.Sequential(nn.LSTM(8, 8)), "generator": None}, "Sequential does not begin .* give generator="),
     ],
 )
