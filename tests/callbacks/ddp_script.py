@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from lightning import seed_everything
 from support.learned import plain
 from support.lightning_modules import DigitsClassifier, digits_loaders, quiet_trainer
+from support.processes import group_ends
 from torchmetrics import Accuracy
 
 from lightning_wdefense import Recipe, RobustnessMonitor, ThreatModel, WassersteinDefense, WassersteinDefenseMixin
@@ -113,4 +114,5 @@ def main(folder, *recipes):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    with group_ends():
+        main(*sys.argv[1:])

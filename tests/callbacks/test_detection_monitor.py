@@ -19,6 +19,7 @@ from support.lightning_modules import (
     quiet_trainer,
     trained_classifier,
 )
+from support.processes import SpawnedDDP
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -126,7 +127,7 @@ def test_the_size_of_the_batches_does_not_matter(batch_size):
 
 
 def test_two_processes_learn_from_both():
-    trainer = quiet_trainer(callbacks=[watch()], strategy="ddp_spawn", devices=2)
+    trainer = quiet_trainer(callbacks=[watch()], strategy=SpawnedDDP(), devices=2)
     trainer.validate(trained_classifier(), digits_loaders()[1], verbose=False)
     # Each process has every second sample, and of those attacks every second one.
     for name, value in by_hand(judged=torch.arange(128) // 2 % 2 == 1).items():

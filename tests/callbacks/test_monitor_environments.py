@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.lightning_modules import DigitsClassifier, digits_loaders, quiet_trainer, trained_classifier
+from support.processes import SpawnedDDP
 
 from lightning_wdefense import RobustnessMonitor, ThreatModel, WassersteinDefense
 from lightning_wdefense.attacks import PGD
@@ -107,7 +108,7 @@ def test_compiled_code_is_not_compiled_again_for_every_batch():
 
 
 def test_two_processes_give_the_values_of_one(plain):
-    trainer = quiet_trainer(callbacks=[watch()], strategy="ddp_spawn", devices=2)
+    trainer = quiet_trainer(callbacks=[watch()], strategy=SpawnedDDP(), devices=2)
     trainer.validate(trained_classifier(), digits_loaders()[1], verbose=False)
     values = trainer.callback_metrics
     for key, value in plain.items():
