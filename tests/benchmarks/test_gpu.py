@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -116,6 +117,20 @@ def test_the_last_table_is_short(tmp_path):
     assert sum("more in gpu.md" in line for line in lines) == 5
 
 
+@pytest.mark.parametrize("stage", schedule.EVERY, ids=lambda stage: stage.name)
+def test_every_stage_is_there(stage):
+    assert callable(importlib.import_module(stage.module).run)
+
+
+def test_rehearsal_of_one_stage(tmp_path):
+    given = ["--rehearse", "--minutes", "4", "--stages", "cifar", "--output", str(tmp_path)]
+    assert schedule.run(arguments(given)) == 0
+    (stage,) = json.loads((tmp_path / "gpu.json").read_text())["stages"].values()
+    assert stage["state"] == "done"
+    assert {row["epochs"] for row in stage["rows"].values()} == {1}
+
+
+@pytest.mark.slow
 def test_rehearsal(tmp_path):
     """Every stage at toy size: nothing may fail on a GPU for a silly reason. And the second call has nothing to do."""
     begun = time.monotonic()

@@ -44,7 +44,7 @@ FAMILIES = {
 @pytest.mark.parametrize("relative_blur", [0.5, 0.2, 0.05, 0.02])
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 def test_float32_is_right_to_one_percent(family, relative_blur):
-    """The whole table, 20 seeds and an independent reference, is ``benchmarks/sinkhorn.py --robustness``."""
+    """The whole table, 20 seeds and an independent reference, is ``python -m benchmarks.sinkhorn --robustness``."""
     make, n, d = family
     for seed in range(2):
         clouds = make(n, d, torch.Generator().manual_seed(seed))

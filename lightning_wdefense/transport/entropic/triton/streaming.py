@@ -18,7 +18,7 @@ from torch import Tensor
 
 PRECISION = "tf32x3"
 """Three products on the tensor cores, which are as exact as float32; TF32 alone has 10 bits, and the exponent is a difference of
-products, divided by ``eps``. ``"ieee"``, without tensor cores, takes five times as long (H100, ``benchmarks/gpu.py --stages tiles``)."""
+products, divided by ``eps``. ``"ieee"``, without tensor cores, takes five times as long (H100, ``python -m benchmarks.gpu --stages tiles``)."""
 
 ROWS = 64
 """Points of ``x`` that a program answers for."""
