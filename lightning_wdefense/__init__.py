@@ -1,6 +1,5 @@
 """Adversarial robustness with optimal transport for PyTorch Lightning."""
 
-from lightning_wdefense import _safe_globals
 from lightning_wdefense.attacks import ThreatModel
 from lightning_wdefense.callbacks import (
     AdversarialExampleLogger,
@@ -9,9 +8,10 @@ from lightning_wdefense.callbacks import (
     WassersteinDefense,
 )
 from lightning_wdefense.defenses import Recipe
+from lightning_wdefense.defenses.safe_globals import register_safe_globals
 from lightning_wdefense.mixin import DefenseOutput, WassersteinDefenseMixin
 
-_safe_globals.register()
+register_safe_globals()
 
 __version__ = "0.1.0"
 

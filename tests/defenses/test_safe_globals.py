@@ -10,10 +10,10 @@ import torch
 from support.lightning_modules import DigitsClassifier, quiet_trainer
 
 from lightning_wdefense import Recipe, ThreatModel
-from lightning_wdefense._safe_globals import configuration_classes
 from lightning_wdefense.attacks import PGD, Execution, get_attack
 from lightning_wdefense.attacks.registry import ATTACKS
 from lightning_wdefense.defenses import DISCREPANCIES, RECIPES
+from lightning_wdefense.defenses.safe_globals import configuration_classes
 from lightning_wdefense.transport import SinkhornDivergence, SlicedWasserstein
 
 THREAT = ThreatModel(eps=0.1, mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.1))

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from lightning_wdefense.attacks import Attack, Execution, ThreatModel
-from lightning_wdefense.defenses import DISCREPANCIES, CriticDiscrepancy, Recipe
-from lightning_wdefense.defenses.discrepancies import SlicedTransport, Transport
-from lightning_wdefense.defenses.recipe import mean_cross_entropy
+from lightning_wdefense.defenses.critic import CriticDiscrepancy
+from lightning_wdefense.defenses.discrepancies import DISCREPANCIES, SlicedTransport, Transport
+from lightning_wdefense.defenses.recipe import Recipe, mean_cross_entropy
 from lightning_wdefense.transport import SinkhornDivergence, SlicedWasserstein
 from lightning_wdefense.transport.entropic.options import SinkhornOptions
 from lightning_wdefense.transport.sliced.options import SlicedOptions
@@ -29,7 +29,7 @@ def configuration_classes() -> list[type]:
     )
 
 
-def register() -> None:
+def register_safe_globals() -> None:
     """Allow ``torch.load(weights_only=True)`` to load them. Loading one sets its attributes and runs no code of this package.
 
     Besides the classes it allows the pure functions that a recipe computes its loss with, and ``set``, which modules without
