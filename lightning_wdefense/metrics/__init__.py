@@ -1,4 +1,4 @@
-"""Robustness metrics in the manner of torchmetrics: tensors in, numbers and plots out. None ever runs an attack."""
+"""Robustness metrics with the interface of torchmetrics. They compare predictions, and never run an attack."""
 
 from lightning_wdefense.metrics.accuracy import RobustAccuracy, robust_accuracy
 from lightning_wdefense.metrics.curve import (

@@ -1,4 +1,4 @@
-"""Plotting in the manner of torchmetrics, without needing matplotlib before something is drawn."""
+"""Plots of metrics as in torchmetrics; matplotlib is imported only when something is drawn."""
 
 from typing import TYPE_CHECKING, Any, cast
 
@@ -27,7 +27,7 @@ def get_axes(ax: "Axes | None" = None) -> tuple["Figure", "Axes"]:
 
 
 def plot_values(metric: Metric, val: Any, ax: "Axes | None") -> tuple["Figure", "Axes"]:
-    """Plot one result of ``metric`` (the computed one if ``val`` is None), or a list of results as steps."""
+    """Plot one result of ``metric``, or a list of results over steps. If ``val`` is None, compute the result first."""
     figure, ax = get_axes(ax)
     metric._plot(val, ax)
     return figure, ax

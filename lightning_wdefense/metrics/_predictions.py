@@ -1,30 +1,31 @@
-"""Which predictions are right: the one place that turns outputs and targets into class indices."""
+"""Converts outputs and targets to class indices, and compares them."""
 
 import torch
 from torch import Tensor
 from torchmetrics.utilities import rank_zero_warn
 
 IGNORED = 255
-"""The value that marks pixels of no class in most data sets of masks."""
+"""The label that most segmentation data sets give to pixels without a class."""
 
 
 def is_correct(preds: Tensor, target: Tensor, name: str = "preds", ignore_index: int | None = None) -> Tensor:
-    """Tell, element by element, whether a prediction is right.
+    """Return for each element whether the predicted class is the label.
 
     Args:
         preds: class indices ``(N, ...)`` (an integer tensor), logits or probabilities ``(N, C, ...)``, or the logits
-            of a binary classifier ``(N,)`` or ``(N, 1, ...)``, which say class 1 where they are positive.
-        target: class indices ``(N, ...)``, soft labels ``(N, C, ...)`` (the largest counts), or binary labels as
-            floats in [0, 1], ``(N, ...)`` or ``(N, 1, ...)`` (above one half is class 1).
-        name: what to call ``preds`` in an error.
-        ignore_index: the label of elements that are left out; with ``None`` every element counts.
+            of a binary classifier ``(N,)`` or ``(N, 1, ...)``, where positive logits mean class 1.
+        target: class indices ``(N, ...)``, soft labels ``(N, C, ...)`` (the class of the largest one), or binary labels
+            as floats in [0, 1], ``(N, ...)`` or ``(N, 1, ...)`` (class 1 above 0.5).
+        name: name of ``preds`` in error messages.
+        ignore_index: the label of elements that are left out; ``None`` for none.
 
     Returns:
-        A boolean tensor ``(N, ...)``; with ``ignore_index`` one of the elements that are not left out, in a row.
+        A boolean tensor ``(N, ...)``. With ``ignore_index``, a flat boolean tensor of the elements that are not left
+        out.
 
     Raises:
         TypeError: If ``preds`` or ``target`` is not a tensor.
-        ValueError: If the shapes do not match, a value is NaN, or a label is no class of ``preds``.
+        ValueError: If the shapes do not match, a value is NaN, or a label is not a class of ``preds``.
 
     Example:
         >>> import torch
@@ -50,14 +51,14 @@ def is_correct(preds: Tensor, target: Tensor, name: str = "preds", ignore_index:
         and not bool((classes == IGNORED).any())
     ):
         raise ValueError(
-            f"`target` holds the label {IGNORED}, which is never predicted and usually marks pixels that belong to no class: pass"
-            f" ignore_index={IGNORED} to leave them out. If it is a class, pass logits as `{name}`, which say so."
+            f"`target` holds the label {IGNORED}, which is never predicted and usually marks pixels without a class: pass"
+            f" ignore_index={IGNORED} to leave them out. If it is a class, pass logits as `{name}`, which give the number of classes."
         )
     return classes == labels
 
 
 def _predicted_classes(preds: Tensor, name: str) -> tuple[Tensor, int | None]:
-    """Return the class indices and the number of classes, where ``preds`` tells it."""
+    """Return the class indices, and the number of classes if ``preds`` has a class dimension (else ``None``)."""
     _check_tensor(preds, name)
     if not preds.is_floating_point():
         return preds.long(), None
@@ -66,14 +67,14 @@ def _predicted_classes(preds: Tensor, name: str) -> tuple[Tensor, int | None]:
         return preds.argmax(1), preds.size(1)
     if preds.numel() > 1 and preds.min() >= 0 and preds.max() <= 1:
         rank_zero_warn(
-            f"`{name}` has a single output per sample and lies in [0, 1]. It is read as logits, which say class 1 where"
-            " they are positive: if these are probabilities, pass the logits or the class indices instead."
+            f"`{name}` has a single output per sample, in [0, 1]. It is read as logits, where positive values mean class 1."
+            " If these are probabilities, pass the logits or the class indices instead."
         )
     return (preds if preds.ndim == 1 else preds.squeeze(1)).gt(0).long(), 2
 
 
 def _target_classes(target: Tensor, ndim: int, num_classes: int | None, ignore_index: int | None) -> Tensor:
-    """Return integer labels with ``ndim`` dimensions where the shape of ``target`` allows it."""
+    """Return integer labels, with ``ndim`` dimensions if the shape of ``target`` allows it."""
     _check_tensor(target, "target")
     has_class_dim = target.ndim == ndim + 1
     if target.is_floating_point():
@@ -93,8 +94,8 @@ def _target_classes(target: Tensor, ndim: int, num_classes: int | None, ignore_i
         if low < 0 or (num_classes is not None and high >= num_classes):
             classes = "non-negative" if num_classes is None else f"in 0..{num_classes - 1}, the classes of the logits"
             raise ValueError(
-                f"`target` holds labels from {low} to {high}; they should be {classes}. Elements that are to be left out"
-                " have a label of their own, such as -100 or 255: pass it as ignore_index=."
+                f"`target` holds labels from {low} to {high}; they should be {classes}. If a label such as -100 or 255"
+                " marks elements to leave out, pass it as ignore_index=."
             )
     return labels
 
@@ -104,9 +105,9 @@ def _binary_labels(target: Tensor, num_classes: int | None, ignore_index: int | 
     counted = target[~ignored]
     if num_classes not in (None, 2) or (counted.numel() and (counted.min() < 0 or counted.max() > 1)):
         raise ValueError(
-            f"`target` is a float tensor of shape {tuple(target.shape)}, which is read as binary labels in [0, 1], but"
-            " its values or the number of classes say otherwise. Pass class indices as integers (`target.long()`) or"
-            " soft labels as (N, C, ...)."
+            f"`target` is a float tensor of shape {tuple(target.shape)}, which means binary labels in [0, 1]. Its values"
+            " or the number of classes do not fit this. Pass class indices as integers (`target.long()`), or soft labels"
+            " as (N, C, ...)."
         )
     classes = (target > 0.5).long()
     return classes if ignore_index is None else classes.masked_fill(ignored, ignore_index)
@@ -123,6 +124,6 @@ def _check_no_nan(value: Tensor, name: str) -> None:
     count = int(torch.isnan(value).sum())
     if count:
         raise ValueError(
-            f"`{name}` holds NaN ({count} of {value.numel()} values), so no class can be read from it. Look for a model"
-            " that diverged, or for an attack or a precision that overflowed."
+            f"`{name}` holds NaN ({count} of {value.numel()} values), so it has no predicted class. Check whether the model"
+            " or the attack diverged, or a lower precision overflowed."
         )

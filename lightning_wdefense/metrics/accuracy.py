@@ -1,4 +1,4 @@
-"""Accuracy that is left under one or several attacks."""
+"""Robust accuracy: accuracy under several attacks, and in the worst case over them."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -24,18 +24,18 @@ def robust_accuracy(
     target: Tensor,
     ignore_index: int | None = None,
 ) -> dict[str, Tensor]:
-    """Compute the accuracy on clean inputs, under each attack, and in the worst case over all of them.
+    """Compute the accuracy on clean inputs, under each attack, and in the worst case over all attacks.
 
-    A sample is robust if it is right on the clean input *and* under every attack: the worst case is taken sample by
-    sample, so it can be lower than the accuracy under the strongest single attack. The clean input lies in the ball
-    that an attack may search, so a sample that is wrong on it is not counted as right under any attack either.
+    A sample is robust if it is correct on the clean input *and* under every attack. The worst case is taken per sample,
+    so it can be lower than the accuracy under the strongest single attack. The clean input is in the eps ball of every
+    attack. So a sample that is wrong on the clean input counts as wrong under every attack.
 
     Args:
         clean_preds: outputs on clean inputs: logits or probabilities ``(N, C, ...)``, class indices ``(N, ...)``, or
             the logits (not probabilities) of a binary classifier, ``(N,)`` or ``(N, 1, ...)``. With further dimensions
             (segmentation) each element counts.
-        adversarial_preds: the outputs on each attack's inputs by the attack's name, each as ``clean_preds``. With no
-            attack, ``robust`` is ``clean``.
+        adversarial_preds: mapping from the name of each attack to the outputs on its adversarial inputs, in the form of
+            ``clean_preds``. Without any attack, ``robust`` equals ``clean``.
         target: integer labels ``(N, ...)``, soft labels ``(N, C, ...)``, or binary labels as floats.
         ignore_index: label of elements that are left out, such as 255 or -100 in masks; ``None`` for none.
 
@@ -44,7 +44,7 @@ def robust_accuracy(
 
     Raises:
         TypeError: If predictions or labels are not tensors, or ``adversarial_preds`` is not a mapping by name.
-        ValueError: If shapes do not match, a prediction is NaN, a label is no class of the logits, or an attack is
+        ValueError: If shapes do not match, a prediction is NaN, a label is not a class of the logits, or an attack is
             called "clean" or "robust".
 
     References:
@@ -66,10 +66,10 @@ def robust_accuracy(
 
 
 class RobustAccuracy(Metric):
-    """Accuracy on clean inputs, under each attack, and in the worst case over all of them.
+    """Accuracy on clean inputs, under each attack, and in the worst case over all attacks.
 
-    A sample is robust if it is right on the clean input *and* under every attack; see :func:`robust_accuracy`, which
-    this accumulates over batches and processes.
+    A sample is robust if it is correct on the clean input *and* under every attack. The metric accumulates
+    :func:`robust_accuracy` over batches and processes.
 
     ``update`` and ``forward`` accept ``clean_preds`` and ``target`` (tensors) and ``adversarial_preds`` (a mapping from
     the attack's name to a tensor), with the shapes given in :func:`robust_accuracy`. ``compute`` returns a dictionary
@@ -77,15 +77,15 @@ class RobustAccuracy(Metric):
     warning that torchmetrics gives.
 
     Args:
-        attacks: names of the attacks that every update will bring, in the order wanted in the result. With ``None``
-            the first update sets them (in alphabetical order); after that they stay, also through ``reset``.
+        attacks: names of the attacks that every update contains, in the order of the result. With ``None`` the first
+            update sets them (in alphabetical order), and they do not change later, not even by ``reset``.
         ignore_index: label of elements that are left out, such as 255 or -100 in masks; ``None`` for none.
         kwargs: keyword arguments of :class:`torchmetrics.Metric`.
 
     Raises:
-        TypeError: If ``attacks`` is a string or holds anything but strings.
-        ValueError: If a name is repeated, or is "clean" or "robust"; in ``update``, if the names are others than those
-            before, or as :func:`robust_accuracy` does; in ``compute``, if processes have met different attacks.
+        TypeError: If ``attacks`` is a string, or a name is not a string.
+        ValueError: If a name is repeated, or is "clean" or "robust"; in ``update``, if the names differ from those of
+            earlier updates, or as :func:`robust_accuracy`; in ``compute``, if processes have different attacks.
 
     References:
         Croce and Hein, "Reliable Evaluation of Adversarial Robustness with an Ensemble of Diverse Parameter-free
@@ -151,12 +151,12 @@ class RobustAccuracy(Metric):
         missing, additional = sorted(set(expected) - set(got)), sorted(set(got) - set(expected))
         if missing or additional:
             raise ValueError(
-                f"Every update should bring the same attacks, {sorted(expected)}. Missing: {missing}; additional:"
+                f"Every update should contain the same attacks, {sorted(expected)}. Missing: {missing}; additional:"
                 f" {additional}. Run every attack on every batch, or use one metric for each set of attacks."
             )
 
-    # Where the names are only met at the first update, the states on the two sides of a merge can differ: forward()
-    # merges in the state from before it, a checkpoint can know more than a fresh metric, a rank can have no batch.
+    # If the first update sets the names, the two states of a merge can differ: forward() merges with the state before
+    # it, a checkpoint can have more attacks than a new metric, and a rank can have no batch.
 
     def _adopt_attacks(self, state: Mapping[str, Any]) -> tuple[str, ...]:
         names = tuple(key.removeprefix(_STATE) for key in state if key.startswith(_STATE))
@@ -183,7 +183,7 @@ class RobustAccuracy(Metric):
         super()._sync_dist(dist_sync_fn, process_group)
 
     def _agree_on_attacks(self, group: Any | None) -> None:
-        # One collective is run for each state, so a rank with fewer of them would leave the others waiting for ever.
+        # There is one collective operation per state, so the other ranks would wait forever for a rank with fewer states.
         met: list[Any] = [None] * torch.distributed.get_world_size(group)
         torch.distributed.all_gather_object(met, self.attacks, group=group)
         known = [names for names in met if names is not None]
@@ -201,7 +201,7 @@ def _count_correct(
     target: Tensor,
     ignore_index: int | None,
 ) -> tuple[dict[str, Tensor], int]:
-    """Count the elements that are right, by name, and all elements."""
+    """Count the correct elements by name, and all elements."""
     clean = is_correct(clean_preds, target, "clean_preds", ignore_index)
     left = {
         name: clean & is_correct(adversarial_preds[name], target, f"adversarial_preds[{name!r}]", ignore_index)
@@ -228,7 +228,7 @@ def _check_names(names: Iterable[str]) -> tuple[str, ...]:
         raise TypeError(f"The names of attacks should be strings, got {names}.")
     if len(set(names)) < len(names) or {"clean", "robust"} & set(names):
         raise ValueError(
-            f"The names of attacks should be distinct and other than 'clean' and 'robust', which the result uses"
-            f" itself, got {names}. Rename the attack."
+            f"The names of attacks should be distinct, and not 'clean' or 'robust', which are other entries of the"
+            f" result, got {names}. Rename the attack."
         )
     return names

@@ -1,4 +1,4 @@
-"""Accuracy as a function of the attack's budget, and the area under it."""
+"""Robust accuracy as a function of the perturbation budget eps, and the area under this curve (AUAC)."""
 
 import math
 from collections.abc import Sequence
@@ -18,13 +18,18 @@ if TYPE_CHECKING:
 
 
 class AccuracyCurve(NamedTuple):
-    """Accuracy by eps.
+    """Accuracy as a function of eps.
 
     Attributes:
-        epsilons: the budgets ``(E,)``, from 0 upwards, in the units in which they were given (data units for a
-            ``ThreatModel``).
-        accuracies: the shares in [0, 1] that are left at them ``(E,)``, never rising.
-        auac: the area under the curve divided by the largest eps, a scalar in [0, 1].
+        epsilons: perturbation budgets ``(E,)``, increasing from 0, in the units in which they were given (data units
+            for a ``ThreatModel``).
+        accuracies: accuracy at each budget ``(E,)``, as shares in [0, 1] that never increase.
+        auac: area under the accuracy curve divided by the largest eps, a scalar in [0, 1].
+
+    Example:
+        >>> import torch
+        >>> AccuracyCurve(torch.tensor([0.0, 0.1]), torch.tensor([0.9, 0.5]), torch.tensor(0.7)).auac
+        tensor(0.7000)
     """
 
     epsilons: Tensor
@@ -32,7 +37,11 @@ class AccuracyCurve(NamedTuple):
     auac: Tensor
 
     def plot(self, ax: "Axes | None" = None, label: str | None = None) -> tuple["Figure", "Axes"]:
-        """Plot the curve on ``ax`` (by default those of a new figure); ``label`` is its name in the legend.
+        """Plot the curve.
+
+        Args:
+            ax: matplotlib axes to draw on; by default those of a new figure.
+            label: name of the curve in the legend.
 
         Raises:
             ModuleNotFoundError: If matplotlib is not installed.
@@ -50,18 +59,18 @@ class AccuracyCurve(NamedTuple):
 def area_under_accuracy_curve(epsilons: Sequence[float] | Tensor, accuracies: Sequence[float] | Tensor) -> Tensor:
     """Compute the area under an accuracy curve: the trapezoid rule over [0, eps_max], divided by eps_max.
 
-    It is the mean accuracy when eps is drawn uniformly from that interval: 1 for a model that no budget harms.
+    The area is the mean accuracy for eps drawn uniformly from that interval: 1 for a model that is correct at every budget.
 
     Args:
-        epsilons: budgets ``(E,)``, strictly increasing from 0.
-        accuracies: accuracies at them ``(..., E)``.
+        epsilons: perturbation budgets ``(E,)``, strictly increasing from 0.
+        accuracies: accuracies at these budgets ``(..., E)``.
 
     Returns:
         The normalised area ``(...)``, a scalar for one curve.
 
     Raises:
-        ValueError: If ``epsilons`` does not start at 0, does not increase strictly, holds fewer than two values, or is
-            not as long as ``accuracies``.
+        ValueError: If ``epsilons`` does not start at 0, does not increase strictly, has fewer than two values, or is not
+            as long as the last dimension of ``accuracies``.
 
     Example:
         >>> from lightning_wdefense.metrics import area_under_accuracy_curve
@@ -75,7 +84,7 @@ def area_under_accuracy_curve(epsilons: Sequence[float] | Tensor, accuracies: Se
     if values.shape[-1:] != budgets.shape:
         raise ValueError(
             f"`accuracies` of shape {tuple(values.shape)} does not match {len(budgets)} epsilons: its last dimension"
-            " should hold one accuracy for each."
+            " should have one accuracy for each eps."
         )
     return torch.trapezoid(values, budgets) / budgets[-1]
 
@@ -86,17 +95,17 @@ def robust_accuracy_curve(
     epsilons: Sequence[float] | Tensor,
     ignore_index: int | None = None,
 ) -> AccuracyCurve:
-    """Compute the accuracy that is left at each eps, and the area under that curve.
+    """Compute the robust accuracy at each eps, and the area under this curve.
 
-    The balls are nested, so what fools the model at one eps is also allowed at every larger one: a sample that fell
-    counts as fallen from there on, whatever the attack found later. So the curve never rises.
+    The eps balls are nested, so an adversarial input for one eps is also allowed at every larger eps. So a sample that is
+    wrong at one eps counts as wrong at all larger ones, and the curve never increases.
 
     Args:
         preds: the outputs on the inputs attacked at each eps, in the order of ``epsilons``: a sequence of E tensors, or
             one tensor stacked in the first dimension. Each holds logits or probabilities ``(N, C, ...)``, class
             indices ``(N, ...)``, or the logits (not probabilities) of a binary classifier, ``(N,)`` or ``(N, 1, ...)``.
         target: integer labels ``(N, ...)``, soft labels ``(N, C, ...)``, or binary labels as floats.
-        epsilons: budgets ``(E,)``, strictly increasing from 0, where 0 stands for the clean inputs.
+        epsilons: perturbation budgets ``(E,)``, strictly increasing from 0, which means the clean inputs.
         ignore_index: label of elements that are left out, such as 255 or -100 in masks; ``None`` for none.
 
     Returns:
@@ -104,8 +113,8 @@ def robust_accuracy_curve(
 
     Raises:
         TypeError: If predictions or labels are not tensors.
-        ValueError: If ``epsilons`` does not start at 0, does not increase strictly or holds fewer than two values;
-            if ``preds`` is not as long; if shapes do not match, a prediction is NaN, or a label is no class of the
+        ValueError: If ``epsilons`` does not start at 0, does not increase strictly or has fewer than two values;
+            if ``preds`` is not as long; if shapes do not match, a prediction is NaN, or a label is not a class of the
             logits.
 
     References:
@@ -124,10 +133,10 @@ def robust_accuracy_curve(
 
 
 class RobustAccuracyCurve(Metric):
-    """Accuracy by eps, and the area under that curve (AUAC).
+    """Robust accuracy as a function of eps, and the area under this curve (AUAC).
 
-    A sample that fell at one eps counts as fallen at every larger one, since the balls are nested; so the curve never
-    rises. The area is the trapezoid rule over [0, eps_max] divided by eps_max: the mean accuracy over the budgets.
+    The eps balls are nested, so a sample that is wrong at one eps counts as wrong at all larger ones, and the curve never
+    increases. The area is the trapezoid rule over [0, eps_max] divided by eps_max: the mean accuracy over the budgets.
 
     ``update`` and ``forward`` accept ``preds`` (one tensor for each eps, in order; or one tensor stacked in the first
     dimension) and ``target``, with the shapes given in :func:`robust_accuracy_curve`. ``compute`` returns an
@@ -135,14 +144,14 @@ class RobustAccuracyCurve(Metric):
     the warning that torchmetrics gives.
 
     Args:
-        epsilons: budgets ``(E,)``, strictly increasing from 0, where 0 stands for the clean inputs.
+        epsilons: perturbation budgets ``(E,)``, strictly increasing from 0, which means the clean inputs.
         ignore_index: label of elements that are left out, such as 255 or -100 in masks; ``None`` for none.
         kwargs: keyword arguments of :class:`torchmetrics.Metric`.
 
     Raises:
         TypeError: In ``update``, if predictions or labels are not tensors.
-        ValueError: If ``epsilons`` does not start at 0, does not increase strictly or holds fewer than two values; in
-            ``update``, if ``preds`` is not as long, shapes do not match, a prediction is NaN, or a label is no class.
+        ValueError: If ``epsilons`` does not start at 0, does not increase strictly or has fewer than two values; in
+            ``update``, if ``preds`` is not as long, shapes do not match, a prediction is NaN, or a label is not a class.
 
     References:
         Dong et al., "Benchmarking Adversarial Robustness on Image Classification", CVPR 2020 (accuracy curves).
@@ -200,11 +209,11 @@ class RobustAccuracyCurve(Metric):
 def _count_correct(
     preds: Sequence[Tensor] | Tensor, target: Tensor, epsilons: Sequence[float], ignore_index: int | None
 ) -> tuple[Tensor, int]:
-    """Count the elements that are right up to each eps, and all elements."""
+    """Count the elements that are correct at each eps and all smaller ones, and all elements."""
     if len(preds) != len(epsilons):
         raise ValueError(
             f"`preds` holds predictions for {len(preds)} budgets, but there are {len(epsilons)} epsilons, {epsilons}."
-            " Pass one tensor for each, in the same order, the first on clean inputs."
+            " Pass one tensor for each eps, in the same order; the first is for the clean inputs."
         )
     right = [is_correct(pred, target, f"preds[{i}]", ignore_index) for i, pred in enumerate(preds)]
     left = torch.stack(list(accumulate(right, torch.logical_and)))
@@ -223,10 +232,12 @@ def _check_epsilons(epsilons: Sequence[float] | Tensor) -> tuple[float, ...]:
             f"`epsilons` should hold 0.0 (the clean inputs) and at least one larger budget, got {budgets}."
         )
     if not all(low < high < math.inf for low, high in pairwise(budgets)):
-        raise ValueError(f"`epsilons` should be finite and increase strictly, got {budgets}. Sort it, drop duplicates.")
+        raise ValueError(
+            f"`epsilons` should be finite and increase strictly, got {budgets}. Sort it and drop duplicates."
+        )
     if budgets[0] != 0:
         raise ValueError(
-            f"`epsilons` should start at 0.0, which stands for the clean inputs, got {budgets}. Put 0.0 first, and the"
-            " clean predictions first among `preds`."
+            f"`epsilons` should start at 0.0, which means the clean inputs, got {budgets}. Put 0.0 first, and the clean"
+            " predictions first in `preds`."
         )
     return budgets

@@ -1,4 +1,4 @@
-"""How well scores tell attacked inputs from clean ones."""
+"""Detectability: the area under a detector's ROC curve between clean and attacked samples, with a bootstrap interval."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CHUNK = 2**24
-"""Entries of the largest temporary of the bootstrap."""
+"""Number of elements of the bootstrap's largest temporary tensor."""
 
 
 class AUROC(NamedTuple):
-    """An area under the ROC curve and its interval.
+    """An area under the ROC curve (AUROC) and its bootstrap interval, scalars in [0, 1].
 
     Attributes:
-        value: the share of pairs of a clean and an adversarial sample of which the latter has the higher score, ties counted
-            half: 1 for perfect detection, 0.5 for none.
+        value: the share of pairs (clean sample, adversarial sample) in which the adversarial sample has the higher score; ties
+            count one half. A perfect detector has 1, chance is 0.5.
         low: lower end of the bootstrap interval.
-        high: upper end.
+        high: upper end of the bootstrap interval.
     """
 
     value: Tensor
@@ -39,23 +39,23 @@ def detectability(
 ) -> AUROC:
     """Compute the area under a detector's ROC curve, with a bootstrap interval.
 
-    The percentile interval resamples clean and adversarial scores independently of each other, which is on the wide side where they are
-    of the same images. It has no width where the scores do not overlap, which is no proof that they never would: with fewer than some
-    tens of samples do not rely on it.
+    The percentile interval resamples clean and adversarial scores independently. If both come from the same images, the interval is
+    wider than necessary. If the scores do not overlap, the interval has width 0. This does not show that they never overlap: do not
+    rely on it with only a few dozen samples.
 
     Args:
-        clean_scores: the detector's scores of clean samples ``(N,)``; higher means more adversarial.
-        adversarial_scores: those of attacked samples ``(M,)``.
+        clean_scores: the detector's scores of clean samples ``(N,)``; higher means more likely adversarial.
+        adversarial_scores: the detector's scores of attacked samples ``(M,)``.
         resamples: number of bootstrap resamples.
-        confidence: of the interval, between 0 and 1.
-        seed: of the resamples: the same scores give the same interval, on all devices.
+        confidence: confidence level of the interval, between 0 and 1.
+        seed: seed of the resamples. The same scores give the same interval, on all devices.
 
     Returns:
-        The area and the ends of the interval, scalars in [0, 1], on the device of the scores; NaN if a side is empty.
+        The area and the ends of the interval, scalars in [0, 1], on the device of the scores; NaN if one of the two has no scores.
 
     Raises:
         TypeError: If scores are not float tensors.
-        ValueError: If they are not ``(N,)``, hold NaN, ``resamples`` is below 1, or ``confidence`` not between 0 and 1.
+        ValueError: If scores are not ``(N,)`` or hold NaN, ``resamples`` is below 1, or ``confidence`` is not between 0 and 1.
 
     References:
         Efron and Tibshirani, "An Introduction to the Bootstrap", 1993. Hanley and McNeil, "The meaning and use of the area
@@ -76,7 +76,7 @@ def detectability(
         return AUROC(nan, nan, nan)
     levels, ranks = torch.cat([clean, adversarial]).cpu().unique(return_inverse=True)
     target = (torch.arange(len(ranks)) >= len(clean)).long()
-    # Ranks, because torchmetrics would send scores through a sigmoid, where large ones become ties.
+    # Ranks, because torchmetrics would apply a sigmoid to scores outside of [0, 1], which makes large scores equal.
     value = binary_auroc(ranks.double() / len(ranks), target)
     draws = _resampled(ranks, len(clean), len(levels), resamples, seed)
     tails = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=draws.dtype)
@@ -87,15 +87,15 @@ def detectability(
 class Detectability(Metric):
     """Area under a detector's ROC curve between clean and attacked samples, with a bootstrap interval.
 
-    ``update`` and ``forward`` accept ``clean_scores`` ``(N,)`` and ``adversarial_scores`` ``(M,)``, float tensors of which higher
-    means more adversarial; either may be empty. ``compute`` returns an :class:`AUROC` of three scalars in [0, 1], the value and the
-    ends of its interval, see :func:`detectability`; NaN without scores of both kinds (before any update with the warning that
-    torchmetrics gives). All scores are kept, in float32. Higher is better: the point of view is the defender's.
+    ``update`` and ``forward`` accept ``clean_scores`` ``(N,)`` and ``adversarial_scores`` ``(M,)``, float tensors where higher
+    means more likely adversarial; either may be empty. ``compute`` returns an :class:`AUROC` of three scalars in [0, 1]: the value
+    and the ends of its interval, see :func:`detectability`. They are NaN if there are no clean or no adversarial scores (before any
+    update with the warning that torchmetrics gives). All scores are kept, in float32. Higher is better for the defender.
 
     Args:
         resamples: number of bootstrap resamples.
-        confidence: of the interval, between 0 and 1.
-        seed: of the resamples.
+        confidence: confidence level of the interval, between 0 and 1.
+        seed: seed of the resamples.
         kwargs: keyword arguments of :class:`torchmetrics.Metric`.
 
     Raises:
@@ -145,7 +145,7 @@ class Detectability(Metric):
         return detectability(*sides, resamples=self.resamples, confidence=self.confidence, seed=self.seed)
 
     def plot(self, val: AUROC | Sequence[AUROC] | None = None, ax: "Axes | None" = None) -> tuple["Figure", "Axes"]:
-        """Plot ``val``, a result or a list of results over steps (by default what ``compute`` returns), on ``ax``, beside chance."""
+        """Plot ``val``, a result or a list of results over steps (by default what ``compute`` returns), on ``ax``; 0.5 is dashed."""
         figure, ax = get_axes(ax)
         val = self.compute() if val is None else val
         results = [val] if isinstance(val, AUROC) else list(val)
@@ -160,8 +160,8 @@ class Detectability(Metric):
 
 
 def _resampled(ranks: Tensor, num_clean: int, num_levels: int, resamples: int, seed: int) -> Tensor:
-    """The area under the curve of each resample ``(resamples,)``."""
-    # Sorted, so that neither the order of the batches nor that of the processes matters.
+    """The area under the ROC curve of each resample, ``(resamples,)``."""
+    # Sorted, so that the order of batches and processes does not matter.
     clean, adversarial = ranks[:num_clean].sort().values, ranks[num_clean:].sort().values
     generator = torch.Generator().manual_seed(seed)
     values = []
@@ -183,7 +183,7 @@ def _read(scores: Tensor, name: str) -> Tensor:
     if scores.ndim != 1:
         raise ValueError(f"`{name}` should hold one score for each sample, (N,), got shape {tuple(scores.shape)}.")
     if torch.isnan(scores).any():
-        raise ValueError(f"`{name}` holds NaN, which has no order. Look for features that are not finite.")
+        raise ValueError(f"`{name}` holds NaN, which cannot be ranked. Check whether the features are finite.")
     return scores.detach().to(torch.float32, copy=True)
 
 

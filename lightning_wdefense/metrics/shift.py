@@ -1,4 +1,4 @@
-"""How far an attack moves the distribution of a model's features."""
+"""Transport shift: the Sinkhorn divergence between a model's clean and adversarial features."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -17,32 +17,32 @@ if TYPE_CHECKING:
 
 
 class TransportShift(Metric):
-    """Sinkhorn divergence between the features of clean inputs and of attacked ones.
+    """Sinkhorn divergence between the features of clean inputs and the features of their adversarial inputs.
 
-    It is 0 if the attack leaves the distribution of the features as it was, and grows as the cost |x - y|^p / p of
-    moving one onto the other (with ``p=2``, half the squared distance): its unit is that of the features to the power
-    ``p``, so compare it between models only if their features have the same scale.
+    The value is 0 if the attack does not change the distribution of the features. It grows with the transport cost
+    |x - y|^p / p between the two distributions (with ``p=2``, half the squared distance). Its unit is the unit of the
+    features to the power ``p``, so compare models only if their features have the same scale.
 
     ``update`` and ``forward`` accept ``clean_features`` and ``adversarial_features``, two float tensors of the same
     shape ``(N, ...)``, which are flattened to ``(N, D)``, and with ``label_cost`` also ``labels``, integers ``(N,)``.
     ``compute`` returns a scalar; without any pair it is NaN (before any update with the warning that torchmetrics
     gives).
 
-    The metric keeps features, in its own dtype (see :meth:`torchmetrics.Metric.set_dtype`): the first ``max_samples``
-    pairs that *each process* sees. So shuffle the data if its order means something (such as a folder for each class),
-    and compare values at the same number of samples only.
+    The metric keeps the features of the first ``max_samples`` pairs that *each process* sees, in its own dtype (see
+    :meth:`torchmetrics.Metric.set_dtype`). So shuffle the data if it is sorted (such as by class), and compare only
+    values with the same number of samples.
 
     Args:
-        max_samples: pairs that each process keeps.
+        max_samples: number of pairs that each process keeps.
         p: 1 for the distance as cost, 2 for half the squared distance.
-        blur: absolute blur of the transport, in units of the features; wins over ``relative_blur``.
-        relative_blur: blur in units of the typical distance between clean and attacked features.
-        reach: distance beyond which mass is rather destroyed and created than moved; ``None`` for balanced transport.
-        cost: ``(x, y) -> cost matrix`` in place of ``|x - y|^p / p``.
-        label_cost: what is added to the ground cost between samples with different labels. Without it labels are not
-            used, so that callers may always pass them.
-        tol: marginal error of the transport plan, as a share of the mass, at which to stop.
-        max_iter: most iterations at the final temperature.
+        blur: blur of the transport, in units of the features; overrides ``relative_blur``.
+        relative_blur: blur in units of the typical distance between clean and adversarial features.
+        reach: distance, in units of the features, beyond which mass is destroyed and created instead of moved; ``None``
+            for balanced transport.
+        cost: ``(x, y) -> cost matrix`` instead of ``|x - y|^p / p``.
+        label_cost: cost added between samples with different labels. Without it, labels are not used, but may be passed.
+        tol: marginal error of the transport plan, as a share of the mass, at which the solver stops.
+        max_iter: largest number of iterations at the final temperature.
         solver: ``"native"``, or ``"geomloss"`` for a second opinion.
         kwargs: keyword arguments of :class:`torchmetrics.Metric`.
 
@@ -102,7 +102,7 @@ class TransportShift(Metric):
             self.add_state(state, [], dist_reduce_fx="cat")
 
     def update(self, clean_features: Tensor, adversarial_features: Tensor, labels: Tensor | None = None) -> None:
-        """Add a batch of pairs, as far as there is room; see the class for shapes."""
+        """Add a batch of pairs, up to ``max_samples`` in total; see the class for shapes."""
         _check_features(clean_features, adversarial_features)
         self._check_labels(labels, len(clean_features))
         if not len(clean_features):
@@ -111,14 +111,14 @@ class TransportShift(Metric):
         if known not in (0, width):
             raise ValueError(
                 f"The features have {width} values per sample, those of earlier updates had {known}. Take them from"
-                " one layer at one input size, or pool them, or use a metric for each."
+                " one layer at one input size, pool them, or use one metric for each size."
             )
         held = sum(part.numel() for part in self.clean) // width
         room = self.max_samples - held
         if room <= 0:
             return
         self.num_features = torch.full_like(self.num_features, width)
-        # Copies, so that neither a view of a large batch nor a buffer that the model reuses is held.
+        # Copies, because a view would keep the whole batch in memory, and a model may reuse its buffers.
         self.clean.append(clean_features[:room].flatten().to(self.dtype, copy=True))
         self.adversarial.append(adversarial_features[:room].flatten().to(self.dtype, copy=True))
         if labels is not None and self.label_cost is not None:
@@ -146,7 +146,8 @@ class TransportShift(Metric):
                 f"`label_cost={self.label_cost}` needs labels: pass `labels` to each update, or `label_cost=None`."
             )
         if not isinstance(labels, Tensor) or labels.is_floating_point():
-            raise TypeError("`labels` should be a tensor of integers. Take the argmax of soft labels.")
+            kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+            raise TypeError(f"`labels` should be a tensor of integers, got {kind}. Take the argmax of soft labels.")
         if labels.shape != (num_samples,):
             raise ValueError(
                 f"`labels` of shape {tuple(labels.shape)} does not match {num_samples} pairs of features: pass one"
@@ -154,7 +155,7 @@ class TransportShift(Metric):
             )
 
     def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
-        # For the empty list of a process without data torchmetrics would gather floats, where others gather integers.
+        # For the empty list of a process without data torchmetrics would gather floats, but other processes gather integers.
         self.labels = self.labels or [torch.empty(0, dtype=torch.long, device=self.device)]
         super()._sync_dist(*args, **kwargs)
 
@@ -165,12 +166,9 @@ def _check_features(clean: Tensor, adversarial: Tensor) -> None:
             kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(f"`{name}` should be a float tensor (N, ...) of features, got {kind}.")
         if not torch.isfinite(value).all():
-            raise ValueError(
-                f"`{name}` holds NaN or infinite values: look for a model that diverged, or for an attack."
-            )
+            raise ValueError(f"`{name}` holds NaN or infinite values: check whether the model or the attack diverged.")
     if clean.shape != adversarial.shape or clean.ndim == 0 or not clean.shape[1:].numel():
         raise ValueError(
-            f"`clean_features` and `adversarial_features` should have the same shape (N, ...), without empty"
-            f" dimensions beside N, got"
-            f" {tuple(clean.shape)} and {tuple(adversarial.shape)}. Pass the features of the same samples."
+            f"`clean_features` and `adversarial_features` should have the same shape (N, ...), without empty dimensions"
+            f" after N, got {tuple(clean.shape)} and {tuple(adversarial.shape)}. Pass the features of the same samples."
         )

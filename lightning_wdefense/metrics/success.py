@@ -1,4 +1,4 @@
-"""How often an attack turns a right prediction into a wrong one."""
+"""Attack success rate: the share of correct predictions that an attack makes wrong."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 def attack_success_rate(
     clean_preds: Tensor, adversarial_preds: Tensor, target: Tensor, ignore_index: int | None = None
 ) -> Tensor:
-    """Compute the share of the samples right on clean inputs that an attack made wrong.
+    """Compute the share of the samples that are correct on clean inputs and wrong on adversarial inputs.
 
-    Samples that were wrong already are left out, so a poor model does not flatter the attack.
+    Samples that are wrong on clean inputs are left out. So a low clean accuracy does not increase the success rate.
 
     Args:
         clean_preds: outputs on clean inputs: logits or probabilities ``(N, C, ...)``, class indices ``(N, ...)``, or
@@ -30,11 +30,11 @@ def attack_success_rate(
         ignore_index: label of elements that are left out, such as 255 or -100 in masks; ``None`` for none.
 
     Returns:
-        A scalar in [0, 1]; NaN if no sample was right on its clean input.
+        A scalar in [0, 1]; NaN if no sample is correct on its clean input.
 
     Raises:
         TypeError: If an argument is not a tensor.
-        ValueError: If shapes do not match, a prediction is NaN, or a label is no class of the logits.
+        ValueError: If shapes do not match, a prediction is NaN, or a label is not a class of the logits.
 
     References:
         Carlini and Wagner, "Towards Evaluating the Robustness of Neural Networks", IEEE S&P 2017.
@@ -51,12 +51,11 @@ def attack_success_rate(
 
 
 class AttackSuccessRate(Metric):
-    """Share of the samples right on clean inputs that an attack made wrong.
+    """Share of the samples that are correct on clean inputs and wrong on adversarial inputs.
 
     ``update`` and ``forward`` accept ``clean_preds``, ``adversarial_preds`` and ``target``, with the shapes given in
-    :func:`attack_success_rate`. ``compute`` returns a scalar in [0, 1], or NaN if no sample was right on its clean
-    input (also before any update, then with the warning that torchmetrics gives). Lower is better: the point of view
-    is the defender's.
+    :func:`attack_success_rate`. ``compute`` returns a scalar in [0, 1], or NaN if no sample is correct on its clean
+    input (also before any update, then with the warning that torchmetrics gives). Lower is better for the defender.
 
     Args:
         ignore_index: label of elements that are left out, such as 255 or -100 in masks; ``None`` for none.
@@ -64,7 +63,7 @@ class AttackSuccessRate(Metric):
 
     Raises:
         TypeError: In ``update``, if an argument is not a tensor.
-        ValueError: In ``update``, if shapes do not match, a prediction is NaN, or a label is no class of the logits.
+        ValueError: In ``update``, if shapes do not match, a prediction is NaN, or a label is not a class of the logits.
 
     References:
         Carlini and Wagner, "Towards Evaluating the Robustness of Neural Networks", IEEE S&P 2017.
@@ -100,7 +99,7 @@ class AttackSuccessRate(Metric):
         self.right = self.right + right
 
     def compute(self) -> Tensor:
-        """Return the share in [0, 1], or NaN if no sample was right on its clean input."""
+        """Return the share in [0, 1], or NaN if no sample is correct on its clean input."""
         return self.fooled / self.right
 
     def plot(self, val: Any = None, ax: "Axes | None" = None) -> tuple["Figure", "Axes"]:
