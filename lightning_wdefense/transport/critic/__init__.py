@@ -1,1 +1,1 @@
-"""The dual way to the Wasserstein-1 distance: critics that are Lipschitz by their weights or by a penalty, and their training."""
+"""Estimates of the 1-Wasserstein distance from its dual problem: 1-Lipschitz critics and their training."""

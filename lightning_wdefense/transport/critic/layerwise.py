@@ -1,4 +1,4 @@
-"""An optimiser whose learning rate is the length of a step, layer by layer: what makes the critic easy to train."""
+"""A momentum optimiser with one step length per layer, for critics with or without orthonormal weights."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from lightning_wdefense.transport.critic.lipschitz import as_matrix, retract, ta
 
 
 class LayerwiseMomentum(torch.optim.Optimizer):
-    """Momentum, with one step length for each layer: ``lr`` times its averaged gradient over the gradient's usual length.
+    """Momentum with one step length per layer: ``lr`` times the averaged gradient, divided by the gradient's usual norm.
 
-    The second moment of Adam is kept for a layer as a whole. So a step turns no entry's noise into a full step, has a length of at most
-    ``lr`` whatever the loss is multiplied with, and shrinks where gradients only fluctuate. Weights that must be orthonormal move along
-    the Stiefel manifold: the step is projected on its tangent space and the result retracted, to the accuracy of rounding.
+    As in Adam there is a second moment, but one per layer instead of one per entry. This has three effects. Noise in single entries
+    does not become a full step. The norm of a step is at most ``lr``, for any scale of the loss. Steps become short where gradients
+    only fluctuate. Orthonormal weights move on the Stiefel manifold: the gradient is projected to the tangent space, and the result
+    of the step is retracted, exactly up to rounding.
 
     Args:
-        network: whose parameters are trained; those of one submodule are a layer.
-        lr: length of a step; at most 1 if there are orthonormal weights, whose manifold has radius 1.
-        orthonormal: the weights of the network to keep orthonormal.
-        betas: decay of the first and second moment.
+        network: the network whose parameters are trained; the parameters of one submodule are one layer.
+        lr: learning rate, the norm of a step of one layer. At most 1 if there are orthonormal weights.
+        orthonormal: the weights of the network that stay orthonormal.
+        betas: decay rates of the first and the second moment.
 
     Raises:
-        ValueError: if ``lr`` is out of its range.
+        ValueError: if ``lr`` is out of range, or the network has no parameters.
     """
 
     def __init__(
@@ -44,12 +45,12 @@ class LayerwiseMomentum(torch.optim.Optimizer):
                     {"params": own, "orthonormal": [any(each is kept for kept in orthonormal) for each in own]}
                 )
         if not groups:
-            raise ValueError("The critic has no parameters to train.")
+            raise ValueError("The critic has no parameters to train: give it a network with trainable weights.")
         super().__init__(groups, {"lr": lr, "betas": betas})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """Move every layer against its gradient."""
+        """Take one step against the gradient, for every layer. ``closure`` is not used."""
         for group in self.param_groups:
             lr, (first, second) = group["lr"], group["betas"]
             layer = list(zip(group["params"], group["orthonormal"], strict=True))
@@ -66,7 +67,7 @@ class LayerwiseMomentum(torch.optim.Optimizer):
             square = torch.stack(squares).sum()
             state["square"] = torch.lerp(square, state.get("square", square), second)
             length = torch.stack([average.square().sum() for average in averages]).sum()
-            # A gradient that jumps must not throw the layer further than lr.
+            # A sudden large gradient must not move the layer by more than lr.
             scale = lr / torch.maximum(state["square"], length).sqrt().clamp_min(torch.finfo(length.dtype).tiny)
             for (weight, kept), average in zip(layer, averages, strict=True):
                 weight.sub_(average * scale)
@@ -75,7 +76,7 @@ class LayerwiseMomentum(torch.optim.Optimizer):
 
     @torch.no_grad()
     def agreement(self) -> float:
-        """Cosine between the gradients and the momentum of earlier steps, over all layers; 0 before the first step."""
+        """Cosine similarity of the gradients and the momentum of earlier steps, over all layers; 0 before the first step."""
         weights = [each for group in self.param_groups for each in group["params"]]
         if any("average" not in self.state[each] for each in weights):
             return 0.0
@@ -85,10 +86,10 @@ class LayerwiseMomentum(torch.optim.Optimizer):
 
 
 def check_rate(lr: float, *, orthonormal: bool) -> None:
-    """Refuse a learning rate out of range, which depends on whether there are orthonormal layers.
+    """Raise an error for a learning rate out of range. The range depends on whether there are orthonormal layers.
 
     Raises:
-        ValueError: with the range.
+        ValueError: if ``lr`` is not positive, or is above 1 with orthonormal layers.
     """
     if not 0 < lr <= (1 if orthonormal else float("inf")):
         raise ValueError(f"lr must be positive{', and at most 1 for orthonormal layers' * orthonormal}, got {lr}.")

@@ -1,4 +1,4 @@
-"""Networks whose Lipschitz constant is 1 by construction, and the ways to keep one so."""
+"""Networks with Lipschitz constant 1: the default critic network, and constraints on the layers of any network."""
 
 from __future__ import annotations
 
@@ -11,21 +11,25 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 Lipschitz = Literal["orthogonal", "spectral-norm", "gradient-penalty", "one-sided-penalty"]
+"""How a critic is kept 1-Lipschitz."""
+
 PENALISED = ("gradient-penalty", "one-sided-penalty")
+"""The values of ``lipschitz`` that are penalties in the loss, not constraints on the layers."""
 
 _Layer = TypeVar("_Layer", nn.Linear, nn.Conv2d)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BATCH_STATISTICS = (nn.modules.batchnorm._BatchNorm,)
 _LARGEST_FLAT = 1024
-"""Values of an image below which it is flattened."""
+"""Largest number of values of an image that is flattened for an MLP; larger images get convolutions."""
 _SQUARINGS = 8
-"""Of the Gram matrix of a weight whose largest singular value is wanted."""
+"""Number of squarings of a weight's Gram matrix, to bound its largest singular value."""
 
 
 class GroupSort(nn.Module):
-    """Sorts pairs of channels: 1-Lipschitz, and of gradient norm 1 everywhere, where ReLU loses it (Anil et al., 2019).
+    """Activation that sorts pairs of channels: 1-Lipschitz with gradient norm 1 everywhere, unlike ReLU (Anil et al., 2019).
 
-    ``(N, C, ...)`` with even ``C``; channel ``i`` becomes the larger of ``i`` and ``i + C / 2``, the other one the smaller.
+    Input ``(N, C, ...)`` with even ``C``. Channel ``i`` becomes the maximum of channels ``i`` and ``i + C / 2``, and channel
+    ``i + C / 2`` the minimum.
 
     Example:
         >>> GroupSort()(torch.tensor([[1.0, 5.0, 3.0, 2.0]]))
@@ -33,25 +37,25 @@ class GroupSort(nn.Module):
     """
 
     def forward(self, values: Tensor) -> Tensor:
-        """Sort; the shape stays."""
+        """Sorted values, of the same shape."""
         one, other = values.chunk(2, dim=1)
         excess = (one - other).relu()  # the backward pass of torch.maximum takes three times as long
         return torch.cat([other + excess, one - excess], dim=1)
 
 
 class CriticNetwork(nn.Module):
-    """A network from ``(N, *shape)`` to ``(N, 1)`` with :class:`GroupSort`: for small inputs an MLP, else a convnet before it.
+    """A network from ``(N, *shape)`` to ``(N, 1)`` with :class:`GroupSort`: an MLP, after convolutions for large images.
 
-    Its convolutions do not overlap (each has its stride for a kernel), so that they are linear maps of patches whose Lipschitz
-    constant is that of one matrix. With ``classes`` a sample's class shifts the first hidden layer, so that there is one function a class,
-    each as smooth in the points as without.
+    The convolutions do not overlap (stride equals kernel size), so each is a linear map of patches, with the Lipschitz constant of
+    one matrix. With ``classes``, the class of a sample shifts the first hidden layer. This gives one function per class, and does
+    not change the Lipschitz constant in the points.
 
     Args:
-        shape: of one point.
-        width: of the hidden layers; ``None`` for that of the points, from 64 to 256.
+        shape: shape of one point.
+        width: width of the hidden layers; ``None`` for the width of the points, between 64 and 256.
         depth: number of hidden layers.
-        classes: number of classes; ``None`` for one function of the points alone.
-        seed: of the weights. They are drawn from a generator of their own, as the one of all threads would be shared with others.
+        classes: number of classes; ``None`` for one function without classes.
+        seed: seed of the initial weights. They come from a separate generator, because the global one is shared by all threads.
     """
 
     def __init__(self, shape: Sequence[int], width: int | None, depth: int, classes: int | None, seed: int = 0) -> None:
@@ -72,7 +76,7 @@ class CriticNetwork(nn.Module):
                 channels, height, side, out = out, (height + 1) // 2, (side + 1) // 2, 2 * out
             shape = (channels, height, side)
         inputs = math.prod(shape)
-        # Fewer channels than inputs could not keep all of their directions.
+        # With fewer channels than inputs, some directions of the inputs would be lost.
         width = width or min(max(64, inputs + inputs % 2), 256)
         layers: list[nn.Module] = [GroupSort()]
         for _ in range(depth - 1):
@@ -82,13 +86,13 @@ class CriticNetwork(nn.Module):
         self.rest = nn.Sequential(*layers, linear(width, 1))
 
     def forward(self, points: Tensor, classes: Tensor | None = None) -> Tensor:
-        """Scores ``(N, 1)`` of points ``(N, ...)``, with shares of classes ``(N, K)`` where it was built for them."""
+        """Scores ``(N, 1)`` of points ``(N, ...)``, with class probabilities ``(N, K)`` if the network has classes."""
         hidden = self.first(points)
         return self.rest(hidden if self.shift is None or classes is None else hidden + classes @ self.shift.weight)
 
 
 class ClassShift(nn.Module):
-    """A vector a class, ``weight`` ``(K, width)``: added to a layer, it leaves its Lipschitz constant alone."""
+    """One vector per class, ``weight`` ``(K, width)``, that is added to a layer. The layer's Lipschitz constant does not change."""
 
     def __init__(self, classes: int, width: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -98,7 +102,7 @@ class ClassShift(nn.Module):
 
 
 def _initialised(layer: _Layer, generator: torch.Generator) -> _Layer:
-    """A linear layer or a convolution with the weights and biases that it has by default, from a generator."""
+    """A linear layer or a convolution with PyTorch's default initialisation, drawn from a generator."""
     bound = as_matrix(layer.weight).shape[1] ** -0.5
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -107,22 +111,26 @@ def _initialised(layer: _Layer, generator: torch.Generator) -> _Layer:
 
 
 def constrain(network: nn.Module, lipschitz: Lipschitz) -> list[Tensor]:
-    """Make every layer of the network 1-Lipschitz, in place, as ``lipschitz`` says; the penalties leave it as it is.
+    """Make every layer of the network 1-Lipschitz, in place. With a penalty the network is not changed.
 
-    Activations must be 1-Lipschitz themselves.
+    Activations must already be 1-Lipschitz.
+
+    Args:
+        network: the network of a critic.
+        lipschitz: the constraint.
 
     Returns:
-        The weights that have to be kept orthonormal in training.
+        The weights that the training must keep orthonormal.
 
     Raises:
-        ValueError: if the network has a layer that cannot be constrained so.
+        ValueError: if the network has a layer that cannot be constrained in this way.
     """
     for name, layer in network.named_modules():
         if isinstance(layer, _BATCH_STATISTICS):
             raise ValueError(
-                f"The critic has a {type(layer).__name__} at {name!r}: its output for one sample depends on the others, so that neither a "
-                "gradient penalty nor a constraint on the layers bounds its Lipschitz constant. Leave it out, or use LayerNorm or GroupNorm "
-                "with a gradient penalty."
+                f"The critic has a {type(layer).__name__} at {name!r}. Its output for one sample depends on the other samples, so neither a "
+                "gradient penalty nor a constraint on the layers bounds its Lipschitz constant. Remove the layer, or use LayerNorm or "
+                "GroupNorm with a gradient penalty."
             )
     if lipschitz in PENALISED:
         return []
@@ -132,20 +140,20 @@ def constrain(network: nn.Module, lipschitz: Lipschitz) -> list[Tensor]:
             continue
         if not isinstance(layer, (nn.Linear, *_CONVOLUTIONS)):
             raise ValueError(
-                f"lipschitz={lipschitz!r} cannot constrain the {type(layer).__name__} at {name!r}: it knows linear layers and convolutions. "
-                'Use "gradient-penalty", which takes any module.'
+                f"lipschitz={lipschitz!r} cannot constrain the {type(layer).__name__} at {name!r}, only linear layers and convolutions. "
+                'Use "gradient-penalty", which works for any module.'
             )
         if getattr(layer, "padding_mode", "zeros") not in ("zeros", "circular"):
             raise ValueError(
                 f"lipschitz={lipschitz!r} cannot bound the convolution at {name!r}: padding_mode={layer.padding_mode!r} repeats values. "
-                'Use "zeros", or "gradient-penalty", which takes any module.'
+                'Use "zeros", or "gradient-penalty", which works for any module.'
             )
         overlap = _overlap(layer)
         if lipschitz == "spectral-norm":
             parametrize.register_parametrization(layer, "weight", _SpectralNorm(overlap**0.5))
         elif overlap > 1 or (isinstance(layer, _CONVOLUTIONS) and layer.groups > 1):
             raise ValueError(
-                f'lipschitz="orthogonal" needs convolutions with stride equal to kernel size and one group, the one at {name!r} has kernel '
+                f'lipschitz="orthogonal" needs convolutions with stride equal to kernel size and one group. The one at {name!r} has kernel '
                 f'{layer.kernel_size}, stride {layer.stride} and {layer.groups} groups: use "spectral-norm" or "gradient-penalty".'
             )
         else:
@@ -156,12 +164,12 @@ def constrain(network: nn.Module, lipschitz: Lipschitz) -> list[Tensor]:
 
 
 def as_matrix(weight: Tensor) -> Tensor:
-    """A view ``(out, in)`` of a linear layer's or a convolution's weight."""
+    """The weight of a linear layer or a convolution as a matrix ``(out, in)``, a view."""
     return weight.view(len(weight), -1)
 
 
 def tangent(weight: Tensor, direction: Tensor) -> Tensor:
-    """What of ``direction`` keeps the matrix orthonormal to first order: its projection on the Stiefel manifold's tangent space."""
+    """Projection of ``direction`` to the tangent space of the Stiefel manifold (orthonormal matrices) at ``weight``."""
     if weight.shape[0] <= weight.shape[1]:
         product = direction @ weight.mT
         return torch.addmm(direction, product + product.mT, weight, alpha=-0.5)
@@ -170,10 +178,13 @@ def tangent(weight: Tensor, direction: Tensor) -> Tensor:
 
 
 def retract(weight: Tensor, length: float) -> Tensor:
-    """The orthonormal matrix next to one that is a tangent step of ``length`` (at most 1) away: Newton's iteration, products alone."""
+    """The nearest orthonormal matrix to ``weight``, which is one tangent step of norm ``length`` (at most 1) away.
+
+    Computed by Newton's iteration, which needs only matrix products.
+    """
     wide = weight.shape[0] < weight.shape[1]
     tall = weight.mT if wide else weight
-    # Singular values are at most sqrt(1 + length^2); an error of e becomes one of 1.5 e^2.
+    # Singular values are at most sqrt(1 + length^2); each iteration turns an error e into 1.5 e^2.
     for _ in range(2 if length <= 0.1 else 3 if length <= 0.3 else 6):
         tall = torch.addmm(tall, tall, tall.mT @ tall, beta=1.5, alpha=-0.5)
     return tall.mT if wide else tall
@@ -191,19 +202,23 @@ def _layers_with_parameters(network: nn.Module) -> Iterator[tuple[str, nn.Module
 
 
 def _overlap(layer: nn.Module) -> int:
-    """In how many patches of a convolution a value lies, at most: its norm is at most the root of that times its matrix's."""
+    """Largest number of patches of a convolution that contain one value.
+
+    The convolution's norm is at most the square root of this number times the norm of its weight matrix.
+    """
     if not isinstance(layer, _CONVOLUTIONS):
         return 1
-    # Only patches whose places agree modulo the dilation share values.
+    # Only patches whose positions are equal modulo the dilation share values.
     steps = (stride // math.gcd(stride, gap) for stride, gap in zip(layer.stride, layer.dilation, strict=True))
     return math.prod(-(-kernel // step) for kernel, step in zip(layer.kernel_size, steps, strict=True))
 
 
 class _SpectralNorm(nn.Module):
-    """Divides a weight by its largest singular value, times ``factor``, as a Schatten norm bounds it from above.
+    """Divides a weight by ``factor`` times an upper bound of its largest singular value, a Schatten norm.
 
-    ``(sum_i s_i^2m)^(1/2m)`` is never below the largest ``s_i``, where power iteration lags behind a weight that moves (by up to 40% at
-    large steps), and above it by 1% at most for ``2m = 514`` and up to 256 singular values. It needs no state.
+    The Schatten norm ``(sum_i s_i^2m)^(1/2m)`` is never below the largest singular value. It exceeds it by at most 1%, for
+    ``2m = 514`` and up to 256 singular values. Power iteration would be too small for a weight that changes (by up to 40% at large
+    steps). The bound needs no state.
     """
 
     def __init__(self, factor: float) -> None:
@@ -226,5 +241,5 @@ class _SpectralNorm(nn.Module):
             trace = (power * gram).sum().clamp_min(tiny)
             norm = ((log_size + trace.log()) / (2 * (2**_SQUARINGS + 1))).exp()
             gradient = matrix @ power * (norm / trace)
-        # The norm is homogeneous, so that this is its value as well as its derivative.
+        # The norm is homogeneous, so this product has both its value and its derivative.
         return weight / (self.factor * (gradient * matrix).sum().clamp_min(tiny))

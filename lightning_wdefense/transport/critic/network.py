@@ -1,4 +1,4 @@
-"""The dual route to the Wasserstein distance: a Lipschitz critic."""
+"""The critic: a 1-Lipschitz network whose gap estimates the 1-Wasserstein distance between two point clouds."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from lightning_wdefense.transport.clouds.precision import exact_products
 from lightning_wdefense.transport.critic.lipschitz import PENALISED, CriticNetwork, Lipschitz, constrain
 
 Average = Callable[[Tensor], Tensor]
+"""The mean of a tensor over all ranks."""
 
 
 class CriticObjective(NamedTuple):
-    """What a critic's training step computes, all scalars.
+    """The terms of a critic's training loss, all scalars.
 
     Attributes:
-        loss: to minimise: the penalty less the gap.
-        gap: mean score of ``x`` less mean score of ``y``, in units of the points.
-        penalty: ``weight * mean (|gradient| - 1)^2``; 0 for a critic that needs none.
-        gradient_norm: mean length of the critic's gradient between the clouds; NaN where the loss does not need it.
+        loss: the loss to minimise: the penalty minus the gap.
+        gap: mean score of ``x`` minus mean score of ``y``, in units of the points.
+        penalty: the gradient penalty ``weight * mean (|gradient| - 1)^2``; 0 for a critic without a penalty.
+        gradient_norm: mean norm of the critic's gradient between the clouds; NaN for a critic without a penalty.
     """
 
     loss: Tensor
@@ -36,36 +37,43 @@ class CriticObjective(NamedTuple):
 
 
 class WassersteinCritic(nn.Module):
-    r"""A 1-Lipschitz function of points, whose gap between two clouds is at most their Wasserstein distance ``W_1``.
+    r"""A 1-Lipschitz function of points. Its gap between two clouds is at most their 1-Wasserstein distance ``W_1``.
 
-    ``W_1(x, y) = max_f mean f(x) - mean f(y)`` over all ``f`` of Lipschitz constant 1 (Kantorovich and Rubinstein). Trained for that
-    (:class:`CriticTraining`, :func:`critic_distance`), the critic's gap estimates the distance from below.
+    By Kantorovich-Rubinstein duality, ``W_1(x, y) = max_f mean f(x) - mean f(y)`` over all 1-Lipschitz functions ``f``, the dual
+    potentials. After training (:class:`CriticTraining`, :func:`critic_distance`), the critic's gap is an estimate of ``W_1`` from
+    below.
 
-    By default its layers are orthonormal matrices between :class:`GroupSort` activations (Anil et al., 2019), so that it is 1-Lipschitz at any
-    time, and nothing needs to be weighed. The other ways: ``"spectral-norm"`` divides every matrix by its largest singular value
-    (Miyato et al., 2018), by a bound that exceeds it by 1% at most; ``"gradient-penalty"`` adds ``penalty * mean (|f'| - 1)^2`` between the
-    clouds to the loss (WGAN-GP, Gulrajani et al., 2017); ``"one-sided-penalty"`` only where ``|f'| > 1`` (Petzka et al., 2018). A penalty lets the gap overshoot, by about
-    ``W_1^2 / (2 penalty)`` for scaled points; :meth:`distance` therefore divides it by the gradient's length, and :meth:`bounded_gap`, which a
-    model can minimise, where that is more than 1.
+    ``lipschitz`` chooses how the critic is kept 1-Lipschitz:
 
-    Points are centred and divided by the size of a typical coordinate, known from training; scores are in the units of the points. Everything
-    is computed in the critic's own dtype, float32 unless you convert it to float64, with autocast off.
+    - ``"orthogonal"``, the default: the layers are orthonormal matrices, with :class:`GroupSort` activations between them (Anil et
+      al., 2019). The critic is 1-Lipschitz at any time, and there is no weight to choose;
+    - ``"spectral-norm"``: every matrix is divided by an upper bound of its largest singular value, which is at most 1% too large
+      (Miyato et al., 2018);
+    - ``"gradient-penalty"``: the loss contains ``penalty * mean (|f'| - 1)^2`` at points between the clouds (WGAN-GP, Gulrajani et
+      al., 2017);
+    - ``"one-sided-penalty"``: the same, only where ``|f'| > 1`` (Petzka et al., 2018).
+
+    With a penalty the gap can exceed ``W_1``, by about ``W_1^2 / (2 penalty)`` for scaled points. Therefore :meth:`distance` divides
+    it by the gradient norm. :meth:`bounded_gap`, which a model can minimise, divides it where the gradient norm is above 1.
+
+    Points are centred and divided by the size of a typical coordinate, which is estimated in training. Scores are in the units of
+    the points. Everything is computed in the critic's own dtype without autocast: float32, unless you convert it to float64.
 
     Args:
-        network: width ``D`` of the points, or their shape such as ``(1, 28, 28)``, for which a network is built (an MLP; for images a small
-            convnet); or a module that takes ``(N, ...)`` and returns ``(N,)`` or ``(N, 1)``.
-        lipschitz: how it is kept Lipschitz. Of a module the first two change linear layers and convolutions in place, and leave it to
-            you that its activations are 1-Lipschitz; the penalties take any module.
-        penalty: weight of a penalty.
-        width: of the hidden layers that are built; ``None`` for the width of the points, from 64 to 256.
-        depth: number of the hidden layers that are built.
-        classes: number of classes, where the critic is to be one function a class: it then sees how far the clouds of *each class* are apart,
-            and takes labels with the points. Only for a network that is built.
-        seed: of the weights that are built. PyTorch's own random number generators are not touched.
+        network: width ``D`` of the points, or their shape such as ``(1, 28, 28)``, to build a network (an MLP; for large images
+            after convolutions); or a module from ``(N, ...)`` to ``(N,)`` or ``(N, 1)``.
+        lipschitz: how the critic is kept 1-Lipschitz. For a module of your own, ``"orthogonal"`` and ``"spectral-norm"`` change its
+            linear layers and convolutions in place, and its activations must be 1-Lipschitz. The penalties work for any module.
+        penalty: weight of the gradient penalty.
+        width: width of the hidden layers of a built network; ``None`` for the width of the points, between 64 and 256.
+        depth: number of hidden layers of a built network.
+        classes: number of classes, for one function per class. The critic then estimates the distance between the clouds of *each
+            class*, and needs labels with the points. Only for a built network.
+        seed: seed of the initial weights of a built network. PyTorch's global random state does not change.
 
     Raises:
-        ValueError: if a setting is out of its range, or the module has a layer that does not go with ``lipschitz``, above all BatchNorm;
-            in use, if points do not fit, are fewer than two, or not finite.
+        ValueError: if a setting is out of range, or the module has a layer that ``lipschitz`` does not allow, such as BatchNorm; in
+            use, if points do not fit, are fewer than two, or are not finite.
 
     References:
         Arjovsky, Chintala, Bottou, "Wasserstein GAN", ICML 2017.
@@ -102,7 +110,10 @@ class WassersteinCritic(nn.Module):
         self.shape: tuple[int, ...] | None = None
         if isinstance(network, nn.Module):
             if classes is not None:
-                raise ValueError(f"classes={classes} needs a network that is built, got a {type(network).__name__}.")
+                raise ValueError(
+                    f"classes={classes} needs a built network, but network= is a {type(network).__name__}: give the shape of the points "
+                    "instead."
+                )
             self.network = network
         else:
             self.shape = (network,) if isinstance(network, int) else tuple(network)
@@ -111,7 +122,7 @@ class WassersteinCritic(nn.Module):
                 raise ValueError(f"The points must have at least one value, got shape (N, {shape}).")
             self.network = CriticNetwork(self.shape, width, depth, classes, seed).to(torch.get_default_device())
         self.orthonormal = constrain(self.network, lipschitz)
-        # Not PyTorch's default dtype, which is one for all threads, and which Trainers change.
+        # Not PyTorch's default dtype, which all threads share and which Trainers change.
         dtype = next((each.dtype for each in self.network.parameters() if each.is_floating_point()), torch.float32)
         self.register_buffer("centre", torch.zeros(self.shape or (), dtype=dtype))
         self.register_buffer("scale", torch.ones((), dtype=dtype))
@@ -119,15 +130,18 @@ class WassersteinCritic(nn.Module):
 
     @property
     def penalised(self) -> bool:
-        """Whether it is a penalty that keeps it Lipschitz, so that the gap may overshoot."""
+        """Whether the critic is kept Lipschitz by a gradient penalty, so that its gap can exceed ``W_1``."""
         return self.lipschitz in PENALISED
 
     def forward(self, points: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Scores ``(N,)`` of points ``(N, ...)``, in their units, in the critic's own dtype.
+        """Scores ``(N,)`` of points ``(N, ...)``, in units of the points, in the critic's own dtype.
 
         Args:
-            points: of the shape and device of the critic.
-            labels: classes ``(N,)`` or their probabilities ``(N, K)``, for a critic with ``classes``, which needs them.
+            points: points with the shape and device of the critic.
+            labels: classes ``(N,)`` or class probabilities ``(N, K)``, required for a critic with ``classes``.
+
+        Raises:
+            ValueError: if the points or labels do not fit, or the network fails on them.
         """
         self._check(points)
         shares = () if self.classes is None else (self._shares(labels, len(points)),)
@@ -141,14 +155,17 @@ class WassersteinCritic(nn.Module):
         if scores.shape not in ((len(points),), (len(points), 1)):
             raise ValueError(
                 f"The critic must return a score for each of the {len(points)} points, ({len(points)},) or ({len(points)}, 1), "
-                f"got {tuple(scores.shape)}."
+                f"got {tuple(scores.shape)}: change the last layer of its network."
             )
         return scores.reshape(len(points)) * self.scale
 
     def gap(self, x: Tensor, y: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Mean score of ``x`` ``(N, ...)`` less that of ``y`` ``(M, ...)``, differentiable in both: what the critic says of the distance.
+        """Mean score of ``x`` minus mean score of ``y``, a scalar in units of the points, differentiable in both.
 
-        ``labels``, for a critic with classes, are those of the samples in both clouds, which then are of the same number.
+        Args:
+            x: points ``(N, ...)``.
+            y: points ``(M, ...)``.
+            labels: for a critic with classes, the labels of the samples in ``x`` and also in ``y``; then ``N = M``.
         """
         scores = self(torch.cat([x, y]), None if labels is None else torch.cat([labels, labels]))
         return scores[: len(x)].mean() - scores[len(x) :].mean()
@@ -156,19 +173,27 @@ class WassersteinCritic(nn.Module):
     def distance(
         self, x: Tensor, y: Tensor, labels: Tensor | None = None, *, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Estimate of ``W_1``: the gap, for a penalised critic divided by the length of its gradient between the clouds."""
+        """Estimate of ``W_1``, a scalar in units of the points: the gap, divided by the gradient norm for a critic with a penalty.
+
+        Args:
+            x: points ``(N, ...)``.
+            y: points ``(M, ...)``.
+            labels: as for :meth:`gap`.
+            generator: random generator of the points between the clouds.
+        """
         gap = self.gap(x, y, labels)
         return gap / self.gradient_norm(x, y, labels, generator=generator).mean() if self.penalised else gap
 
     def bounded_gap(
         self, x: Tensor, y: Tensor, labels: Tensor | None = None, *, generator: torch.Generator | None = None
     ) -> Tensor:
-        """The gap for a model to minimise: divided by the length of a penalised critic's gradient where that is more than 1.
+        """The gap for a model to minimise: for a critic with a penalty, divided by its gradient norm where this is above 1.
 
-        The length is a constant for the gradient. A weak penalty lets the gap overshoot many times, and the points would be pulled as much too hard.
+        The gradient norm is a constant for the gradient. With a weak penalty the gap can be many times ``W_1``; without the division
+        the gradients in the points would be too large by the same factor.
         """
         gap = self.gap(x, y, labels)
-        # Not where it is less than 1: a critic that has not learned yet would be believed as much as one that has.
+        # Not where the norm is below 1: that would enlarge the gap of an untrained critic to that of a trained one.
         return (
             gap / self.gradient_norm(x, y, labels, generator=generator).mean().clamp_min(1) if self.penalised else gap
         )
@@ -182,14 +207,22 @@ class WassersteinCritic(nn.Module):
         generator: torch.Generator | None = None,
         create_graph: bool = False,
     ) -> Tensor:
-        """Length of the critic's gradient at random places between ``x`` and ``y``: ``(max(N, M),)``."""
+        """Norm of the critic's gradient at random points between ``x`` and ``y``, ``(max(N, M),)``.
+
+        Args:
+            x: points ``(N, ...)``.
+            y: points ``(M, ...)``.
+            labels: as for :meth:`forward`, for ``max(N, M)`` points.
+            generator: random generator of the points between the clouds.
+            create_graph: whether the norm can be differentiated.
+        """
         size = max(len(x), len(y))
         x, y = x.detach().to(self.scale.dtype), y.detach().to(self.scale.dtype)
         device = x.device if generator is None else generator.device
         generator = generator or torch.Generator(device).manual_seed(int(self.batches))
         share = torch.rand((size, *[1] * (x.ndim - 1)), generator=generator, dtype=torch.float32, device=device).to(x)
         rows = torch.arange(size, device=x.device)
-        # A backward pass under autocast is cast too, whatever the forward pass was.
+        # Autocast would also cast the backward pass.
         with torch.enable_grad(), torch.autocast(x.device.type, enabled=False), exact_products():
             between = torch.lerp(x[rows % len(x)], y[rows % len(y)], share).requires_grad_()
             (gradient,) = torch.autograd.grad(self(between, labels).sum(), between, create_graph=create_graph)
@@ -198,7 +231,7 @@ class WassersteinCritic(nn.Module):
     def objective(
         self, x: Tensor, y: Tensor, labels: Tensor | None = None, *, generator: torch.Generator | None = None
     ) -> CriticObjective:
-        """What a training step minimises on ``x`` and ``y``, which are constants in it."""
+        """The terms of the critic's training loss on ``x`` and ``y``, which are constants for the gradient."""
         gap = self.gap(x.detach(), y.detach(), labels)
         if not self.penalised:
             return CriticObjective(-gap, gap, torch.zeros_like(gap), torch.full_like(gap, torch.nan))
@@ -207,19 +240,28 @@ class WassersteinCritic(nn.Module):
         if self.lipschitz == "one-sided-penalty":
             excess = excess.clamp_min(0)
         penalty = self.penalty * excess.square().mean()
-        # At the scale of the points, so that the balance of gap and penalty is that of normalised ones.
+        # The gap is divided by the scale, so that gap and penalty have the same balance as for normalised points.
         return CriticObjective(penalty - gap / self.scale, gap, penalty, norm.mean())
 
     @torch.no_grad()
     def adapt(self, x: Tensor, y: Tensor, average: Average | None = None) -> None:
-        """Take note of where the points lie and how large they are: a running mean, over all ranks if ``average`` is one over them."""
+        """Update the running means of centre and scale of the points.
+
+        Args:
+            x: points ``(N, ...)``.
+            y: points ``(M, ...)``.
+            average: mean of a tensor over all ranks, to have the same means on all of them.
+
+        Raises:
+            ValueError: if the points do not fit, are fewer than two, or are not finite.
+        """
         self._check_batch(x, y)
         average = average or (lambda values: values)
         points = torch.cat([x, y]).to(self.scale.dtype).flatten(1)
         mean = average(points.mean(0))
-        # Around the mean, for far from the origin the difference of two large squares is rounding.
+        # Around the mean: far from the origin, the difference of two large squares would be a rounding error.
         size = average((points - mean).square().mean()).sqrt()
-        # Identical points have no size; the centre's own is better than a division by zero.
+        # Identical points have size zero; the norm of the centre avoids a division by zero.
         size = torch.where(size > 1e-6 * mean.norm(), size, mean.norm().clamp_min(1e-6)).to(self.scale)
         centre = mean.view(x.shape[1:]).to(self.centre)
         share = (1 / (self.batches + 1)).clamp_min(0.01).to(self.scale)
@@ -228,11 +270,11 @@ class WassersteinCritic(nn.Module):
         self.batches = self.batches + 1
 
     def frozen(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, scores are differentiated with respect to the points alone."""
+        """Context in which scores are differentiated with respect to the points only, not to the weights."""
         return frozen(self)
 
     def extra_repr(self) -> str:
-        """How it is kept Lipschitz."""
+        """How the critic is kept Lipschitz, and the weight of its penalty."""
         return f"lipschitz={self.lipschitz!r}" + f", penalty={self.penalty:g}" * self.penalised
 
     def _shares(self, labels: Tensor | None, points: int) -> Tensor:
@@ -240,15 +282,15 @@ class WassersteinCritic(nn.Module):
         if labels is None or labels.shape != shapes[labels.is_floating_point()]:
             found = "none" if labels is None else f"{labels.dtype} {tuple(labels.shape)}"
             raise ValueError(
-                f"A critic of {self.classes} classes needs with {points} points their classes, integers {shapes[0]}, or probabilities "
-                f"{shapes[1]}, got {found}."
+                f"A critic of {self.classes} classes needs labels for the {points} points: classes, integers {shapes[0]}, or class "
+                f"probabilities {shapes[1]}, got {found}."
             )
         if not labels.is_floating_point():
             labels = F.one_hot(labels.long(), self.classes or -1)
         return labels.to(self.scale.dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        # A module of the user's does not say what points it takes, before it has seen some.
+        # For a module of the user's own, the shape of the points is known only after the first batch.
         if self.shape is None and prefix + "centre" in state_dict:
             self.centre = self.centre.new_zeros(state_dict[prefix + "centre"].shape)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -256,18 +298,20 @@ class WassersteinCritic(nn.Module):
     def _check(self, *clouds: Tensor) -> None:
         if torch.finfo(self.scale.dtype).bits < 32:
             raise ValueError(
-                f"The critic's weights are {self.scale.dtype}, too coarse to compare means: keep it in float32 (critic.float())."
+                f"The critic's weights are {self.scale.dtype}, which is not precise enough to compare means. Keep the critic in float32: "
+                "critic.float()."
             )
-        # A module of the user's takes what it has learned from, or what it is now given first.
+        # A module of the user's own takes the shape of its first points.
         shape = self.shape or tuple(self.centre.shape) or tuple(clouds[0].shape[1:])
         for points in clouds:
             if points.shape[1:] != shape:
                 raise ValueError(
-                    f"The critic takes points of shape (N, {', '.join(map(str, shape))}), got {tuple(points.shape)}: make one for theirs."
+                    f"The critic takes points of shape (N, {', '.join(map(str, shape))}), got {tuple(points.shape)}: create a "
+                    "critic for this shape."
                 )
             if points.ndim < 2 or not points.is_floating_point():
                 raise ValueError(
-                    f"The critic takes floating points (N, ...), got {points.dtype} of shape {tuple(points.shape)}."
+                    f"The critic takes points (N, ...) of a floating dtype, got {points.dtype} of shape {tuple(points.shape)}."
                 )
 
     def _check_batch(self, *clouds: Tensor) -> None:
@@ -275,27 +319,27 @@ class WassersteinCritic(nn.Module):
         for points in clouds:
             if len(points) < 2:
                 raise ValueError(
-                    f"A critic learns from two samples or more on each side, got {len(points)}: use a larger batch."
+                    f"A critic is trained on two samples or more on each side, got {len(points)}: use a larger batch."
                 )
             if not bool(torch.isfinite(points).all()):
                 raise ValueError(
-                    "The critic's points hold NaN or infinite values: look for a model that diverged, or at the data."
+                    "The critic's points hold NaN or infinite values: check whether the model diverged, and check the data."
                 )
 
 
 def check_settings(lipschitz: Lipschitz, penalty: float, width: int | None, depth: int, classes: int | None) -> None:
-    """Refuse settings out of range, before a network is built.
+    """Raise an error for settings out of range, before a network is built.
 
     Raises:
-        ValueError: naming the setting.
+        ValueError: if a setting is out of range; the message names it.
     """
     if lipschitz not in get_args(Lipschitz):
-        raise ValueError(unknown_name("way to keep a critic Lipschitz:", lipschitz, get_args(Lipschitz)))
+        raise ValueError(unknown_name("value of lipschitz=", lipschitz, get_args(Lipschitz)))
     if not (penalty > 0 and math.isfinite(penalty)):
         raise ValueError(f"penalty must be positive and finite, got {penalty}.")
     if width is not None and (width < 2 or width % 2):
-        raise ValueError(f"width must be even and at least 2, for GroupSort sorts pairs, got {width}.")
+        raise ValueError(f"width must be even and at least 2, because GroupSort sorts pairs, got {width}.")
     if classes is not None and classes < 1:
-        raise ValueError(f"classes must be at least 1, or None for a critic that knows none, got {classes}.")
+        raise ValueError(f"classes must be at least 1, or None for a critic without classes, got {classes}.")
     if depth < 1:
         raise ValueError(f"depth must be at least 1, got {depth}.")

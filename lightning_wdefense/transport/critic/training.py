@@ -1,4 +1,4 @@
-"""How a critic is trained: step by step on clouds that move, or once for a distance."""
+"""Training of critics: batch by batch, or once to estimate a distance."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from lightning_wdefense.transport.critic.layerwise import LayerwiseMomentum
 from lightning_wdefense.transport.critic.network import Average, CriticObjective, WassersteinCritic
 
 MEMORY = 0.9
-"""Of the running agreement between batches: it is judged over some ten of them."""
+"""Decay of the running mean of the agreement between gradients, which so covers about ten batches."""
 
 
 class CriticUpdate(NamedTuple):
-    """What a critic said of a batch before it learned from it, and how much it learned.
+    """The result of :meth:`CriticTraining.update`. All tensors are measured before training on the batch.
 
     Attributes:
-        gap: mean score of ``x`` less that of ``y``, ``()``: what the critic makes of points that it has not seen.
-        penalty: on the gradient, ``()``; 0 for a critic that needs none.
-        gradient_norm: mean length of the gradient between the clouds, ``()``; NaN where the loss does not need it.
-        steps: how many it took.
+        gap: mean score of ``x`` minus mean score of ``y``, ``()``, in units of the points; an estimate from unseen points.
+        penalty: the gradient penalty, ``()``; 0 for a critic without a penalty.
+        gradient_norm: mean norm of the critic's gradient between the clouds, ``()``; NaN for a critic without a penalty.
+        steps: number of steps that the critic took on the batch.
     """
 
     gap: Tensor
@@ -35,24 +35,25 @@ class CriticUpdate(NamedTuple):
 
     @property
     def distance(self) -> Tensor:
-        """The gap, for a penalised critic divided by the length of its gradient: its estimate of ``W_1``, ``()``."""
+        """Estimate of ``W_1``, ``()``, in units of the points: the gap, divided by the gradient norm for a critic with a penalty."""
         return torch.where(self.gradient_norm.isnan(), self.gap, self.gap / self.gradient_norm)
 
 
 class CriticTraining:
-    """Trains a critic on pairs of batches, as many steps on each as the critic is behind.
+    """Trains a critic on pairs of batches, with more steps per batch when the critic is far from converged.
 
-    Where the critic has converged, the gradient on a new batch is noise, and more steps on that batch would only fit the noise; where
-    the clouds have moved on, it points where the last ones pointed. So the running cosine between new gradients and the optimiser's
-    momentum says how far the critic is behind, whatever the learning rate: at 0 it takes one step, at 1 ``max_steps``.
+    If the critic has converged, the gradient on a new batch is noise, and more steps would only fit this noise. If the clouds have
+    moved, the gradient has the direction of earlier gradients. So the number of steps follows the running cosine similarity between
+    new gradients and the optimiser's momentum: one step at 0, ``max_steps`` steps at 1. This rule does not depend on the learning
+    rate.
 
     Args:
-        critic: to train.
-        lr: length of a step, see :class:`LayerwiseMomentum`.
-        max_steps: most steps on a batch.
+        critic: the critic to train.
+        lr: learning rate, the norm of a step of one layer, see :class:`LayerwiseMomentum`.
+        max_steps: largest number of steps per batch.
 
     Raises:
-        ValueError: if a setting is out of its range.
+        ValueError: if a setting is out of range.
 
     Example:
         >>> training = CriticTraining(WassersteinCritic(4))
@@ -70,7 +71,7 @@ class CriticTraining:
         self.optimizer = LayerwiseMomentum(critic, lr, critic.orthonormal)
         self.agreement = 0.0
 
-    @torch.compiler.disable  # the penalty differentiates twice, which compiled graphs do not
+    @torch.compiler.disable  # the penalty needs second derivatives, which compiled graphs do not support
     def update(
         self,
         x: Tensor,
@@ -80,19 +81,19 @@ class CriticTraining:
         generator: torch.Generator | None = None,
         average: Average | None = None,
     ) -> CriticUpdate:
-        """Learn from a batch: ``x`` ``(N, ...)`` and ``y`` ``(M, ...)``, which are constants.
+        """Train the critic on a batch. The points are constants for the gradient.
 
         Args:
-            x: the cloud that should score high.
-            y: the other one.
-            labels: of the samples in both, for a critic with classes: ``(N,)`` or probabilities ``(N, K)``.
-            generator: source of the places where a penalty looks.
-            average: the mean of a tensor over all ranks. With it all of them take the same steps, to the last bit.
+            x: points ``(N, ...)`` whose scores increase.
+            y: points ``(M, ...)`` whose scores decrease.
+            labels: for a critic with classes, the labels of the samples in both: ``(N,)`` or probabilities ``(N, K)``.
+            generator: random generator of the points at which a penalty is evaluated.
+            average: mean of a tensor over all ranks. With it all ranks take bitwise equal steps.
 
         Raises:
-            ValueError: if the points do not fit the critic, are fewer than two, or not finite; before anything is learned.
+            ValueError: if the points do not fit the critic, are fewer than two, or are not finite. The critic has then not changed.
         """
-        # Backward passes and the optimiser's products would be cast as well.
+        # Autocast would also cast backward passes and the optimiser's matrix products.
         with torch.autocast(x.device.type, enabled=False), exact_products():
             backward = partial(self._backward, x, y, labels, generator, average)
             with self._adapted(x, y, average):
@@ -107,7 +108,7 @@ class CriticTraining:
         return CriticUpdate(first.gap.detach(), first.penalty.detach(), first.gradient_norm.detach(), steps)
 
     def state_dict(self) -> dict[str, Any]:
-        """Critic, optimiser and pace, for a checkpoint."""
+        """State of the critic, the optimiser and the running agreement, for a checkpoint."""
         return {
             "critic": self.critic.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -115,14 +116,14 @@ class CriticTraining:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue exactly where :meth:`state_dict` was taken."""
+        """Restore the state, so that training continues exactly where :meth:`state_dict` was called."""
         self.critic.load_state_dict(state["critic"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.agreement = state["agreement"]
 
     @contextlib.contextmanager
     def _adapted(self, x: Tensor, y: Tensor, average: Average | None) -> Iterator[None]:
-        """The critic takes note of a batch, unless it turns out not to do inside, as one may for a module of the user's."""
+        """Context with the critic's centre and scale updated for a batch; they are restored if the code inside fails."""
         critic = self.critic
         before = critic.centre, critic.scale, critic.batches
         critic.adapt(x, y, average)
@@ -144,7 +145,7 @@ class CriticTraining:
         with torch.enable_grad():
             objective = self.critic.objective(x, y, labels, generator=generator)
             gradients = torch.autograd.grad(objective.loss, parameters, materialize_grads=True)
-        if average is not None:  # all in one message
+        if average is not None:  # all gradients in one message
             flat = average(torch.cat([gradient.flatten() for gradient in gradients]))
             gradients = flat.split([each.numel() for each in parameters])
         for each, gradient in zip(parameters, gradients, strict=True):
@@ -153,10 +154,10 @@ class CriticTraining:
 
 
 def check_max_steps(max_steps: int) -> None:
-    """Refuse a critic that never steps.
+    """Raise an error if a critic would never take a step.
 
     Raises:
-        ValueError: with what was given.
+        ValueError: if ``max_steps`` is below 1.
     """
     if max_steps < 1:
         raise ValueError(f"max_steps must be at least 1, got {max_steps}.")
@@ -166,9 +167,9 @@ class CriticDistance(NamedTuple):
     """A critic's estimate of ``W_1``.
 
     Attributes:
-        value: the estimate, in units of the points, ``()``.
-        standard_error: of ``value`` where it is a mean over fresh samples, ``()``; NaN for two given clouds.
-        critic: the one that was trained; its scores are the dual potential.
+        value: the estimate, ``()``, in units of the points.
+        standard_error: standard error of ``value``, ``()``, if it is a mean over new samples; NaN for two given clouds.
+        critic: the trained critic; its scores are the dual potential.
     """
 
     value: Tensor
@@ -186,23 +187,27 @@ def critic_distance(
     lr: float = 0.05,
     seed: int = 0,
 ) -> CriticDistance:
-    """Estimate of the Wasserstein distance ``W_1`` by training a critic, with a learning rate that falls to 0.
+    """Estimate of the 1-Wasserstein distance ``W_1``, by training a critic with a learning rate that decreases to 0.
 
-    For two clouds it is the trained critic's gap between them, which no 1-Lipschitz function exceeds beyond their distance. In many dimensions
-    it is far below the distance of *small* clouds, whose points are far apart just because they are few; where samples can be drawn, pass a
-    function: then the gap is taken on batches before the critic learns from them, which estimates the distance of the distributions.
+    For two clouds the value is the trained critic's estimate of the distance between them, from below. In many dimensions it is far
+    below the distance between *small* clouds: a few points in many dimensions are far apart even if the distributions are equal. If
+    you can draw samples, pass a function. Then the estimate uses batches before the critic is trained on them, and converges to the
+    distance between the distributions.
 
     Args:
-        x: points ``(N, D)`` or ``(N, ...)``; or a function that draws a pair ``(x, y)`` of fresh batches.
-        y: points ``(M, D)``; ``None`` where ``x`` is a function.
-        critic: to train; by default a new one for these points.
-        steps: of the optimiser; one a batch.
-        batch_size: points of each cloud in a step; smaller clouds are used whole.
-        lr: length of the first step, see :class:`LayerwiseMomentum`.
-        seed: of the batches and of the new critic.
+        x: points ``(N, D)`` or ``(N, ...)``; or a function that draws a pair ``(x, y)`` of new batches.
+        y: points ``(M, D)``; ``None`` if ``x`` is a function.
+        critic: the critic to train; by default a new one for these points.
+        steps: number of optimiser steps, one per batch.
+        batch_size: number of points of each cloud in a step; smaller clouds are used whole.
+        lr: learning rate at the first step, see :class:`LayerwiseMomentum`.
+        seed: seed of the batches and of the new critic.
+
+    Returns:
+        The estimate, its standard error, and the trained critic.
 
     Raises:
-        ValueError: if the points do not fit, are fewer than two, or not finite, or a setting is out of its range.
+        ValueError: if the points do not fit, are fewer than two, or are not finite, or a setting is out of range.
 
     Example:
         >>> noise = torch.Generator().manual_seed(0)
@@ -214,7 +219,10 @@ def critic_distance(
     if steps < 1 or batch_size < 2:
         raise ValueError(f"steps must be at least 1 and batch_size at least 2, got {steps} and {batch_size}.")
     if isinstance(x, Tensor) != isinstance(y, Tensor):
-        raise ValueError("Pass two clouds x and y, or one function that draws pairs of them.")
+        raise ValueError(
+            f"Pass two tensors x and y, or only x, a function that draws pairs of batches; got a {type(x).__name__} and a "
+            f"{type(y).__name__}."
+        )
     generator = torch.Generator().manual_seed(seed)
     draw = x if callable(x) else _batches(x, y, batch_size, generator)  # type: ignore[arg-type]
     first = draw()

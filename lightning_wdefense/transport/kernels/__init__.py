@@ -1,1 +1,1 @@
-"""Kernel distances between samples: the maximum mean discrepancy and the energy distance."""
+"""Distances between samples from kernels or pairwise distances: maximum mean discrepancy and energy distance."""

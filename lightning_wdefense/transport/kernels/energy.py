@@ -1,4 +1,4 @@
-"""The energy distance, and other contrasts of distances between two samples with those within them."""
+"""The energy distance between two samples, for any pairwise distance."""
 
 from __future__ import annotations
 
@@ -7,22 +7,26 @@ from torch import Tensor
 
 
 def euclidean_distances(points: Tensor) -> Tensor:
-    """Distances ``(N, N)`` between points ``(N, D)``, without the rounding of products."""
+    """Euclidean distances ``(N, N)`` between points ``(N, D)``, without the rounding errors of matrix products."""
     return torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def energy_distances(distances: Tensor, orders: Tensor, n: int) -> Tensor:
-    """``2 E d(x, y) - E d(x, x') - E d(y, y')`` for each way to divide a pooled sample in two: ``(B,)``.
+    """Energy distances ``2 E d(x, y) - E d(x, x') - E d(y, y')`` for several ways to divide a pooled sample in two.
 
-    It is the energy distance for Euclidean distances, and the squared maximum mean discrepancy for minus a kernel.
+    For Euclidean distances ``d`` this is the energy distance. For the negative of a kernel it is the squared maximum mean
+    discrepancy.
 
     Args:
-        distances: ``(N + M, N + M)`` between all points.
-        orders: permutations of the points ``(B, N + M)``, of which the first ``n`` are ``x``.
+        distances: distances ``(N + M, N + M)`` between all points of the pooled sample.
+        orders: permutations ``(B, N + M)`` of the points; the first ``n`` points of each are ``x``.
         n: size of the first sample.
+
+    Returns:
+        ``(B,)``, not negative, in units of ``distances``.
     """
     m = orders.shape[1] - n
     signs = distances.new_full(orders.shape, -1 / m).scatter(1, orders[:, :n], 1 / n)
     values = -((signs @ distances) * signs).sum(1)
-    # Never negative but by rounding; and what rounding leaves of equal samples is not to be compared.
+    # Negative values are rounding errors. Values as small as rounding errors, as of equal samples, are set to 0.
     return values.where(values > 16 * torch.finfo(values.dtype).eps * distances.abs().amax(), values.new_zeros(()))

@@ -1,4 +1,4 @@
-"""Gaussian kernels and the maximum mean discrepancy."""
+"""The maximum mean discrepancy (MMD) with a mean of Gaussian kernels."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 SCALES = (0.25, 0.5, 1.0, 2.0, 4.0)
-"""Squared bandwidths of the kernel's parts, in units of the mean squared distance."""
+"""Squared bandwidths of the Gaussian kernels, in units of the mean squared distance between points."""
 
 
 def multiscale_kernel(points: Tensor) -> Tensor:
-    """Mean of five Gaussian kernels ``(N, N)`` around the mean squared distance of the points (Long et al., 2015).
+    """Mean ``(N, N)`` of five Gaussian kernels ``exp(-|x - y|^2 / bandwidth^2)`` (Long et al., 2015).
 
-    Their squared bandwidths are that mean (a constant for the gradient) times 1/4, 1/2, 1, 2 and 4, without the usual factor 2.
+    The squared bandwidths are 1/4, 1/2, 1, 2 and 4 times the mean squared distance between the points, which is a constant for the
+    gradient.
 
     Args:
         points: ``(N, D)``, in float32 or better.
@@ -25,6 +26,6 @@ def multiscale_kernel(points: Tensor) -> Tensor:
 
 
 def squared_mmd(x: Tensor, y: Tensor) -> Tensor:
-    """Squared maximum mean discrepancy ``()`` of samples ``(N, D)`` and ``(M, D)`` with :func:`multiscale_kernel` of both together."""
+    """Squared MMD ``()`` between samples ``(N, D)`` and ``(M, D)``, with the :func:`multiscale_kernel` of the pooled sample."""
     kernel, n = multiscale_kernel(torch.cat([x, y])), len(x)
     return kernel[:n, :n].mean() + kernel[n:, n:].mean() - 2 * kernel[:n, n:].mean()

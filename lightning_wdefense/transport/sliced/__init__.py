@@ -1,1 +1,1 @@
-"""Sliced Wasserstein distances: transport in one dimension, along many directions."""
+"""Sliced Wasserstein distances: one-dimensional optimal transport of projections on many directions."""

@@ -1,4 +1,4 @@
-"""The sliced Wasserstein distance: transport between projections on lines, where sorting solves it."""
+"""The sliced Wasserstein distance between weighted point clouds, as a function and as a module."""
 
 from __future__ import annotations
 
@@ -27,41 +27,42 @@ def sliced_wasserstein(
 ) -> Tensor:
     r"""Sliced Wasserstein distance between two weighted point clouds (Rabin et al. 2012, Bonneel et al. 2015).
 
-    The mean of ``W_p^p`` between the projections of the clouds on some directions, to the power ``1 / p``; with ``"max"`` that
-    of a single direction, where it is largest (Deshpande et al. 2019). For ``N`` points, ``D`` dimensions and ``K`` directions it
-    takes ``O(K N (D + log N))`` operations and has no blur, no tolerance and no iterations.
+    The clouds are projected on ``K`` directions. The result is the mean of ``W_p^p`` between the projections, to the power
+    ``1 / p``. With ``directions="max"`` it is ``W_p`` of the single direction where this is largest (Deshpande et al. 2019). The
+    cost is ``O(K N (D + log N))`` for ``N`` points and ``D`` dimensions. There is no blur, no tolerance, and no iteration.
 
-    It is at most ``W_p``, and far below in high dimension: about ``|t| / sqrt(D)`` for a translation by ``t`` and ``p = 2``
-    (``|t|`` with ``"max"``). In one dimension it is ``W_p``.
+    The value is at most ``W_p``, and much smaller in high dimension: about ``|t| / sqrt(D)`` for a translation by ``t`` and
+    ``p = 2`` (``|t|`` with ``"max"``). In one dimension it equals ``W_p``.
 
-    Gradients reach ``x``, ``y``, ``a``, ``b`` and given ``directions``; where clouds are equal they are 0. Learned directions are
-    constants for the gradient (envelope theorem). Weights are differentiated as ``b * sum(a) / sum(b)``, the value being that of
-    measures of mass ``sum(a)``. Computed in float32 or better whatever autocast says; gradients come back in the dtype of the
-    inputs. PyTorch's own random number generators are not touched.
+    Gradients reach ``x``, ``y``, ``a``, ``b`` and the caller's own ``directions``; they are 0 if the clouds are equal. Directions
+    found by ``"max"`` are constants for the gradient (envelope theorem). The value is that of measures of mass ``sum(a)``, so ``b``
+    is differentiated as ``b * sum(a) / sum(b)``. Everything is computed in float32 or better, without autocast; gradients have the
+    dtype of the inputs. PyTorch's global random state does not change.
 
     Args:
         x: points ``(N, D)`` or ``(B, N, D)``, of a floating dtype.
         y: points ``(M, D)`` or ``(B, M, D)``.
-        a: weights of ``x``, ``(N,)`` or ``(B, N)``, not negative; ``None`` for ``1 / N`` each. A point of weight zero is padding, of any
-            value, NaN and infinite included; see :func:`sinkhorn`.
-        b: weights of ``y``, likewise; they must sum to what ``a`` sums to, up to the rounding of their dtype.
+        a: weights of ``x``, ``(N,)`` or ``(B, N)``, not negative; ``None`` for ``1 / N`` each. A point of weight zero is padding, and
+            may have any value, even NaN or infinity; see :func:`sinkhorn`.
+        b: weights of ``y``, ``(M,)`` or ``(B, M)``. Their sum must be that of ``a``, up to the rounding of their dtype.
         p: power of the distance, at least 1.
-        n_projections: number of directions. For a translation in many dimensions and ``p = 2`` the standard error of independent
-            ones is ``1 / sqrt(2 K)`` of the distance, 9% for the default; orthogonal ones have none if ``K`` is a multiple of ``D``.
-        directions: ``"orthogonal"`` for blocks of up to ``D`` orthogonal ones, over which the mean varies less than over
-            independent ones (Rowland et al. 2019); ``"random"`` for independent ones; ``"max"`` for the best that gradient ascent finds
-            from the best few of ``n_projections`` orthogonal ones and the difference between the means, a local
-            maximum, some ten times as slow; or vectors ``(K, D)`` of any length but 0.
-        seed: of the directions: the same seed gives the same ones, on all devices.
-        generator: to draw from instead, so that each call has directions of its own; it advances.
+        n_projections: number of directions ``K``. For a translation in many dimensions and ``p = 2``, the relative standard error
+            with independent directions is ``1 / sqrt(2 K)``, 9% for the default. With orthogonal directions it is 0 if ``K`` is a
+            multiple of ``D``.
+        directions: ``"orthogonal"`` for orthogonal blocks of up to ``D`` directions, with a smaller variance than independent
+            directions (Rowland et al. 2019); ``"random"`` for independent directions; ``"max"`` for a local maximum that gradient
+            ascent finds, starting from the best of ``n_projections`` orthogonal directions and the difference between the means,
+            about ten times as slow; or vectors ``(K, D)`` of any norm but 0.
+        seed: seed of the directions. The same seed gives the same directions, on all devices.
+        generator: random generator of the directions, instead of ``seed``. It advances, so each call has new directions.
 
     Returns:
         The distance in units of the points, ``()`` or ``(B,)``, in float32 or better.
 
     Raises:
         TypeError: if an argument is of the wrong type, or points or weights are not of a floating dtype.
-        ValueError: if shapes do not fit together, clouds are empty or not finite, weights are negative or their sums differ, a
-            setting is out of its range, or a direction is zero.
+        ValueError: if shapes do not fit together, clouds are empty or not finite, weights are negative or have different sums, a
+            setting is out of range, or a direction is zero.
 
     References:
         Rabin, Peyré, Delon, Bernot, "Wasserstein barycenter and its application to texture mixing", SSVM 2011 (LNCS 2012).
@@ -90,7 +91,7 @@ def sliced_wasserstein(
 def _evaluate(
     x: Measure, y: Measure, options: SlicedOptions, generator: torch.Generator | None, *, uniform: bool
 ) -> Tensor:
-    # The distance between two clouds is that of their translates, whose projections are rounded less.
+    # A common translation does not change the distance, and centred clouds have smaller rounding errors in their projections.
     centre = x.detached().mean()
     x, y = (measure._replace(points=measure.points - centre) for measure in (x, y))
     directions = _directions(x.points, options, generator)
@@ -99,7 +100,7 @@ def _evaluate(
         directions = max_direction(directions, x, y, options.p, uniform=uniform)
     costs, scale = costs_along(directions, x, y, options.p, uniform=uniform)
     mean = costs.mean(-1)
-    # The root has no derivative at 0, but 0 is a subgradient of the distance there.
+    # The power 1 / p has no derivative at 0, but 0 is a subgradient of the distance there.
     positive = mean > 0
     return torch.where(positive, torch.where(positive, mean, 1.0).pow(1 / options.p) * scale, 0.0)
 
@@ -109,7 +110,7 @@ def _directions(points: Tensor, options: SlicedOptions, generator: torch.Generat
     if isinstance(options.directions, Tensor):
         return read_directions(options.directions, points)
     dim = points.shape[-1]
-    if dim == 1:  # There is but one line.
+    if dim == 1:  # in one dimension there is only one direction
         return points.new_ones(1, 1, 1)
     generator = torch.Generator().manual_seed(options.seed) if generator is None else generator
     draw = random_directions if options.directions == "random" else orthogonal_directions
@@ -117,17 +118,17 @@ def _directions(points: Tensor, options: SlicedOptions, generator: torch.Generat
 
 
 class SlicedWasserstein(nn.Module):
-    """:func:`sliced_wasserstein` as a module without parameters: settings first, clouds later.
+    """:func:`sliced_wasserstein` as a module without parameters, which keeps the settings.
 
     Args:
         p: power of the distance, at least 1.
         n_projections: number of directions.
-        directions: ``"orthogonal"``, ``"random"``, ``"max"`` or vectors ``(K, D)``, which move with the module.
-        seed: of the directions.
+        directions: ``"orthogonal"``, ``"random"``, ``"max"`` or vectors ``(K, D)``, which are a buffer of the module.
+        seed: seed of the directions.
 
     Raises:
         TypeError: if a setting is of the wrong type.
-        ValueError: if a setting is out of its range.
+        ValueError: if a setting is out of range.
 
     Example:
         >>> import torch
@@ -161,7 +162,7 @@ class SlicedWasserstein(nn.Module):
         *,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Distance between ``x`` ``(N, D)`` and ``y`` ``(M, D)``: a scalar, or ``(B,)`` for batches of clouds."""
+        """Distance between ``x`` ``(N, D)`` and ``y`` ``(M, D)``, a scalar, or ``(B,)`` for batches of clouds."""
         settings = vars(self.options)
         if self.directions is not None:
             settings = {**settings, "directions": self.directions}

@@ -1,4 +1,4 @@
-"""The direction in which two clouds are farthest apart, by gradient ascent on the sphere."""
+"""The projection direction with the largest transport cost between two clouds, by gradient ascent on the sphere."""
 
 from __future__ import annotations
 
@@ -13,19 +13,30 @@ from lightning_wdefense.transport.clouds.precision import exact_matmul
 from lightning_wdefense.transport.sliced.one_dimensional import costs_of_lines
 
 STARTS = 4
-"""Candidates that an ascent starts from, side by side; they end in different maxima."""
+"""Number of candidates from which gradient ascent starts. They can end in different local maxima."""
 
 STEPS = 16
-"""Steps of the ascent."""
+"""Number of steps of the gradient ascent."""
 
 ANGLES = (0.0, *(math.pi / 4 / 2**i for i in range(8)))
-"""How far along the great circle a step may go. The best is taken, so that the cost never falls."""
+"""Candidate lengths of a step along a great circle, in radians. The best one is used, so the cost never decreases."""
 
 
 def costs_along(
     directions: Tensor, x: Measure, y: Measure, p: float, *, uniform: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """``W_p^p`` of the clouds projected on unit vectors ``(1 or B, K, D)``: costs ``(B, K)`` in units of scales ``(B,)``."""
+    """``W_p^p`` between the clouds' projections on unit vectors.
+
+    Args:
+        directions: unit vectors ``(1, K, D)`` or ``(B, K, D)``.
+        x: the first clouds.
+        y: the second clouds.
+        p: power of the distance.
+        uniform: whether all weights are equal.
+
+    Returns:
+        Costs ``(B, K)`` in units of ``scale^p``, and scales ``(B,)``.
+    """
     lines_x, lines_y = (exact_matmul(directions, measure.points.mT) for measure in (x, y))
     a, b = (None, None) if uniform else (x.weights, y.weights)
     return costs_of_lines(lines_x, lines_y, a, b, p)
@@ -34,9 +45,9 @@ def costs_along(
 def max_direction(candidates: Tensor, x: Measure, y: Measure, p: float, *, uniform: bool) -> Tensor:
     """A local maximum of the transport cost over directions, ``(B, 1, D)`` without a graph.
 
-    Ascents start from the best few of the candidates ``(1, K, D)`` and the difference between the means.
+    Gradient ascent starts from the best of the candidates ``(1, K, D)`` and of the difference between the means.
     """
-    # Gradients are needed here whatever the mode outside; of tensors made in inference mode there are none.
+    # Gradients are needed here in every mode of the caller, and tensors made in inference mode have none, so they are cloned.
     with torch.inference_mode(False), torch.no_grad():
         x, y = (Measure(m.points.clone(), m.weights.clone(), None) for m in (x, y))
         shift = x.mean() - y.mean()
@@ -62,5 +73,5 @@ def _best(directions: Tensor, x: Measure, y: Measure, p: float, uniform: bool, k
 
 
 def _take(directions: Tensor, indices: Tensor) -> Tensor:
-    """Some directions ``(..., I, D)`` of each row of ``(..., K, D)``, by indices ``(..., I)``."""
+    """The directions ``(..., I, D)`` at indices ``(..., I)`` of ``(..., K, D)``."""
     return directions.gather(-2, indices.unsqueeze(-1).expand(*indices.shape, directions.shape[-1]))

@@ -1,4 +1,4 @@
-"""Optimal transport on a line, where sorting solves it: the mass at each quantile goes to the same quantile."""
+"""Optimal transport in one dimension by sorting: the mass at each quantile moves to the same quantile."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 class Coupling(NamedTuple):
-    """Pieces of mass that move as one, in the order of the quantiles: ``S`` of them for each line.
+    """A coupling in one dimension: ``S`` pieces of mass for each line, in the order of the quantiles.
 
     Attributes:
-        source: rank of the point of ``x`` that a piece comes from, ``(S,)`` or ``(B, K, S)``.
-        target: rank of the point of ``y`` that it goes to, likewise.
-        mass: of the piece, likewise; it carries the gradient of the weights.
+        source: rank of the point of ``x`` from which a piece moves, ``(S,)`` or ``(B, K, S)``.
+        target: rank of the point of ``y`` to which it moves, of the same shape.
+        mass: mass of the piece, of the same shape; it carries the gradient of the weights.
     """
 
     source: Tensor
@@ -25,14 +25,14 @@ class Coupling(NamedTuple):
 def costs_of_lines(x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, p: float) -> tuple[Tensor, Tensor]:
     """``W_p^p`` on each line, in units of a scale to the power ``p``.
 
-    The scale is the farthest that mass moves on any line of a problem, so that powers neither overflow nor vanish. It is a
-    constant for the gradient: the product ``scale^p * cost`` does not depend on it.
+    The scale is the largest distance over which mass moves on any line of a problem, so that powers neither overflow nor underflow.
+    It is a constant for the gradient, because the product ``scale^p * cost`` does not depend on it.
 
     Args:
         x: positions ``(B, K, N)`` on ``K`` lines.
         y: positions ``(B, K, M)``.
-        a: weights ``(B, N)``, or ``None``, like ``b``, if both clouds are uniform.
-        b: weights ``(B, M)``, which are scaled to the mass of ``a``.
+        a: weights ``(B, N)``; ``None``, like ``b``, if both clouds are uniform.
+        b: weights ``(B, M)``, scaled to the mass of ``a``.
         p: power of the distance.
 
     Returns:
@@ -56,7 +56,7 @@ def costs_of_lines(x: Tensor, y: Tensor, a: Tensor | None, b: Tensor | None, p: 
 
 
 def _uniform(n: int, m: int, like: Tensor) -> Coupling:
-    """One coupling for all lines, in integers: quantile levels are in units of ``1 / nm``."""
+    """The coupling of uniform weights, the same for all lines. Quantile levels are integers in units of ``1 / nm``."""
     of_x = m * torch.arange(1, n + 1, device=like.device)
     of_y = n * torch.arange(1, m + 1, device=like.device)
     levels = of_x if n == m else torch.cat([of_x, of_y]).unique()
@@ -65,13 +65,13 @@ def _uniform(n: int, m: int, like: Tensor) -> Coupling:
 
 
 def _weighted(a: Tensor, b: Tensor) -> Coupling:
-    """The coupling of weights ``(B, K, N)`` and ``(B, K, M)`` in the order of their points.
+    """The coupling of weights ``(B, K, N)`` and ``(B, K, M)``, which are in the order of their sorted points.
 
-    Ranks are counted along the merged levels, not searched for: where levels are equal (zero weights, say) the path then still
-    takes one step after the other, which makes the gradient with respect to the weights a dual solution.
+    Ranks are counted along the merged quantile levels, not searched. Where levels are equal (as with zero weights), the ranks then
+    still increase one by one, so the gradient with respect to the weights is a dual potential.
     """
     n, m = a.shape[-1], b.shape[-1]
-    # In float32 levels that should be equal differ by 1e-7, the root of which shows where clouds are equal.
+    # In float32, levels that should be equal differ by 1e-7; the square root of that would be visible for equal clouds.
     dtype = torch.float32 if a.device.type == "mps" else torch.float64
     levels_x, levels_y = a.cumsum(-1, dtype=dtype), b.cumsum(-1, dtype=dtype)
     levels_y = levels_y * (levels_x[..., -1:] / levels_y[..., -1:])

@@ -1,4 +1,4 @@
-"""The settings of the sliced distance, checked once."""
+"""The settings of the sliced Wasserstein distance, with their checks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Directions = Literal["orthogonal", "random", "max"]
 
 @dataclass(frozen=True, eq=False)
 class SlicedOptions:
-    """Keywords of :func:`~lightning_wdefense.transport.sliced_wasserstein`, which documents them."""
+    """The keyword arguments of :func:`~lightning_wdefense.transport.sliced_wasserstein`, which documents them."""
 
     p: float = 2
     n_projections: int = 64

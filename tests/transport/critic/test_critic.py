@@ -511,7 +511,7 @@ BAD_NETWORKS = {
         f"BatchNorm, {way}": (
             nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)),
             {"lipschitz": way},
-            r"BatchNorm1d at '1'.* depends on the others",
+            r"BatchNorm1d at '1'.* depends on the other samples",
         )
         for way in WAYS
     },
@@ -532,12 +532,16 @@ def test_bad_networks(network, options, match):
 
 
 BAD_POINTS = {
-    "another width": (3, (X[:, :2], Y[:, :2]), r"points of shape \(N, 3\), got \(4, 2\): make one for theirs"),
+    "another width": (3, (X[:, :2], Y[:, :2]), r"points of shape \(N, 3\), got \(4, 2\): create a critic"),
     "one another width": (3, (X, Y[:, :2]), r"points of shape \(N, 3\), got \(5, 2\)"),
     "unlike, in a module of the user's": (Scores(1), (X, Y[:, :2]), r"points of shape \(N, 3\), got \(5, 2\)"),
     "images": (3, (torch.zeros(4, 1, 8, 8), Y), r"points of shape \(N, 3\), got \(4, 1, 8, 8\)"),
-    "no dimension": (Scores(1), (X[:, 0], Y[:, 0]), r"floating points \(N, ...\), got torch.float32 of shape \(4,\)"),
-    "integers": (3, (X.long(), Y), r"floating points \(N, ...\), got torch.int64"),
+    "no dimension": (
+        Scores(1),
+        (X[:, 0], Y[:, 0]),
+        r"points \(N, ...\) of a floating dtype, got torch.float32 of shape \(4,\)",
+    ),
+    "integers": (3, (X.long(), Y), r"points \(N, ...\) of a floating dtype, got torch.int64"),
     "one": (3, (X[:1], Y), r"two samples or more on each side, got 1"),
     "one of the others": (3, (X, Y[:1]), r"two samples or more on each side, got 1"),
     "none": (3, (X[:0], Y), r"two samples or more on each side, got 0"),
@@ -584,8 +588,11 @@ BAD_SETTINGS = {
     "nothing to train": (lambda: CriticTraining(WassersteinCritic(nn.Flatten())), r"no parameters to train"),
     "steps": (lambda: critic_distance(X, Y, steps=0), r"steps must be at least 1 and .* got 0 and 256"),
     "batch_size": (lambda: critic_distance(X, Y, batch_size=1), r"batch_size at least 2, got 1000 and 1"),
-    "one cloud": (lambda: critic_distance(X), r"two clouds x and y, or one function"),
-    "a function and a cloud": (lambda: critic_distance(lambda: (X, Y), Y), r"two clouds x and y, or one function"),
+    "one cloud": (lambda: critic_distance(X), r"two tensors x and y, or only x, a function"),
+    "a function and a cloud": (
+        lambda: critic_distance(lambda: (X, Y), Y),
+        r"two tensors x and y, or only x, a function",
+    ),
 }
 
 

@@ -407,7 +407,11 @@ BAD_SETTINGS = {
     "directions' dtype": ({"directions": torch.eye(3).long()}, TypeError, r"directions must have a floating dtype"),
     "directions' shape": ({"directions": torch.ones(3)}, ValueError, r"directions must have shape \(K, D\)"),
     "no directions": ({"directions": torch.ones(0, 3)}, ValueError, r"directions must have shape \(K, D\)"),
-    "zero directions": ({"directions": torch.eye(3) * X[0, 0]}, ValueError, r"directions must not be zero, row 0 is"),
+    "zero directions": (
+        {"directions": torch.eye(3) * X[0, 0]},
+        ValueError,
+        r"directions must not be zero, but row 0 is zero",
+    ),
     "NaN directions": ({"directions": torch.eye(3) / 0}, ValueError, r"directions \(3, 3\) holds NaN"),
     "seed": ({"seed": -1}, ValueError, r"seed must be at least 0"),
     "seed's type": ({"seed": None}, TypeError, r"seed must be an integer, got NoneType"),
