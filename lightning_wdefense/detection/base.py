@@ -184,7 +184,7 @@ def _read_labels(labels: Tensor, samples: int) -> Tensor:
     if not isinstance(labels, Tensor) or labels.is_floating_point():
         kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(
-            f"The labels must be an integer tensor (N,) of classes, got {kind}. For soft labels, pass their argmax."
+            f"The labels must be an integer tensor (N,) of classes, got {kind}. Take the argmax of soft labels."
         )
     if labels.shape != (samples,):
         raise ValueError(

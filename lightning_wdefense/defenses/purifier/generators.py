@@ -124,6 +124,6 @@ def generator_for(classifier: nn.Module) -> ResidualGenerator:
         if any(True for _ in layer.parameters(recurse=False)):
             break
     raise ValueError(
-        f"{type(classifier).__name__} does not begin with a Conv2d or Linear layer, so the shape of its inputs is not known. Pass generator= a "
+        f"{type(classifier).__name__} does not begin with a Conv2d or Linear layer, so the shape of its inputs is not known: give generator= a "
         "module from inputs to inputs, such as ResidualGenerator((3, 32, 32))."
     )
