@@ -73,16 +73,16 @@ def test_no_warning_from_four_classes_on(classes):
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_leaves_no_more_than_any_of_its_parts(digits_cnn, norm):
     _, robust, inputs, labels = digits_cnn
-    inputs, labels = inputs[:100], labels[:100]
+    inputs, labels = inputs[:60], labels[:60]
     threat = ThreatModel(norm=norm, eps=0.2 if norm == "linf" else 0.8)
-    both = left(robust, AutoAttack(threat, steps=20, queries=200), inputs, labels)
+    both = left(robust, AutoAttack(threat, steps=10, queries=100), inputs, labels)
     for part in PARTS:
-        options = {"n_queries": 200} if part == "square" else {"steps": 20}
+        options = {"n_queries": 100} if part == "square" else {"steps": 10}
         alone = left(robust, get_attack(part, threat, **options), inputs, labels)
         # A later part's noise depends on which samples are left to it, and rounding on the machine: a few samples may go either way.
-        assert both.sum() <= alone.sum() + (0 if part == "apgd-ce" else 5), part
-    first = left(robust, get_attack("apgd-ce", threat, steps=20), inputs, labels)
-    assert not (both & ~first).any(), "what APGD-CE broke must stay broken"
+        assert both.sum() <= alone.sum() + (0 if part == "apgd-ce" else 3), part
+        if part == "apgd-ce":
+            assert not (both & ~alone).any(), "what APGD-CE broke must stay broken"
 
 
 def test_samples_that_were_wrong_stay_as_they_are():

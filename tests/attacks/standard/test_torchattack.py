@@ -19,24 +19,38 @@ SEED = int(torch.randint(2**31, (), generator=torch.Generator().manual_seed(0)))
 LINF, L2 = ThreatModel(eps=0.03), ThreatModel(norm="l2", eps=0.25)
 
 
-@pytest.mark.parametrize("threat", [LINF, L2], ids=["linf", "l2"])
-@pytest.mark.parametrize(
-    ("ours", "theirs"),
-    [
-        ("apgd-ce", lambda **common: torchattacks.APGD(MODEL, loss="ce", steps=100, **common)),
-        ("apgd-t", lambda **common: torchattacks.APGDT(MODEL, steps=100, n_classes=6, **common)),
-        ("fab-t", lambda **common: torchattacks.FAB(MODEL, multi_targeted=True, steps=100, n_classes=6, **common)),
-        ("square", lambda **common: torchattacks.Square(MODEL, n_queries=5000, **common)),
-    ],
-)
-def test_autoattacks_parts_at_the_published_settings(threat, ours, theirs):
+norms = pytest.mark.parametrize("threat", [LINF, L2], ids=["linf", "l2"])
+PARTS = {
+    "apgd-ce": (torchattacks.APGD, {"loss": "ce", "steps": 100}),
+    "apgd-t": (torchattacks.APGDT, {"n_classes": 6, "steps": 100}),
+    "fab-t": (torchattacks.FAB, {"n_classes": 6, "multi_targeted": True, "steps": 100}),
+    "square": (torchattacks.Square, {"n_queries": 5000}),
+}
+
+
+def assert_part_is_torchattacks(part, threat, shorter):
+    """The same inputs come out, bit for bit but for rounding; ``shorter`` replaces settings of both."""
+    cls, published = PARTS[part]
     norm = {"linf": "Linf", "l2": "L2"}[threat.norm]
-    expected = theirs(norm=norm, eps=threat.eps, seed=SEED)(X, Y)
+    expected = cls(MODEL, norm=norm, eps=threat.eps, seed=SEED, **published | shorter)(X, Y)
     broken = MODEL(expected).argmax(1) != Y
     assert 0 < broken.float().mean() < 1, "too easy or too hard to show anything"
-    got = get_attack(ours, threat)(MODEL, X, Y)
+    got = get_attack(part, threat, **shorter)(MODEL, X, Y)
     assert torch.equal(MODEL(got).argmax(1) != Y, broken)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+
+
+@norms
+@pytest.mark.parametrize("part", PARTS)
+def test_autoattacks_parts_are_those_of_torchattacks(part, threat):
+    assert_part_is_torchattacks(part, threat, {"n_queries": 200} if part == "square" else {"steps": 12})
+
+
+@pytest.mark.slow
+@norms
+@pytest.mark.parametrize("part", PARTS)
+def test_autoattacks_parts_at_the_published_settings(part, threat):
+    assert_part_is_torchattacks(part, threat, {})
 
 
 @pytest.mark.parametrize(
@@ -69,7 +83,9 @@ RUNNABLE = sorted(
 )
 
 
-@pytest.mark.parametrize("name", RUNNABLE)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "AutoAttack")) for name in RUNNABLE]
+)  # which asks 5000 queries, and takes no options
 def test_every_torchattack_stays_legal(name):
     """Attacks without a radius of their own (CW, DeepFool, OnePixel...) are projected into the ball."""
     threat = L2 if name.endswith("L2") else LINF
@@ -98,15 +114,16 @@ def test_options_and_step_size_follow_the_radius():
 
 def test_a_radius_is_rescaled_with_the_bounds():
     """eps is in data units; torchattacks works on [0, 1]."""
+    expected = get_attack("apgd-ce", LINF, steps=20)(MODEL, X, Y)
     for bounds in ((0.0, 1.0), (-1.0, 1.0), (0.0, 255.0)):
         low, span = bounds[0], bounds[1] - bounds[0]
-        attack = get_attack("apgd-ce", ThreatModel(eps=0.03 * span, bounds=bounds))
+        attack = get_attack("apgd-ce", ThreatModel(eps=0.03 * span, bounds=bounds), steps=20)
 
         def model(x, low=low, span=span):
             return MODEL((x - low) / span)
 
         found = (attack(model, X * span + low, Y) - low) / span
-        same = (found - get_attack("apgd-ce", LINF)(MODEL, X, Y)).flatten(1).abs().amax(1) < 1e-3
+        same = (found - expected).flatten(1).abs().amax(1) < 1e-3
         assert same.float().mean() > 0.85  # rounding may flip a sign on the way
 
 
@@ -130,11 +147,18 @@ def test_the_number_of_classes_is_read_off_the_outputs(classes, monkeypatch):
     assert built == [min(classes, 10) - 1] * 2
 
 
-@pytest.mark.parametrize("threat", [LINF, L2], ids=["linf", "l2"])
-@pytest.mark.parametrize("shape", [(30,), (4, 8), (1, 4, 4), (3, 4, 10)], ids=str)
-def test_inputs_that_are_no_square_images_are_attacked_in_earnest(threat, shape):
+@pytest.mark.parametrize(
+    ("shape", "threat"),
+    [
+        ((30,), LINF.with_eps(0.15)),
+        ((4, 8), L2.with_eps(0.6)),
+        ((1, 4, 4), L2.with_eps(0.6)),
+        ((3, 4, 10), LINF.with_eps(0.15)),
+    ],
+    ids=["(30,)-linf", "(4, 8)-l2", "(1, 4, 4)-l2", "(3, 4, 10)-linf"],
+)
+def test_inputs_that_are_no_square_images_are_attacked_in_earnest(shape, threat):
     """Laid out on a grid the attacks keep their strength: about what PGD finds."""
-    threat = threat.with_eps(0.15 if threat.norm == "linf" else 0.6)
     model = classifier(*shape, scale=5.0)
     inputs, labels = batch(*shape, model=model, n=48)
 
@@ -144,17 +168,17 @@ def test_inputs_that_are_no_square_images_are_attacked_in_earnest(threat, shape)
     pgd = left(get_attack("pgd", threat, steps=40))
     assert pgd < 0.95
     for part in ("apgd-ce", "apgd-t", "fab-t"):
-        assert left(get_attack(part, threat)) <= pgd + 0.05, part
-    assert left(get_attack("square", threat, n_queries=1000)) < 1
+        assert left(get_attack(part, threat, steps=30)) <= pgd + 0.05, part
+    assert left(get_attack("square", threat, n_queries=200)) < 1
 
 
 def test_stray_inputs_keep_their_place():
     """Values a little outside the bounds are shown to torchattacks clamped, and stay within the radius of themselves."""
     inputs = X.clone()
     inputs[0, 0, 0, 0] = 1.3
-    for name in ("apgd-ce", "fab-t", "square"):
+    for name, options in (("apgd-ce", {"steps": 10}), ("fab-t", {"steps": 10}), ("square", {"n_queries": 100})):
         with pytest.warns(UserWarning, match="A few input values"):
-            adversarial = get_attack(name, LINF)(MODEL, inputs, Y)
+            adversarial = get_attack(name, LINF, **options)(MODEL, inputs, Y)
         assert (adversarial - inputs).abs().max() <= LINF.eps + 1e-6
 
 
