@@ -32,6 +32,10 @@ class DefenseOutput(NamedTuple):
         adversarial_inputs: the adversarial inputs ``(N, ...)`` in model units; the clean inputs if the recipe has no attack.
         logs: the detached parts of the loss and the current ``eps`` (data units). Every ``log_every_n_steps`` also accuracies,
             attack success and transport cost.
+
+    Example:
+        >>> DefenseOutput._fields
+        ('loss', 'clean_outputs', 'adversarial_outputs', 'adversarial_inputs', 'logs')
     """
 
     loss: Tensor

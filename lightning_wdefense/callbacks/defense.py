@@ -221,7 +221,7 @@ class WassersteinDefense(Callback):
         with defense.perturbed_weights(passes, adversarial) as until_backward:
             sees_clean = recipe.sees == "clean"
             place = contextlib.nullcontext(batch) if sees_clean else site.perturbed(adversarial)
-            with passes.watch() as branch_of, place as seen_batch:
+            with passes.record_step() as branch_of, place as seen_batch:
                 seen_batch = seen_batch if sees_clean else map_tensors(seen_batch, torch.clone)
                 result = step(seen_batch, *args, **kwargs)
             loss = result["loss"] if isinstance(result, dict) else result

@@ -175,10 +175,10 @@ class DetectionMonitor(EvaluationMonitor[DetectionMeasures]):
     def measure(self, measures: DetectionMeasures, attacked_batch: AttackedBatch, noise: Noise) -> None:
         """Attack every second sample, and keep the outputs and features that the detectors read."""
         inputs, labels, model = attacked_batch.inputs, attacked_batch.labels, attacked_batch.model
-        judged = (torch.arange(len(inputs), device=inputs.device) + measures.samples) % 2 == 1
+        scored = (torch.arange(len(inputs), device=inputs.device) + measures.samples) % 2 == 1
         measures.samples += len(inputs)
         attacks = {name: attacked_batch.fitted(attack) for name, attack in self.attack.items()}
-        result = worst_case(model, attacks, inputs, labels, samples=judged, generator=noise, on_attack=self.show)
+        result = worst_case(model, attacks, inputs, labels, samples=scored, generator=noise, on_attack=self.show)
         if result.labels.ndim > 1:
             raise ValueError(
                 f"DetectionMonitor needs samples of one class each, (N,), but the labels have shape {tuple(result.labels.shape)}. Leave the "
@@ -190,16 +190,16 @@ class DetectionMonitor(EvaluationMonitor[DetectionMeasures]):
         # Whole batches, because not every model accepts a part of a batch.
         before, after = self.observe(attacked_batch, clean, result.inputs)
         for samples, (outputs, features), mask in (
-            (measures.learn, before, ~judged),
+            (measures.learn, before, ~scored),
             (measures.clean, before, right),
             (measures.attacked, after, broken),
         ):
             samples.add(logits_of(outputs).detach()[mask], features[mask], result.labels[mask])
         for name, detector in self.detectors.items():
             if detector.reads == "inputs":
-                judge = detector.of_model(model)
+                bound = detector.of_model(model)
                 parts = (clean[right], result.inputs[broken])
-                sides = [judge.score(part) if len(part) else clean.new_empty(0) for part in parts]
+                sides = [bound.score(part) if len(part) else clean.new_empty(0) for part in parts]
                 measures.metrics[name].update(*(scores[scores.isfinite()] for scores in sides))
 
     def compute(self, measures: DetectionMeasures, trainer: Trainer, key: Callable[[str], str]) -> dict[str, float]:
@@ -210,12 +210,12 @@ class DetectionMonitor(EvaluationMonitor[DetectionMeasures]):
             for name, detector in self.detectors.items():
                 metric, short = measures.metrics[name], f"auroc_{name}"
                 if detector.reads != "inputs":
-                    metric.update(*self._judge(name, detector, measures, metric.device))
+                    metric.update(*self._scores(name, detector, measures, metric.device))
                 self.aurocs[key(short)] = metric.compute()
                 values[short] = float(self.aurocs[key(short)].value)
         return values
 
-    def _judge(self, name: str, detector: Detector, measures: DetectionMeasures, device: torch.device) -> list[Tensor]:
+    def _scores(self, name: str, detector: Detector, measures: DetectionMeasures, device: torch.device) -> list[Tensor]:
         """Scores of the clean and of the attacked samples of this rank; empty if the detector could not be fitted."""
         none = [torch.empty(0, device=device)] * 2
         if detector.learns:

@@ -50,7 +50,7 @@ class ForwardPasses(ABC):
         """Context in which forward passes have no side effects, in eval mode or in the module's own modes."""
 
     @abstractmethod
-    def watch(self) -> contextlib.AbstractContextManager[Callable[[Any], Branch]]:
+    def record_step(self) -> contextlib.AbstractContextManager[Callable[[Any], Branch]]:
         """Record the user's own step. Yields a function from the step's result to its branch."""
 
     @property
@@ -113,7 +113,7 @@ class ModelForwardPasses(ForwardPasses):
         return _isolated_eager(self.model, self.values.device, evaluation)
 
     @contextlib.contextmanager
-    def watch(self) -> Iterator[Callable[[Any], Branch]]:
+    def record_step(self) -> Iterator[Callable[[Any], Branch]]:
         """Record the user's own call of the model on the whole batch."""
         with self._recorder.recording() as recording:
             yield lambda result: self._branch(recording)
@@ -211,7 +211,7 @@ class StepForwardPasses(ForwardPasses):
 
     def run(self, values: Tensor) -> Branch:
         """One more call of the step, with the random state that the user's own call starts from."""
-        if self._step.ready:  # in a rehearsal
+        if self._step.ready:  # inside of Step.repeatable
             with self.perturbed(values) as batch, self._recorder.recording() as recording:
                 loss = required_loss(self._step, batch)
             return self._branch(recording, loss)
@@ -226,11 +226,11 @@ class StepForwardPasses(ForwardPasses):
         return self.branch_of(recording, result)
 
     def without_side_effects(self, *, evaluation: bool = True) -> contextlib.AbstractContextManager[Any]:
-        """A rehearsal of the step."""
+        """The context in which the step is repeatable."""
         return self._step.repeatable(self.values.device, self._inspection.noise if evaluation else "own")
 
     @contextlib.contextmanager
-    def watch(self) -> Iterator[Callable[[Any], Branch]]:
+    def record_step(self) -> Iterator[Callable[[Any], Branch]]:
         """Record the user's own call of the step."""
         with self._recorder.recording() as recording:
             yield lambda result: self.branch_of(recording, result)

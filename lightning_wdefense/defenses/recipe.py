@@ -77,8 +77,8 @@ class Recipe:
         execution: how the attack runs the model, such as ``Execution(precision="bf16")``; ``None`` for no change.
         ramp_steps: in the warm-up, increase the attack's number of steps with eps, which saves time.
         warmup_epochs: number of epochs over which the attack's eps grows linearly from 0. It is counted in defended batches, so
-            gradient accumulation and several optimizers do not change it, and a training that began without the defense still gets
-            the whole warm-up. Training at a large eps from the start can collapse to a constant output.
+            gradient accumulation and several optimizers do not change it. A training that began without the defense still gets the
+            whole warm-up. Training at a large eps from the start can collapse to a constant output.
         name: name for logs and messages.
 
     Raises:
@@ -218,7 +218,7 @@ class Recipe:
         return replace(RECIPES[name](threat), name=name, **changes)
 
 
-def _adversary(threat: ThreatModel, loss: Literal["ce", "kl"] = "ce") -> Attack:
+def _training_attack(threat: ThreatModel, loss: Literal["ce", "kl"] = "ce") -> Attack:
     if threat.norm == "wasserstein":
         return WassersteinAttack(threat, steps=5, methods=("projected",), restarts=1, loss=loss)
     return PGD(threat, loss=loss, random_start="gaussian" if loss == "kl" else True)
@@ -235,27 +235,27 @@ def _feature_scattering(threat: ThreatModel) -> Recipe:
 
 RECIPES: dict[str, Callable[[ThreatModel], Recipe]] = {
     "standard": lambda threat: Recipe(None, "clean"),
-    "pgd-at": lambda threat: Recipe(_adversary(threat)),
+    "pgd-at": lambda threat: Recipe(_training_attack(threat)),
     "fast-at": lambda threat: Recipe(FGSM(threat, noise=2.0)),
-    "trades": lambda threat: Recipe(_adversary(threat, "kl"), "clean", "kl", 6.0),
-    "mart": lambda threat: Recipe(_adversary(threat), discrepancy="weighted-kl", weight=5.0, margin_weight=1.0),
-    "alp": lambda threat: Recipe(_adversary(threat), discrepancy="paired-l2", weight=1.0),
+    "trades": lambda threat: Recipe(_training_attack(threat, "kl"), "clean", "kl", 6.0),
+    "mart": lambda threat: Recipe(_training_attack(threat), discrepancy="weighted-kl", weight=5.0, margin_weight=1.0),
+    "alp": lambda threat: Recipe(_training_attack(threat), discrepancy="paired-l2", weight=1.0),
     "alp-features": lambda threat: Recipe(
-        _adversary(threat), discrepancy="paired-l2", weight=0.1, features="penultimate"
+        _training_attack(threat), discrepancy="paired-l2", weight=0.1, features="penultimate"
     ),
-    "sat": lambda threat: Recipe(_adversary(threat), discrepancy="sinkhorn", weight=1.0),
-    "sat-label": lambda threat: Recipe(_adversary(threat), discrepancy="sinkhorn-label", weight=1.0),
+    "sat": lambda threat: Recipe(_training_attack(threat), discrepancy="sinkhorn", weight=1.0),
+    "sat-label": lambda threat: Recipe(_training_attack(threat), discrepancy="sinkhorn-label", weight=1.0),
     "sat-features": lambda threat: Recipe(
-        _adversary(threat), discrepancy="sinkhorn", weight=0.1, features="penultimate"
+        _training_attack(threat), discrepancy="sinkhorn", weight=0.1, features="penultimate"
     ),
     "class-transport": lambda threat: Recipe(
-        _adversary(threat), discrepancy="class-transport", weight=0.1, features="penultimate"
+        _training_attack(threat), discrepancy="class-transport", weight=0.1, features="penultimate"
     ),
     "critic": lambda threat: Recipe(
-        _adversary(threat), discrepancy=CriticDiscrepancy(), weight=0.1, features="penultimate"
+        _training_attack(threat), discrepancy=CriticDiscrepancy(), weight=0.1, features="penultimate"
     ),
-    "mmd": lambda threat: Recipe(_adversary(threat), discrepancy="mmd", weight=1.0),
-    "coral": lambda threat: Recipe(_adversary(threat), discrepancy="coral", weight=1.0),
+    "mmd": lambda threat: Recipe(_training_attack(threat), discrepancy="mmd", weight=1.0),
+    "coral": lambda threat: Recipe(_training_attack(threat), discrepancy="coral", weight=1.0),
     "udr": lambda threat: Recipe(SoftBallPGD(threat)),
     "wrm": lambda threat: Recipe(LagrangianAttack(threat)),
     "sinkhorn-dro": lambda threat: Recipe(GibbsNoise(threat)),

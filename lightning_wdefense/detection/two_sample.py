@@ -29,6 +29,13 @@ class TwoSampleResult(NamedTuple):
         statistic: the statistic of the two samples, a scalar; its unit depends on the statistic.
         p_value: the share of permutations, the identity included, with at least this value of the statistic. It is small if the
             samples have different distributions.
+
+    Example:
+        >>> import torch
+        >>> x, y = torch.randn(2, 50, 3, generator=torch.Generator().manual_seed(1))
+        >>> statistic, p_value = two_sample_test(x, y)
+        >>> bool(statistic >= 0), 0 < p_value <= 1
+        (True, True)
     """
 
     statistic: Tensor

@@ -27,6 +27,12 @@ class AUROC(NamedTuple):
             count one half. A perfect detector has 1, chance is 0.5.
         low: lower end of the bootstrap interval.
         high: upper end of the bootstrap interval.
+
+    Example:
+        >>> import torch
+        >>> from lightning_wdefense.metrics import detectability
+        >>> detectability(torch.tensor([0.1, 0.2]), torch.tensor([0.8, 0.9])).value
+        tensor(1.)
     """
 
     value: Tensor

@@ -47,9 +47,9 @@ class TransportShift(Metric):
         kwargs: keyword arguments of :class:`torchmetrics.Metric`.
 
     Raises:
-        ValueError: If ``max_samples`` is not positive or a setting of the transport is out of its range; in ``update``,
-            if the shapes of the features or labels do not match each other or those before, a feature is not finite, or
-            ``label_cost`` is set and there are no labels.
+        ValueError: If ``max_samples`` is below 1 or a setting of the transport is out of range; in ``update``, if shapes
+            do not match each other or those of earlier updates, a feature is not finite, or ``label_cost`` is set and
+            there are no labels.
         TypeError: In ``update``, if the features are not float tensors, or the labels not integers.
 
     References:

@@ -36,9 +36,9 @@ class WassersteinPurifier(LightningModule):
 
         ``critic_weight * gap(x, G(x')) + reconstruction_weight * mean |x - G(x')| + task_weight * CE(classifier(G(x')), y)``,
 
-    where the gap is the estimate, by a Lipschitz critic that is trained with the generator, of ``W_1`` between the clean and the
-    purified inputs of each class. The gap never exceeds the paired distance ``mean |x - G(x')|``. Both are in data units (Euclidean
-    norm of a whole sample).
+    where the gap estimates ``W_1`` between the clean and the purified inputs of each class, by a Lipschitz critic that is trained
+    with the generator. The gap never exceeds the paired distance ``mean |x - G(x')|``. Both are in data units (Euclidean norm of a
+    whole sample).
 
     **A purifier must be evaluated by attacks that go through it**, and this module measures nothing else: ``val/robust_acc`` and
     ``val/clean_acc`` (``test/...``) belong to the purifier and the classifier as one model. By default the attack in training goes

@@ -1,1 +1,1 @@
-"""Randomised smoothing with flows of mass: certificates against the Wasserstein adversary."""
+"""Wasserstein smoothing: randomised smoothing with flows of pixel mass, and its certificates."""

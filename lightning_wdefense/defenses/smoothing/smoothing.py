@@ -31,6 +31,11 @@ class Certificate(NamedTuple):
         classes: certified class of each image, ``(N,)``; -1 where the classifier abstains.
         radii: certified radius of each image, ``(N,)``, in shares of mass times pixels. Within this 1-Wasserstein distance the
             smoothed classifier predicts the class; 0 where the classifier abstains.
+
+    Example:
+        >>> certificate = Certificate(torch.tensor([3, -1]), torch.tensor([0.2, 0.0]))
+        >>> certificate.classes != ABSTAIN
+        tensor([ True, False])
     """
 
     classes: Tensor

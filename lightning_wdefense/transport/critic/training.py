@@ -26,6 +26,11 @@ class CriticUpdate(NamedTuple):
         penalty: the gradient penalty, ``()``; 0 for a critic without a penalty.
         gradient_norm: mean norm of the critic's gradient between the clouds, ``()``; NaN for a critic without a penalty.
         steps: number of steps that the critic took on the batch.
+
+    Example:
+        >>> update = CriticTraining(WassersteinCritic(2)).update(torch.ones(4, 2), torch.zeros(4, 2))
+        >>> update.steps >= 1, bool(update.distance <= 2**0.5)
+        (True, True)
     """
 
     gap: Tensor
@@ -170,6 +175,11 @@ class CriticDistance(NamedTuple):
         value: the estimate, ``()``, in units of the points.
         standard_error: standard error of ``value``, ``()``, if it is a mean over new samples; NaN for two given clouds.
         critic: the trained critic; its scores are the dual potential.
+
+    Example:
+        >>> distance = critic_distance(torch.ones(4, 2), torch.zeros(4, 2), steps=50)
+        >>> print(f"{distance.value:.1f}")  # the norm of (1, 1)
+        1.4
     """
 
     value: Tensor
