@@ -111,28 +111,6 @@ class TestLeavesAlone:
         train(defend("pgd-at"), module=Noisy)
         assert drawn[:4] == drawn[4:]
 
-    @pytest.mark.parametrize("recipe", ACTIVE)
-    def test_training_step_runs_once_a_batch_with_its_own_metrics(self, recipe):
-        class Counting(DigitsClassifier):
-            def __init__(self):
-                super().__init__()
-                self.accuracy = Accuracy("multiclass", num_classes=10)
-                self.calls_made = []
-
-            def training_step(self, batch, batch_idx):
-                x, y = batch
-                logits = self(x)
-                self.accuracy.update(logits, y)
-                self.calls_made.append((batch_idx, len(x)))
-                return {"loss": F.cross_entropy(logits, y), "extra": batch_idx}
-
-            def on_train_batch_end(self, outputs, batch, batch_idx):
-                assert outputs["extra"] == batch_idx
-
-        module = train(defend(recipe), module=Counting())
-        assert module.calls_made == [(index, 32) for index in range(4)]
-        assert module.accuracy._update_count == 4
-
     def test_a_skipped_batch_stays_skipped(self):
         class Skipping(DigitsClassifier):
             def training_step(self, batch, batch_idx):
@@ -299,8 +277,9 @@ class TestLoss:
 
     @pytest.mark.parametrize("recipe", ACTIVE)
     def test_equals_the_formula(self, recipe):
-        # In float64: the sign of TRADES' first gradients is rounding noise in float32.
-        defended = train(defend(recipe), precision="64-true")
+        # In float64: the sign of TRADES' first gradients is rounding noise in float32. The second batch sees what was learned from the first.
+        options = {"precision": "64-true", "limit_train_batches": 2}
+        defended = train(defend(recipe), **options)
 
         class ByHand(DigitsClassifier):
             attack, critic = RECIPES[recipe](THREAT).attack, None
@@ -320,9 +299,7 @@ class TestLoss:
                     loss = loss + 0.1 * self.critic.critic.gap(*features, y)
                 return loss
 
-        torch.testing.assert_close(
-            weights(defended), weights(train(module=ByHand, precision="64-true")), rtol=1e-5, atol=1e-6
-        )
+        torch.testing.assert_close(weights(defended), weights(train(module=ByHand, **options)), rtol=1e-5, atol=1e-6)
 
     @pytest.mark.parametrize("recipe", ["pgd-at", "trades"])
     def test_weight_perturbation_equals_the_formula(self, recipe):
@@ -462,11 +439,34 @@ class TestLoss:
         ).all()
 
 
+class Counting(DigitsClassifier):
+    """Has a metric and an output of its own, and counts the calls of its step."""
+
+    def __init__(self):
+        super().__init__()
+        self.accuracy = Accuracy("multiclass", num_classes=10)
+        self.calls_made = []
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        logits = self(x)
+        self.accuracy.update(logits, y)
+        self.calls_made.append((batch_idx, len(x)))
+        loss = F.cross_entropy(logits, y)
+        self.log("train/loss", loss)
+        return {"loss": loss, "extra": batch_idx}
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        assert outputs["extra"] == batch_idx
+
+
 class TestLogging:
     @pytest.mark.parametrize("recipe", ACTIVE)
-    def test_parts_and_measurements_reach_the_logger(self, recipe, tmp_path):
+    def test_parts_and_measurements_reach_the_logger_and_the_step_runs_once_a_batch(self, recipe, tmp_path):
         logger = CSVLogger(tmp_path)
-        train(defend(recipe), logger=logger, log_every_n_steps=2)
+        module = train(defend(recipe), module=Counting(), logger=logger, log_every_n_steps=2)
+        assert module.calls_made == [(index, 32) for index in range(4)]
+        assert module.accuracy._update_count == 4
         rows = rows_of(logger)
         assert len(rows) == 2
         for row in rows:
@@ -514,12 +514,12 @@ class TestResuming:
     def test_a_resumed_run_ends_with_the_same_weights(self, recipe, tmp_path):
         def run(epochs, ckpt=None):
             L.seed_everything(0 if ckpt is None else 99, verbose=False)
-            saver = ModelCheckpoint(tmp_path / str(epochs), save_top_k=-1, filename="{epoch}")
+            savers = [ModelCheckpoint(tmp_path, filename="half")] if epochs == 1 else []
             trainer = quiet_trainer(
                 max_epochs=epochs,
-                limit_train_batches=4,
-                enable_checkpointing=True,
-                callbacks=[defense := WassersteinDefense(case(recipe)), saver],
+                limit_train_batches=2,
+                enable_checkpointing=bool(savers),
+                callbacks=[defense := WassersteinDefense(case(recipe)), *savers],
             )
             trainer.fit(module := DigitsClassifier(batch_norm=True), digits_loaders(shuffle=False)[0], ckpt_path=ckpt)
             states.append(plain(defense.state_dict()))
@@ -527,13 +527,13 @@ class TestResuming:
 
         states = []
 
-        whole = run(4)
-        run(2)
-        assert_same_weights(run(4, tmp_path / "2" / "epoch=1.ckpt"), whole)
+        whole = run(2)
+        run(1)
+        assert_same_weights(run(2, tmp_path / "half.ckpt"), whole)
         assert states[0] == states[2]
         learns = recipe.startswith(("udr", "critic"))
-        assert (states[0] == {"batches": 16, "multiplier": None, "critic": None}) == (not learns)
-        assert states[1]["batches"] == 8
+        assert (states[0] == {"batches": 4, "multiplier": None, "critic": None}) == (not learns)
+        assert states[1]["batches"] == 2
 
     def test_noise_differs_by_batch_epoch_rank_and_seed(self):
         class At:
@@ -551,15 +551,23 @@ class TestResuming:
         assert draw() == draws[0]
 
 
+COMPILED = [
+    pytest.param(recipe, how, marks=() if (recipe, how) in quick else pytest.mark.slow)
+    for quick in [{("trades", "module"), ("sat-features", "in place"), ("critic", "submodule")}]
+    for recipe in ("pgd-at", "trades", "sat-features", "pgd-at+awp", "critic", PENALISED)
+    for how in ("module", "submodule", "in place")
+]
+"""Compilation takes seconds: each way and each kind of recipe once, all pairs of them among the slow tests."""
+
+
 class TestPipelines:
     @pytest.mark.parametrize("recipe", CASES)
-    @pytest.mark.parametrize(
-        "options", [{"precision": "bf16-mixed"}, {"accumulate_grad_batches": 2}, {"precision": "64-true"}]
-    )
-    def test_precision_and_accumulation(self, recipe, options):
+    def test_precision_and_accumulation(self, recipe):
+        """In float64 every recipe is trained in ``TestLoss``."""
         module = DigitsClassifier(batch_norm=True)
         before = weights(module).clone()
         defense = WassersteinDefense(case(recipe, warmup_epochs=0))
+        options = {"precision": "bf16-mixed", "accumulate_grad_batches": 2, "limit_train_batches": 2}
         module = train(defense, module=module, log_every_n_steps=1, **options)
         assert torch.isfinite(weights(module)).all()
         assert not torch.equal(weights(module), before)
@@ -571,8 +579,7 @@ class TestPipelines:
         start = weights(DigitsClassifier())
         assert torch.cosine_similarity(exact - start, mixed - start, dim=0) > 0.8
 
-    @pytest.mark.parametrize("how", ["module", "submodule", "in place"])
-    @pytest.mark.parametrize("recipe", ["pgd-at", "trades", "sat-features", "pgd-at+awp", "critic", PENALISED])
+    @pytest.mark.parametrize(("recipe", "how"), COMPILED)
     def test_compiled_modules(self, recipe, how):
         expected = train(WassersteinDefense(case(recipe, warmup_epochs=0)), log_every_n_steps=2)
         L.seed_everything(0, verbose=False)
@@ -586,40 +593,14 @@ class TestPipelines:
         compiled = train(WassersteinDefense(case(recipe, warmup_epochs=0)), module=module, log_every_n_steps=2)
         torch.testing.assert_close(weights(compiled), weights(expected), rtol=1e-4, atol=1e-5)
 
-    def test_tuners_and_averaging(self, tmp_path):
-        from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
-
-        class Tunable(DigitsClassifier):
-            batch_size = 8
-
-            def train_dataloader(self):
-                return digits_loaders(self.batch_size)[0]
-
-            def val_dataloader(self):
-                return digits_loaders(self.batch_size)[1]
-
-        callbacks = [
-            BatchSizeFinder(max_trials=2, steps_per_trial=1, init_val=8),
-            LearningRateFinder(num_training_steps=3, early_stop_threshold=None),
-        ]
-        options = {
-            "enable_checkpointing": True,
-            "default_root_dir": tmp_path,
-            "limit_train_batches": 4,
-            "max_epochs": 1,
-        }
-        trainer = quiet_trainer(callbacks=[defend("sat-features"), *callbacks], **options)
-        trainer.fit(module := Tunable())
-        assert "training_step" not in module.__dict__
-
     @pytest.mark.parametrize("recipe", ACTIVE)
     def test_weight_perturbation_and_averaging_combine_with_every_recipe(self, recipe):
         callbacks = pytest.importorskip("lightning.pytorch.callbacks")
         if not hasattr(callbacks, "EMAWeightAveraging"):
             pytest.skip("this Lightning has no EMAWeightAveraging")
-        plain = train(WassersteinDefense(case(recipe, warmup_epochs=0)))
+        plain = train(WassersteinDefense(case(recipe, warmup_epochs=0)), limit_train_batches=2)
         defense = WassersteinDefense(case(f"{recipe}+awp", warmup_epochs=0))
-        module = train(defense, callbacks.EMAWeightAveraging())
+        module = train(defense, callbacks.EMAWeightAveraging(), limit_train_batches=2)
         assert torch.isfinite(weights(module)).all()
         assert not torch.equal(weights(module), weights(plain))
         assert not module._forward_hooks
