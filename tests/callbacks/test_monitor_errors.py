@@ -33,7 +33,7 @@ CONSTRUCTION = {
     "unknown": (["autoatack"], {}, ValueError, "no attack 'autoatack'.*Did you mean 'autoattack'"),
     "not-an-attack": ([lambda model, x, y: x], {}, TypeError, "names and Attack objects, got a function"),
     "attack-class": ([PGD], {}, TypeError, "names and Attack objects"),
-    "reserved-name": ({"clean": "pgd"}, {}, ValueError, "'clean' and 'robust'"),
+    "reserved-name": ({"clean": "pgd"}, {}, ValueError, "'clean' or 'robust'"),
     "no-batches": (["pgd"], {"max_batches": 0}, ValueError, "max_batches must be at least 1, or None.*got 0"),
     "no-epochs": (["pgd"], {"every_n_epochs": 0}, ValueError, "every_n_epochs must be at least 1, got 0"),
     "no-radii": (["pgd"], {"epsilons": []}, ValueError, "at least one larger budget"),
