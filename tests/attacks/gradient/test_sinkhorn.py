@@ -25,8 +25,10 @@ def attacked(model, attack, x, y):
 
 @pytest.mark.parametrize(
     ("threat", "features"),
-    [(ThreatModel(eps=0.2), "penultimate"), (ThreatModel(norm="l2", eps=1.5), "6")],
-    ids=["linf", "l2"],
+    [
+        pytest.param(ThreatModel(eps=0.2), "penultimate", id="linf"),
+        pytest.param(ThreatModel(norm="l2", eps=1.5), "6", id="l2", marks=pytest.mark.slow),
+    ],
 )
 def test_fools_as_often_and_is_harder_to_detect(digits_cnn, threat, features):
     plain, _, x, y = digits_cnn

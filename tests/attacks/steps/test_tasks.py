@@ -44,12 +44,12 @@ READ_BY = {
 }
 
 
-@pytest.mark.parametrize("size", [1, 12])
 @pytest.mark.parametrize("read", READ_BY.values(), ids=READ_BY)
 @pytest.mark.parametrize("model", PROBABILITIES.values(), ids=PROBABILITIES)
-def test_probabilities_are_refused_at_any_batch_size(model, read, size):
-    with pytest.raises(ValueError, match=r"look like probabilities.*logits.*model="):
-        read(model, torch.rand(size, 6), torch.zeros(size, dtype=torch.long))
+def test_probabilities_are_refused_at_any_batch_size(model, read):
+    for size in (1, 12):
+        with pytest.raises(ValueError, match=r"look like probabilities.*logits.*model="):
+            read(model, torch.rand(size, 6), torch.zeros(size, dtype=torch.long))
 
 
 def test_frozen_models_and_inference_mode_hide_nothing():
