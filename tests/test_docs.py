@@ -76,7 +76,7 @@ def test_a_refusal_says_what_the_page_says(row):
     (name,), (said,) = names(shown), re.findall('"(.*)"', says)
     require(BY_NAME[name])
     with pytest.raises(Exception, match=re.escape(said)):
-        defended(BY_NAME[name])
+        defended(BY_NAME[name], "pgd-at")
 
 
 @pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", TASKS, re.DOTALL))

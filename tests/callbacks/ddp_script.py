@@ -1,4 +1,4 @@
-"""Trains recipes under two-process DDP and writes what each rank ended with; run by test_ddp.py."""
+"""Trains recipes and runs monitors under two-process DDP, and writes what each rank ended with; run by test_ddp.py."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
+from callbacks import test_detection_monitor, test_monitor_environments
 from lightning import seed_everything
 from support.learned import plain
-from support.lightning_modules import DigitsClassifier, digits_loaders, quiet_trainer
+from support.lightning_modules import DigitsClassifier, digits_loaders, quiet_trainer, trained_classifier
 from support.processes import group_ends
 from torchmetrics import Accuracy
 
@@ -66,8 +67,13 @@ def monitored():
     """A validation of each rank's half."""
     seed_everything(0, verbose=False)
     attack = PGD(THREAT, steps=3, random_start=False)
-    trainer = quiet_trainer(strategy="ddp", devices=2, callbacks=[RobustnessMonitor(THREAT, [attack])])
-    trainer.validate(Normalising(True), digits_loaders()[1], verbose=False)
+    return validated(Normalising(True), RobustnessMonitor(THREAT, [attack]))
+
+
+def validated(module, monitor):
+    """What is logged on rank 0 and 1 with this monitor."""
+    trainer = quiet_trainer(strategy="ddp", devices=2, callbacks=[monitor])
+    trainer.validate(module, digits_loaders()[1], verbose=False)
     return {key: float(value) for key, value in trainer.callback_metrics.items()}
 
 
@@ -109,6 +115,8 @@ def main(folder, *recipes):
         results[case] = {"weights": parameters, "learned": plain(learned.state_dict())}
     results["purifier"] = purifier()
     results["monitor"] = monitored()
+    results["robustness"] = validated(trained_classifier(), test_monitor_environments.watch())
+    results["detection"] = validated(trained_classifier(), test_detection_monitor.watch())
     results["perturbations"] = torch.stack(Recording.made)
     torch.save(results, f"{folder}/{trainer.global_rank}.pt")
 

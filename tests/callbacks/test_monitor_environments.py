@@ -1,4 +1,4 @@
-"""RobustnessMonitor in the trainers that users have: precisions, compiled modules, several processes, other namespaces."""
+"""RobustnessMonitor in the trainers that users have: precisions, compiled modules, other namespaces; several processes: see test_ddp.py."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from support.lightning_modules import DigitsClassifier, digits_loaders, quiet_trainer, trained_classifier
-from support.processes import SpawnedDDP
 
 from lightning_wdefense import RobustnessMonitor, ThreatModel, WassersteinDefense
 from lightning_wdefense.attacks import PGD
@@ -27,9 +26,13 @@ def watch(**options) -> RobustnessMonitor:
     return RobustnessMonitor(THREAT, ["fgsm", SIGN_PGD], epsilons=[0.05, 0.2], **options)
 
 
+def values_of_one_process() -> dict[str, float]:
+    return quiet_trainer(callbacks=[watch()]).validate(trained_classifier(), digits_loaders()[1], verbose=False)[0]
+
+
 @pytest.fixture(scope="module")
 def plain() -> dict[str, float]:
-    return quiet_trainer(callbacks=[watch()]).validate(trained_classifier(), digits_loaders()[1], verbose=False)[0]
+    return values_of_one_process()
 
 
 @pytest.mark.parametrize(
@@ -74,7 +77,7 @@ def test_bf16_training_is_measured_and_not_disturbed():
     assert 0 <= trainer.callback_metrics["val/robust_acc"] <= trainer.callback_metrics["val/clean_acc"]
 
 
-@pytest.mark.parametrize("stage", ["fit", "validate"])
+@pytest.mark.parametrize("stage", [pytest.param("fit", marks=pytest.mark.slow), "validate"])
 def test_compiled_module(plain, stage):
     torch._dynamo.reset()
     module = trained_classifier()
@@ -105,16 +108,6 @@ def test_compiled_code_is_not_compiled_again_for_every_batch():
         trainer.validate(torch.compile(trained_classifier(), backend=backend), digits_loaders()[1], verbose=False)
         counts.append(len(compiled))
     assert counts[1] <= counts[0] + 3  # dynamic shapes may cost a few more, but not a few a batch
-
-
-def test_two_processes_give_the_values_of_one(plain):
-    trainer = quiet_trainer(callbacks=[watch()], strategy=SpawnedDDP(), devices=2)
-    trainer.validate(trained_classifier(), digits_loaders()[1], verbose=False)
-    values = trainer.callback_metrics
-    for key, value in plain.items():
-        if key not in ("val/loss", "val/transport_shift"):
-            assert values[key].item() == pytest.approx(value, abs=1e-6), key
-    assert values["val/transport_shift"].item() == pytest.approx(plain["val/transport_shift"], rel=0.01)
 
 
 def test_pytorch_lightning_trainer(plain):

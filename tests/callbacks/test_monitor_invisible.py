@@ -70,13 +70,13 @@ def test_training_is_the_same_bit_for_bit(tmp_path, freeze):
         module, seen = Restless(freeze), Seen()
         trainer = quiet_trainer(
             callbacks=[*callbacks, seen],
-            max_epochs=3,
+            max_epochs=2,
             val_check_interval=0.5,
-            limit_train_batches=6,
+            limit_train_batches=4,
             accumulate_grad_batches=2,
             logger=TensorBoardLogger(tmp_path),
         )
-        trainer.fit(module, *digits_loaders(val_size=64))
+        trainer.fit(module, *digits_loaders(val_size=32, batch_size=16))
         return module.state_dict(), seen.states
 
     plain, states_plain = train([])

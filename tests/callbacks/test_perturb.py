@@ -162,8 +162,9 @@ def test_bf16_itself():
         assert (lengths > 0.9 * THREAT.eps).all()
 
 
+@pytest.mark.slow
 def test_it_trains_the_embeddings_and_gains():
-    """Measured by the test's own attack."""
+    """Measured by the test's own attack, as the pipeline ``token_ids`` is among the quick tests."""
     ids, y = texts(256)
     left = {}
     for name, callbacks in {

@@ -123,7 +123,7 @@ FAULTS = [
         "defenses/defense.py",
         "displacement if average is None else average(displacement)",
         "displacement",
-        (f"{DDP}test_ranks_end_with_the_same_weights_and_have_learned_the_same[udr]",),
+        (f"{DDP}test_ranks_end_with_the_same_weights_and_have_learned_the_same",),
     ),
     Fault(
         "the critic is not saved",

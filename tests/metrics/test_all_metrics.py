@@ -300,6 +300,7 @@ def _values(rank: int) -> dict:
     return values
 
 
+@pytest.mark.slow  # most of it starts the processes; what a monitor logs is reduced over two in callbacks/test_ddp.py
 def test_two_processes_give_the_value_on_the_union(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[2])  # for the import of this file in the processes
     mp.spawn(_rank, args=(str(tmp_path),), nprocs=2)

@@ -13,7 +13,7 @@ from pipelines.attack import scores
 from pipelines.pipeline import Pipeline
 from pipelines.report import chosen, quiet
 from pipelines.runs import plain
-from pipelines.test_defended import defended
+from pipelines.test_defended import adversarial, defended
 from pipelines.test_monitored import monitored
 
 UNTOUCHED, SAID, REFUSED = "untouched", "after one argument", "refused"
@@ -25,7 +25,9 @@ def verdict(pipeline: Pipeline) -> tuple[str, str]:
         return refusal(pipeline)
     run = plain(pipeline.name)
     clean, before = scores(pipeline, run.module, run.loader)
-    _, after = (scores(pipeline, other.module, other.loader) for other in (run, defended(pipeline)))
+    _, after = (
+        scores(pipeline, other.module, other.loader) for other in (run, defended(pipeline, adversarial(pipeline)))
+    )
     gain, numbers = pipeline.improvement(before, after[1]), f"{clean:9.3f}{before:9.3f}{after[1]:9.3f}"
     failures = [] if gain >= pipeline.gain else [f"gain {gain:.3f} below {pipeline.gain}"]
     if pipeline.metric is not None:
@@ -39,7 +41,7 @@ def verdict(pipeline: Pipeline) -> tuple[str, str]:
 def refusal(pipeline: Pipeline) -> tuple[str, str]:
     """Whether it is refused with the words that help."""
     try:
-        defended(pipeline)
+        defended(pipeline, adversarial(pipeline))
     except Exception as error:
         said = f"  {type(error).__name__}: {str(error)[:90]!r}"
         return (REFUSED if re.search(pipeline.refused, str(error)) else "FAILED"), said

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import atexit
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy
 
 
 @contextmanager
@@ -22,20 +20,5 @@ def group_ends() -> Iterator[None]:
         yield
         dist.barrier()  # not after an error: the others may never get there
     finally:
-        _leave()
-
-
-class SpawnedDDP(DDPStrategy):
-    """``ddp_spawn`` whose processes leave their group before they end."""
-
-    def __init__(self) -> None:
-        super().__init__(start_method="spawn")
-
-    def setup_environment(self) -> None:
-        super().setup_environment()
-        atexit.register(_leave)
-
-
-def _leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
