@@ -29,7 +29,8 @@ def record(compute: Callable[[], T], device: torch.device) -> tuple[Callable[[],
         device: the CUDA device.
 
     Returns:
-        A function that runs the computation again, and its result: tensors in the graph's memory, which each run overwrites.
+        A function that runs the computation again, and its result: tensors in the graph's memory, which each run
+        overwrites.
     """
     with _recording, torch.cuda.device(device):
         current, side = torch.cuda.current_stream(), _side_stream(device)

@@ -14,7 +14,8 @@ from lightning_wdefense._locks import locked
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     """Make this dtype the default for new tensors inside the context. Lightning's "true" precisions change the default too.
 
-    The default belongs to the whole process. While a thread has changed it here, other threads that want to change it wait.
+    The default belongs to the whole process. While a thread has changed it here, other threads that want to change it
+    wait.
     """
     if torch.get_default_dtype() == dtype:
         yield

@@ -14,7 +14,8 @@ from lightning_wdefense._locks import locked
 def frozen(module: nn.Module) -> Iterator[None]:
     """Set ``requires_grad`` of all parameters to ``False`` inside the context, and restore each parameter's own flag afterwards.
 
-    Gradients with respect to the module's inputs are still computed. Other threads that want to freeze or isolate the module wait.
+    Gradients with respect to the module's inputs are still computed. Other threads that want to freeze or isolate the
+    module wait.
     """
     with locked(module.modules()):
         flags = [(parameter, parameter.requires_grad) for parameter in module.parameters()]

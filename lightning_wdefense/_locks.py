@@ -13,8 +13,8 @@ import torch
 class ObjectLocks:
     """A reentrant lock for each object, with detection of deadlocks.
 
-    A thread takes all the locks that it asks for together, so their order does not matter. If waiting would close a circle of
-    threads that wait for each other, the thread gets an error instead.
+    A thread takes all the locks that it asks for together, so their order does not matter. If waiting would close a
+    circle of threads that wait for each other, the thread gets an error instead.
     """
 
     def __init__(self) -> None:

@@ -34,10 +34,11 @@ _NO_GRADIENT = (
 class Attack(ABC):
     """Computes adversarial inputs: ``attack(model, inputs, labels) -> adversarial inputs``.
 
-    An attack holds configuration only. The model is an argument of the call, so an attack can be pickled, named in YAML and
-    shared. Every attack keeps these promises:
+    An attack holds configuration only. The model is an argument of the call, so an attack can be pickled, named in YAML
+    and shared. Every attack keeps these promises:
 
-    - The mode of each submodule, parameter gradients, buffers and the global random state are restored, also after an exception.
+    - The mode of each submodule, parameter gradients, buffers and the global random state are restored, also after an
+      exception.
     - It works under ``no_grad``, ``inference_mode`` and autocast.
     - The results stay inside the bounds. If ``bounded`` is true, they also stay inside the ball of radius ``eps``.
 
@@ -46,7 +47,8 @@ class Attack(ABC):
     Attributes:
         threat: the threat model.
         name: the attack's short name, as in logs and in :func:`get_attack`.
-        bounded: whether the results stay inside the threat model's ball. An attack that is not bounded is for training only.
+        bounded: whether the results stay inside the threat model's ball. An attack that is not bounded is for training
+            only.
         seed: seeds the noise of a call without a generator, so that the same call gives the same result.
 
     Example:
@@ -85,7 +87,8 @@ class Attack(ABC):
     def perturb(self, problem: Problem) -> Tensor:
         """Compute adversarial inputs in data units.
 
-        The caller isolates the model before. Afterwards it clamps the result into the bounds and converts it to model units.
+        The caller isolates the model before. Afterwards it clamps the result into the bounds and converts it to model
+        units.
 
         Args:
             problem: the batch and the model.
@@ -115,21 +118,22 @@ class Attack(ABC):
             model: an ``nn.Module``, or any callable from inputs to outputs. Modes and buffers are restored for a module
                 and for a method of a module.
             inputs: ``(N, ...)`` floating point, of any shape, in model units.
-            labels: the ground truth labels in the form that the loss takes. The named losses take class indices ``(N,)``
-                or soft labels ``(N, K)``.
+            labels: the ground truth labels in the form that the loss takes. The named losses take class indices
+                ``(N,)`` or soft labels ``(N, K)``.
             generator: random generator for all noise; ``None`` for one seeded with ``seed``.
-            samples: the samples to attack, as indices or a boolean mask ``(N,)``; the other samples are returned clean. All
-                samples are checked against the bounds.
-            execution: how the model is run (precision, memory layout, compiled or as a CUDA graph); ``None`` for unchanged.
+            samples: the samples to attack, as indices or a boolean mask ``(N,)``; the other samples are returned clean.
+                All samples are checked against the bounds.
+            execution: how the model is run (precision, memory layout, compiled or as a CUDA graph); ``None`` for
+                unchanged.
 
         Returns:
             Adversarial inputs in model units, with the shape, dtype and device of ``inputs``, detached.
 
         Raises:
-            TypeError: if the inputs are not floating point, the outputs are not logits, or ``execution`` compiles something that
-                is not a module.
-            ValueError: if the inputs do not fit the threat model, the labels do not fit the outputs, ``samples`` does not fit the
-                inputs, or the device does not support autocast.
+            TypeError: if the inputs are not floating point, the outputs are not logits, or ``execution`` compiles
+                something that is not a module.
+            ValueError: if the inputs do not fit the threat model, the labels do not fit the outputs, ``samples`` does
+                not fit the inputs, or the device does not support autocast.
         """
         if not isinstance(inputs, Tensor):
             raise TypeError(

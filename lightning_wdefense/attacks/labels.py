@@ -42,8 +42,8 @@ def not_ignored(labels: Tensor) -> Tensor:
 def class_labels(labels: Any, outputs: Any, *, check_values: bool = False) -> Tensor:
     """Labels that fit the outputs: class indices ``(N, ...)``, or soft labels in the shape of the logits.
 
-    For a model with a single output per sample the labels are 0 or 1, of any dtype, in shape ``(N, ...)`` or ``(N, 1, ...)``. Of
-    dense labels (one per pixel), those equal to :data:`IGNORED` are ignored.
+    For a model with a single output per sample the labels are 0 or 1, of any dtype, in shape ``(N, ...)`` or
+    ``(N, 1, ...)``. Of dense labels (one per pixel), those equal to :data:`IGNORED` are ignored.
 
     Args:
         labels: the labels as the pipeline gives them.
@@ -55,7 +55,8 @@ def class_labels(labels: Any, outputs: Any, *, check_values: bool = False) -> Te
 
     Raises:
         TypeError: if the labels are not a tensor.
-        ValueError: if their shape or range does not fit: regression targets, several labels per sample, or an unknown class.
+        ValueError: if their shape or range does not fit: regression targets, several labels per sample, or an unknown
+            class.
     """
     logits = logits_of(outputs)
     if not isinstance(labels, Tensor):
@@ -95,8 +96,8 @@ def class_labels(labels: Any, outputs: Any, *, check_values: bool = False) -> Te
 def _check_binary(labels: Tensor) -> None:
     if not bool(((labels == 0) | (labels == 1) | (labels == IGNORED)).all()):
         raise ValueError(
-            f"The model has a single output, but the labels run from {float(labels.min()):.4g} to {float(labels.max()):.4g}: labels of "
-            f"a binary classifier must be 0 or 1. Convert labels -1 and 1 with (labels + 1) / 2. {_TASK_HINT}"
+            f"The model has a single output, but its labels, from {float(labels.min()):.4g} to {float(labels.max()):.4g}, are not all 0 or "
+            f"1, as labels of a binary classifier must be. Convert labels -1 and 1 with (labels + 1) / 2. {_TASK_HINT}"
         )
 
 

@@ -13,8 +13,8 @@ class LearnedAttack(Attack):
     """An attack with the Lagrange multiplier of its constraint, which training updates by dual ascent.
 
     Attacks are immutable, so an update makes a new attack: ``attack = replace(attack,
-    multiplier=attack.updated_multiplier(displacement))``. Here ``displacement`` is the value of :meth:`displacement` on the
-    batch, averaged over all ranks. The multiplier is the whole state, so a checkpoint stores one number.
+    multiplier=attack.updated_multiplier(displacement))``. Here ``displacement`` is the value of :meth:`displacement` on
+    the batch, averaged over all ranks. The multiplier is the whole state, so a checkpoint stores one number.
 
     Attributes:
         multiplier: Lagrange multiplier of the constraint; 0 means no constraint.

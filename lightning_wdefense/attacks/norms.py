@@ -69,8 +69,8 @@ class Ball(NamedTuple):
 
     Attributes:
         uniform: ``(like, eps, generator)`` to uniform noise in the ball of radius ``eps``.
-        steepest: gradient ``(N, ...)`` to the direction of steepest ascent of norm 1. It overwrites the gradient, because new
-            tensors cost as much time as the arithmetic.
+        steepest: gradient ``(N, ...)`` to the direction of steepest ascent of norm 1. It overwrites the gradient,
+            because new tensors cost as much time as the arithmetic.
         project: ``(delta, eps)`` to the projection of ``delta`` onto the ball of radius ``eps``.
         length: ``delta`` ``(N, ...)`` to the norm of each sample, ``(N,)``.
     """

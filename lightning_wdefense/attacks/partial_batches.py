@@ -16,8 +16,8 @@ from lightning_wdefense.modules.outputs import tensor_of
 class PartialBatchModel:
     """A model that can be called on a part of a batch.
 
-    A model with a fixed batch size, or with a ``squeeze``, may fail on a part of a batch, or return outputs of another size. In
-    these cases the part is padded with clean samples to a whole batch, and a warning says so.
+    A model with a fixed batch size, or with a ``squeeze``, may fail on a part of a batch, or return outputs of another
+    size. In these cases the part is padded with clean samples to a whole batch, and a warning says so.
 
     Args:
         run: the model; takes inputs in model units.

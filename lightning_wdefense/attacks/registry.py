@@ -72,7 +72,8 @@ def evaluation_attacks(attacks: Attacks, threat: ThreatModel) -> dict[str, Attac
 
     Raises:
         TypeError: if something is neither a name nor an attack, or ``threat`` is not a threat model.
-        ValueError: if an attack is not bounded or was made for another threat model, or a name is unknown or occurs twice.
+        ValueError: if an attack is not bounded or was made for another threat model, or a name is unknown or occurs
+            twice.
     """
     check_threat(threat, "A monitor")
     found = resolved("attacks", Attack, attacks, lambda name: get_attack(name, threat), example="pgd")  # type: ignore[type-abstract]

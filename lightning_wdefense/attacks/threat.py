@@ -52,20 +52,21 @@ class Box(NamedTuple):
 class ThreatModel:
     """What an attacker may do to an input: the norm, the perturbation budget and the legal range of values.
 
-    ``eps`` and ``bounds`` are in *data units*: the units of the data before normalisation (images: usually 0 to 1). The inputs
-    that the pipeline gives to the model are in *model units*: ``model = (data - mean) / std`` along dimension 1. With ``mean``
-    and ``std`` an attack is the same in data units, whatever units the model sees.
+    ``eps`` and ``bounds`` are in *data units*: the units of the data before normalisation (images: usually 0 to 1). The
+    inputs that the pipeline gives to the model are in *model units*: ``model = (data - mean) / std`` along dimension 1.
+    With ``mean`` and ``std`` an attack is the same in data units, whatever units the model sees.
 
     Args:
         norm: ``"linf"``, ``"l2"`` or ``"wasserstein"`` (for :class:`WassersteinAttack` alone).
         eps: the perturbation budget, the radius of the ball, in data units; in pixels for ``"wasserstein"``.
         bounds: smallest and largest legal value, in data units; ``None`` for unbounded inputs (tabular data).
-        mean: the mean that the pipeline subtracts, in data units: one value, or one per channel (dimension 1); ``None`` for 0.
+        mean: the mean that the pipeline subtracts, in data units: one value, or one per channel (dimension 1); ``None``
+            for 0.
         std: the standard deviation that the pipeline divides by, in the same form; ``None`` for 1.
 
     Raises:
-        ValueError: if the norm is unknown, ``eps`` is negative or not finite, ``bounds`` are not finite and increasing, or
-            ``std`` is not positive.
+        ValueError: if the norm is unknown, ``eps`` is negative or not finite, ``bounds`` are not finite and increasing,
+            or ``std`` is not positive.
 
     Warns:
         UserWarning: if ``eps`` is larger than the whole range of the bounds (norm ``linf``).
@@ -154,12 +155,13 @@ class ThreatModel:
     def box(self, data: Tensor, precision: torch.dtype | None = None) -> Box:
         """Element-wise limits for clean inputs, after a check of the inputs against the bounds.
 
-        If a few values (at most 1%) lie outside the bounds, the limits are widened for these values, so that the clean input
-        stays legal.
+        If a few values (at most 1%) lie outside the bounds, the limits are widened for these values, so that the clean
+        input stays legal.
 
         Args:
             data: clean inputs in data units, of any shape.
-            precision: the dtype of the pipeline's inputs, whose rounding errors are tolerated; ``None`` for that of ``data``.
+            precision: the dtype of the pipeline's inputs, whose rounding errors are tolerated; ``None`` for that of
+                ``data``.
 
         Returns:
             The limits, in data units, in the shape of ``data``.

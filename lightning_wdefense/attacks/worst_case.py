@@ -21,10 +21,10 @@ class WorstCase(NamedTuple):
     Attributes:
         labels: ground truth labels; -100 for ignored elements.
         clean: predicted classes on the clean inputs; -1 if the outputs are NaN or infinite.
-        adversarial: predicted classes after each attack, by its name, in order. Without ``independent=True``, a sample that
-            an earlier attack fooled keeps its wrong prediction.
-        inputs: adversarial inputs ``(N, ...)`` in model units. For each sample it is the first input that fooled the model,
-            otherwise the result of the last attack on it, otherwise (never attacked) the clean input.
+        adversarial: predicted classes after each attack, by its name, in order. Without ``independent=True``, a sample
+            that an earlier attack fooled keeps its wrong prediction.
+        inputs: adversarial inputs ``(N, ...)`` in model units. For each sample it is the first input that fooled the
+            model, otherwise the result of the last attack on it, otherwise (never attacked) the clean input.
         attacked: which samples could be attacked, ``(N,)``.
     """
 
@@ -70,10 +70,11 @@ def worst_case(
         model: an ``nn.Module`` or a callable; it is not changed.
         attacks: the attacks, by name.
         inputs: ``(N, ...)`` in model units.
-        labels: ground truth labels: class indices ``(N,)``, soft labels ``(N, K)``, or one label per element (segmentation). In
-            the last case every attack runs on all samples.
+        labels: ground truth labels: class indices ``(N,)``, soft labels ``(N, K)``, or one label per element
+            (segmentation). In the last case every attack runs on all samples.
         independent: run each attack on all samples that the model classifies correctly on the clean input.
-        everyone: let the first attack also perturb the samples that were misclassified before, for measures other than accuracy.
+        everyone: let the first attack also perturb the samples that were misclassified before, for measures other than
+            accuracy.
         samples: which samples may be attacked, a boolean mask ``(N,)``; ``None`` for all.
         ignore_index: label of elements (pixels) to ignore, besides -100. The attacks get -100 in its place.
         generator: makes a random generator for each attack; ``None`` for each attack's own seed.
@@ -84,7 +85,8 @@ def worst_case(
 
     Raises:
         TypeError: if the inputs are not floating point, or the outputs are not logits.
-        ValueError: if the inputs do not fit the threat model, or the labels do not fit the outputs; also what an attack raises.
+        ValueError: if the inputs do not fit the threat model, or the labels do not fit the outputs; also what an attack
+            raises.
 
     Example:
         >>> import torch

@@ -1,1 +1,1 @@
-"""How a user's module is run, watched, and left as it was; its batches."""
+"""Run and observe a user's module without changing it, run its steps as functions, and read its batches."""

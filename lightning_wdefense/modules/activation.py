@@ -1,4 +1,4 @@
-"""Which activation made a model's outputs, read from their graph and not from their values."""
+"""Find the activation that made a model's outputs, from their autograd graph instead of their values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 _ACTIVATIONS = {"Softmax": "softmax", "SafeSoftmax": "softmax", "Sigmoid": "sigmoid", "Hardsigmoid": "sigmoid"}
-# What leaves probabilities probabilities: views, copies, clamps, 1 - p, and means over an ensemble.
+# Operations that turn probabilities into probabilities: views, copies, clamps, 1 - p, and means over an ensemble.
 _PRESERVE_PROBABILITIES = {
     "Alias", "Cat", "Clamp", "ClampMax", "ClampMin", "Clone", "Expand", "Gather", "Index", "IndexSelect", "Mean", "Permute",
     "ReshapeAlias", "Rsub", "Select", "Slice", "Squeeze", "Stack", "T", "ToCopy", "Transpose", "UnsafeView", "Unsqueeze", "View",
@@ -19,7 +19,7 @@ _UNKNOWN = ("CompiledFunction",)
 def activation(outputs: Tensor) -> str | None:
     """The activation that made a tensor: ``"softmax"`` or ``"sigmoid"``; ``""`` for any other operation.
 
-    ``None`` where the graph does not say: there is none, or it was compiled.
+    It is ``None`` if the operation is unknown: there is no autograd graph, or it was compiled.
     """
     found: set[str | None] = set()
     pending: list[Any] = [outputs.grad_fn]
@@ -30,7 +30,7 @@ def activation(outputs: Tensor) -> str | None:
             continue
         seen.add(node)
         if node is None:
-            # A part without a graph beside others, such as the constant in a cat, says nothing either.
+            # A part without a graph beside others, such as a constant in a cat, is unknown too.
             found.add(None)
             continue
         operation = re.sub(r"Backward\d*$", "", node.name())

@@ -1,4 +1,4 @@
-"""What is put on a user's module for a while, and stays behind when the module is copied, pickled or saved."""
+"""Attach hooks and wrappers to a user's module so that copies, pickles and checkpoints of the module do not contain them."""
 
 from __future__ import annotations
 
@@ -10,30 +10,35 @@ from typing import Any
 from torch import nn
 
 MISSING = object()
-"""In place of an entry of ``__dict__`` that is not there."""
+"""Marks an entry that is missing in a ``__dict__``."""
 
 _GETSTATE = "__getstate__"
 
 
 class Attachment:
-    """Something of ours in a module's ``__dict__`` or among its hooks.
+    """An object of this package in a module's ``__dict__`` or among its hooks.
 
-    While a module has guests, :func:`settle` keeps a ``__getstate__`` on the instance, which ``copy`` and ``pickle`` heed: a copy is a plain
-    module of the user's own, loaded without this package. What a class with a ``__deepcopy__`` or ``__reduce__`` of its own
-    copies one by one becomes :meth:`value_in_copy`.
+    While a module has attachments, :func:`exclude_from_copies` sets a ``__getstate__`` on the instance, which ``copy``
+    and ``pickle`` call. So a copy contains the user's module only, and can be loaded without this package. If a class
+    has its own ``__deepcopy__`` or ``__reduce__`` and copies attribute by attribute, the copy contains
+    :meth:`value_in_copy`.
 
     Attributes:
-        host: the module that it is on.
+        host: the module that the object is attached to.
     """
 
     host: nn.Module
 
     def value_in_state(self) -> Any:
-        """What copies have in its place."""
+        """The value in the state of copies in place of this object; :data:`MISSING` for no entry."""
         return MISSING
 
     def value_in_copy(self, host: nn.Module) -> Any:
-        """The same for one copy, that must have something there."""
+        """The value in one copy that needs an entry in place of this object.
+
+        Args:
+            host: the copy of the module.
+        """
         return self.value_in_state()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -48,8 +53,8 @@ class Attachment:
     def _copy_error(self) -> Exception:
         name = type(self.host).__name__
         return pickle.PicklingError(
-            f"{name} copies its __dict__ in a way of its own, while a wrapper of WassersteinDefense is in it. In __deepcopy__(self, memo) "
-            "set memo[id(self)] = copy before attributes are copied with that memo; in __reduce__ take the state from "
+            f"{name} has its own code to copy its __dict__, which now contains a wrapper of WassersteinDefense. In __deepcopy__(self, memo) "
+            "set memo[id(self)] = copy before you copy attributes with that memo; in __reduce__ take the state from "
             "self.__getstate__()."
         )
 
@@ -61,7 +66,7 @@ class AttachedHook(Attachment):
         self.host, self._function = host, function
 
     def __call__(self, *args: Any) -> Any:
-        """Look, and change nothing; or return another output."""
+        """Call the function; a result that is not ``None`` replaces the outputs."""
         return self._function(*args)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -72,17 +77,17 @@ class AttachedHook(Attachment):
 
 
 _does_nothing = contextlib.nullcontext().__exit__
-"""Takes whatever a hook is given, and is of the standard library, so that it can be loaded anywhere."""
+"""A function that accepts any arguments of a hook and returns ``None``; from the standard library, so it can be unpickled anywhere."""
 
 
 class HookHandle:
-    """Takes a hook off again."""
+    """Removes a hook."""
 
     def __init__(self, host: nn.Module, handle: Any) -> None:
         self._host, self._handle = host, handle
 
     def remove(self) -> None:
-        """Without its last guest, the module is as it was."""
+        """Remove the hook. If it was the last attachment, the module is as before."""
         self._handle.remove()
         restore_getstate(self._host)
 
@@ -90,9 +95,14 @@ class HookHandle:
 def attach_hook(
     module: nn.Module, function: Callable[..., Any], *, before: bool = False, keywords: bool = False
 ) -> HookHandle:
-    """Let ``function(module, args, outputs)`` see each forward pass; with ``before``, ``function(module, args)`` its inputs.
+    """Register a forward hook that copies of the module do not contain.
 
-    With ``keywords`` it is given the keyword arguments as well, after the others. What it returns of a pass takes the outputs' place.
+    Args:
+        module: the module.
+        function: called as ``function(module, args, outputs)`` after each forward pass. A result that is not ``None``
+            replaces the outputs.
+        before: register a pre-hook instead: ``function(module, args)``, before each forward pass.
+        keywords: pass the keyword arguments too, after ``args``.
     """
     register = module.register_forward_pre_hook if before else module.register_forward_hook
     handle = HookHandle(module, register(AttachedHook(module, function), with_kwargs=keywords))
@@ -101,26 +111,26 @@ def attach_hook(
 
 
 def exclude_from_copies(module: nn.Module) -> None:
-    """See to it that copies of a module that has a guest now are plain."""
+    """Make copies of a module with attachments contain none of them."""
     if not isinstance(module.__dict__.get(_GETSTATE), _StateWithoutAttachments):
         module.__dict__[_GETSTATE] = _StateWithoutAttachments(module)
 
 
 def restore_getstate(module: nn.Module) -> None:
-    """Leave a module alone whose last guest has gone."""
+    """Restore a module's own ``__getstate__`` if it has no attachments any more."""
     plain = module.__dict__.get(_GETSTATE)
     if isinstance(plain, _StateWithoutAttachments) and not any(map(_has_attachments, _others(module.__dict__))):
         plain.restore()
 
 
 class _StateWithoutAttachments(Attachment):
-    """In place of a module's ``__getstate__``: its state without guests, itself among them."""
+    """Replaces a module's ``__getstate__``: returns the module's state without attachments, and without this object."""
 
     def __init__(self, host: nn.Module) -> None:
         self.host, self._previous = host, host.__dict__.get(_GETSTATE, MISSING)
 
     def __call__(self) -> Any:
-        """What the module's own would return, without guests."""
+        """The result of the module's own ``__getstate__``, without attachments."""
         if self._previous is not MISSING:
             return _without_attachments(self._previous())
         own = getattr(type(self.host), _GETSTATE, None)  # classes have it from Python 3.11 on
@@ -133,7 +143,7 @@ class _StateWithoutAttachments(Attachment):
         return _StateWithoutAttachments(host)
 
     def restore(self) -> None:
-        """Put the module's own back."""
+        """Restore the module's own ``__getstate__``."""
         if self._previous is MISSING:
             del self.host.__dict__[_GETSTATE]
         else:

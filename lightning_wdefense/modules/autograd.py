@@ -1,4 +1,4 @@
-"""Gradients of users' models with respect to some tensors alone."""
+"""Gradients with respect to given tensors only, with a clear error for reentrant checkpointing."""
 
 from __future__ import annotations
 
@@ -10,10 +10,20 @@ from torch import Tensor
 
 
 def gradients(outputs: Tensor, inputs: Tensor | Sequence[Tensor], weights: Tensor | None = None, **options: Any) -> Any:
-    """:func:`torch.autograd.grad`, which touches no other gradient; it returns ``None`` for inputs that the outputs do not depend on.
+    """:func:`torch.autograd.grad` with ``allow_unused=True``; it does not change any ``.grad``.
+
+    Args:
+        outputs: the tensor to differentiate.
+        inputs: the tensors to differentiate with respect to.
+        weights: weights of the outputs, in their shape; ``None`` for a scalar.
+        **options: further arguments of :func:`torch.autograd.grad`.
+
+    Returns:
+        One gradient for each input; ``None`` for an input that the outputs do not depend on.
 
     Raises:
-        RuntimeError: saying what to do, if the model checkpoints its activations in the way that allows ``backward()`` alone.
+        RuntimeError: if the model checkpoints its activations with ``use_reentrant=True``, which supports
+            ``backward()`` only.
     """
     try:
         return torch.autograd.grad(outputs, inputs, weights, allow_unused=True, **options)
@@ -21,7 +31,7 @@ def gradients(outputs: Tensor, inputs: Tensor | Sequence[Tensor], weights: Tenso
         if "use_reentrant" not in str(error):
             raise
         raise RuntimeError(
-            "The model checkpoints its activations with use_reentrant=True, through which gradients with respect to the inputs alone "
-            "cannot be taken: call torch.utils.checkpoint.checkpoint(..., use_reentrant=False); models of Hugging Face take "
+            "The model checkpoints its activations with use_reentrant=True, which does not support gradients with respect to the inputs "
+            "only: call torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or for a model of Hugging Face "
             'gradient_checkpointing_enable({"use_reentrant": False}).'
         ) from error

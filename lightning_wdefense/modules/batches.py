@@ -1,4 +1,4 @@
-"""Find inputs and labels in whatever a dataloader yields, and put other inputs in."""
+"""Find inputs and labels in a dataloader's batches, and replace the inputs."""
 
 from __future__ import annotations
 
@@ -22,41 +22,48 @@ Key = int | str | tuple[int | str, ...] | None
 """A position, key or attribute, or a path to it: ``"image.pixels"``, ``(0, 1)``."""
 
 Inputs = Key | list[int | str | tuple[int | str, ...]] | Callable[..., Any]
-"""A key or path, a list of several, or what gets (``f(batch)``) and sets (``f(batch, inputs)``) them."""
+"""A key or path, a list of several, or a callable that returns the inputs, ``f(batch)``, and replaces them, ``f(batch, inputs)``."""
 
 Labels = Key | Callable[[Any], Any]
-"""A key or path, or what gets them."""
+"""A key or path, or a callable that returns the labels, ``f(batch)``."""
 
 INPUT_KEYS = ("image", "images", "x", "input", "inputs", "pixel_values")
 LABEL_KEYS = ("label", "labels", "y", "target", "targets")
 
 
 class BatchReader:
-    """Reads batches that are tuples, lists, mappings, or objects with attributes, at any depth.
+    """Finds inputs and labels in batches: tuples, lists, mappings, or objects with attributes, at any depth.
 
-    By convention the inputs are what has a usual name, else what is at position 0 of a tuple or list; a batch that is a tensor is its own
-    input. Where that is a container, they are all tensors in it if these are alike (views, images), else the same is looked for inside
-    of it. Without a usual name they are the only tensor that is floating-point and has two dimensions or more. Of a mapping or a list of batches, as ``CombinedLoader`` makes them, they are the inputs of each.
+    With ``inputs=None`` the inputs are found by these rules, in this order:
+
+    - A batch that is a tensor is its own input.
+    - The value under a usual name, see ``INPUT_KEYS``.
+    - In a list or mapping of batches, as from ``CombinedLoader``: the inputs of each batch.
+    - Position 0 of a tuple or list.
+    - In a mapping or object without a usual name: the only floating-point tensor with two or more dimensions.
+
+    If the value found is a container of similar tensors (views, images), all of them are inputs. Otherwise the same
+    rules are applied to this container.
 
     Args:
-        inputs: where the inputs are; ``None`` for the convention.
-        labels: the same for the labels; ``None`` for a usual name or position 1.
+        inputs: where the inputs are; ``None`` for the rules above.
+        labels: where the labels are; ``None`` for a usual name, see ``LABEL_KEYS``, or position 1.
     """
 
     def __init__(self, inputs: Inputs = None, labels: Labels = None) -> None:
         self._inputs, self._labels = inputs, labels
 
     def read(self, batch: Any) -> tuple[Tensor, Any]:
-        """Inputs and labels of a batch with one tensor of inputs.
+        """Inputs and labels of a batch with a single tensor of inputs.
 
         Raises:
             TypeError: if the inputs are not a tensor.
-            ValueError: if they are not found, or are several; lists what is there.
+            ValueError: if they are not found, or there are several; the message lists the batch's tensors.
         """
         found, labels = self.inputs(batch), self.labels(batch)
         if len(found) != 1:
             raise ValueError(
-                f"The batch, {_describe(batch)}, has {len(found)} tensors of inputs, where one is needed: name it with inputs=."
+                f"The batch, {_describe(batch)}, has {len(found)} tensors of inputs, but one is needed: name it with inputs=."
             )
         return found[0], labels
 
@@ -64,8 +71,8 @@ class BatchReader:
         """All tensors of inputs, in the order of the batch.
 
         Raises:
-            TypeError: if what is found is not a tensor.
-            ValueError: if nothing is found; lists what is there.
+            TypeError: if something found is not a tensor.
+            ValueError: if nothing is found; the message lists the batch's tensors.
         """
         if callable(self._inputs):
             found = self._inputs(batch)
@@ -75,7 +82,7 @@ class BatchReader:
         for each in found:
             if not isinstance(each, Tensor):
                 raise TypeError(
-                    f"The inputs of the batch are a {type(each).__name__}, not a tensor. Name theirs with inputs=."
+                    f"The inputs of the batch are a {type(each).__name__}, not a tensor: say where the inputs are with inputs=."
                 )
         return found
 
@@ -90,26 +97,31 @@ class BatchReader:
         """The labels of a batch.
 
         Raises:
-            ValueError: if they are not found; lists what is there.
+            ValueError: if they are not found; the message lists the batch's tensors.
         """
         found, path = self._find_labels(batch)
         if not found:
             raise ValueError(
-                f"No labels were recognised in the batch, {_describe(batch)}: name theirs with labels=. Known by "
-                f"convention: position 1 of a tuple or list, or {', '.join(LABEL_KEYS)}."
+                f"No labels were recognised in the batch, {_describe(batch)}: say where they are with labels=. Recognised are "
+                f"position 1 of a tuple or list, and the names {', '.join(LABEL_KEYS)}."
             )
         return self._labels(batch) if callable(self._labels) else value_at(batch, path)
 
     def labels_or_none(self, batch: Any) -> Any:
-        """The labels, or ``None`` where none are named and none are recognised.
+        """The labels; ``None`` if none are named and none are recognised.
 
         Raises:
-            ValueError: if they are named, and are not there.
+            ValueError: if they are named and not found.
         """
         return self.labels(batch) if self._find_labels(batch)[0] else None
 
     def replace(self, batch: Any, inputs: Tensor | list[Tensor]) -> Any:
-        """The same batch with other inputs; the given one is not changed."""
+        """A copy of the batch with other inputs; the given batch is not changed.
+
+        Args:
+            batch: the batch.
+            inputs: one tensor, or a list of as many tensors as :meth:`inputs` finds.
+        """
         several = inputs if isinstance(inputs, list) else [inputs]
         if callable(self._inputs):
             as_found = self._inputs(batch)
@@ -127,8 +139,8 @@ class BatchReader:
         found = _conventional(batch)
         if found is None:
             raise ValueError(
-                f"No inputs were recognised in the batch, {_describe(batch)}: name theirs with inputs=. Known by "
-                f"convention: position 0 of a tuple or list, or {', '.join(INPUT_KEYS)}."
+                f"No inputs were recognised in the batch, {_describe(batch)}: say where they are with inputs=. Recognised are "
+                f"position 0 of a tuple or list, and the names {', '.join(INPUT_KEYS)}."
             )
         return found
 
@@ -153,13 +165,13 @@ class BatchReader:
         is_path = isinstance(key, tuple) or (isinstance(key, str) and "." in key)
         there = tensors_text(batch)
         raise ValueError(
-            f"{role}={key!r} {'leads nowhere in' if is_path else 'names nothing in'} the batch, {_describe(batch)}."
-            + (f" There are: {there}." if there else "")
+            f"{role}={key!r} {'is not a path in' if is_path else 'names nothing in'} the batch, {_describe(batch)}."
+            + (f" Its tensors are: {there}." if there else "")
         )
 
 
 def _conventional(batch: Any) -> list[Path] | None:
-    """The paths of the inputs by convention; ``None`` where there are none."""
+    """The paths of the inputs by the rules of :class:`BatchReader`; ``None`` if there are none."""
     if isinstance(batch, Tensor):
         return [()]
     names = field_names(batch)
@@ -183,7 +195,7 @@ def _conventional(batch: Any) -> list[Path] | None:
 
 
 def _only_floats(batch: Any, names: list[Any]) -> list[Path] | None:
-    """Of named tensors the one that can be moved at all, if there is just one: floating-point, of two dimensions or more, and no mask."""
+    """The only named tensor that can be an input: floating-point, with two or more dimensions, and not a mask, weight or label."""
     found = [
         name
         for name in names
@@ -204,7 +216,7 @@ def _of_each(batch: Any, keys: Any) -> list[Path] | None:
 
 
 def _all_batches(values: list[Any]) -> bool:
-    """Whether each is a batch by itself: inputs beside something else."""
+    """Whether each value is itself a batch: a container with inputs and something else."""
     return len(values) > 1 and all(
         isinstance(each, (tuple, list, Mapping))
         and len(each) > 1
@@ -215,14 +227,14 @@ def _all_batches(values: list[Any]) -> bool:
 
 
 def _is_views(values: Any) -> bool:
-    """Whether these are floating-point tensors of as many dimensions, two or more: views of one thing, or a list of images."""
+    """Whether these are floating-point tensors with the same number of dimensions, two or more: several views, or a list of images."""
     found = list(values.values()) if isinstance(values, Mapping) else list(values)
     tensors = [each for each in found if isinstance(each, Tensor) and each.is_floating_point() and each.ndim > 1]
     return len(found) > 0 and len(tensors) == len(found) and len({each.ndim for each in tensors}) == 1
 
 
 def _leaves(batch: Any, path: Path) -> list[Path]:
-    """The inputs in what a path leads to: all of a container whose tensors are alike, else those of the batch that it is."""
+    """The paths of the inputs below a path: all tensors of a container of similar tensors, otherwise the inputs of the batch there."""
     found = value_at(batch, path)
     if not isinstance(found, (tuple, list, Mapping)):
         return [path]

@@ -1,4 +1,4 @@
-"""How a model is run inside an attack: its precision, its memory layout, and whether it is compiled or replayed as a graph."""
+"""Options for how an attack runs the model: precision, memory layout, compilation and CUDA graphs."""
 
 from __future__ import annotations
 
@@ -18,42 +18,48 @@ from lightning_wdefense._names import unknown_name
 from lightning_wdefense.modules.graphs import DEVICES, Replays
 
 BACKEND = "inductor"
-"""Of ``torch.compile``."""
+"""Backend of ``torch.compile``."""
 
 
 @dataclass(frozen=True)
 class Execution:
     """How the model is run inside an attack: ``attack(model, inputs, labels, execution=Execution(precision="bf16"))``.
 
-    It says nothing of what the attack is: the ball, the bounds and the results' dtype stay as they are, and the attack itself
-    iterates in float32. The user's model is not changed: no parameter is converted, nothing is attached to it.
+    It does not change the attack: the ball, the bounds and the dtype of the results stay the same, and the attack
+    iterates in float32. It does not change the user's model either: no parameter is converted, and nothing is attached
+    to it.
 
     Args:
-        precision: ``"bf16"`` runs the call as inside ``torch.autocast(device, torch.bfloat16)``, whatever autocast surrounds it.
-            Any device that has autocast takes it; without hardware for it (AMX or AVX512-BF16 on CPUs, Ampere and later on
-            NVIDIA GPUs) it may be slower than float32. ``None`` leaves the surrounding autocast.
-        channels_last: give models of 4-D inputs these in channels-last layout, which their convolutions then keep. The model
-            must not take views of its activations that need the other layout (``flatten`` instead of ``view``). Other inputs
-            stay as they are.
-        compile: run the model through ``torch.compile``, once for each module and kept for its lifetime. Only the inputs'
-            gradients are compiled, not the weights'. Modules that are compiled already, or scripted, run as they are. Attacks
-            of torchattacks run it eagerly, since they may walk a graph twice. Hooks are those that the module has when it is
-            compiled first, as always with ``torch.compile``.
-        whole: never run the model on a part of a batch, where early exit, restarts or several attacks leave some samples: for models whose
-            outputs of a sample depend on the others. The callbacks find that out by themselves.
+        precision: ``"bf16"`` runs the model inside ``torch.autocast(device, torch.bfloat16)``, whatever autocast
+            surrounds the call. It works on every device with autocast. Without hardware support (AMX or AVX512-BF16 on
+            CPUs, Ampere or later on NVIDIA GPUs) it may be slower than float32. ``None`` keeps the surrounding
+            autocast.
+        channels_last: convert 4-D inputs to the channels-last memory layout, which convolutions then keep. The model
+            must not take views of its activations that need the other layout (use ``flatten`` instead of ``view``).
+            Other inputs are not changed.
+        compile: run the model through ``torch.compile``. Each module is compiled once and kept for its lifetime. Only
+            the gradients of the inputs are compiled, not those of the weights. Modules that are already compiled, or
+            scripted, run unchanged. Attacks of torchattacks run the model eagerly, because they may use an autograd
+            graph twice. As always with ``torch.compile``, hooks that are added after the first compilation do not run.
+        whole: never run the model on a part of a batch, as early exit, restarts and a sequence of attacks do. Use it
+            for models whose outputs for a sample depend on the other samples. The callbacks detect such models
+            themselves.
+        graph: compute gradients with CUDA graphs, each launched as a whole. It helps for models so small that launching
+            their kernels takes longer than running them; see below.
 
-        graph: take the gradients of PGD's steps, and of others that do nothing else, by CUDA graphs, which are launched as one: for models
-            so small that launching their kernels takes longer than running them. A graph is recorded in the second of two attacks alike,
-            and kept for the module's lifetime, at most four of a module, each with the memory of a pass. It sees the weights of today, and
-            another is recorded where the module's tensors have moved, or its modes, hooks or attributes that are numbers or strings have
-            changed; of what is inside of other objects it knows nothing, nor of PyTorch's settings of precision. Where a graph runs,
-            neither ``forward`` nor hooks run in Python. The rest is as without: the first step of an attack, which checks the outputs (all
-            of FGSM), parts of a batch, early exit, losses of your own, float16, attacks through a step, and models that are no
-            ``nn.Module`` themselves. A model that waits for the device, draws random numbers or changes with its own passes runs as
-            without, after a warning. On other devices than CUDA's it changes nothing.
+    **CUDA graphs.** A graph is recorded at the second of two similar attacks and kept for the module's lifetime. Each
+    module has at most four graphs, and each graph holds the memory of a forward and backward pass. A graph uses the
+    current values of the weights. A new graph is recorded if a tensor of the module has moved in memory, or if a mode,
+    a hook, or an attribute that is a number or a string has changed. Changes inside other objects, and of PyTorch's
+    precision settings, are not noticed. While a graph runs, neither ``forward`` nor hooks run in Python.
+
+    These run without graphs: the first step of an attack, which checks the outputs (so all of FGSM), parts of a batch,
+    early exit, callable losses, float16, attacks through a step, models that are not an ``nn.Module``, and other
+    devices than CUDA. A model that synchronises with the device, draws random numbers or changes with each pass also
+    runs without graphs, after a warning.
 
     Raises:
-        ValueError: if there is no such precision, or both ``compile`` and ``graph`` are asked for.
+        ValueError: if the precision is unknown, or both ``compile`` and ``graph`` are true.
 
     References:
         Micikevicius et al., "Mixed precision training", 2018. Kalamkar et al., "A study of BFLOAT16 for deep learning
@@ -80,38 +86,38 @@ class Execution:
             raise ValueError(unknown_name("precision", self.precision, ["bf16"]))
         if self.compile and self.graph:
             raise ValueError(
-                'compile=True and graph=True exclude each other: take one, or compile the model yourself with mode="reduce-overhead", '
-                "which makes graphs of its own."
+                "compile=True and graph=True exclude each other: set one of them, or compile the model yourself with "
+                'mode="reduce-overhead", which records CUDA graphs itself.'
             )
 
     def lay_out(self, inputs: Tensor) -> Tensor:
-        """The inputs in the layout that the model is given them in."""
+        """The inputs in the memory layout for the model: channels-last if asked for and 4-D, otherwise unchanged."""
         if self.channels_last and inputs.ndim == 4:
             return inputs.contiguous(memory_format=torch.channels_last)
         return inputs
 
     @contextlib.contextmanager
     def prepared(self, model: Callable[[Tensor], Any], device: torch.device) -> Iterator[Callable[[Tensor], Any]]:
-        """What to call in place of the model, inside of this context.
+        """A context that yields the function to call instead of the model.
 
         Args:
-            model: the user's.
-            device: where it runs.
+            model: the user's model.
+            device: the device of the inputs.
 
         Raises:
-            TypeError: if something other than a module is to be compiled.
-            ValueError: if the device has no autocast.
+            TypeError: if ``compile`` is true and the model is not an ``nn.Module``.
+            ValueError: if the device does not support autocast.
         """
         run = _compiled(model) if self.compile else model
         with self._autocast(device):
             yield (lambda inputs: run(self.lay_out(inputs))) if self.channels_last else run
 
     def replays(self, model: Callable[[Tensor], Any], device: torch.device) -> Replays | None:
-        """What takes gradients by graphs in one call of an attack, inside of :meth:`prepared`; ``None`` for without.
+        """The CUDA graphs for one call of an attack, inside of :meth:`prepared`; ``None`` for no graphs.
 
         Args:
-            model: the user's.
-            device: where it runs.
+            model: the user's model.
+            device: the device of the inputs.
         """
         if not self.graph or device.type not in DEVICES or not isinstance(model, nn.Module):
             return None
@@ -122,13 +128,13 @@ class Execution:
             return contextlib.nullcontext()
         if not torch.amp.is_autocast_available(device.type):
             raise ValueError(
-                f'precision="bf16" needs torch.autocast, which does not know {device.type!r} devices: use None.'
+                f'precision="bf16" needs torch.autocast, which does not support {device.type!r} devices: use precision=None.'
             )
         # Around the whole attack, so that the weights are cast once and not at every step.
         return torch.autocast(device.type, torch.bfloat16)
 
 
-# From a module to its compiled form, which must not refer to the module, or neither would ever be freed.
+# From a module to its compiled form. The compiled form must not refer to the module, or neither would ever be freed.
 _compiled_forms: WeakKeyDictionary[nn.Module, Callable[..., Any]] = WeakKeyDictionary()
 
 
@@ -139,7 +145,7 @@ def _stateless(module: nn.Module, parameters: dict[str, Tensor], inputs: Tensor)
 def _compiled(model: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"compile=True needs an nn.Module, got {type(model).__name__}: compile it yourself with torch.compile, and leave "
+            f"compile=True needs an nn.Module, got {type(model).__name__}: compile it yourself with torch.compile, and set "
             "compile=False."
         )
     if (
@@ -149,9 +155,9 @@ def _compiled(model: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
     ):
         return model
     if model not in _compiled_forms:
-        # Each with a code object of its own: what is compiled, and how often at most, is counted by code object.
+        # Each module gets its own code object: PyTorch counts compilations, and limits them, by code object.
         own = types.FunctionType(_stateless.__code__.replace(), globals(), _stateless.__name__)
         _compiled_forms[model] = torch.compile(own, backend=BACKEND)
-    # A compiled backward pass computes the gradients of all that require them, asked for or not.
+    # A compiled backward pass computes the gradients of all tensors that require them, so the parameters are detached.
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     return partial(_compiled_forms[model], model, parameters)

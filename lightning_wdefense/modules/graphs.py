@@ -1,7 +1,8 @@
-"""CUDA graphs of what is computed with a module again and again: recorded once, and launched as one afterwards.
+"""Record computations with a module as CUDA graphs and replay them.
 
-A graph reads tensors where they lay when it was recorded, and runs none of the module's Python code. So it is only taken for a module
-in the very state in which it was recorded, and never recorded of one that changes with its own passes.
+A graph reads tensors at the addresses that they had when it was recorded, and runs none of the module's Python code. So
+a graph is replayed only if the module is in the same state as at the recording. No graph is recorded of a module that
+changes with each pass.
 """
 
 from __future__ import annotations
@@ -25,41 +26,41 @@ from lightning_wdefense.modules.state.module_state import MODULE_ATTRIBUTES, pre
 from lightning_wdefense.modules.state.random_state import RandomState
 
 DEVICES = frozenset({"cuda"})
-"""Types of the devices that graphs are recorded on."""
+"""Device types that graphs are recorded on."""
 
 MAX_GRAPHS = 4
-"""Graphs that are kept of a module, each with the memory of a pass."""
+"""Largest number of graphs that are kept of a module; each holds the memory of a pass."""
 
 RECENT_CALLS = 8
-"""Calls among which one is looked for that computed the same."""
+"""Number of recent calls that are searched for the same computation."""
 
 WARN_AFTER = 8
-"""Calls in a row that find another module than the one before until somebody is told."""
+"""Number of successive calls with a changed module after which a warning is given."""
 
 _LEAVES = frozenset({int, float, str, bool, type(None)})
 _PLAIN = (Tensor, nn.Parameter)
 _WRAPPERS = ("torch.nn.parallel", "torch.distributed.fsdp", "torch.distributed._composable")
 
 Compute = Callable[..., Tensor]
-"""What a graph is made of: from tensors to a result."""
+"""A computation to record: a function from tensors to a tensor."""
 
 State = tuple[tuple[str, Hashable], ...]
 Key = tuple[Hashable, State]
 
 
 class UnrecordableError(Exception):
-    """Says why a module is not recorded."""
+    """A module cannot be recorded; the message says why."""
 
 
 class Replays:
-    """What is computed with a module in one call of an attack, by graphs where there are some.
+    """Runs the computations of one call of an attack, with CUDA graphs if there are some.
 
-    A graph is recorded when the same is computed in a second call soon after, of the same module in the same state; so neither odd last
-    batches nor modules that always change are recorded.
+    A graph is recorded at the second of two recent calls with the same computation and the module in the same state. So
+    no graph is recorded for a smaller last batch, or for a module that always changes.
 
     Args:
-        module: that the computations run.
-        kind: of all computations of this call; graphs are for one kind.
+        module: the module that the computations run.
+        kind: a key for all computations of this call; a graph is used for one kind only.
     """
 
     def __init__(self, module: nn.Module, kind: Hashable) -> None:
@@ -67,12 +68,12 @@ class Replays:
         self._ready: dict[Hashable, RecordedGraph | None] = {}
 
     def __call__(self, name: Hashable, compute: Compute, *tensors: Tensor) -> Tensor:
-        """``compute(*tensors)``, in memory of its own.
+        """The result of ``compute(*tensors)``, as a new tensor.
 
         Args:
-            name: of the computation, by which graphs tell it from others.
-            compute: does it, with no other tensors than these and the module's own.
-            tensors: on one device.
+            name: a key for the computation.
+            compute: the computation; it may use no other tensors than these and the module's own.
+            tensors: the arguments, all on one device.
         """
         what = name, self._kind, *map(tensor_signature, tensors), *_surroundings(tensors[0].device)
         if what not in self._ready:
@@ -105,12 +106,12 @@ class Replays:
 
 
 class RecordedGraph:
-    """A computation as a graph, which reads and writes tensors of its own.
+    """A computation as a CUDA graph, with its own input and output tensors.
 
     Args:
         compute: the computation.
-        tensors: like what it will be called with.
-        reads: tensors from elsewhere that it reads, which must not be freed before it.
+        tensors: examples of its arguments, with the right shape, dtype and device.
+        reads: other tensors that the computation reads; they must live as long as the graph.
     """
 
     def __init__(self, compute: Compute, tensors: Sequence[Tensor], reads: Sequence[Tensor]) -> None:
@@ -118,7 +119,7 @@ class RecordedGraph:
         self._replay, self._result = record(partial(compute, *self._own), tensors[0].device)
 
     def __call__(self, *tensors: Tensor) -> Tensor:
-        """The result, in memory of its own."""
+        """The result, as a new tensor."""
         for own, given in zip(self._own, tensors, strict=True):
             own.copy_(given)
         self._replay()
@@ -126,18 +127,18 @@ class RecordedGraph:
 
 
 def check_recordable(module: nn.Module, compute: Callable[[], Any], own: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Do a computation once to see whether it can be recorded.
+    """Run a computation once and check whether it can be recorded as a CUDA graph.
 
     Args:
-        module: that it runs.
+        module: the module that the computation runs.
         compute: the computation.
-        own: tensors that it is given.
+        own: the arguments of the computation.
 
     Returns:
-        The tensors that it reads besides, and that are none of the module's own.
+        The other tensors that it reads, except the module's own.
 
     Raises:
-        UnrecordableError: if a graph could not do the same, or no graph can be made.
+        UnrecordableError: if the computation cannot be recorded, or a graph would compute something else.
     """
     _check_kind(module)
     device = own[0].device
@@ -151,16 +152,16 @@ def check_recordable(module: nn.Module, compute: Callable[[], Any], own: Sequenc
         random.restore()
     if waits():
         raise UnrecordableError(
-            "it waits for the device, as .item(), a boolean mask or a tensor made from numbers does"
+            "it synchronises with the device, as .item(), a boolean mask or a tensor made from numbers does"
         )
     if drawn:
         raise UnrecordableError("it draws random numbers")
     if written:
-        raise UnrecordableError("it writes to tensors of its own")
+        raise UnrecordableError("it writes to its own tensors")
     if changed:
         raise UnrecordableError(f"{changed} changes with each pass")
     if reads.foreign:
-        raise UnrecordableError("it works with tensors of another device")
+        raise UnrecordableError("it uses tensors on another device")
     known = set(map(id, tensors))
     return tuple(each for each in reads.found if id(each) not in known)
 
@@ -171,16 +172,16 @@ def _check_kind(module: nn.Module) -> None:
         if isinstance(each, torch.jit.ScriptModule) or hasattr(each, "_orig_mod") or each._compiled_call_impl:
             raise UnrecordableError(f"{name} is compiled")
         if any(base.__module__.startswith(_WRAPPERS) for base in type(each).__mro__):
-            raise UnrecordableError(f"{name} talks to other processes or devices")
+            raise UnrecordableError(f"{name} communicates with other processes or devices")
         for tensor in (*each._parameters.values(), *each._buffers.values()):
             if tensor is not None and not _is_plain(tensor):
                 raise UnrecordableError(f"{name} holds a {type(tensor).__name__} of layout {tensor.layout}")
 
 
 class _ReadTracker(TorchDispatchMode):
-    """Takes note of tensors that are read inside and were not made there, and whether any are foreign to the device.
+    """Records the tensors that are read inside but not made inside, and whether any tensor is on another device.
 
-    Scalars that were made there are not: so are numbers beside tensors.
+    Scalar tensors on another device that are made inside do not count: PyTorch makes them from Python numbers.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -211,12 +212,12 @@ class _ReadTracker(TorchDispatchMode):
 
 @contextlib.contextmanager
 def _synchronization_detector(device: torch.device) -> Iterator[Callable[[], bool]]:
-    """Yields what says whether something inside waited for the device."""
+    """Yield a function that tells whether something inside synchronised with the device."""
     if device.type != "cuda":
         yield lambda: False
         return
     before = torch.cuda.get_sync_debug_mode()
-    # Not "error", which other threads would meet as well.
+    # Not "error", which would raise in other threads too.
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
@@ -228,7 +229,7 @@ def _synchronization_detector(device: torch.device) -> Iterator[Callable[[], boo
 
 @contextlib.contextmanager
 def _weights_cast_inside(device: torch.device) -> Iterator[None]:
-    # What autocast has cast before would be read by the graph, and is gone with the attack.
+    # Without this, the graph would read weights in autocast's cache, which are freed after the attack.
     if not torch.is_autocast_enabled(device.type):
         yield
         return
@@ -237,7 +238,7 @@ def _weights_cast_inside(device: torch.device) -> Iterator[None]:
 
 
 class _ModuleGraphs:
-    """What is kept with a module: its graphs, and what was computed lately."""
+    """The graphs of a module, and its recent computations."""
 
     def __init__(self) -> None:
         self.graphs: OrderedDict[Key, RecordedGraph] = OrderedDict()
@@ -246,12 +247,12 @@ class _ModuleGraphs:
         self._changes = 0
 
     def make_room(self) -> None:
-        """For another graph: those go that were not taken for longest."""
+        """Remove the least recently used graphs, to have space for a new one."""
         while len(self.graphs) >= MAX_GRAPHS:
             self.graphs.popitem(last=False)
 
     def note(self, module: nn.Module, key: Key, recorded: RecordedGraph | None) -> None:
-        """Of a computation in this call, and its graph if there is one."""
+        """Record that a computation ran in this call, with its graph if there is one."""
         if recorded is not None:
             self.graphs[key] = recorded
             self.graphs.move_to_end(key)
@@ -260,27 +261,27 @@ class _ModuleGraphs:
             self._changes += 1
             if self._changes == WARN_AFTER:
                 warnings.warn(
-                    f"graph=True brings nothing: {type(module).__name__} changes from one attack to the next "
-                    f"({difference(others[-1], key[1])}), so no graph of it can be taken again.",
+                    f"graph=True has no effect: {type(module).__name__} changes from one attack to the next "
+                    f"({difference(others[-1], key[1])}), so no graph of it can be used again.",
                     stacklevel=2,
                 )
         self.recent.append(key)
 
     def refuse(self, module: nn.Module, error: Exception) -> None:
-        """No graphs of this module from now on."""
+        """Record no graphs of this module any more, and warn."""
         self.refused = True
         self.graphs.clear()
         reason = str(error).partition("\n")[0]
         if not isinstance(error, UnrecordableError):
             reason = f"{type(error).__name__}: {reason}"
         warnings.warn(
-            f"{type(module).__name__} cannot be run as a CUDA graph ({reason}), so attacks run it as without graph=True: the results are "
-            "the same.",
+            f"{type(module).__name__} cannot be run as a CUDA graph ({reason}), so attacks run it without graphs. The results are the "
+            "same.",
             stacklevel=2,
         )
 
 
-# Nothing here may refer to the module, or it would never be freed.
+# No value here may refer to the module, or the module would never be freed.
 _kept: WeakKeyDictionary[nn.Module, _ModuleGraphs] = WeakKeyDictionary()
 
 
@@ -289,9 +290,9 @@ def _kept_with(module: nn.Module) -> _ModuleGraphs:
 
 
 def state_of(module: nn.Module) -> State:
-    """What a graph of the module depends on: where its tensors are, modes, hooks, and plain attributes that are numbers or the like.
+    """The state that a graph of the module depends on: addresses of tensors, modes, hooks, and attributes such as numbers.
 
-    Metrics change at every step, and are no part of a model.
+    Metrics are ignored: they change at every step, and the model does not use them.
     """
     state: list[tuple[str, Hashable]] = []
     for path, each in module.named_modules():
@@ -307,7 +308,7 @@ def state_of(module: nn.Module) -> State:
 
 
 def difference(state: State, other: State) -> str | None:
-    """Where two states first differ, if they do."""
+    """The name of the first entry in which two states differ; ``None`` if they are equal."""
     there = dict(other)
     for name, token in state:
         if name not in there or there.pop(name) != token:
@@ -334,7 +335,7 @@ def _token(value: Any) -> Hashable:
 
 
 def _surroundings(device: torch.device) -> tuple[Hashable, ...]:
-    """What else decides about what is recorded; and graphs of one stream are not for another, where they might meet themselves."""
+    """Settings that a recording depends on, and the CUDA stream: the same graph must not run on two streams at once."""
     autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     return autocast, torch.are_deterministic_algorithms_enabled(), stream

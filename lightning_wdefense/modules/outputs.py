@@ -1,4 +1,4 @@
-"""What a classifier returned, as logits that the losses and metrics can rely on."""
+"""Find the logits in a model's outputs and check them, for losses and metrics."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from lightning_wdefense.modules.activation import activation
 
 MIN_ROWS = 8
-"""So many different rows that look like probabilities are evidence; a few logits may look so by chance."""
+"""Smallest number of different rows that must look like probabilities; fewer rows may look so by chance."""
 
 _LOGITS_HINT = (
-    "Return logits from forward (attacks run it in eval mode), say where in the outputs they are with outputs= (a key, position or "
-    "callable), or name the submodule that returns them with model=. Where nothing but the "
-    'attack reads outputs, as in recipe "pgd-at", its loss=callable(outputs, labels) that returns one loss a sample is given them '
-    "as they are."
+    "Return logits from forward, also in eval mode, in which attacks run the model. Or say where the logits are in the outputs with "
+    "outputs= (a key, position or callable), or name the submodule that returns them with model=. If only the attack needs outputs, "
+    'as in recipe "pgd-at", you may also give the attack loss=callable(outputs, labels), which gets the outputs unchanged and returns '
+    "one loss per sample."
 )
 
 
@@ -27,7 +27,7 @@ def tensor_of(outputs: Any) -> Tensor:
     """The tensor in a model's outputs: the outputs themselves, or their ``logits`` or ``out`` (attribute or key).
 
     Raises:
-        TypeError: if there is none.
+        TypeError: if there is no tensor.
     """
     for name in ("logits", "out") if not isinstance(outputs, Tensor) else ():
         if isinstance(outputs, Mapping) and name in outputs:
@@ -45,19 +45,19 @@ Pick = str | int | Callable[[Any], Any] | None
 
 
 def output_picker(pick: Pick) -> Callable[[Any], Any] | None:
-    """What finds outputs in what a model returns: by key, attribute or position, or by a callable; ``None`` for nothing to find."""
+    """A function that finds the outputs in what a model returns, by key, attribute, position or callable; ``None`` for all of it."""
     if pick is None or callable(pick):
         return pick  # type: ignore[return-value]
     return functools.partial(_pick, pick)
 
 
 class PickedOutputModel:
-    """A model whose outputs are picked from what it returns.
+    """A model that returns only a part of another model's outputs.
 
     Args:
-        model: the model.
-        pick: finds the outputs; ``None`` for all of them.
-        accepts_partial_batches: whether it may be run on a part of a batch.
+        model: the other model.
+        pick: finds the outputs in what the model returns; ``None`` for all of it.
+        accepts_partial_batches: whether the model may be run on a part of a batch.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class PickedOutputModel:
         self.__self__ = model if isinstance(model, nn.Module) else getattr(model, "__self__", None)
 
     def __call__(self, inputs: Tensor) -> Any:
-        """The picked outputs."""
+        """The picked outputs for inputs in model units."""
         outputs = self._model(inputs)
         return outputs if self._pick is None else self._pick(outputs)
 
@@ -80,14 +80,16 @@ def _pick(name: str | int, outputs: Any) -> Any:
     except (KeyError, IndexError, TypeError, AttributeError):
         there = list(outputs) if isinstance(outputs, Mapping) else type(outputs).__name__
         there = f"a {type(outputs).__name__} of {len(outputs)}" if isinstance(outputs, (tuple, list)) else there
-        raise ValueError(f"outputs={name!r} leads nowhere in what the model returns: {there}.") from None
+        raise ValueError(
+            f"outputs={name!r} is not in what the model returns: {there}. Give a key, position or callable."
+        ) from None
 
 
 def logits_of(outputs: Any) -> Tensor:
-    """The logits ``(N, K, ...)`` in a model's outputs.
+    """The logits ``(N, K, ...)`` in a model's outputs, as found by :func:`tensor_of`.
 
-    Accepted is what :func:`tensor_of` finds a tensor in. A single logit, ``(N,)`` or ``(N, 1, ...)``,
-    becomes the two equivalent ones ``[0, z]``, so that softmax gives the sigmoid.
+    A single logit ``z`` per sample, ``(N,)`` or ``(N, 1, ...)``, becomes the two equivalent logits ``[0, z]``, whose
+    softmax is the sigmoid of ``z``.
 
     Raises:
         TypeError: if there is no floating-point tensor of logits in ``outputs``.
@@ -95,7 +97,7 @@ def logits_of(outputs: Any) -> Tensor:
     outputs = tensor_of(outputs)
     if not outputs.is_floating_point() or outputs.ndim == 0:
         raise TypeError(
-            f"The model's outputs are not logits: {outputs.dtype}, shape {tuple(outputs.shape)}, where a floating-point "
+            f"The model's outputs are not logits: {outputs.dtype}, shape {tuple(outputs.shape)}, but a floating-point "
             f"tensor of shape (N, classes) is needed. {_LOGITS_HINT}"
         )
     if outputs.ndim == 1:
@@ -106,37 +108,40 @@ def logits_of(outputs: Any) -> Tensor:
 
 
 def logit_rows(outputs: Any) -> Tensor:
-    """Logits as a cloud: one point ``(D,)`` a sample, in float32 or better."""
+    """Logits as a point cloud ``(N, D)``, one point per sample, in float32 or float64."""
     return float32_or_better(logits_of(outputs)).flatten(1)
 
 
 def float32_or_better(values: Tensor) -> Tensor:
-    """Half precision is too coarse for a loss; float64 stays."""
+    """Half precision converted to float32, which a loss needs; float32 and float64 are unchanged."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def has_one_output(outputs: Any) -> bool:
-    """Whether a model has a single output a sample (or pixel): of a binary classifier, its logit."""
+    """Whether a model has a single output per sample (or pixel), the logit of a binary classifier."""
     values = tensor_of(outputs)
     return values.ndim == 1 or values.shape[1] == 1
 
 
 def predictions(outputs: Any) -> Tensor:
-    """Predicted classes of a model's outputs; -1, which is no class, where they are NaN or infinitely large."""
-    largest, classes = logits_of(outputs).max(1)  # NaN counts as the largest
+    """Predicted classes ``(N, ...)`` of a model's outputs; -1, which is not a class, if the outputs are NaN or infinite."""
+    largest, classes = logits_of(outputs).max(1)  # max treats NaN as the largest value
     return torch.where(largest < torch.inf, classes, -1)
 
 
 def check_logits(outputs: Any) -> None:
-    """Refuse probabilities: cross-entropy of a softmax's output has vanishing gradients, and a sigmoid's output is never negative.
+    """Refuse probabilities in the place of logits.
 
-    The operation that made the outputs decides, where their graph shows it; else :data:`MIN_ROWS` different rows. A single output that
-    only looks like a probability is a warning.
+    The cross-entropy of a softmax's output has vanishing gradients, and a sigmoid's output is never negative. If the
+    autograd graph shows the operation that made the outputs, this operation decides; otherwise :data:`MIN_ROWS`
+    different rows must look like probabilities. A single output per sample that only looks like a probability causes a
+    warning.
 
     Raises:
-        ValueError: for probabilities.
+        TypeError: if the outputs are not logits.
+        ValueError: if they are probabilities.
     """
-    logits_of(outputs)  # or it says what is wrong
+    logits_of(outputs)  # raises for anything that is not logits
     values = tensor_of(outputs)
     made_by, rows = activation(values), _rows(values.detach().float())
     if not bool(((rows >= 0) & (rows <= 1)).all()):
@@ -146,8 +151,8 @@ def check_logits(outputs: Any) -> None:
             _refuse(f"its single output ends in a {made_by}")
         if made_by is None and len(rows) >= MIN_ROWS:
             warnings.warn(
-                f"The model's single output lies in [0, 1] for all {len(rows)} samples. It is read as a logit, which says class 1 "
-                "where it is positive: if it is a probability, return the logit from forward.",
+                f"The model's single output lies in [0, 1] for all {len(rows)} samples. It is used as a logit: class 1 is predicted "
+                "where it is positive. If it is a probability, return the logit from forward.",
                 stacklevel=2,
             )
         return
@@ -159,23 +164,23 @@ def check_logits(outputs: Any) -> None:
 
 
 def _rows(values: Tensor) -> Tensor:
-    """Outputs ``(N, K, ...)`` or ``(N,)`` with one row for each sample, or pixel."""
+    """Outputs ``(N, K, ...)`` or ``(N,)`` as a matrix with one row per sample, or pixel."""
     return (values.unsqueeze(1) if values.ndim == 1 else values).movedim(1, -1).flatten(0, -2)
 
 
 def _refuse(evidence: str) -> NoReturn:
     raise ValueError(
-        f"The model's outputs look like probabilities ({evidence}), not logits: attacks on them fail for want of gradient, and would "
+        f"The model's outputs look like probabilities ({evidence}), not logits: their gradients vanish, so attacks would fail and "
         f"overstate robustness. {_LOGITS_HINT}"
     )
 
 
 def warn_of_no_prediction(predicted: Tensor) -> None:
-    """Say so if there are samples for which the model predicted nothing."""
+    """Warn of predictions of -1, the samples for which the model's outputs were NaN or infinite."""
     lost = predicted < 0
     if bool(lost.any()):
         warnings.warn(
-            f"The model's outputs are NaN or infinite for {int(lost.sum())} of {lost.numel()} predictions, which count as wrong: has "
-            "training diverged, or did a precision overflow?",
+            f"The model's outputs are NaN or infinite for {int(lost.sum())} of {lost.numel()} predictions, which count as wrong. Check "
+            "whether training diverged, or the precision overflowed.",
             stacklevel=2,
         )

@@ -1,4 +1,4 @@
-"""Where things are in whatever a dataloader yields, and how to put others there without changing it."""
+"""Find values in the nested batches of a dataloader by path, and replace them in a copy."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 Path = tuple[int | str, ...]
 
 MAX_SHOWN = 20
-"""So many paths are listed at most in a message."""
+"""Largest number of tensors that a message lists."""
 
 
 def field_names(batch: Any) -> list[Any]:
-    """Keys of a mapping, fields of a named tuple, public attributes of an object."""
+    """The keys of a mapping, the fields of a named tuple, or the public attributes of an object."""
     if isinstance(batch, Mapping):
         return list(batch)
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
@@ -29,21 +29,21 @@ def field_names(batch: Any) -> list[Any]:
 
 
 def has_field(batch: Any, key: int | str) -> bool:
-    """Whether there is something under a key, at a position, or as an attribute."""
+    """Whether a batch has this key, position or attribute."""
     if isinstance(batch, (tuple, list)) and isinstance(key, int):
         return -len(batch) <= key < len(batch)
     return key in field_names(batch) or (isinstance(key, str) and isinstance(getattr(type(batch), key, None), property))
 
 
 def get_field(batch: Any, key: int | str) -> Any:
-    """What is there."""
+    """The value at a key, position or attribute."""
     if isinstance(batch, Mapping) or (isinstance(batch, (tuple, list)) and isinstance(key, int)):
         return batch[key]  # type: ignore[index]
     return getattr(batch, str(key))
 
 
 def resolve(batch: Any, key: int | str | tuple[Any, ...]) -> Path | None:
-    """The path that a key, a dotted string or a tuple means in this batch; ``None`` where it leads nowhere."""
+    """The path for a key, a dotted string or a tuple of keys in this batch; ``None`` if there is none."""
     if isinstance(key, tuple):
         path: Path = ()
         for each in key:
@@ -59,7 +59,7 @@ def resolve(batch: Any, key: int | str | tuple[Any, ...]) -> Path | None:
             return resolve(batch, int(key))
         if isinstance(batch, Mapping) and key.lstrip("-").isdigit() and int(key) in batch:
             return (int(key),)
-        for end in range(len(key) - 1, 0, -1):  # the longest name that there is, for names may hold dots
+        for end in range(len(key) - 1, 0, -1):  # the longest name first, because names may contain dots
             if key[end] == "." and (head := resolve(batch, key[:end])) is not None:
                 rest = resolve(value_at(batch, head), key[end + 1 :])
                 if rest is not None:
@@ -68,14 +68,14 @@ def resolve(batch: Any, key: int | str | tuple[Any, ...]) -> Path | None:
 
 
 def value_at(batch: Any, path: Path) -> Any:
-    """What a path leads to."""
+    """The value at a path."""
     for key in path:
         batch = get_field(batch, key)
     return batch
 
 
 def with_value_at(batch: Any, path: Path, value: Any) -> Any:
-    """The same batch with another value there; only what is along the path is copied."""
+    """The same batch with another value at a path. Only the containers along the path are copied."""
     if not path:
         return value
     key, value = path[0], with_value_at(get_field(batch, path[0]), path[1:], value)
@@ -86,7 +86,7 @@ def with_value_at(batch: Any, path: Path, value: Any) -> Any:
     before = get_field(batch, key)
     changed = copy.copy(batch)
     _set(changed, key, value)
-    if get_field(batch, key) is not before:  # the copy shares what holds its values
+    if get_field(batch, key) is not before:  # the copy shares the container of its values
         _set(batch, key, before)
         _set(changed := copy.deepcopy(batch), key, value)
     return changed
@@ -108,7 +108,7 @@ def tensor_paths(batch: Any) -> list[Path]:
 
 
 def path_text(path: Path) -> str:
-    """A path as one may write it: a number, or a dotted string where it can be one."""
+    """A path as users write it: a position, a dotted string, or else a tuple."""
     if len(path) == 1:
         return repr(path[0])
     if all(isinstance(key, int) for key in path) or any("." in str(key) for key in path):
@@ -117,7 +117,7 @@ def path_text(path: Path) -> str:
 
 
 def tensors_text(batch: Any) -> str:
-    """The tensors that there are in a batch, by path, for a message."""
+    """A list of the tensors in a batch, with path, shape and dtype, for a message."""
     found = [(path_text(path), value) for path, value in _walk(batch, (), set()) if path]
     shown = [
         f"{path} {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}" for path, value in found[:MAX_SHOWN]
@@ -126,11 +126,11 @@ def tensors_text(batch: Any) -> str:
 
 
 def map_tensors(batch: Any, function: Callable[[Tensor], Any]) -> Any:
-    """The same batch with the function applied to each tensor in it; what holds no tensor is shared.
+    """The same batch with a function applied to each tensor in it; parts without tensors are not copied.
 
     Args:
         batch: tensors in tuples, lists, mappings, and objects with attributes, at any depth.
-        function: of a tensor.
+        function: the function of a tensor.
     """
     for path in tensor_paths(batch):
         value = value_at(batch, path)

@@ -1,4 +1,4 @@
-"""See a model's outputs and features as they pass, without changing the model."""
+"""Record a model's outputs and features during forward passes, by hooks."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 @dataclass
 class Recording:
-    """What one forward pass of the model showed.
+    """What was recorded in one or more forward passes.
 
     Attributes:
-        outputs: what each call of the model returned.
-        features: what the feature layer showed each time it ran.
-        heads: what the last linear layer made of them, where its input is what is wanted.
+        outputs: the outputs of each call of the model.
+        features: the features at each call of the feature layer.
+        heads: the outputs of the last linear layer at each of its calls, if they are recorded.
     """
 
     outputs: list[Any] = field(default_factory=list)
@@ -37,36 +37,35 @@ class Recording:
 
 
 class ForwardRecorder:
-    """Records a model's outputs, and the features of one of its layers, through forward hooks, in the thread that asks for it.
+    """Records a model's outputs and the features of one of its layers, by forward hooks, in the calling thread only.
 
-    The hooks stay for as long as the recorder is attached (a compiled model does not notice hooks that come later) and do
-    nothing outside of :meth:`recording`.
+    The hooks stay while the recorder is attached, because a compiled model ignores hooks that are added later. Outside
+    of :meth:`recording` they do nothing.
 
     Args:
-        model: the module whose outputs are wanted.
-        features: ``"outputs"``, ``"penultimate"`` (the input of the last linear layer that runs, or without any that of the last
-            convolution, averaged over positions), or a dotted path to a submodule of ``model``, whose output is taken.
-        pick: finds the outputs in what the model returns.
+        model: the module whose outputs are recorded.
+        features: ``"outputs"``; ``"penultimate"``, the input of the last linear layer that runs, or without a linear
+            layer the input of the last convolution, averaged over positions; or a dotted path to a submodule, whose
+            output is taken.
+        pick: finds the outputs in what the model returns; ``None`` for all of it.
 
     Raises:
-        ValueError: if there is no such submodule, with the nearest ones.
+        ValueError: if there is no such submodule; the message lists the most similar names.
     """
 
     def __init__(self, model: nn.Module, features: str = OUTPUTS, pick: Callable[[Any], Any] | None = None) -> None:
         self.model, self.features, self._pick = model, features, pick
         self._handles: list[Any] = []
-        self._here = (
-            threading.local()
-        )  # backward passes on accelerators, with what checkpointing makes again, have threads of their own
+        self._here = threading.local()  # by thread: backward passes on accelerators, which repeat forward passes for checkpointing, run in other threads
         self._layer = None if features in (OUTPUTS, PENULTIMATE) else find_submodule(model, features, "features")
 
     def attach(self, example: Tensor | Callable[[], Any], *, temporary: bool = False, head: bool = False) -> None:
-        """Register the hooks, once.
+        """Register the hooks, if they are not registered yet.
 
         Args:
-            example: a batch from which the penultimate layer is found, or what runs the model, without a trace.
-            temporary: for passes inside :func:`eager` alone, so that compiled code need not be compiled again.
-            head: also record what the last linear layer returns.
+            example: a batch to find the penultimate layer with, or a function that runs the model without side effects.
+            temporary: the passes to record run inside :func:`eager` only, so compiled code need not be compiled again.
+            head: also record the outputs of the last linear layer.
         """
         if self._handles:
             return
@@ -83,7 +82,7 @@ class ForwardRecorder:
         if last is not None and head:
             self._handles.append(attach_hook(last, self._saw_head))
         if (self._layer is not None or head) and not temporary:
-            torch.compiler.reset()  # compiled code does not notice new hooks: what there is must be compiled again
+            torch.compiler.reset()  # compiled code ignores new hooks, so it must be compiled again
 
     def detach(self) -> None:
         """Remove the hooks."""
@@ -92,7 +91,7 @@ class ForwardRecorder:
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[Recording]:
-        """Record the forward passes made inside by this thread, but not what other callbacks do in between: attacks and passes of their own."""
+        """Record this thread's forward passes inside the context, except those that this package makes itself (attacks)."""
         here = self._here
         outer = getattr(here, "recording", None), getattr(here, "level", 0)
         recording = here.recording = Recording()
@@ -103,38 +102,46 @@ class ForwardRecorder:
             here.recording, here.level = outer
 
     def observe(self, inputs: Tensor) -> tuple[Any, Tensor]:
-        """The outputs of a forward pass on these inputs, and its features, detached, ``(N, D)``."""
+        """Run the model on these inputs; returns the outputs, and the features ``(N, D)``, detached."""
         with self.recording() as recording:
             outputs = self.model(inputs)
         return outputs, self.features_of(outputs, recording, len(inputs)).detach().reshape(len(inputs), -1)
 
     def features_of(self, outputs: Any, recording: Recording, size: int) -> Tensor:
-        """The features of a recorded pass over ``size`` samples: ``(N, D)``, outputs in their own shape.
+        """The features of a recorded pass.
+
+        Args:
+            outputs: the model's outputs in that pass.
+            recording: the recording of that pass.
+            size: number of samples, N.
+
+        Returns:
+            Features ``(N, D)``; for ``features="outputs"`` the tensor of the outputs, in its own shape.
 
         Raises:
             TypeError: if the layer's features are not a tensor.
-            ValueError: if the layer did not run, or not on the whole batch.
+            ValueError: if the layer did not run, or its features do not have one row per sample.
         """
         found = (
             tensor_of(outputs) if self.features == OUTPUTS else recording.features[-1] if recording.features else None
         )
         if found is None:
             raise ValueError(
-                f"The layer of features={self.features!r} did not run in the forward pass: name one that does with features=."
+                f"The layer of features={self.features!r} did not run in the forward pass: name a layer that runs with features=."
             )
         if not isinstance(found, Tensor):
             raise TypeError(
-                f"The layer of features={self.features!r} returns a {type(found).__name__}, not a tensor: name one that does."
+                f"The layer of features={self.features!r} returns a {type(found).__name__}, not a tensor: name a layer that returns a tensor."
             )
         if found.ndim == 0 or len(found) != size:
             raise ValueError(
-                f"The features={self.features!r} have shape {tuple(found.shape)}, but the batch has {size} samples: they must "
-                "come one row a sample."
+                f"The features={self.features!r} have shape {tuple(found.shape)}, but the batch has {size} samples: name a layer "
+                "whose output has one row per sample."
             )
         return found if self.features == OUTPUTS else self.rows(found)
 
     def rows(self, features: Tensor) -> Tensor:
-        """What the layer showed as a cloud ``(M, D)``; of a convolution's input the mean over positions."""
+        """Recorded features as a point cloud ``(M, D)``; the input of a convolution is averaged over positions."""
         if self.features == PENULTIMATE and not isinstance(self._layer, nn.Linear) and features.ndim > 2:
             features = features.flatten(2).mean(2)
         return features.reshape(len(features), -1)
@@ -171,7 +178,16 @@ class ForwardRecorder:
 
 
 def find_submodule(model: nn.Module, path: str, argument: str) -> nn.Module:
-    """The submodule at a dotted path, or an error that lists the nearest ones."""
+    """The submodule at a dotted path.
+
+    Args:
+        model: the module.
+        path: the dotted path.
+        argument: name of the user's argument, for the error message.
+
+    Raises:
+        ValueError: if there is none; the message lists the most similar names.
+    """
     known = dict(model.named_modules())
     known.pop("", None)
     if path not in known:
@@ -181,10 +197,14 @@ def find_submodule(model: nn.Module, path: str, argument: str) -> nn.Module:
 
 
 def last_linear(model: nn.Module, run: Callable[[], Any]) -> nn.Module:
-    """The last ``nn.Linear`` that runs; without any, the last convolution.
+    """The last ``nn.Linear`` that runs; without a linear layer, the last convolution.
+
+    Args:
+        model: the module.
+        run: runs it once, without side effects.
 
     Raises:
-        ValueError: if neither runs.
+        ValueError: if no linear layer and no convolution runs.
     """
     ran: list[nn.Module] = []
     linear = [module for module in model.modules() if isinstance(module, (nn.Linear, *CONVOLUTIONS))]
@@ -202,12 +222,12 @@ def last_linear(model: nn.Module, run: Callable[[], Any]) -> nn.Module:
     layers = ", ".join(repr(name) for name, module in model.named_modules() if name and not list(module.children()))
     raise ValueError(
         f'features="penultimate" is the input of the last nn.Linear (or convolution) that runs, but {type(model).__name__} runs none: name '
-        f'a layer with features=, use features="outputs", or a recipe that needs no features (pgd-at, trades). Its layers: {layers}.'
+        f'a layer with features=, use features="outputs", or a recipe without features (pgd-at, trades). Its layers: {layers}.'
     )
 
 
 def trial_pass(model: Callable[[Tensor], Any], example: Tensor) -> Callable[[], Any]:
-    """A pass of the model over an example that leaves no trace."""
+    """A function that runs the model on an example without side effects."""
 
     def run() -> None:
         with isolated(model, example.device):

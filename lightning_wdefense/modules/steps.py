@@ -1,4 +1,4 @@
-"""A module's own step as a function of its batch, which can be called as often as wanted and leaves no trace."""
+"""Run a module's own step as a function of the batch, repeatedly and without side effects."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ _DROPOUTS = (nn.modules.dropout._DropoutNd,)
 
 
 class Step:
-    """``training_step`` (or another step) of a module, on one batch after another, without a trace.
+    """The ``training_step`` (or another step) of a module, as a function without side effects.
 
-    Inside of :meth:`rehearsal` each call finds the module as it was at the beginning, draws the same random numbers, and gives the
-    same loss for the same batch. Nothing is logged, no metric, optimizer, buffer or container has moved afterwards. What lies
-    outside of Python cannot be undone: files, prints, calls of ``wandb`` itself.
+    Inside of :meth:`repeatable` each call starts from the same state of the module, draws the same random numbers, and
+    returns the same loss for the same batch. Nothing is logged, and metrics, optimizers, buffers and containers are
+    restored. Effects outside of Python cannot be undone: files, printed text, direct calls of ``wandb``.
 
     Args:
-        module: the user's.
-        function: its step, as a callable without hooks of ours.
-        name: of the hook, such as ``"training_step"``.
-        arguments: what the step is given besides the batch.
-        options: likewise, by name.
+        module: the user's module.
+        function: its step, without wrappers of this package.
+        name: name of the step, such as ``"training_step"``.
+        arguments: further positional arguments of the step, after the batch.
+        options: further keyword arguments of the step.
     """
 
     def __init__(
@@ -56,17 +56,18 @@ class Step:
 
     @property
     def ready(self) -> bool:
-        """Whether it is inside of a rehearsal."""
+        """Whether it is inside of :meth:`repeatable`."""
         return self._state is not None
 
     @contextlib.contextmanager
     def repeatable(self, device: torch.device, noise: Noise = "off") -> Iterator[None]:
-        """Inside, the step may be called; the module is then as in :func:`isolated`, differentiable in its inputs.
+        """A context in which the step may be called; the module is isolated as in :func:`isolated`.
 
         Args:
-            device: of the batch.
-            noise: ``"off"`` for eval mode; ``"training"`` for the modules' own modes, but with dropout off and norms in eval mode: some
-                models compute no loss in eval mode; ``"own"`` for the modules' own modes.
+            device: the device of the batch.
+            noise: ``"off"`` for eval mode. ``"training"`` for the modules' own modes, but without dropout and with
+                normalisation layers in eval mode, because some models compute no loss in eval mode. ``"own"`` for the
+                modules' own modes.
         """
         module = self.module
         training = [
@@ -83,7 +84,7 @@ class Step:
             self._state, self._random = state, RandomState(device)
             self._training, self.logged, self._flags = training, logged, _flags(module)
             gradients = [(parameter, parameter.grad) for parameter in module.parameters()]
-            for parameter, _ in gradients:  # a step may call backward() itself
+            for parameter, _ in gradients:  # the step may call backward() itself
                 parameter.grad = None
             try:
                 yield
@@ -95,8 +96,8 @@ class Step:
                     parameter.grad = gradient
 
     def __call__(self, batch: Any) -> Any:
-        """What the step returns for this batch."""
-        assert self._state is not None, "call it inside of rehearsal()"
+        """Run the step on a batch, and return its result."""
+        assert self._state is not None, "call it inside of repeatable()"
         assert self._random is not None
         self._state.restore()
         self._state.usable()
@@ -113,14 +114,21 @@ class Step:
                 each.training = mode
 
     def loss(self, batch: Any) -> Tensor | None:
-        """The loss of this batch, a scalar: what the step returns, or, of another than ``training_step``, logs under a key with ``loss`` in it."""
+        """Run the step on a batch, and return its loss as in :meth:`loss_of`."""
         return self.loss_of(self(batch))
 
     def loss_of(self, result: Any) -> Tensor | None:
-        """The loss of the last call, a scalar, given what it returned; ``None`` where there is none."""
+        """The loss of the last call, a scalar; ``None`` if there is none.
+
+        It is the result of the step, or its entry ``"loss"``. For other steps than ``training_step`` it may also be a
+        tensor that the step logged under a key that contains ``loss``.
+
+        Args:
+            result: the result of the last call.
+        """
         loss = result.get("loss") if isinstance(result, dict) else result
         if self.name != "training_step" and not (isinstance(loss, Tensor) and loss.ndim == 0):
-            loss = self._logged_loss()  # what is returned is predictions, more likely
+            loss = self._logged_loss()  # the result is probably predictions
         if not isinstance(loss, Tensor):
             return None
         return loss if loss.ndim == 0 else loss.mean()
@@ -133,10 +141,13 @@ class Step:
 
     @contextlib.contextmanager
     def one_more_call(self, random: RandomState) -> Iterator[Callable[[Any], Any]]:
-        """Inside, one more call in the module's own modes, with a graph: parameters and buffers see it, nothing else does.
+        """A context for one more call of the step in the module's own modes, as part of the training step.
+
+        The call has an autograd graph and updates buffers, such as the running statistics of BatchNorm. All other state
+        of the module, and the random states, are restored afterwards.
 
         Args:
-            random: where the user's own call began to draw; afterwards the random states are as they are now.
+            random: the random states at the beginning of the user's own call, from which this call draws too.
         """
         module = self.module
         with muted(module, self.name):
@@ -150,7 +161,7 @@ class Step:
 
 
 def _flags(module: nn.Module) -> list[tuple[Any, str, bool]]:
-    """Modes, and which parameters require gradients."""
+    """The mode of each submodule, and ``requires_grad`` of each parameter."""
     modes = [(each, "training", each.training) for each in module.modules()]
     return modes + [(each, "requires_grad", each.requires_grad) for each in module.parameters()]
 
@@ -162,12 +173,12 @@ def _set_flags(flags: list[tuple[Any, str, bool]]) -> None:
 
 
 def _own_copy(batch: Any) -> Any:
-    """A batch whose tensors the step may write to: the next call finds the user's as they were, and so does the user."""
+    """A copy of the batch's tensors, so that a step that writes to its batch does not change the user's batch."""
     return map_tensors(batch, torch.clone)
 
 
 def unwrapped_step(module: LightningModule, name: str) -> Callable[..., Any]:
-    """A module's step without hooks of ours, and uncompiled: what it runs may be compiled."""
+    """A module's step without wrappers of this package and uncompiled; the submodules that it runs may be compiled."""
     function = vars(module).get(name)
     while isinstance(function, Attachment) and hasattr(function, "original"):
         function = function.original

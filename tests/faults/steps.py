@@ -60,8 +60,8 @@ FAULTS = [
     Fault(
         "schedulers are stepped by the attack",
         "modules/state/muted_logging.py",
-        "            return _nothing\n",
-        "            return getattr(self._moving, name)\n",
+        "            return _do_nothing\n",
+        "            return getattr(self._wrapped, name)\n",
         (STEPS,),
     ),
     # -------------------------------------------------------------------------------------------- first look

@@ -14,7 +14,8 @@ from support.modules import Nasty, Snapshot, batch, classifier
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_wdefense.attacks import FGSM, PGD, Execution, ThreatModel, execution
+from lightning_wdefense.attacks import FGSM, PGD, Execution, ThreatModel
+from lightning_wdefense.modules import execution
 from lightning_wdefense.modules.recording import ForwardRecorder
 from lightning_wdefense.modules.state.isolation import isolated
 
@@ -283,7 +284,7 @@ def test_mistakes():
         Execution(precision="bf15")
     with pytest.raises(TypeError, match=r"compile=True needs an nn.Module, got function"):
         ATTACK(lambda x: classifier(6)(x), inputs, labels, execution=COMPILED)
-    with pytest.raises(ValueError, match="does not know 'meta' devices"):
+    with pytest.raises(ValueError, match="does not support 'meta' devices"):
         ATTACK(classifier(6), inputs.to("meta"), labels, execution=BF16)
 
 

@@ -316,7 +316,7 @@ class Caching(Wrapped):
 REASONS = {
     Noisy: "draws random numbers",
     PythonNoise: "draws random numbers",
-    Writing: "writes to tensors of its own",
+    Writing: "writes to its own tensors",
     Counting: "calls changes with each pass",
     Caching: "last changes with each pass",
 }

@@ -1,8 +1,8 @@
 """Feature scattering, an attack that maximises the transport cost between the clean and the adversarial outputs of a batch.
 
-As a *defense* it does not hold: it was published with 60.6% robust accuracy under PGD on CIFAR-10, and AutoAttack finds 36.6%.
-Training with it flattens the loss around the inputs (gradient masking), so gradient attacks fail. Use it beside other objectives
-or for comparison, and never evaluate a model that was trained with it by PGD alone.
+As a *defense* it does not hold: it was published with 60.6% robust accuracy under PGD on CIFAR-10, and AutoAttack finds
+36.6%. Training with it flattens the loss around the inputs (gradient masking), so gradient attacks fail. Use it beside
+other objectives or for comparison, and never evaluate a model that was trained with it by PGD alone.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ from lightning_wdefense.transport import sinkhorn_divergence
 class FeatureScattering(Attack):
     """Projected gradient ascent on the transport cost between the logits of the clean and of the adversarial batch.
 
-    It needs no labels, and a sample's perturbation depends on its batch. Models that are trained with it seem robust to PGD but
-    are not: 60.6% under PGD and 36.6% under AutoAttack (CIFAR-10). Evaluate such models with AutoAttack.
+    It needs no labels, and a sample's perturbation depends on its batch. Models that are trained with it seem robust to
+    PGD but are not: 60.6% under PGD and 36.6% under AutoAttack (CIFAR-10). Evaluate such models with AutoAttack.
 
     Args:
         threat: the threat model (norm ``linf`` or ``l2``).
         steps: number of gradient steps, from a uniform random start in the ball.
         step_size: length of a step in data units; ``None`` for ``eps`` with one step, otherwise ``2.5 * eps / steps``.
         divergence: differentiable callable ``(clean, adversarial) -> scalar`` of logits ``(N, D)``; ``None`` for
-            ``SinkhornDivergence()``. The paper's code uses the cosine cost, ``SinkhornDivergence(cost="cosine")``, which does
-            not change when all logits of a sample are multiplied by a number, and so carries no information for a single logit.
+            ``SinkhornDivergence()``. The paper's code uses the cosine cost, ``SinkhornDivergence(cost="cosine")``,
+            which does not change when all logits of a sample are multiplied by a number, and so carries no information
+            for a single logit.
         seed: seeds the noise of calls without a generator.
 
     Raises:

@@ -15,9 +15,9 @@ from lightning_wdefense.attacks.threat import ThreatModel
 class FGSM(Attack):
     """Fast gradient sign method: one step of length ``eps`` in the direction of steepest ascent of the loss.
 
-    With ``noise > 0`` it is N-FGSM. The step starts from ``x + U(-noise * eps, noise * eps)`` and is *not* projected back into
-    the ball, which prevents catastrophic overfitting in single-step adversarial training. N-FGSM is not ``bounded``, so it is for
-    training only.
+    With ``noise > 0`` it is N-FGSM. The step starts from ``x + U(-noise * eps, noise * eps)`` and is *not* projected
+    back into the ball, which prevents catastrophic overfitting in single-step adversarial training. N-FGSM is not
+    ``bounded``, so it is for training only.
 
     Args:
         threat: the threat model (norm ``linf`` or ``l2``).

@@ -21,16 +21,18 @@ class GibbsNoise(Attack):
     """Draws one of several noisy copies of each sample, with probability ``softmax(loss / temperature)``; needs no gradients.
 
     Sinkhorn distributionally robust optimisation minimises ``temperature * log mean_m exp(loss(x + spread * noise_m) /
-    temperature)``. The gradient of this objective is the mean of the copies' gradients, weighted by these probabilities. So the
-    gradient of the loss at one drawn copy is an unbiased estimate, at the cost of a single backward pass. The probabilities
-    are computed with the model in eval mode. Normal noise is unbounded, so this attack is for training only.
+    temperature)``. The gradient of this objective is the mean of the copies' gradients, weighted by these
+    probabilities. So the gradient of the loss at one drawn copy is an unbiased estimate, at the cost of a single
+    backward pass. The probabilities are computed with the model in eval mode. Normal noise is unbounded, so this attack
+    is for training only.
 
     Args:
-        threat: the threat model, for its units and bounds; the copies are clamped into the bounds. Its ``eps`` is the default
-            of ``spread``.
+        threat: the threat model, for its units and bounds; the copies are clamped into the bounds. Its ``eps`` is the
+            default of ``spread``.
         spread: standard deviation of the noise in data units; ``None`` for ``eps``.
-        temperature: temperature of the softmax, in units of the loss: the product of the paper's ``lambda`` and ``epsilon``.
-            Near 0 the copy with the largest loss is drawn; far above the losses all copies have the same probability.
+        temperature: temperature of the softmax, in units of the loss: the product of the paper's ``lambda`` and
+            ``epsilon``. Near 0 the copy with the largest loss is drawn; far above the losses all copies have the same
+            probability.
         copies: number of noisy copies of each sample; each costs a forward pass.
         loss: ``"ce"``, ``"kl"``, ``"margin"``, or a callable ``(outputs, labels) -> per-sample loss``. The estimate is
             unbiased if training minimises the same loss.

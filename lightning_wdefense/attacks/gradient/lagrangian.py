@@ -20,27 +20,28 @@ class LagrangianAttack(Attack):
     The distance is the squared L2 distance, whatever the threat model's norm. Steps follow the gradient without
     normalisation, so samples with a steep loss move farther. There is no ball, so this attack is for training only.
 
-    Training with it minimises the expectation of ``phi_gamma(x) = max over x' of loss(x') - gamma * |x' - x|^2``. The number
-    ``gamma * rho + E[phi_gamma]`` bounds the loss under any shift of the data distribution within mean squared distance
-    ``rho``. It is a certificate only if the inner problem is concave and solved: this needs smooth activations (no ReLU) and a
-    ``gamma`` above half the Lipschitz constant of the loss's gradient. Otherwise it is an *estimate*, which may be too low.
+    Training with it minimises the expectation of ``phi_gamma(x) = max over x' of loss(x') - gamma * |x' - x|^2``. The
+    number ``gamma * rho + E[phi_gamma]`` bounds the loss under any shift of the data distribution within mean squared
+    distance ``rho``. It is a certificate only if the inner problem is concave and solved: this needs smooth activations
+    (no ReLU) and a ``gamma`` above half the Lipschitz constant of the loss's gradient. Otherwise it is an *estimate*,
+    which may be too low.
 
     Args:
-        threat: the threat model, for its units and bounds. Its ``eps`` and norm affect only the default of ``gamma``, but
-            ``eps=0`` means no attack.
-        gamma: penalty per squared data unit of distance, in units of the loss. ``None`` for ``1 / (2 * R)``, where ``R`` is the
-            largest L2 norm in the threat model's ball (``eps * sqrt(elements)`` for ``linf``). A sample whose gradient has
-            norm 1 then moves by about ``R``.
+        threat: the threat model, for its units and bounds. Its ``eps`` and norm affect only the default of ``gamma``,
+            but ``eps=0`` means no attack.
+        gamma: penalty per squared data unit of distance, in units of the loss. ``None`` for ``1 / (2 * R)``, where
+            ``R`` is the largest L2 norm in the threat model's ball (``eps * sqrt(elements)`` for ``linf``). A sample
+            whose gradient has norm 1 then moves by about ``R``.
         steps: number of gradient steps; the paper takes 15, its code one more.
         step_size: factor of the gradient in the first step, in squared data units per unit of the loss; step ``t`` uses
-            ``step_size / sqrt(t)``, which damps oscillations, as in the paper's code. ``None`` for ``1 / (2 * gamma)``, also as
-            there: it solves a linear loss in one step and converges for a concave problem.
+            ``step_size / sqrt(t)``, which damps oscillations, as in the paper's code. ``None`` for ``1 / (2 * gamma)``,
+            also as there: it solves a linear loss in one step and converges for a concave problem.
         loss: ``"ce"``, ``"margin"``, or a callable ``(outputs, labels) -> per-sample loss``.
         seed: seeds the noise of calls without a generator; the attack itself draws no noise.
 
     Raises:
-        ValueError: for the norm ``wasserstein``, an unknown loss, ``loss="kl"``, ``steps`` below 1, or a ``gamma`` or step size
-            that is not positive.
+        ValueError: for the norm ``wasserstein``, an unknown loss, ``loss="kl"``, ``steps`` below 1, or a ``gamma`` or
+            step size that is not positive.
 
     References:
         Sinha, Namkoong, Duchi, "Certifying some distributional robustness with principled adversarial training", 2018.
@@ -84,7 +85,8 @@ class LagrangianAttack(Attack):
     def with_eps(self, eps: float) -> LagrangianAttack:
         """The same attack at another scale ``eps`` (data units): a given ``gamma`` is divided by ``eps / threat.eps``.
 
-        Displacements are about ``gradient / (2 * gamma)``, so they are scaled in proportion to ``eps``; so is a given step size.
+        Displacements are about ``gradient / (2 * gamma)``, so they are scaled in proportion to ``eps``; so is a given
+        step size.
         """
         ratio = self.threat.ratio_to(eps)
         return replace(

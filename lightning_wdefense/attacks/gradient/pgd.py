@@ -25,25 +25,26 @@ class PGD(Attack):
         threat: the threat model (norm ``linf`` or ``l2``).
         steps: number of gradient steps.
         step_size: length of a step in data units; ``None`` for ``2.5 * eps / steps``.
-        random_start: ``True`` for a uniform start in the ball, ``"gaussian"`` for the start of TRADES (standard deviation 0.001
-            of the range of the bounds), ``False`` for a start at the clean inputs, where ``loss="kl"`` has no gradient.
+        random_start: ``True`` for a uniform start in the ball, ``"gaussian"`` for the start of TRADES (standard
+            deviation 0.001 of the range of the bounds), ``False`` for a start at the clean inputs, where ``loss="kl"``
+            has no gradient.
         restarts: number of runs from different starts. Each sample keeps its worst result. With ``loss`` ``"ce"`` or
             ``"margin"`` later runs attack only the samples that are still classified correctly.
         loss: ``"ce"``, ``"kl"``, ``"margin"``, or a callable ``(outputs, labels) -> per-sample loss``.
         early_exit: stop early for each sample: keep it at the first step that misclassifies it (segmentation: in one
-            element), and run the model on the others only. It makes training cheaper, but the examples are weaker, and the
-            trained model may be less robust. It needs ``loss`` ``"ce"`` or ``"margin"``, and synchronises with the device at
-            every step.
+            element), and run the model on the others only. It makes training cheaper, but the examples are weaker, and
+            the trained model may be less robust. It needs ``loss`` ``"ce"`` or ``"margin"``, and synchronises with the
+            device at every step.
         seed: seeds the noise of calls without a generator.
 
     Raises:
-        ValueError: for the norm ``wasserstein``, an unknown loss, ``steps`` or ``restarts`` below 1, a step size that is not
-            positive, or ``early_exit`` with another loss than ``"ce"`` or ``"margin"``.
+        ValueError: for the norm ``wasserstein``, an unknown loss, ``steps`` or ``restarts`` below 1, a step size that
+            is not positive, or ``early_exit`` with another loss than ``"ce"`` or ``"margin"``.
 
     References:
         Madry et al., "Towards deep learning models resistant to adversarial attacks", 2018. Early stopping per
-        sample: Zhang et al., "Attacks which do not kill training make adversarial learning stronger", 2020 (friendly adversarial
-        training).
+        sample: Zhang et al., "Attacks which do not kill training make adversarial learning stronger", 2020 (friendly
+        adversarial training).
 
     Example:
         >>> import torch

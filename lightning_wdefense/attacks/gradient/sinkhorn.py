@@ -27,36 +27,37 @@ FeatureForward = Callable[[Tensor], tuple[Any, Tensor]]
 class SinkhornAttack(Attack):
     """Projected gradient ascent on the loss minus a penalty on the shift of the batch's features.
 
-    The shift is the Sinkhorn divergence between the features of the clean and of the adversarial batch, as point clouds. So an
-    adversarial sample may take the place of any clean sample, also of another class, and a detector that compares only the two
-    distributions does not see it. Only misclassified samples pay the penalty, so the success rate is that of an attack without
-    a penalty. Each sample keeps the last step at which it was misclassified. A perturbation depends on its batch: larger batches
-    represent the distribution better.
+    The shift is the Sinkhorn divergence between the features of the clean and of the adversarial batch, as point
+    clouds. So an adversarial sample may take the place of any clean sample, also of another class, and a detector that
+    compares only the two distributions does not see it. Only misclassified samples pay the penalty, so the success rate
+    is that of an attack without a penalty. Each sample keeps the last step at which it was misclassified. A
+    perturbation depends on its batch: larger batches represent the distribution better.
 
     Args:
         threat: the threat model (norm ``linf`` or ``l2``).
         steps: number of gradient steps, from a uniform random start in the ball.
         step_size: length of a step in data units; ``None`` for ``2.5 * eps / steps``.
-        weight: weight of the penalty, in units of the loss. The shift is measured in units of the root mean squared distance of
-            the clean features from their mean.
-        features: the features whose distribution is kept. ``"outputs"`` works for any callable model. For an ``nn.Module`` it may
-            also be ``"penultimate"`` (the input of the last linear layer that runs) or a dotted path to a submodule, whose output
-            is taken. With these two the model runs eagerly, even if it is compiled.
+        weight: weight of the penalty, in units of the loss. The shift is measured in units of the root mean squared
+            distance of the clean features from their mean.
+        features: the features whose distribution is kept. ``"outputs"`` works for any callable model. For an
+            ``nn.Module`` it may also be ``"penultimate"`` (the input of the last linear layer that runs) or a dotted
+            path to a submodule, whose output is taken. With these two the model runs eagerly, even if it is compiled.
         loss: ``"ce"``, ``"margin"``, or a callable ``(outputs, labels) -> per-sample loss``. A callable does not define
             misclassification, so with it all samples pay the penalty from the start.
-        divergence: differentiable callable ``(clean, adversarial) -> scalar`` of features ``(N, D)`` at unit scale; ``None`` for
-            ``SinkhornDivergence()``.
+        divergence: differentiable callable ``(clean, adversarial) -> scalar`` of features ``(N, D)`` at unit scale;
+            ``None`` for ``SinkhornDivergence()``.
         seed: seeds the noise of calls without a generator.
 
     Raises:
-        ValueError: for the norm ``wasserstein``, an unknown loss or ``"kl"``, ``steps`` below 1, a step size that is not positive,
-            or a weight that is negative or not finite; at the call, if ``features`` names no submodule.
-        TypeError: if ``divergence`` is not callable; at the call, if ``features`` needs an ``nn.Module`` and the model is none.
+        ValueError: for the norm ``wasserstein``, an unknown loss or ``"kl"``, ``steps`` below 1, a step size that is
+            not positive, or a weight that is negative or not finite; at the call, if ``features`` names no submodule.
+        TypeError: if ``divergence`` is not callable; at the call, if ``features`` needs an ``nn.Module`` and the model
+            is none.
 
     References:
-        Feydy et al., "Interpolating between optimal transport and MMD using Sinkhorn divergences", 2019. Carlini and Wagner,
-        "Adversarial examples are not easily detected: bypassing ten detection methods", 2017 (attacks with the detector's score in
-        their loss).
+        Feydy et al., "Interpolating between optimal transport and MMD using Sinkhorn divergences", 2019. Carlini and
+        Wagner, "Adversarial examples are not easily detected: bypassing ten detection methods", 2017 (attacks with the
+        detector's score in their loss).
 
     Example:
         >>> import torch

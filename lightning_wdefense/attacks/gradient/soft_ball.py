@@ -18,10 +18,11 @@ from lightning_wdefense.modules.outputs import float32_or_better
 class SoftBallPGD(PGD, LearnedAttack):
     """PGD with a partial projection onto the ball (UDR); the bounds are still enforced.
 
-    After each step the perturbation ``d`` becomes ``d - multiplier * (d - project(d))``. With a multiplier of 1 or more this is
-    :class:`PGD`; with 0 there is no projection. The multiplier is the paper's ``lambda * alpha / tau`` with ``tau = alpha``, as in
-    the paper's code. It can be learned in training, see :class:`LearnedAttack`: it falls while the average displacement is
-    below ``eps``, and grows above. The results may leave the ball, so this attack is for training only.
+    After each step the perturbation ``d`` becomes ``d - multiplier * (d - project(d))``. With a multiplier of 1 or more
+    this is :class:`PGD`; with 0 there is no projection. The multiplier is the paper's ``lambda * alpha / tau`` with
+    ``tau = alpha``, as in the paper's code. It can be learned in training, see :class:`LearnedAttack`: it falls while
+    the average displacement is below ``eps``, and grows above. The results may leave the ball, so this attack is for
+    training only.
 
     Args:
         threat: the threat model (norm ``linf`` or ``l2``).
@@ -32,8 +33,8 @@ class SoftBallPGD(PGD, LearnedAttack):
         loss: ``"ce"``, ``"kl"``, ``"margin"``, or a callable ``(outputs, labels) -> per-sample loss``.
         seed: seeds the noise of calls without a generator.
         multiplier: share of the distance to the ball that each step removes.
-        multiplier_rate: step size of the dual ascent: change of the multiplier per data unit between the displacement and
-            ``eps``, at each batch. The paper's code takes 0.02 every 10 batches, which is 0.002 per batch.
+        multiplier_rate: step size of the dual ascent: change of the multiplier per data unit between the displacement
+            and ``eps``, at each batch. The paper's code takes 0.02 every 10 batches, which is 0.002 per batch.
 
     Raises:
         ValueError: as :class:`PGD`, or if the multiplier or its rate is negative or not finite.
@@ -74,7 +75,8 @@ class SoftBallPGD(PGD, LearnedAttack):
     def displacement(self, inputs: Tensor, adversarial: Tensor) -> Tensor:
         """The displacement in data units.
 
-        For ``linf`` it is the mean of ``|d|`` over all elements, as in the paper's code; for ``l2`` the mean norm of the samples.
+        For ``linf`` it is the mean of ``|d|`` over all elements, as in the paper's code; for ``l2`` the mean norm of
+        the samples.
         """
         to_data = self.threat.to_data
         delta = to_data(float32_or_better(adversarial.detach())) - to_data(float32_or_better(inputs.detach()))

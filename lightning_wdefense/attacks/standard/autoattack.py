@@ -42,9 +42,9 @@ class AutoAttack(Attack):
     """The standard ensemble: APGD-CE, targeted APGD-DLR, targeted FAB (100 steps each) and Square (5000 queries).
 
     The component attacks are those of torchattacks, with a fixed seed. Each one attacks only the samples that are still
-    classified correctly. torchattacks' own preset runs 10 steps and finds fewer adversarial inputs. The targeted attacks aim at
-    the 9 most likely wrong classes, or at all if there are fewer. APGD-T needs at least 4 classes; for fewer classes it is
-    left out, with a warning.
+    classified correctly. torchattacks' own preset runs 10 steps and finds fewer adversarial inputs. The targeted
+    attacks aim at the 9 most likely wrong classes, or at all if there are fewer. APGD-T needs at least 4 classes; for
+    fewer classes it is left out, with a warning.
 
     Args:
         threat: the threat model (norm ``linf`` or ``l2``, with bounds).
@@ -54,7 +54,8 @@ class AutoAttack(Attack):
 
     Raises:
         ImportError: if torchattacks is not installed.
-        ValueError: if the threat model has no bounds or the norm ``wasserstein``, or ``steps`` or ``queries`` is below 1.
+        ValueError: if the threat model has no bounds or the norm ``wasserstein``, or ``steps`` or ``queries`` is below
+            1.
 
     References:
         Croce and Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free

@@ -33,25 +33,25 @@ _NORMS = {"linf": "Linf", "l2": "L2"}
 class TorchAttack(Attack):
     """An attack of `torchattacks <https://github.com/Harry24k/adversarial-attacks-pytorch>`_.
 
-    It keeps all promises of :class:`~lightning_wdefense.attacks.Attack`: it works in data units and under ``inference_mode``,
-    and restores modes, gradients and the global random state. Inputs may have any shape; inputs that are not images are laid
-    out as ``(N, C, H, W)``. The result is projected into the threat model's ball. So an attack without a perturbation budget
-    (CW, DeepFool) succeeds only if the projected result is misclassified.
+    It keeps all promises of :class:`~lightning_wdefense.attacks.Attack`: it works in data units and under
+    ``inference_mode``, and restores modes, gradients and the global random state. Inputs may have any shape; inputs
+    that are not images are laid out as ``(N, C, H, W)``. The result is projected into the threat model's ball. So an
+    attack without a perturbation budget (CW, DeepFool) succeeds only if the projected result is misclassified.
 
     ``TorchAttack("AutoAttack", ...)`` is torchattacks' preset of 10 steps. For numbers that others can compare, use
     ``"autoattack"`` (:class:`~lightning_wdefense.attacks.AutoAttack`), the published standard of 100 steps.
 
     Args:
         attack: name of the class in torchattacks, such as ``"PGD"``, ``"APGD"`` or ``"Square"``.
-        threat: the threat model (norm ``linf`` or ``l2``, with bounds). ``eps``, the norm and the bounds are passed to the
-            attack, rescaled to the range [0, 1].
+        threat: the threat model (norm ``linf`` or ``l2``, with bounds). ``eps``, the norm and the bounds are passed to
+            the attack, rescaled to the range [0, 1].
         seed: seeds all noise of calls without a generator.
         **options: arguments of the attack's constructor, in torchattacks' units (lengths for data in [0, 1]).
 
     Raises:
         ImportError: if torchattacks is not installed.
-        ValueError: if the attack or an option is unknown, or the threat model has no bounds or a norm that the attack does not
-            support.
+        ValueError: if the attack or an option is unknown, or the threat model has no bounds or a norm that the attack
+            does not support.
 
     Example:
         >>> import torch
@@ -137,8 +137,8 @@ class TorchAttack(Attack):
 class UnitImages:
     """A problem in the form that torchattacks expects: images ``(N, C, H, W)`` in [0, 1], hard labels, a module with logits.
 
-    Inputs that are not images, or are too small or too narrow for the windows of the Square attack, are laid out on a square
-    grid with padding. Changes of the padding do not reach the model.
+    Inputs that are not images, or are too small or too narrow for the windows of the Square attack, are laid out on a
+    square grid with padding. Changes of the padding do not reach the model.
 
     Args:
         problem: the problem.

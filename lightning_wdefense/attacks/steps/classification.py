@@ -22,10 +22,11 @@ MIN_SHARE = 0.9
 def is_classification(outputs: Any, labels: Any, loss: Tensor) -> bool:
     """Whether this loss is a classification loss of these outputs, as logits, and these labels, as classes.
 
-    It is if it equals their cross-entropy. It also is if it decreases in the logit of the true class, faster than in all other
-    logits, and one of these holds:
+    It is if it equals their cross-entropy. It also is if it decreases in the logit of the true class, faster than in
+    all other logits, and one of these holds:
 
-    - It does not change if a constant is added to all logits of a sample (label smoothing, class weights, focal, margin losses).
+    - It does not change if a constant is added to all logits of a sample (label smoothing, class weights, focal, margin
+      losses).
     - It increases in all other logits (one-versus-rest losses).
 
     Args:

@@ -35,8 +35,8 @@ class StepInspection:
         loss: the loss of the clean batch; ``None`` if the step returns none.
         differentiable: whether the loss has a gradient with respect to the values that the adversary perturbs.
         plain: whether the model ran once, on these values only, so that a plain forward pass computes the same outputs.
-        outputs: where the logits of a classifier are: ``"model"`` for the model's outputs, ``"head"`` for the outputs of the last
-            linear layer; ``None`` if neither are logits.
+        outputs: where the logits of a classifier are: ``"model"`` for the model's outputs, ``"head"`` for the outputs
+            of the last linear layer; ``None`` if neither are logits.
         pick: finds the logits in the model's outputs; ``None`` if the outputs are the logits.
         by_sample: whether there is one row of logits for each row of the values.
         model_calls: number of calls of the model.

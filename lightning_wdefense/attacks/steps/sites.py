@@ -49,8 +49,8 @@ class PerturbationSite(ABC):
 class InputSite(PerturbationSite):
     """The inputs in a batch: one tensor, or several, each with its own ball.
 
-    Several tensors of the same shape are concatenated along dimension 0. Of tensors of different shapes (object detection: images
-    of different sizes), each sample becomes a row in data units, padded with zeros.
+    Several tensors of the same shape are concatenated along dimension 0. Of tensors of different shapes (object
+    detection: images of different sizes), each sample becomes a row in data units, padded with zeros.
 
     Args:
         batches: finds the inputs.
@@ -160,12 +160,13 @@ class Perturb:
     """The output of a submodule that the adversary perturbs: embeddings of tokens, categorical columns or nodes of a graph.
 
     Args:
-        path: dotted path to the submodule. It must run once in the step and return a floating-point tensor ``(N, ...)``.
-        by: ``"sample"`` for a ball around the whole output of each sample, ``"token"`` for a ball around each vector of the last
-            dimension.
-        padding: key, position or path of a mask ``(N, T)`` in the batch, true or 1 for tokens; padding is not perturbed.
-            ``None`` for ``attention_mask`` or ``mask``, if the batch has one. The ``padding_idx`` of an ``nn.Embedding`` is not
-            perturbed either.
+        path: dotted path to the submodule. It must run once in the step and return a floating-point tensor
+            ``(N, ...)``.
+        by: ``"sample"`` for a ball around the whole output of each sample, ``"token"`` for a ball around each vector of
+            the last dimension.
+        padding: key, position or path of a mask ``(N, T)`` in the batch, true or 1 for tokens; padding is not
+            perturbed. ``None`` for ``attention_mask`` or ``mask``, if the batch has one. The ``padding_idx`` of an
+            ``nn.Embedding`` is not perturbed either.
 
     Raises:
         ValueError: if ``by`` is neither ``"sample"`` nor ``"token"``.
@@ -196,8 +197,8 @@ class Perturb:
             run: runs the batch once, without side effects.
 
         Raises:
-            ValueError: if there is no such submodule, it does not run exactly once, it returns no floating-point tensor, its output
-                lies outside the threat model's bounds, or the padding mask does not fit.
+            ValueError: if there is no such submodule, it does not run exactly once, it returns no floating-point
+                tensor, its output lies outside the threat model's bounds, or the padding mask does not fit.
         """
         module = find_submodule(root, self.path, "perturb")
         seen: list[tuple[Any, Any]] = []

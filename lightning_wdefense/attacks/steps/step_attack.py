@@ -75,8 +75,8 @@ def attack_step(
 ) -> Tensor:
     """Run an attack on a batch through a module's step.
 
-    An attack that maximises a loss maximises the step's own loss, which is one number for the whole batch. An attack that needs
-    outputs (``"kl"``, a callable loss, feature scattering) gets the outputs that ``read`` finds in the step.
+    An attack that maximises a loss maximises the step's own loss, which is one number for the whole batch. An attack
+    that needs outputs (``"kl"``, a callable loss, feature scattering) gets the outputs that ``read`` finds in the step.
 
     Args:
         attack: the attack; its ``eps`` is used with the site's threat model.

@@ -42,9 +42,9 @@ MAX_BUDGET_FACTOR, BUDGET_FACTOR_POWER = 3.0, 0.3
 class Ascent(ABC):
     """A transport plan that follows the gradient of a loss.
 
-    The transport cost of an image is the cost of its cheapest plan. Steps produce plans that cost more, because mass moves back
-    and forth. So after each step the plan is replaced by a cheaper plan of nearly the same image. The next step may then use more
-    than the budget, by as much as the replacement saves.
+    The transport cost of an image is the cost of its cheapest plan. Steps produce plans that cost more, because mass
+    moves back and forth. So after each step the plan is replaced by a cheaper plan of nearly the same image. The next
+    step may then use more than the budget, by as much as the replacement saves.
 
     Attributes:
         transport: the constraints.
@@ -104,8 +104,8 @@ class Ascent(ABC):
 class ProjectedAscent(Ascent):
     """Gradient steps and projections of the plan, with a step size for each image.
 
-    The step size follows Auto-PGD (Croce and Hein, 2020). If the loss rose on less than three quarters of the steps since the last
-    checkpoint, the step size is halved and the ascent continues from the best plan so far.
+    The step size follows Auto-PGD (Croce and Hein, 2020). If the loss rose on less than three quarters of the steps
+    since the last checkpoint, the step size is halved and the ascent continues from the best plan so far.
     """
 
     prices: Multipliers = field(init=False)
@@ -149,8 +149,8 @@ class ProjectedAscent(Ascent):
 class FrankWolfe(Ascent):
     """The Frank-Wolfe method: averages of exact solutions of the linearised problem in the ball, without the capacities.
 
-    The capacities enter through multipliers. They rise for pixels of the average image that exceed their capacity, and fall for
-    pixels below it.
+    The capacities enter through multipliers. They rise for pixels of the average image that exceed their capacity, and
+    fall for pixels below it.
     """
 
     plan: Tensor = field(init=False)

@@ -31,35 +31,39 @@ class WassersteinAttack(Attack):
     """Moves the mass of pixels to nearby pixels, by transport plans of bounded cost, and stays inside the bounds.
 
     The pixel values of an image are mass. A local transport plan moves the mass of ``x`` within each channel, at most
-    ``neighbourhood // 2`` rows and columns far, and so makes ``x'``. The constraint is ``W_p(x, x') = (sum of mass * distance^p /
-    mass of the image)^(1 / p) <= eps``, in pixels. The bounds are a constraint of the same problem: pixels above them have
-    multipliers in each step, and the model only gets images inside the bounds. Attacks that clamp afterwards lose mass. See
-    :func:`wasserstein_feasibility` for the exact cost of an image.
+    ``neighbourhood // 2`` rows and columns far, and so makes ``x'``. The constraint is ``W_p(x, x') = (sum of mass *
+    distance^p / mass of the image)^(1 / p) <= eps``, in pixels. The bounds are a constraint of the same problem: pixels
+    above them have multipliers in each step, and the model only gets images inside the bounds. Attacks that clamp
+    afterwards lose mass. See :func:`wasserstein_feasibility` for the exact cost of an image.
 
     Args:
-        threat: the threat model (norm ``wasserstein``). ``eps`` is in pixels: 0.1 allows all mass to move by a tenth of a pixel,
-            or a tenth of the mass by one pixel. ``bounds`` must begin with 0, the value of a pixel without mass, or be ``None``.
+        threat: the threat model (norm ``wasserstein``). ``eps`` is in pixels: 0.1 allows all mass to move by a tenth of
+            a pixel, or a tenth of the mass by one pixel. ``bounds`` must begin with 0, the value of a pixel without
+            mass, or be ``None``.
         steps: number of steps of each run.
-        methods: ``"projected"`` (gradient steps and projections of the plan), ``"frank-wolfe"`` (averages of exact solutions of
-            the linearised problem; a step costs a third of the time), or both. Each sample keeps the worst result of all runs.
+        methods: ``"projected"`` (gradient steps and projections of the plan), ``"frank-wolfe"`` (averages of exact
+            solutions of the linearised problem; a step costs a third of the time), or both. Each sample keeps the worst
+            result of all runs.
         neighbourhood: side of the square that a pixel's mass may move in, in pixels; odd, usually 3 to 9.
         p: order of the distance, 1 or 2.
-        restarts: number of rounds; each round runs all methods. The first round starts from the clean images, the others from
-            random plans. With a loss that defines misclassification, later runs attack only the samples that are still
-            classified correctly.
+        restarts: number of rounds; each round runs all methods. The first round starts from the clean images, the
+            others from random plans. With a loss that defines misclassification, later runs attack only the samples
+            that are still classified correctly.
         loss: ``"ce"``, ``"margin"``, ``"kl"``, or a callable ``(outputs, labels) -> per-sample loss``; ``None`` for
             cross-entropy in the first round, the margin loss in the second, and so on in turn.
-        early_exit: stop early for each sample, at its first misclassification; needs ``loss`` ``None``, ``"ce"`` or ``"margin"``.
+        early_exit: stop early for each sample, at its first misclassification; needs ``loss`` ``None``, ``"ce"`` or
+            ``"margin"``.
         seed: seeds the noise of calls without a generator.
 
     Raises:
-        ValueError: for another norm, bounds that do not begin with 0, an unknown method or loss, an even neighbourhood, or
-            numbers out of range. At the call, for inputs that are not images ``(N, C, H, W)``, are smaller than the neighbourhood,
-            have negative pixels or have no mass.
+        ValueError: for another norm, bounds that do not begin with 0, an unknown method or loss, an even neighbourhood,
+            or numbers out of range. At the call, for inputs that are not images ``(N, C, H, W)``, are smaller than the
+            neighbourhood, have negative pixels or have no mass.
 
     References:
-        Wong, Schmidt, Kolter, "Wasserstein adversarial examples via projected Sinkhorn iterations", ICML 2019 (the threat
-        model). Wu, Wang, Yu, "Stronger and faster Wasserstein adversarial attacks", ICML 2020 (both methods, without the bounds).
+        Wong, Schmidt, Kolter, "Wasserstein adversarial examples via projected Sinkhorn iterations", ICML 2019 (the
+        threat model). Wu, Wang, Yu, "Stronger and faster Wasserstein adversarial attacks", ICML 2020 (both methods,
+        without the bounds).
 
     Example:
         >>> import torch

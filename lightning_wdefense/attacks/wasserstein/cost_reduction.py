@@ -39,8 +39,9 @@ def cheaper_plan(
 ) -> tuple[Tensor, Potentials]:
     """A plan that makes nearly the same image at a lower cost, if there is one.
 
-    It takes some steps of the primal-dual method (Chambolle and Pock, 2011) on the linear program of the cheapest plan. From the
-    potentials of a similar image a few steps are enough. The image changes as long as the method has not converged.
+    It takes some steps of the primal-dual method (Chambolle and Pock, 2011) on the linear program of the cheapest plan.
+    From the potentials of a similar image a few steps are enough. The image changes as long as the method has not
+    converged.
 
     Args:
         transport: the constraints; the capacities are ignored.

@@ -20,7 +20,8 @@ class WassersteinFeasibility(NamedTuple):
     """The three constraint values of each image.
 
     Attributes:
-        cost: ``W_p`` between the images for local plans, in pixels like ``eps``, ``(N,)``; infinite if no local plan exists.
+        cost: ``W_p`` between the images for local plans, in pixels like ``eps``, ``(N,)``; infinite if no local plan
+            exists.
         mass: largest change of the mass of a channel, relative to the image's mass, ``(N,)``.
         box: largest distance of a pixel from the bounds, relative to the largest legal value, ``(N,)``.
 
@@ -49,8 +50,8 @@ def wasserstein_feasibility(
 ) -> WassersteinFeasibility:
     """Exact transport cost, change of mass and violation of the bounds of adversarial images from any attack.
 
-    The cost does not come from the attack's own plan. It is the optimum of a linear program for each channel, solved by HiGHS in
-    float64, which takes some tenths of a second for an image of MNIST.
+    The cost does not come from the attack's own plan. It is the optimum of a linear program for each channel, solved by
+    HiGHS in float64, which takes some tenths of a second for an image of MNIST.
 
     Args:
         inputs: clean images ``(N, C, H, W)``, in model units.
@@ -67,8 +68,8 @@ def wasserstein_feasibility(
         RuntimeError: if HiGHS fails.
 
     References:
-        Wong, Schmidt, Kolter, "Wasserstein adversarial examples via projected Sinkhorn iterations", ICML 2019 (the norm). Huangfu
-        and Hall, "Parallelizing the dual revised simplex method", 2018 (HiGHS).
+        Wong, Schmidt, Kolter, "Wasserstein adversarial examples via projected Sinkhorn iterations", ICML 2019 (the
+        norm). Huangfu and Hall, "Parallelizing the dual revised simplex method", 2018 (HiGHS).
 
     Example:
         >>> import torch

@@ -11,9 +11,9 @@ from lightning_wdefense.attacks.wasserstein.local_transport import LocalTranspor
 def best_plan(transport: LocalTransport, values: Tensor) -> Tensor:
     """The plan within the budget that maximises the total value of the transported mass: exact, without entropic regularisation.
 
-    Capacities are ignored. The budget is the only constraint that couples the rows of this linear program. Of the neighbours of a
-    pixel only those on the upper convex hull of the points (cost, value) matter. The budget is spent on the hull segments of
-    largest slope first; the last one is used in part.
+    Capacities are ignored. The budget is the only constraint that couples the rows of this linear program. Of the
+    neighbours of a pixel only those on the upper convex hull of the points (cost, value) matter. The budget is spent on
+    the hull segments of largest slope first; the last one is used in part.
 
     Args:
         transport: the constraints.

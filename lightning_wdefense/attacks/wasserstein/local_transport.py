@@ -44,8 +44,9 @@ def square(size: int, p: int) -> Neighbourhood:
 class LocalTransport:
     """The constraints on the transport plans of a batch of images ``(N, C, H, W)``.
 
-    A plan ``(N, K, R)`` says how much mass of each pixel moves to each of its ``K`` neighbours. It has rows only for pixels with
-    mass: ``R`` is the largest number of them in an image, and images with fewer have rows of mass 0 as padding.
+    A plan ``(N, K, R)`` says how much mass of each pixel moves to each of its ``K`` neighbours. It has rows only for
+    pixels with mass: ``R`` is the largest number of them in an image, and images with fewer have rows of mass 0 as
+    padding.
 
     Attributes:
         neighbourhood: the pixels that mass may move to.

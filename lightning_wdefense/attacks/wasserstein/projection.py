@@ -41,8 +41,8 @@ class Multipliers(NamedTuple):
 def nearest_plan(transport: LocalTransport, target: Tensor, *, iterations: int = 200, tol: float = 1e-7) -> Tensor:
     """Project ``target`` onto the plans within the transport budget, in Euclidean distance; capacities are ignored.
 
-    For a given multiplier of the cost, the rows of the plan are independent projections onto simplices. Newton's method, inside
-    a bracket, finds the multiplier at which the budget is spent.
+    For a given multiplier of the cost, the rows of the plan are independent projections onto simplices. Newton's
+    method, inside a bracket, finds the multiplier at which the budget is spent.
 
     Args:
         transport: the constraints.
@@ -73,9 +73,10 @@ def nearest_plan_with_capacity(
 ) -> tuple[Tensor, Multipliers]:
     """Project ``target`` approximately onto the plans within budget and capacities, by a few dual steps from given multipliers.
 
-    Each iteration updates the multiplier of the cost by Newton's method and the multiplier of each pixel by a diagonal Newton
-    step, all at once. The multiplier of the cost falls by at most half per iteration, because for a multiplier so large that no
-    mass moves the Newton step is not defined. The result may violate the constraints slightly; :func:`feasible_plan` repairs it.
+    Each iteration updates the multiplier of the cost by Newton's method and the multiplier of each pixel by a diagonal
+    Newton step, all at once. The multiplier of the cost falls by at most half per iteration, because for a multiplier
+    so large that no mass moves the Newton step is not defined. The result may violate the constraints slightly;
+    :func:`feasible_plan` repairs it.
 
     Args:
         transport: the constraints.
@@ -123,8 +124,9 @@ def feasible_plan(transport: LocalTransport, plan: Tensor, *, sweeps: int = 500,
 def fit_capacity(transport: LocalTransport, plan: Tensor, *, sweeps: int = 500, tol: float = 1e-7) -> Tensor:
     """Scale a plan down so that no pixel exceeds its capacity; mass that does not fit stays in its own pixel.
 
-    Each pixel accepts a share of the mass that arrives, as large as its capacity allows. Mass that is not accepted returns to its
-    own pixel and uses capacity there. The largest shares that are consistent are the limit of a decreasing sequence.
+    Each pixel accepts a share of the mass that arrives, as large as its capacity allows. Mass that is not accepted
+    returns to its own pixel and uses capacity there. The largest shares that are consistent are the limit of a
+    decreasing sequence.
 
     Args:
         transport: the constraints.

@@ -1,1 +1,1 @@
-"""What a user's module, its random state and its loggers are, kept and put back: after us they are as before."""
+"""Save and restore the state of a user's module, of the random generators and of the loggers."""

@@ -1,4 +1,4 @@
-"""Run a model for our own purposes and leave no trace: modes, buffers, random state and grad mode are the user's."""
+"""Run a user's model without side effects: modes, buffers, random states and grad mode are restored."""
 
 from __future__ import annotations
 
@@ -20,28 +20,31 @@ from lightning_wdefense.modules.state.process_settings import SharedContext
 
 @contextlib.contextmanager
 def isolated(model: Callable[..., Any], device: torch.device, *, evaluation: bool = True) -> Iterator[None]:
-    """Everything done inside is undone: each submodule's own mode, the buffers, tensors in plain attributes, and the global random states.
+    """A context after which the state of a model is restored: modes, buffers, tensors in attributes, and the random states.
 
-    Inside, gradients are enabled even under ``no_grad`` and ``inference_mode`` (clone inference tensors before
-    use). Parameter gradients are not touched as long as the body uses :func:`torch.autograd.grad`. All of it is
-    restored after an exception as well.
+    Inside, gradients are enabled, even under ``no_grad`` and ``inference_mode`` (clone inference tensors before use).
+    Parameter gradients do not change as long as the body uses :func:`torch.autograd.grad`. The state is restored after
+    an exception too.
 
-    Tensors that submodules keep as plain attributes, also in lists, tuples, dicts and deques there, are afterwards those that were there;
-    what the body adds is taken away, so that no cache holds one of its graphs. Their values are kept as well, but not those of tensors in
-    lists and the like. Attributes without tensors, such as counters, stay as the body left them, and so does what is inside of other objects.
+    Restored are the mode of each submodule, the buffers, and the tensors in plain attributes and in lists, tuples,
+    dicts and deques there. Tensors that the body adds are removed, so no cache keeps a graph of the body. Values are
+    restored for tensors that are attributes themselves, but not for tensors in lists and other containers. Not restored
+    are attributes without tensors, such as counters, and the contents of other objects.
 
-    One thread at a time is inside with a module or a submodule of it; others wait. The random states come back when the last
-    thread leaves. What cannot be kept apart is another thread's pass over the module outside of this, which meets it in eval mode, and
-    what other threads draw from the global random states meanwhile.
+    One thread at a time may be inside with a module or one of its submodules; other threads wait. The random states are
+    restored when the last thread leaves. Two things are not protected. Another thread that runs the module outside of
+    this context finds it in eval mode. Numbers that other threads draw from the global random states in the meantime
+    are drawn again.
 
     Args:
-        model: an ``nn.Module``, or a method or ``functools.partial`` of one; of any other callable only the random
-            states are kept.
-        device: where it runs; the random states of the CPU, of this device, of numpy and of Python are kept.
-        evaluation: put every submodule into eval mode inside; otherwise leave the modes alone.
+        model: an ``nn.Module``, or a method or ``functools.partial`` of a module; for other callables only the random
+            states are restored.
+        device: the device of the inputs. The random states of the CPU, of this device, of numpy and of Python are
+            restored.
+        evaluation: put each submodule into eval mode inside; otherwise leave the modes unchanged.
 
     Raises:
-        RuntimeError: if the threads that are inside with the module wait for what this one is inside with.
+        RuntimeError: for a deadlock: threads wait for each other's modules.
     """
     module = module_of(model)
     modules = [] if module is None else list(module.modules())
@@ -65,7 +68,7 @@ _here = threading.local()
 
 @contextlib.contextmanager
 def internal_pass() -> Iterator[None]:
-    """Marks forward passes made inside, by this thread, as ours, so that whoever watches the user's own passes can tell them apart."""
+    """Mark this thread's forward passes inside as internal, so that recorders of the user's passes can ignore them."""
     _here.internal_pass_depth = internal_pass_depth() + 1
     try:
         yield
@@ -74,14 +77,14 @@ def internal_pass() -> Iterator[None]:
 
 
 def internal_pass_depth() -> int:
-    """How many passes of ours the current code is inside of: 0 in the user's own step."""
+    """Number of :func:`internal_pass` contexts around the current code; 0 in the user's own step."""
     return getattr(_here, "internal_pass_depth", 0)
 
 
 def eager() -> contextlib.AbstractContextManager[Any]:
-    """Run compiled modules eagerly inside: hooks made for the moment are seen, and graphs can be kept.
+    """A context in which compiled modules run eagerly, so that new hooks run and autograd graphs can be kept.
 
-    PyTorch knows this of the process alone: other threads' compiled modules run eagerly as well meanwhile.
+    The setting belongs to the whole process: compiled modules of other threads run eagerly in the meantime too.
     """
     return _eager()
 
@@ -95,7 +98,7 @@ _eager = SharedContext(_force_eager)
 
 
 def module_of(model: Callable[..., Any]) -> nn.Module | None:
-    """The module behind a callable: itself, or the one whose method (or partial) it is."""
+    """The module that a callable belongs to: the callable itself, or the module of a method or ``functools.partial``; else ``None``."""
     while isinstance(model, partial):
         model = model.func
     owner = model if isinstance(model, nn.Module) else getattr(model, "__self__", None)
@@ -130,13 +133,13 @@ _device_states: dict[torch.device, SharedContext] = {}
 def _random_states(device: torch.device) -> list[SharedContext]:
     if device.type in ("cpu", "meta"):
         return [_host_state]
-    # One for each device, for threads may each have their own; setdefault, for two may come at once.
+    # One context for each device, because threads may use different devices; setdefault is safe if two threads come at once.
     return [_host_state, _device_states.setdefault(device, SharedContext(partial(_preserved_device_state, device)))]
 
 
 @contextlib.contextmanager
 def _fresh_autocast_cache() -> Iterator[None]:
-    # Weights that were cast under inference_mode cannot be differentiated through, nor the user later with ours.
+    # Weights that were cast under inference_mode have no gradients; and the user must not get weights that were cast here.
     torch.clear_autocast_cache()
     try:
         yield
@@ -150,7 +153,7 @@ def _in_eval_mode(modules: Sequence[nn.Module]) -> Iterator[None]:
     modes = [(submodule, submodule.training) for submodule in modules]
     try:
         for submodule, _ in modes:
-            # cuDNN has no backward for recurrent layers in eval mode; without dropout their modes do the same.
+            # cuDNN has no backward pass for recurrent layers in eval mode. Without dropout both modes compute the same.
             submodule.training = isinstance(submodule, nn.RNNBase) and submodule.dropout == 0
         yield
     finally:

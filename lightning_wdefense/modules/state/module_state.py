@@ -1,4 +1,4 @@
-"""What a forward pass may change in a module besides its parameters and modes: buffers, and tensors in plain attributes."""
+"""Restore the buffers of a module and the tensors in its plain attributes, which a forward pass may change."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from lightning_wdefense.modules.state.snapshot import TensorSnapshot, batch_coun
 Keep = Callable[..., Tensor]
 
 MAX_ELEMENTS = 2**22
-"""Elements of a plain attribute whose values are kept; a larger one is a data set rather than a state that passes write to."""
+"""Largest number of elements of an attribute whose values are saved; a larger tensor is probably data, not state."""
 
 _ABSENT = object()
 _REFILLED = frozenset({list, dict, OrderedDict, defaultdict, deque})
 _INTERESTING = (Tensor, list, tuple, dict, deque)
 _LEAVES = frozenset({int, float, str, bool, type(None)})
 MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
-"""Attributes that are looked after elsewhere, as parameters and mode are, or without tensors."""
+"""Attributes that every module has: restored elsewhere, like parameters and the mode, or without tensors."""
 
 
 @contextlib.contextmanager
 def preserved_buffers(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """The buffers and their values are afterwards as they were."""
+    """A context after which the buffers and their values are restored."""
     owners = [(submodule, submodule._buffers, dict(submodule._buffers)) for submodule in modules]
     with _preserved_values() as keep:
         try:
@@ -47,10 +47,11 @@ def preserved_buffers(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def preserved_attributes(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Tensors in plain attributes, also in lists, tuples, dicts and deques there, are afterwards those that were there.
+    """A context after which the tensors in plain attributes, and in lists, tuples, dicts and deques there, are restored.
 
-    Such are the weights that ``nn.utils.weight_norm`` and ``spectral_norm`` compute, and caches. Values are kept of attributes that are
-    tensors themselves, of at most :data:`MAX_ELEMENTS` elements. Tensors inside of other objects, and attributes without tensors, are left alone.
+    Examples are caches, and the weights that ``nn.utils.weight_norm`` and ``spectral_norm`` compute. Values are
+    restored for attributes that are tensors themselves, with at most :data:`MAX_ELEMENTS` elements. Tensors inside
+    other objects, and attributes without tensors, are not restored.
     """
     owners = [(vars(submodule), _own(vars(submodule))) for submodule in modules]
     values = [value for _, found in owners for value in found.values()]
@@ -59,7 +60,7 @@ def preserved_attributes(modules: Sequence[nn.Module]) -> Iterator[None]:
         try:
             for attributes, found in owners:
                 for name, value in found.items():
-                    # Not those in containers, which may be all outputs of an epoch.
+                    # Values of tensors in containers are not saved: they may be all outputs of an epoch.
                     small = isinstance(value, Tensor) and (value.numel() <= MAX_ELEMENTS or value.is_inference())
                     _put(attributes, name, keep(value) if small else value)
             yield
@@ -84,7 +85,7 @@ def preserved_attributes(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _preserved_values() -> Iterator[Keep]:
-    """Yields what takes note of a tensor that no graph has made, and returns it, or a copy if no graph may save it."""
+    """Yield a function that saves the value of a leaf tensor until the end; it returns the tensor, or a copy of an inference tensor."""
     copies: dict[int, tuple[Tensor, Tensor]] = {}
     kept: list[TensorSnapshot] = []
 
@@ -104,11 +105,11 @@ def _preserved_values() -> Iterator[Keep]:
 
 @contextlib.contextmanager
 def _preserved_parametrization_cache(modules: Sequence[nn.Module]) -> Iterator[None]:
-    # Under parametrize.cached() the user would train with weights that were computed without a graph, and we with theirs.
+    # Under parametrize.cached() weights are cached. The user must not train with weights from the attack, nor the attack use the user's.
     ids = {id(submodule) for submodule in modules}
 
     def take() -> dict[Any, Any]:
-        found = parametrize._cache  # another one after each cached() of the user's
+        found = parametrize._cache  # a new dict after each cached() block of the user
         return {key: found.pop(key) for key in list(found) if key[0] in ids}
 
     before = take()
@@ -125,7 +126,7 @@ def _own(attributes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _inside(values: Iterable[Any]) -> Iterator[Any]:
-    """The tensors and containers among these values, and in them."""
+    """The tensors and containers among these values, at any depth."""
     waiting, seen = list(values), set()
     while waiting:
         value = waiting.pop()
@@ -142,7 +143,7 @@ def _holds_tensors(*values: Any) -> bool:
 
 
 def parts(container: Any) -> Iterable[Any]:
-    """What is in a list, tuple, dict or the like."""
+    """The elements of a list, tuple, dict or similar container."""
     return container.values() if isinstance(container, dict) else container
 
 

@@ -1,4 +1,4 @@
-"""Nothing that a module's step logs or steps gets out: not to the trainer, its loggers, its optimizers."""
+"""Run a module's step without effect on the trainer's logs, loggers, optimizers and schedulers."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Logged = dict[str, Any]
 
 @contextlib.contextmanager
 def logging_to(trainer: Trainer, results: Any) -> Iterator[None]:
-    """Inside, ``self.log`` writes to this collection of results, and the loggers take nothing."""
+    """A context in which ``self.log`` writes to this collection of results, and the loggers ignore everything."""
     connector, loop = trainer._logger_connector, _loop_of(trainer)
     before, current, loggers = getattr(loop, "_results", None), connector._current_fx, trainer.loggers
     trainer.loggers = [MutedLogger(each) for each in loggers]  # type: ignore[misc]
-    if loop is not None:  # it runs
+    if loop is not None:  # the trainer runs
         loop._results = results
     try:
         yield
@@ -31,20 +31,20 @@ def logging_to(trainer: Trainer, results: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def muted(module: LightningModule, fx: str) -> Iterator[Logged]:
-    """Inside, code of the module runs as its hook ``fx``, and what it logs and steps goes nowhere.
+    """A context in which the module's code runs as in its hook ``fx``, without effect on logs, optimizers and schedulers.
 
     Args:
-        module: the user's.
-        fx: such as ``"training_step"``.
+        module: the user's module.
+        fx: name of the hook, such as ``"training_step"``.
 
     Yields:
-        The last value of each key that was logged, with its graph.
+        A dictionary with the last value that was logged under each key, with its autograd graph.
     """
     trainer: Any = getattr(module, "_trainer", None)
     logged: Logged = {}
     with contextlib.ExitStack() as stack:
         stack.enter_context(muted_optimizers(module))
-        for each in _lightning_modules(module):  # Lightning's own would take the graph from what is logged
+        for each in _lightning_modules(module):  # Lightning's own log() would detach the logged values
             stack.enter_context(_replaced_methods(each, _logs_to(logged)))
         if is_a(trainer, "Trainer"):
             stack.enter_context(running_hook(module, fx))
@@ -54,10 +54,10 @@ def muted(module: LightningModule, fx: str) -> Iterator[Logged]:
 
 @contextlib.contextmanager
 def muted_optimizers(module: LightningModule) -> Iterator[None]:
-    """Inside, what a module calls of its optimizers, schedulers and manual optimisation has no effect."""
+    """A context in which a module's calls of its optimizers, schedulers and manual optimization have no effect."""
     with contextlib.ExitStack() as stack:
         for each in _lightning_modules(module):
-            stack.enter_context(_replaced_methods(each, _of_no_effect(each)))
+            stack.enter_context(_replaced_methods(each, _inert_methods(each)))
         yield
 
 
@@ -67,7 +67,7 @@ def _lightning_modules(module: LightningModule) -> list[Any]:
 
 @contextlib.contextmanager
 def running_hook(module: LightningModule, fx: str) -> Iterator[None]:
-    """Inside, ``self.log`` believes itself in the hook ``fx``."""
+    """A context in which ``self.log`` behaves as in the hook ``fx``."""
     before = module._current_fx_name
     module._current_fx_name = fx
     try:
@@ -77,7 +77,7 @@ def running_hook(module: LightningModule, fx: str) -> Iterator[None]:
 
 
 def discarding_results() -> Any:
-    """Lightning's collection of results that keeps nothing."""
+    """A collection of results as Lightning expects it, which discards everything."""
 
     class DiscardingResults(result_collection()):  # type: ignore[misc]
         def log(self, *args: Any, **kwargs: Any) -> None:
@@ -87,13 +87,13 @@ def discarding_results() -> Any:
 
 
 def result_collection() -> Any:
-    """Lightning's class of the results that an epoch logs."""
+    """Lightning's class for the results that are logged in an epoch."""
     package = Trainer.__module__.split(".trainer")[0]
     return sys.modules[f"{package}.trainer.connectors.logger_connector.result"]._ResultCollection  # type: ignore[attr-defined]
 
 
 def _loop_of(trainer: Trainer) -> Any:
-    """The loop whose results ``self.log`` writes to at this moment."""
+    """The loop that ``self.log`` currently writes results to."""
     loop: Any = trainer._active_loop
     if hasattr(loop, "epoch_loop"):
         loop = loop.epoch_loop if trainer.training else loop.epoch_loop.val_loop
@@ -101,7 +101,7 @@ def _loop_of(trainer: Trainer) -> Any:
 
 
 class MutedLogger:
-    """Looks like a logger and can be read like it, but whatever is logged to it or to its experiment is dropped."""
+    """A stand-in for a logger: attributes can be read, but everything logged to it or to its experiment is discarded."""
 
     def __init__(self, logger: Any) -> None:
         self._logger = logger
@@ -112,7 +112,7 @@ class MutedLogger:
 
     @property
     def experiment(self) -> NullObject:
-        """Takes every call and every attribute."""
+        """An object that accepts every call and every attribute."""
         return NullObject()
 
     def __getattr__(self, name: str) -> Any:
@@ -121,13 +121,13 @@ class MutedLogger:
 
 
 class NullObject:
-    """Every attribute, item and result of it is nothing again."""
+    """An object whose attributes, items and results are the object itself."""
 
     def __getattr__(self, name: str) -> NullObject:
         return self
 
     def __call__(self, *args: Any, **kwargs: Any) -> NullObject:
-        """Nothing."""
+        """Return the object itself."""
         return self
 
     def __getitem__(self, key: Any) -> NullObject:
@@ -138,21 +138,21 @@ class NullObject:
 
 
 class InertOptimizer:
-    """An optimizer or a scheduler that can be read, and does nothing."""
+    """A stand-in for an optimizer or a scheduler: its attributes can be read, but methods that change it have no effect."""
 
-    _STILL = frozenset({"step", "zero_grad", "load_state_dict", "add_param_group", "toggle_model"})
+    _INERT = frozenset({"step", "zero_grad", "load_state_dict", "add_param_group", "toggle_model"})
 
-    def __init__(self, moving: Any) -> None:
-        self.__dict__["_moving"] = moving
+    def __init__(self, wrapped: Any) -> None:
+        self.__dict__["_wrapped"] = wrapped
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
-        return type(self._moving)
+        return type(self._wrapped)
 
     def __getattr__(self, name: str) -> Any:
-        if name in self._STILL:
-            return _nothing
-        found = getattr(self._moving, name)
+        if name in self._INERT:
+            return _do_nothing
+        found = getattr(self._wrapped, name)
         if name == "param_groups":  # a step may set learning rates there
             return [dict(each) for each in found]
         return InertOptimizer(found) if name in ("optimizer", "_optimizer") else found
@@ -161,14 +161,14 @@ class InertOptimizer:
         pass
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
+def _do_nothing(*args: Any, **kwargs: Any) -> None:
     return None
 
 
-def _of_no_effect(module: LightningModule) -> dict[str, Callable[..., Any]]:
-    """What a step may call of its LightningModule that moves something, each without effect."""
+def _inert_methods(module: LightningModule) -> dict[str, Callable[..., Any]]:
+    """Methods of a LightningModule that change optimizers, schedulers or gradients, each replaced by one without effect."""
 
-    def muted_optimizers(name: str) -> Callable[..., Any]:
+    def inert(name: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             found = getattr(type(module), name)(module, *args, **kwargs)
             return (
@@ -178,7 +178,7 @@ def _of_no_effect(module: LightningModule) -> dict[str, Callable[..., Any]]:
         return call
 
     nothing = ("manual_backward", "backward", "toggle_optimizer", "untoggle_optimizer", "clip_gradients", "print")
-    return {name: muted_optimizers(name) for name in ("optimizers", "lr_schedulers")} | dict.fromkeys(nothing, _nothing)
+    return {name: inert(name) for name in ("optimizers", "lr_schedulers")} | dict.fromkeys(nothing, _do_nothing)
 
 
 def _logs_to(logged: Logged) -> dict[str, Callable[..., Any]]:
@@ -192,7 +192,7 @@ def _logs_to(logged: Logged) -> dict[str, Callable[..., Any]]:
 
 
 class _ReplacedMethod(Attachment):
-    """A function in place of one of the module's methods, which copies of the module do not have."""
+    """A function that replaces a method of a module; copies of the module do not contain it."""
 
     def __init__(self, host: LightningModule, name: str, function: Callable[..., Any]) -> None:
         self.host, self._name, self._function = host, name, function
@@ -209,7 +209,7 @@ class _ReplacedMethod(Attachment):
         return getattr(type(host), self._name).__get__(host)
 
     def restore(self) -> None:
-        """Put the module's own back."""
+        """Restore the module's own method."""
         if self._previous is MISSING:
             vars(self.host).pop(self._name, None)
         else:
@@ -218,11 +218,11 @@ class _ReplacedMethod(Attachment):
 
 @contextlib.contextmanager
 def _replaced_methods(module: LightningModule, functions: dict[str, Callable[..., Any]]) -> Iterator[None]:
-    guests = [_ReplacedMethod(module, name, function) for name, function in functions.items()]
+    replaced = [_ReplacedMethod(module, name, function) for name, function in functions.items()]
     exclude_from_copies(module)
     try:
         yield
     finally:
-        for guest in guests:
-            guest.restore()
+        for each in replaced:
+            each.restore()
         restore_getstate(module)

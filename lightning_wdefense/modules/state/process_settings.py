@@ -1,4 +1,4 @@
-"""Settings of the whole process that threads change at the same time."""
+"""Contexts for settings of the whole process that several threads use at the same time."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 
 
 class SharedContext:
-    """One context for all threads: the first thread in enters it, and the last one out leaves it.
+    """One context for all threads: the first thread enters it, and the last thread leaves it.
 
-    So with threads that come and go the context may stay entered for longer than any of them is inside. A thread that is alone inside
-    may nest it: then it is entered and left on its own, as without this class.
+    If threads overlap, the context may stay entered for longer than any single thread is inside. A thread that is the
+    only one inside may nest it: then each level is entered and left separately, as without this class.
 
     Args:
-        context: makes a context, which may be entered by one thread and left by another.
+        context: makes the context; one thread may enter it and another one leave it.
     """
 
     def __init__(self, context: Callable[[], AbstractContextManager[Any]]) -> None:
@@ -30,7 +30,7 @@ class SharedContext:
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
-        """Be inside of the context."""
+        """Enter the context if no other thread is inside."""
         me, mine = threading.get_ident(), None
         with self._lock:
             if not self._inside.keys() - {me}:
@@ -43,7 +43,7 @@ class SharedContext:
         finally:
             with self._lock:
                 self._inside[me] -= 1
-                self._inside = +self._inside  # without those who left
+                self._inside = +self._inside  # drops threads with a count of 0
                 if not self._inside:
                     while self._entered:
                         self._entered.pop().__exit__(None, None, None)
@@ -51,6 +51,6 @@ class SharedContext:
                     self._entered.pop().__exit__(None, None, None)
 
     def _forked(self) -> None:
-        # The other threads are not in the child, nor will they ever leave.
+        # The other threads do not exist in the child process, so they must be removed here.
         me = threading.get_ident()
         self._lock, self._inside = threading.Lock(), +Counter({me: self._inside[me]})

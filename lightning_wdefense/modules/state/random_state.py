@@ -1,4 +1,4 @@
-"""The global random states, so that the same code draws the same again."""
+"""Save and restore the global random states, so that the same code draws the same numbers again."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class RandomState:
-    """The random states of Python, numpy, the CPU and a device at one moment.
+    """The current random states of Python, numpy, the CPU and a device.
 
     Args:
-        device: where the module runs.
+        device: the device that the module runs on.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -29,12 +29,12 @@ class RandomState:
 
     @property
     def drawn(self) -> bool:
-        """Whether something was drawn since."""
+        """Whether random numbers were drawn since then."""
         now = RandomState(self._device)
         return not all(map(np.array_equal, tree_leaves(self._states), tree_leaves(now._states)))
 
     def restore(self) -> None:
-        """Have the same drawn from here on."""
+        """Restore the saved random states."""
         python, numpy, cpu, accelerator = self._states
         random.setstate(python)
         np.random.set_state(numpy)

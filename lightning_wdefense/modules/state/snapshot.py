@@ -1,4 +1,4 @@
-"""A tensor and its value at one moment, which is put back if it was written to."""
+"""Save the values of tensors, and restore those that were written to."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 
 class TensorSnapshot:
-    """Takes note of a tensor's value.
+    """The saved value of a tensor.
 
-    Whether it was written to its version says; ``batch_norm`` writes to running statistics without a change of version, but counts its batches.
+    A write is detected by the tensor's version counter. ``batch_norm`` writes to running statistics without a new
+    version, but increments the number of batches, which is checked too.
 
     Args:
-        tensor: one that no graph has made.
-        count: the number of batches that the tensor is a statistic of, if it is one.
+        tensor: the tensor; no autograd graph made it.
+        count: the ``num_batches_tracked`` of the tensor, if it is a running statistic.
     """
 
     def __init__(self, tensor: Tensor, count: Tensor | None = None) -> None:
@@ -25,18 +26,20 @@ class TensorSnapshot:
 
     @property
     def written(self) -> bool:
-        """Whether it was written to since."""
+        """Whether the tensor was written to since then."""
         return self._versions != self._now()
 
     def restore(self) -> None:
-        """Give the tensor its value back."""
+        """Restore the tensor's value."""
         tensor = self._tensor
         if tensor._version == self._versions[0]:
-            tensor.data.copy_(self.value)  # as batch_norm wrote: a graph that saved it does not mind
+            tensor.data.copy_(
+                self.value
+            )  # without a new version, as batch_norm wrote: graphs that saved the tensor stay valid
             return
-        parameter = isinstance(tensor, nn.Parameter) and tensor.is_leaf  # whose flag is its owner's matter
+        parameter = isinstance(tensor, nn.Parameter) and tensor.is_leaf  # whose requires_grad is restored elsewhere
         if tensor.requires_grad and not self._required and not parameter and not tensor._is_view():
-            tensor.detach_()  # what was written had a graph
+            tensor.detach_()  # the written value had a graph
         tensor.copy_(self.value)
 
     def _note(self) -> None:
@@ -47,17 +50,17 @@ class TensorSnapshot:
 
 
 def restore_written(kept: Iterable[TensorSnapshot]) -> None:
-    """Give those that were written to their values back; a copy would spoil graphs that saved the others for their backward."""
+    """Restore the tensors that were written to. The others are not touched, since graphs may have saved them for their backward pass."""
     written = [each for each in kept if each.written]
     with torch.no_grad():
         for each in written:
             each.restore()
-    for each in written:  # when the counts are back as well
+    for each in written:  # after the counts are restored too
         each._note()
 
 
 def batch_count(module: nn.Module, name: str) -> Tensor | None:
-    """The number of batches that a buffer of a module is a running statistic of, if it is one."""
+    """The ``num_batches_tracked`` of a buffer that is a running statistic; ``None`` for other buffers."""
     if isinstance(module, nn.modules.batchnorm._NormBase) and name in ("running_mean", "running_var"):
         return module.num_batches_tracked
     return None

@@ -1,4 +1,4 @@
-"""What a user's own step may change in its module besides modes and flags, put back as often as wanted."""
+"""Save the state of a module that its own step may change, and restore it repeatedly."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ from lightning_wdefense.modules.state.module_state import MAX_ELEMENTS, MODULE_A
 from lightning_wdefense.modules.state.snapshot import TensorSnapshot, batch_count, restore_written
 
 MAX_PARAMETER_ELEMENTS = 2**26
-"""Elements of all parameters together, 256 MiB of float32, whose values are kept; of larger models those of frozen ones, if they are no more."""
+"""Largest number of elements of all parameters whose values are saved, 256 MiB in float32.
+
+For a larger model only frozen parameters are saved, if they have at most this many elements.
+"""
 
 MAX_TENSORS = 1000
-"""Tensors in one container whose values are kept, such as an average of the parameters; a longer one is all outputs of an epoch."""
+"""Largest number of tensors in a container whose values are saved; a longer container probably holds all outputs of an epoch."""
 
 MAX_ENTRIES = 10_000
-"""Entries of a container in an object that is no module; a longer one is a data set."""
+"""Largest number of entries of a container in an object that is not a module; a longer container is probably a data set."""
 
 _REFILLED = frozenset({list, dict, OrderedDict, defaultdict, deque, set, Counter})
 _LEAVES = frozenset({int, float, str, bool, bytes, complex, type(None)})
@@ -34,16 +37,18 @@ _LOOKED_AFTER = frozenset({"training", "_buffers"})
 
 
 class StepState:
-    """The plain attributes of a module and its submodules: counters, containers, metrics' states, caches, generators; buffers; parameters.
+    """The state of a module and its submodules that a step may change.
 
-    A step may move parameters itself, as those of an average of the model. Attributes are put back as they were: lists, dicts, sets and
-    deques filled with what was in them, tensors and arrays given their values (of at most :data:`MAX_ELEMENTS` elements, but all of a
-    metric's). Metrics and other modules are found also in plain containers, where some hide a teacher. Of an object that is no module (an
-    average that the step updates) the attributes are kept; what is deeper inside, and what lies outside of Python (files), is not.
+    It holds plain attributes (counters, containers, states of metrics, caches, random generators), buffers and
+    parameters: a step may update parameters itself, for example those of an averaged model. Restoring an attribute
+    refills lists, dicts, sets and deques with their old entries. It restores the values of tensors and arrays with at
+    most :data:`MAX_ELEMENTS` elements, and of all tensors of a metric. Metrics and other modules in plain containers,
+    such as a teacher in a list, are included. For an object that is not a module its attributes are restored, but not
+    the attributes of objects inside it. Effects outside of Python (files) cannot be undone.
 
     Args:
-        module: the user's.
-        buffers: also keep the buffers.
+        module: the user's module.
+        buffers: save the buffers too.
     """
 
     def __init__(self, module: nn.Module, *, buffers: bool = True) -> None:
@@ -63,7 +68,7 @@ class StepState:
         self._keep_parameters([each for each in self._hidden if id(each) not in self._seen])
 
     def restore(self) -> None:
-        """Put everything back."""
+        """Restore everything."""
         for container, content in self._containers:
             if not _same(container, content):
                 container.clear()
@@ -84,7 +89,7 @@ class StepState:
             _set_state(generator, state)
 
     def usable(self) -> None:
-        """Put copies in place of inference tensors, which code outside of ``inference_mode`` cannot write to."""
+        """Replace inference tensors by copies, because code outside of ``inference_mode`` cannot write to inference tensors."""
         for attributes, name, copy in self._inference:
             attributes[name] = copy.clone()
 
@@ -106,7 +111,7 @@ class StepState:
             self._keep_statistics(module)
             self._keep_attributes(module._buffers, all_values=isinstance(module, Metric))
         self._keep_attributes(module._modules, inside=False)
-        if type(module).__module__.split(".")[0] != "torch":  # whose own change nothing but buffers
+        if type(module).__module__.split(".")[0] != "torch":  # modules of torch itself change nothing but buffers
             self._keep_attributes(attributes, all_values=isinstance(module, Metric))
 
     def _keep_attributes(self, attributes: dict[str, Any], *, all_values: bool = False, inside: bool = True) -> None:
@@ -140,7 +145,7 @@ class StepState:
                 self._keep_value(each)
 
     def _keep(self, value: Any, *, deep: bool, tensors: bool = True) -> None:
-        """Take note of a container, a metric, a generator or an object, and of what is in it."""
+        """Save a container, a metric, a random generator or an object, with its contents."""
         kind = type(value)
         if kind in _LEAVES or isinstance(value, (Tensor, type)) or id(value) in self._seen:
             return
@@ -182,20 +187,20 @@ class StepState:
 
 
 def vars_of(value: Any) -> dict[str, Any] | None:
-    """The attributes of a plain object; ``None`` of what has none of its own."""
+    """The ``__dict__`` of an object; ``None`` if it has none."""
     attributes = getattr(value, "__dict__", None)
     return attributes if type(attributes) is dict else None
 
 
 def _slots_of(value: Any) -> dict[str, Any]:
-    """The attributes of an object that has them in slots."""
+    """The attributes of an object that are stored in slots."""
     found = [vars(kind).get("__slots__", ()) for kind in type(value).__mro__]
     names = [name for each in found for name in ([each] if isinstance(each, str) else each)]
     return {name: getattr(value, name) for name in names if name[:2] != "__" and hasattr(value, name)}
 
 
 def iterators_of(module: nn.Module) -> dict[str, str]:
-    """Plain attributes that are consumed by being read, such as ``iter(loader)``, by name, with their types."""
+    """Names and types of attributes that are iterators, such as ``iter(loader)``, which reading consumes."""
     return {
         f"{name}.{key}" if name else key: type(value).__name__
         for name, each in module.named_modules()

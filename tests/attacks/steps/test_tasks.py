@@ -114,7 +114,7 @@ def test_a_single_output_in_0_1_whose_making_is_not_known_is_warned_of():
 
 X = torch.rand(8, 6, generator=torch.Generator().manual_seed(0))
 TARGETS = {
-    "regression in 0..1": (ONE, torch.linspace(0, 1, 8)[:, None], "single output.*from 0 to 1, are no classifier's"),
+    "regression in 0..1": (ONE, torch.linspace(0, 1, 8)[:, None], "single output.*from 0 to 1, are not all 0 or 1"),
     "regression in 0..1, flat": (ONE, torch.linspace(0.1, 1, 8), "from 0.1 to 1"),
     "regression": (ONE, torch.linspace(-3, 3, 8)[:, None], "from -3 to 3"),
     "labels -1 and 1": (ONE, torch.tensor([1.0, -1] * 4), r"labels -1 and 1 with \(labels \+ 1\) / 2"),
@@ -303,7 +303,7 @@ def test_wasserstein_attack_on_a_model_of_a_fixed_batch_size():
     fixed = Fixed()
     x, y = batch(1, 8, 8, model=fixed.net, n=16)
     attack, some = WassersteinAttack(ThreatModel("wasserstein", 0.1), steps=2), torch.tensor([3, 5, 7])
-    with pytest.warns(UserWarning, match=r"not take a part of a batch, 3 of 16 samples \(RuntimeError"):
+    with pytest.warns(UserWarning, match=r"not accept a part of a batch, 3 of 16 samples \(RuntimeError"):
         got = attack(fixed, x, y, samples=some)
     torch.testing.assert_close(got, attack(fixed.net, x, y, samples=some), atol=1e-5, rtol=0)
     assert not torch.equal(got, x)
