@@ -132,6 +132,7 @@ def test_precision(precision, tolerance):
         assert values[f"val/auroc_{name}"] == pytest.approx(value, abs=tolerance)
 
 
+@pytest.mark.slow  # the attacked batch is RobustnessMonitor's, which is compiled among the quick tests
 def test_compiled_module():
     torch._dynamo.reset()
     values = evaluate(watch(), torch.compile(trained_classifier(), backend="eager"))

@@ -62,7 +62,7 @@ def test_end_like_one_after_the_other(recipes):
     together = threading.Barrier(2)
 
     def start(each):
-        together.wait(20)
+        together.wait(120)
         return each()
 
     with one_core_each(2) as pool:

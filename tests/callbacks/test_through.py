@@ -356,7 +356,7 @@ def test_under_the_trainers_options(options):
     assert weights(module).isfinite().all()
 
 
-@pytest.mark.parametrize("part", ["module", "net"])
+@pytest.mark.parametrize("part", [pytest.param("module", marks=pytest.mark.slow), "net"])
 def test_compiled(part):
     def make():
         module = Norm()

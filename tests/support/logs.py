@@ -23,7 +23,7 @@ def wandb_history(save_dir: Path) -> dict[str, Any]:
 
     (run,) = (save_dir / "wandb").glob("offline-run-*")
     (file,) = run.glob("*.wandb")
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while True:  # wandb.finish() may return before its service has written the file to the end
         records = [Record.FromString(data) for data in _leveldb_records(file.read_bytes())]
         if records and records[-1].WhichOneof("record_type") == "exit":

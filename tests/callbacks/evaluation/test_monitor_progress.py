@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
@@ -18,16 +18,29 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 THREAT = ThreatModel(eps=0.1)
 
 
+class Clock:
+    """Stands still but for slow attacks, however busy the machine is."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+CLOCK = Clock()
+
+
 @dataclass(frozen=True)
 class Slow(FGSM):
     def perturb(self, problem):
-        time.sleep(0.15)
+        CLOCK.now += 0.6 * progress.DELAY
         return super().perturb(problem)
 
 
 @pytest.fixture(autouse=True)
-def _impatient(monkeypatch):
-    monkeypatch.setattr(progress, "DELAY", 0.2)
+def _clock(monkeypatch):
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=CLOCK))
+    monkeypatch.setattr("tqdm.std.time", CLOCK)
 
 
 def evaluate(attack, bar=None, enable=True, **options) -> None:
