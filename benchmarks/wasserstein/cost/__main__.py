@@ -1,6 +1,7 @@
 """What a step of the Wasserstein attack costs: time against a step of PGD, and memory by pixels and neighbourhood.
 
     python -m benchmarks.wasserstein.cost --data folder --output benchmarks/results   # holds mnist.npz
+    python -m benchmarks.wasserstein.cost --quick --output DIR                       # only to see that it runs
 
 Times are of whole attacks by their number of steps, in alternating blocks of one run, on the network for MNIST (its images, most of whose
 pixels are empty) and on a PreAct ResNet-18 (32 x 32 in colour, noise, so that every pixel has mass). Memory is by how
@@ -14,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +92,10 @@ def kilobytes(name: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
-def memory() -> list[dict[str, Any]]:
+def memory(sizes: Sequence[int], neighbourhoods: Sequence[int]) -> list[dict[str, Any]]:
     rows = []
-    for size in SIZES:
-        for neighbourhood in NEIGHBOURHOODS:
+    for size in sizes:
+        for neighbourhood in neighbourhoods:
             for method in METHODS:
                 extra = peak(method, size, neighbourhood)
                 entries = BATCH * 3 * size**2 * neighbourhood**2
@@ -143,6 +144,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder that holds mnist.npz; without it the digits serve")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--quick", action="store_true", help="only see that it runs")
     parser.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory:
@@ -151,22 +153,21 @@ def main() -> None:
     torch.set_num_threads(1)
     dataset = "mnist" if options.data else "digits"
     x, y = load(Protocol(dataset, 0, 100, 128, 0.0, 1, 128), options.data).test
-    noise = torch.rand(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    few, repeats = (1, 1) if options.quick else (None, options.repeats)
+    noise = torch.rand(1 if options.quick else 16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     command = (
-        "python -m benchmarks.wasserstein.cost"
-        + (" --data folder" if options.data else "")
-        + f" --repeats {options.repeats}"
+        "python -m benchmarks.wasserstein.cost" + (" --data folder" if options.data else "") + f" --repeats {repeats}"
     )
     result = {
         "command": command,
         "hardware": hardware("cpu"),
         "torch": torch.__version__,
-        "repeats": options.repeats,
+        "repeats": repeats,
         "times": {
-            dataset: times(dataset, x, y, options.repeats),
-            "ResNet-18": times("cifar10", noise, torch.arange(16) % 10, options.repeats),
+            dataset: times(dataset, x, y, repeats),
+            "ResNet-18": times("cifar10", noise, torch.arange(len(noise)) % 10, repeats),
         },
-        "memory": memory(),
+        "memory": memory(SIZES[:few], NEIGHBOURHOODS[:few]),
     }
     stem = options.output / "wasserstein_cost_cpu"
     write_atomically(stem.with_suffix(".json"), result)
