@@ -12,7 +12,7 @@ SOLVERS = "tests/transport/entropic/test_solvers.py::"
 SLICED = "tests/transport/sliced/test_sliced.py::"
 CRITIC = "tests/transport/critic/test_critic.py::"
 SMALL = "tests/transport/entropic/test_newton.py::"
-SPECULATION = "tests/transport/entropic/test_speculation.py::test_interpreted"
+SPECULATION = "tests/transport/entropic/test_speculation.py::test_group"
 
 FAULTS = [
     # ------------------------------------------------------------------------------------------ Sinkhorn

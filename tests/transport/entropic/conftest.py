@@ -1,6 +1,7 @@
 """What tests of transports share."""
 
 import pytest
+from transport.entropic.interpreter import interpreter
 
 from lightning_wdefense.transport.entropic.newton import problem as small
 
@@ -11,3 +12,10 @@ def either_way(request, monkeypatch):
     if request.param == "large":
         monkeypatch.setattr(small, "SMALL", 0)
     return request.param
+
+
+@pytest.fixture(scope="session")
+def interpreted():
+    """Calls a function in a process in which Triton's kernels are interpreted."""
+    with interpreter() as call:
+        yield call

@@ -1,13 +1,10 @@
-"""Checks of the speculative evaluation: in Triton's interpreter as a script (with TRITON_INTERPRET=1), or on a GPU.
-
-``python speculation_cases.py 0-8 states errors garbage`` runs the checks of these groups, and of some of :data:`INTERPRETED`.
-"""
+"""Checks of the speculative evaluation: with NumPy in the place of the kernels, in Triton's interpreter, or on a GPU."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
-import sys
+import os
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -15,16 +12,21 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
+import numpy
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from triton.runtime.interpreter import InterpretedFunction
 
 from lightning_wdefense.transport import WarmStart, sinkhorn, sinkhorn_divergence
-from lightning_wdefense.transport.entropic import evaluation
+from lightning_wdefense.transport.entropic import evaluation, triton
 from lightning_wdefense.transport.entropic.gpu import graphs as recorded
 from lightning_wdefense.transport.entropic.gpu import speculation
-from lightning_wdefense.transport.entropic.triton import small, symmetric
+from lightning_wdefense.transport.entropic.triton import pairwise, small, streaming, symmetric
+
+INTERPRETER = isinstance(symmetric.average, InterpretedFunction)
+"""Whether kernels run in the interpreter, which takes a second for most."""
 
 
 @dataclass(frozen=True)
@@ -116,13 +118,7 @@ SMALL = {
     "accurate": Case(options={"tol": 3e-5}),
     "deep": Case(n=18, m=16, depth=33),
 }
-"""Small enough for the interpreter, in which one takes some seconds."""
-
-INTERPRETED = (
-    "rectangular", "one point", "entropic", "zero weights", "padding", "batch, rectangular", "soft labels", "labels, batch",
-    "cosine", "reach, weighted", "reach, batch", "p1, labels", "half", "accurate", "annealed",
-)  # fmt: skip
-"""One of each kind."""
+"""Small enough for the interpreter."""
 
 LARGE = {
     "64": Case(n=64, m=64, depth=10, batch=(16,)),
@@ -150,6 +146,101 @@ LARGE = {
     "2048, rectangular": Case(n=2000, m=1500, weights="zeros"),
 }
 """For a GPU, with several programs for each problem of more than 128 points."""
+
+
+def answer(cost: Any, weights: Any, potential: Any, eps: Any, share: Any) -> Any:
+    """The exact answer of the rows to a potential of the columns."""
+    exponents = (potential / eps + numpy.log(weights))[:, None] - cost / eps[:, None]
+    top = exponents.max(-1)
+    return -share * eps * (top + numpy.log(numpy.exp(exponents - top[..., None]).sum(-1)))
+
+
+@numpy.errstate(all="ignore")
+def solved_by_numpy(
+    cost: Tensor,
+    a: Tensor,
+    b: Tensor,
+    eps: Tensor,
+    rho: float,
+    tol: float,
+    max_iter: int,
+    start: Tensor | None,
+    found: Tensor,
+    report: Tensor,
+    *,
+    within: bool,
+) -> None:
+    """Plain Sinkhorn iterations in float64, averaged within a measure, which end where a step is small, or NaN."""
+    cost = cost[..., : b.shape[-1]]  # without what its rows are filled up with
+    costs, rows, columns, temperatures = (each.double().numpy() for each in (cost, a, b, eps.unsqueeze(-1)))
+    share = 1 / (1 + temperatures / rho)
+    g = numpy.zeros_like(columns) if start is None else start.double().numpy()
+    going, n_iter = True, 0
+    while going and n_iter < max_iter:
+        f = answer(costs, columns, g, temperatures, share)
+        step = 0.5 * (f - g) if within else answer(costs.swapaxes(-1, -2), rows, f, temperatures, share) - g
+        g, error = g + step, abs(step / temperatures).max(-1)
+        going, n_iter = (error > tol).any(), n_iter + 1
+    found.numpy()[:], report.numpy()[:, 0], report.numpy()[:, 1] = g, error, n_iter
+
+
+def small_launch(
+    cost: Tensor,
+    a: Tensor,
+    b: Tensor,
+    eps: Tensor,
+    rho: float,
+    mean: Tensor,
+    tol: float,
+    max_iter: int,
+    start: Tensor | None,
+    slabs: Any,
+    *out: Tensor,
+) -> None:
+    """As :func:`~lightning_wdefense.transport.entropic.triton.small.launch`."""
+    solved_by_numpy(cost, a, b, eps, rho, tol, max_iter, start, *out, within=False)
+
+
+def symmetric_launch(
+    cost: Tensor, a: Tensor, eps: Tensor, rho: float, tol: float, max_iter: int, slabs: Any, *out: Tensor
+) -> None:
+    """As :func:`~lightning_wdefense.transport.entropic.triton.symmetric.launch`."""
+    solved_by_numpy(cost, a, a, eps, rho, tol, max_iter, None, *out, within=True)
+
+
+def pairwise_costs(x: Tensor, y: Tensor, p: int) -> Tensor:
+    """As :func:`~lightning_wdefense.transport.entropic.triton.pairwise.pairwise_costs`."""
+    return ((x.unsqueeze(-2) - y.unsqueeze(-3)).double().norm(dim=-1) ** p / p).float()
+
+
+def log_sums(x: Tensor, y: Tensor, exponents: Tensor, eps: float) -> Tensor:
+    """As :func:`~lightning_wdefense.transport.entropic.triton.streaming.log_sums`."""
+    return scores(x, y, exponents, eps).logsumexp(1).float()
+
+
+def weighted_points(x: Tensor, y: Tensor, exponents: Tensor, sums: Tensor, eps: float) -> Tensor:
+    """As :func:`~lightning_wdefense.transport.entropic.triton.streaming.weighted_points`."""
+    return ((scores(x, y, exponents, eps) - sums.double().unsqueeze(-1)).exp() @ y.double()).float()
+
+
+def scores(x: Tensor, y: Tensor, exponents: Tensor, eps: float) -> Tensor:
+    """Logarithms of the kernel's entries, times weights."""
+    return exponents.double() - 0.5 * torch.cdist(x.double(), y.double()).square() / eps
+
+
+@contextlib.contextmanager
+def without_kernels() -> Iterator[None]:
+    """NumPy and PyTorch in the place of the kernels, for the checks of what is around them: in the interpreter these take minutes."""
+    with (
+        mock.patch.dict(os.environ, TRITON_INTERPRET="1"),  # on a CPU kernels are asked for only then
+        mock.patch.object(triton, "_failed", set()),
+        mock.patch.object(small, "launch", small_launch),
+        mock.patch.object(symmetric, "launch", symmetric_launch),
+        mock.patch.object(pairwise, "pairwise_costs", pairwise_costs),
+        mock.patch.object(streaming, "log_sums", log_sums),
+        mock.patch.object(streaming, "weighted_points", weighted_points),
+    ):
+        yield
 
 
 @contextlib.contextmanager
@@ -287,7 +378,7 @@ def check_errors(device: str = "cpu") -> None:
         moved = [each.to(device) if isinstance(each, Tensor) else each for each in given]
         options = {key: each.to(device) if isinstance(each, Tensor) else each for key, each in options.items()}
         # Both read their arguments alike; in the interpreter the shorter one will do.
-        for function in (sinkhorn, sinkhorn_divergence) if device == "cuda" else (sinkhorn,):
+        for function in (sinkhorn,) if INTERPRETER else (sinkhorn, sinkhorn_divergence):
             messages = []
             for guess in (evaluation._speculate, lambda *args: None):
                 with mock.patch.object(evaluation, "_speculate", guess):
@@ -333,8 +424,6 @@ def check_garbage(device: str = "cpu") -> None:
 @unrecorded()
 def check_failing(device: str = "cpu") -> None:
     """A kernel that cannot be compiled is reported once, and PyTorch takes over."""
-    from lightning_wdefense.transport.entropic import triton
-
     (x, y, _, _), _ = Case().inputs()
     x, y = x.to(device), y.to(device)
     right = sinkhorn_divergence(x, y)
@@ -460,9 +549,10 @@ RECORDED = (
 
 def check_recorded(device: str = "cpu") -> None:
     """Graphs find for other values of the same shape what attempts by themselves find, and each call has results of its own."""
-    for name in RECORDED if device == "cuda" else RECORDED[2:7:2]:
+    for name in RECORDED[2:7:2] if INTERPRETER else RECORDED:
         case = SMALL[name]
-        case = case if device == "cuda" else replace(case, n=6, m=6 if case.n == case.m else 5)
+        if device == "cpu":
+            case = replace(case, n=6, m=6 if case.n == case.m else 5, options={"relative_blur": 0.5, **case.options})
         with unrecorded():
             expected = [moved(case, step).gradients(device) for step in range(4)]
         with recordings(device) as made, careful_calls() as calls:
@@ -475,10 +565,11 @@ def check_recorded(device: str = "cpu") -> None:
     # Results that somebody keeps are not those of later calls.
     (x, y, _, _), labels = Case(n=6, m=6, labels="hard").inputs()
     x, y = x.to(device), y.to(device)
+    few: dict[str, Any] = {"relative_blur": 0.5}  # iterations
     with unrecorded():
-        expected = [sinkhorn(x, y + step).f for step in range(4)]
+        expected = [sinkhorn(x, y + step, **few).f for step in range(4)]
     with recordings(device) as made:
-        found = [sinkhorn(x, y + step).f for step in range(4)]
+        found = [sinkhorn(x, y + step, **few).f for step in range(4)]
         assert made
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
@@ -487,32 +578,32 @@ def check_recorded(device: str = "cpu") -> None:
     labels = {key: each.to(device) for key, each in labels.items()}
     with recordings(device) as made:
         for settings in ({}, {"blur": 0.3}, {"reach": 1.0}, {"label_cost": 1.0, **labels}, {"tol": 1e-3}):
-            sinkhorn_divergence(x, y, **settings)
-        sinkhorn_divergence(x.clone().requires_grad_(), y)
-        sinkhorn(x, y)
-        sinkhorn_divergence(x[:-1], y)
+            sinkhorn_divergence(x, y, **few, **settings)
+        sinkhorn_divergence(x.clone().requires_grad_(), y, **few)
+        sinkhorn(x, y, **few)
+        sinkhorn_divergence(x[:-1], y, **few)
         assert not made
         for _ in range(2):
-            sinkhorn_divergence(x, y)
+            sinkhorn_divergence(x, y, **few)
         assert len(made) == 1
         assert len(recorded._graphs) == 1
 
     # In all modes, with second derivatives and warm starts: too slow for the interpreter.
     with recordings(device) as made:
-        for _ in range(2 if device == "cuda" else 0):
+        for _ in range(0 if INTERPRETER else 2):
             check_states(device)
-        assert bool(made) == (device == "cuda")
+        assert bool(made) == (not INTERPRETER)
         assert len(recorded._graphs) <= recorded.KEPT
 
     # What cannot be recorded is told once, and works.
     def fails(*args: Any) -> None:
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
-    right = sinkhorn_divergence(x, y)
+    right = sinkhorn_divergence(x, y, **few)
     with recordings(device), mock.patch.object(recorded, "record", fails), careful_calls() as calls:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            found = [sinkhorn_divergence(x, y) for _ in range(4)]
+            found = [sinkhorn_divergence(x, y, **few) for _ in range(4)]
         recorded._refused.clear()
         assert not calls
         assert ["not permitted" in str(each.message) for each in caught] == [True], caught
@@ -520,7 +611,7 @@ def check_recorded(device: str = "cpu") -> None:
             torch.testing.assert_close(value, right, rtol=1e-4, atol=1e-5)
 
 
-GROUPS: dict[str, Callable[[], None]] = {
+GROUPS: dict[str, Callable[..., None]] = {
     "states": check_states,
     "errors": check_errors,
     "garbage": check_garbage,
@@ -530,13 +621,6 @@ GROUPS: dict[str, Callable[[], None]] = {
 }
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for group in sys.argv[1:]:
-        if group in GROUPS:
-            GROUPS[group]()
-            continue
-        part = slice(*(int(number) for number in group.split("-")))
-        for each in INTERPRETED[part]:
-            print(each, flush=True)
-            check_value(each, SMALL[each])
+def check_group(name: str, device: str = "cpu") -> None:
+    """The checks of a group, by its name, which another process can be given."""
+    GROUPS[name](device)

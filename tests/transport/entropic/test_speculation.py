@@ -1,11 +1,7 @@
-"""Transports that are queued on a GPU without waiting for it: in Triton's interpreter, and on a GPU where there is one."""
+"""Transports that are queued on a GPU without waiting for it: with and without kernels, which are interpreted where there is no GPU."""
 
 import importlib.util
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,12 +14,39 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-@pytest.mark.parametrize("group", ["0-8", "8-99", *cases.GROUPS])
-def test_interpreted(group):
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    script = Path(cases.__file__)
-    run = subprocess.run([sys.executable, script, group], env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stdout + run.stderr
+INTERPRETED = [
+    "soft labels", "padding", "batch, rectangular", "reach, weighted", "p1, labels", "half",
+    *(
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in (
+            "rectangular", "one point", "entropic", "zero weights", "labels, batch", "cosine", "reach, batch", "accurate", "annealed",
+        )
+    ),
+]  # fmt: skip
+"""One of each kind."""
+
+
+@pytest.mark.parametrize("name", INTERPRETED)
+def test_values_interpreted(name, interpreted):
+    interpreted(cases.check_value, name, cases.SMALL[name])
+
+
+@pytest.mark.parametrize("name", [name for name in cases.SMALL if name != "annealed"])  # which only the kernels do
+def test_values_without_kernels(name):
+    with cases.without_kernels():
+        cases.check_value(name, cases.SMALL[name])
+
+
+@pytest.mark.parametrize("group", cases.GROUPS)
+def test_group(group):
+    with cases.without_kernels():
+        cases.check_group(group)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", cases.GROUPS)
+def test_group_interpreted(group, interpreted):
+    interpreted(cases.check_group, group)
 
 
 @needs_gpu
@@ -35,7 +58,7 @@ def test_values_on_a_gpu(name):
 @needs_gpu
 @pytest.mark.parametrize("group", cases.GROUPS)
 def test_group_on_a_gpu(group):
-    cases.GROUPS[group]("cuda")
+    cases.check_group(group, "cuda")
 
 
 @needs_gpu

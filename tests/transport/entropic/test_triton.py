@@ -5,7 +5,6 @@ import math
 import os
 import re
 import subprocess
-import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -20,13 +19,48 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
+def some(names, slow):
+    """All names, of which some are slow."""
+    assert slow <= {*names}
+    return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in names]
+
+
 @needs_triton
-@pytest.mark.parametrize("group", ["solves", "streaming", "programs", "ends"])
-def test_interpreted(group):
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    script = Path(triton_cases.__file__)
-    run = subprocess.run([sys.executable, script, group], env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stdout + run.stderr
+@pytest.mark.parametrize(
+    "name",
+    some(
+        triton_cases.SOLVES,
+        {"uniform", "weighted", "accurate", "small blur", "batch", "unbalanced batch", "poor start", "several hundred"},
+    ),
+)
+def test_solves_interpreted(name, interpreted):
+    interpreted(triton_cases.check_solve, name, triton_cases.SOLVES[name])
+
+
+@needs_triton
+@pytest.mark.parametrize("name", triton_cases.STREAMS)
+def test_streaming_interpreted(name, interpreted):
+    interpreted(triton_cases.check_stream, name, *triton_cases.STREAMS[name])
+
+
+@needs_triton
+def test_programs_interpreted(interpreted):
+    interpreted(triton_cases.check_programs, 2)
+
+
+@needs_triton
+@pytest.mark.parametrize("name", some(triton_cases.ENDS, {*triton_cases.ENDS} - {"p1", "large blur"}))
+def test_end_to_end_interpreted(name, interpreted):
+    interpreted(triton_cases.check_end_to_end, name)
+
+
+@needs_triton
+@pytest.mark.parametrize("name", triton_cases.ENDS)
+def test_end_to_end_without_kernels(name):
+    from transport.entropic.speculation_cases import without_kernels
+
+    with without_kernels():
+        triton_cases.check_end_to_end(name)
 
 
 @needs_gpu

@@ -1,12 +1,8 @@
-"""Checks of the Triton kernels: in their interpreter as a script (with TRITON_INTERPRET=1 in the environment), or on a GPU.
-
-``python triton_cases.py solves streaming programs`` runs the checks of these groups and prints what they found.
-"""
+"""Checks of the Triton kernels: in their interpreter, or on a GPU."""
 
 from __future__ import annotations
 
 import math
-import sys
 import time
 from dataclasses import dataclass
 from unittest import mock
@@ -80,6 +76,7 @@ SOLVES = {
     "unbalanced, cheap": Case(rho=0.05, mass=2.0),
     "batch": Case(n=12, m=17, batch=(3,), weights="zeros"),
     "unbalanced batch": Case(n=12, m=17, batch=(3,), rho=2.0),
+    "batch of two": Case(n=6, m=9, batch=(2,), blur=0.8, weights="random"),
     "near start": Case(start="near"),
     "poor start": Case(start="poor"),
     "several hundred": Case(n=140, m=150, weights="zeros"),
@@ -174,6 +171,7 @@ ENDS = {
     "labels": {"label_cost": 1.0, "x_labels": torch.arange(20) % 3, "y_labels": torch.arange(17) % 3},
     "p1": {"p": 1},
     "batch": {},
+    "large blur": {"relative_blur": 0.7},
 }
 
 
@@ -218,16 +216,16 @@ def check_end_to_end(name: str, device: str = "cpu") -> str:
 
 
 def check_programs(programs: int) -> str:
-    """Several programs, each in a process of its own, solve a problem together."""
+    """Several programs, each in a process of its own, solve a problem together. To import takes longer, so they are forks."""
     import torch.multiprocessing as mp
 
     from lightning_wdefense.transport.entropic.triton.persistent import MeetingPlace, Slabs, meeting_place
 
-    case = Case(n=21, m=27, weights="zeros")
+    case = Case(n=21, m=27, weights="zeros", blur=0.6)
     cost, a, b, eps, mean = case.problem()
     slabs = Slabs(programs, 16 if programs == 2 else 8, 32)
     place = MeetingPlace(*(each.share_memory_() for each in meeting_place(1, slabs, cost.device)))
-    context = mp.get_context("spawn")
+    context = mp.get_context("fork")
     answers = context.Queue()
     arguments = (cost[None], a[None], b[None], eps[None], math.inf, mean[None], case.tol, 500, None, slabs)
     processes = [
@@ -262,21 +260,3 @@ def _program(own: int, place: tuple, arguments: tuple, answers: object) -> None:
     small.sinkhorn, small.meeting_place = Alone(), lambda *_: place
     g, report = small.solve(*arguments)
     answers.put((own, (g[0].tolist(), int(report[0, 1]) if own == 0 else None)))
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for group in sys.argv[1:]:
-        if group == "solves":
-            for each in SOLVES:
-                print(check_solve(each, SOLVES[each]), flush=True)
-        elif group == "streaming":
-            for each in STREAMS:
-                print(check_stream(each, *STREAMS[each]), flush=True)
-        elif group == "ends":
-            for each in ENDS:
-                print(check_end_to_end(each), flush=True)
-        elif group == "programs":
-            print(check_programs(2), flush=True)
-        else:
-            raise ValueError(group)
