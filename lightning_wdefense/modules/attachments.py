@@ -53,7 +53,7 @@ class Attachment:
     def _copy_error(self) -> Exception:
         name = type(self.host).__name__
         return pickle.PicklingError(
-            f"{name} has its own code to copy its __dict__, which now contains a wrapper of WassersteinDefense. In __deepcopy__(self, memo) "
+            f"{name} copies its __dict__ with its own code, but a wrapper of WassersteinDefense is in it. In __deepcopy__(self, memo) "
             "set memo[id(self)] = copy before you copy attributes with that memo; in __reduce__ take the state from "
             "self.__getstate__()."
         )

@@ -1,4 +1,4 @@
-"""PGD with a partial projection whose strength can be learned in training (UDR)."""
+"""PGD with a soft projection whose strength can be learned in training (UDR)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_wdefense.modules.outputs import float32_or_better
 
 @dataclass(frozen=True)
 class SoftBallPGD(PGD, LearnedAttack):
-    """PGD with a partial projection onto the ball (UDR); the bounds are still enforced.
+    """PGD with a soft projection onto the ball (UDR); the bounds are still enforced.
 
     After each step the perturbation ``d`` becomes ``d - multiplier * (d - project(d))``. With a multiplier of 1 or more
     this is :class:`PGD`; with 0 there is no projection. The multiplier is the paper's ``lambda * alpha / tau`` with
@@ -87,7 +87,7 @@ class SoftBallPGD(PGD, LearnedAttack):
         return max(self.multiplier - self.multiplier_rate * (self.threat.eps - float(displacement)), 0.0)
 
     def _move(self, problem: Problem, data: Tensor, gradient: Tensor) -> Tensor:
-        """One step of ascent, the partial projection, and the clamp into the box; may overwrite the gradient."""
+        """One step of ascent, the soft projection, and the clamp into the box; may overwrite the gradient."""
         if self.multiplier >= 1:
             return super()._move(problem, data, gradient)
         ball = self.threat.ball

@@ -1,4 +1,4 @@
-"""The linear maximisation oracle of the Wasserstein ball, for the Frank-Wolfe method."""
+"""The linear oracle of the Wasserstein ball, for the Frank-Wolfe method."""
 
 from __future__ import annotations
 
