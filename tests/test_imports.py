@@ -28,28 +28,17 @@ SCRIPT = """
 import sys
 import lightning, torch, torchmetrics
 
-heavy = sys.argv[2].split(",")
-# Lightning and torchmetrics load some of these where they are installed. What they loaded is hidden, so that it counts if we ask for it.
+heavy = set(sys.argv[2].split(","))
+# torchmetrics loads some of these where they are installed. They are forgotten here, so that those come back that we ask for ourselves.
 for name in [name for name in sys.modules if name.split(".")[0] in heavy]:
     del sys.modules[name]
-
-
-class Recorder:
-    asked = set()
-
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in heavy:
-            self.asked.add(name.split(".")[0])
-
-
-sys.meta_path.insert(0, Recorder())
 exec(sys.argv[1])
-print(*sorted(Recorder.asked))
+print(*sorted(heavy & {name.split(".")[0] for name in sys.modules}))
 """
 
 
 def loaded(statement: str) -> list[str]:
-    """Which heavy packages a statement asks for, in an interpreter of its own that has imported Lightning and torchmetrics."""
+    """Which heavy packages a statement loads, in an interpreter of its own that has imported Lightning and torchmetrics."""
     run = subprocess.run(
         [sys.executable, "-c", SCRIPT, statement, ",".join(HEAVY)],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
