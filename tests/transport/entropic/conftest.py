@@ -8,7 +8,10 @@ from lightning_wdefense.transport.entropic.newton import problem as small
 
 @pytest.fixture(params=["small", "large"])
 def either_way(request, monkeypatch):
-    """Once as it comes, small problems by Newton's method, and once as large ones are solved."""
+    """Once as it comes, small problems by Newton's method, and once as large ones are solved.
+
+    A test that can only see one of the two says so: ``@pytest.mark.parametrize("either_way", ["large"], indirect=True)``.
+    """
     if request.param == "large":
         monkeypatch.setattr(small, "SMALL", 0)
     return request.param

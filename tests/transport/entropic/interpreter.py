@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
-LIMIT = 300
+LIMIT = 600
 """Seconds after which a call ends the process, which says where it was."""
 
 

@@ -14,6 +14,7 @@ from lightning_wdefense.transport.entropic.solver import potentials as solver
 pytestmark = pytest.mark.usefixtures("either_way")
 
 EXACT = {"tol": 1e-6, "max_iter": 5_000}
+large = pytest.mark.parametrize("either_way", ["large"], indirect=True)
 
 
 def paired(n, d, rng):
@@ -118,6 +119,7 @@ def test_hard_problems_converge(hard, options):
     torch.testing.assert_close(value.detach().double(), wide, rtol=2e-3, atol=2e-6 * scale)
 
 
+@large
 @pytest.mark.parametrize("options", [{}, {"reach": 1.0, "blur": 0.5}, {"relative_blur": 0.05}], ids=str)
 @pytest.mark.parametrize("batched", [False, True], ids=["single", "batch"])
 @pytest.mark.parametrize("hard", ["two points each", "islands", "outlier", "far apart"])
@@ -183,6 +185,7 @@ def test_large_costs_are_never_stored(monkeypatch, options, weighted):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
 
 
+@large
 def test_streaming_takes_little_memory(monkeypatch):
     """No tensor as large as the cost is made, in either pass."""
     monkeypatch.setitem(costs.STORED, "cpu", 0)

@@ -1,12 +1,11 @@
 """Transports that are queued on a GPU without waiting for it: with and without kernels, which are interpreted where there is no GPU."""
 
 import importlib.util
-import math
 
 import pytest
 import torch
 from transport.entropic import speculation_cases as cases
-from transport.entropic.test_triton import stack_of
+from transport.entropic.test_triton import slabs_and_prices, some, stack_of
 
 from lightning_wdefense.transport.entropic.problem import costs
 
@@ -14,19 +13,15 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-INTERPRETED = [
-    "soft labels", "padding", "batch, rectangular", "reach, weighted", "p1, labels", "half",
-    *(
-        pytest.param(name, marks=pytest.mark.slow)
-        for name in (
-            "rectangular", "one point", "entropic", "zero weights", "labels, batch", "cosine", "reach, batch", "accurate", "annealed",
-        )
-    ),
-]  # fmt: skip
+INTERPRETED = (
+    "rectangular", "one point", "entropic", "zero weights", "padding", "batch, rectangular", "soft labels", "labels, batch",
+    "cosine", "reach, weighted", "reach, batch", "p1, labels", "half", "accurate", "annealed",
+)  # fmt: skip
 """One of each kind."""
+QUICK = {"one point", "padding", "batch, rectangular", "soft labels", "reach, weighted", "p1, labels", "half"}
 
 
-@pytest.mark.parametrize("name", INTERPRETED)
+@pytest.mark.parametrize("name", some(INTERPRETED, {*INTERPRETED} - QUICK))
 def test_values_interpreted(name, interpreted):
     interpreted(cases.check_value, name, cases.SMALL[name])
 
@@ -100,11 +95,11 @@ def test_portions(shape, expected, monkeypatch):
     assert [(part.start, part.stop, slabs.programs) for part, slabs in found] == expected
 
 
-@pytest.mark.parametrize("rho", [math.inf, 1.0], ids=["balanced", "unbalanced"])
 @pytest.mark.parametrize(
-    ("slabs", "most"),
-    [((1, 16, 16), 16), ((1, 128, 128), 128), ((64, 16, 1024), 128), ((32, 32, 1024), 800), ((128, 16, 2048), 800)],
-    ids=str,
+    ("slabs", "most", "rho"),
+    slabs_and_prices(
+        {(1, 16, 16): 16, (1, 128, 128): 128, (64, 16, 1024): 128, (32, 32, 1024): 800, (128, 16, 2048): 800}
+    ),
 )
 def test_average_compiles(slabs, most, rho):
     pytest.importorskip("triton")

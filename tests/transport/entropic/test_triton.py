@@ -127,11 +127,21 @@ def stack_of(kernel, settings):
     return int(re.search(r"STACK:(\d+)", usage)[1])
 
 
-@pytest.mark.parametrize("rho", [math.inf, 1.0], ids=["balanced", "unbalanced"])
+def slabs_and_prices(stacks):
+    """Slabs, bytes of the stack, and prices. Slow but for one of a single program and one of many: the compiler takes seconds for each."""
+    quick = {((1, 128, 128), math.inf), ((64, 16, 1024), 1.0)}
+    return [
+        pytest.param(slabs, most, rho, id=f"{slabs}-{rho}", marks=[] if (slabs, rho) in quick else pytest.mark.slow)
+        for slabs, most in stacks.items()
+        for rho in (math.inf, 1.0)
+    ]
+
+
 @pytest.mark.parametrize(
-    ("slabs", "most"),
-    [((1, 16, 16), 128), ((1, 64, 64), 128), ((1, 128, 128), 128), ((64, 16, 1024), 128), ((128, 16, 2048), 800)],
-    ids=str,
+    ("slabs", "most", "rho"),
+    slabs_and_prices(
+        {(1, 16, 16): 128, (1, 64, 64): 128, (1, 128, 128): 128, (64, 16, 1024): 128, (128, 16, 2048): 800}
+    ),
 )
 def test_solve_compiles(slabs, most, rho):
     """And it keeps its matrix in registers; the largest slab alone is spilled to the cache in part."""

@@ -174,9 +174,10 @@ def test_seed_and_generator():
 # Gradients
 
 
-@pytest.mark.parametrize("p", [1, 1.5, 2, 3])
-@pytest.mark.parametrize("directions", ["orthogonal", "random"])
-@pytest.mark.parametrize("weighted", [False, True], ids=["uniform", "weighted"])
+@pytest.mark.parametrize(
+    ("p", "directions", "weighted"),
+    [(p, "orthogonal", weighted) for p in (1, 1.5, 2, 3) for weighted in (False, True)] + [(2, "random", True)],
+)
 def test_gradients(weighted, directions, p):
     inputs = [tensor.requires_grad_() for tensor in clouds(6, 4, batch=(2,))][: 4 if weighted else 2]
     # The check moves one weight at a time; the other mass follows.
