@@ -1,1 +1,1 @@
-"""A whole divergence queued on a GPU before anything is looked at, and recorded as a CUDA graph."""
+"""The way on a GPU: all kernels of a divergence are queued before the host reads a result, or launched as one CUDA graph."""

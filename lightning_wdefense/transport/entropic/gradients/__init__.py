@@ -1,1 +1,1 @@
-"""The value as a differentiable function: first derivatives by the envelope theorem, second ones by the implicit function theorem."""
+"""The value as a differentiable function: first derivatives by the envelope theorem, second derivatives by the implicit function theorem."""

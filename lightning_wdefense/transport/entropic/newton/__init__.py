@@ -1,1 +1,1 @@
-"""The same for small problems on a CPU, by Newton's method in NumPy."""
+"""The solver for few small problems on a CPU: Newton's method in NumPy."""

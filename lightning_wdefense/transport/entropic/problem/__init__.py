@@ -1,1 +1,1 @@
-"""What is to be solved: the arguments as they were read, the ground cost, the blur, and memory for it."""
+"""What is to be solved: the arguments as they were read, the ground cost, the blur, and buffers for them."""
