@@ -6,6 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from support.random_state import seeded_tests
+
+__all__ = ["seeded_tests"]
 
 
 @pytest.fixture(scope="session", autouse=True)
