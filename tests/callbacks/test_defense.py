@@ -509,8 +509,14 @@ class TestLogging:
         assert "defense/mine/loss" in rows_of(logger)[-1]
 
 
+LEARN_NOTHING = {"mart", "alp", "alp-features", "sat", "sat-label", "sat-features", "mmd", "coral"}
+"""They are resumed as ``pgd-at`` and ``class-transport`` are: they differ in a function of outputs or features."""
+
+
 class TestResuming:
-    @pytest.mark.parametrize("recipe", CASES)
+    @pytest.mark.parametrize(
+        "recipe", [pytest.param(name, marks=pytest.mark.slow if name in LEARN_NOTHING else ()) for name in CASES]
+    )
     def test_a_resumed_run_ends_with_the_same_weights(self, recipe, tmp_path):
         def run(epochs, ckpt=None):
             L.seed_everything(0 if ckpt is None else 99, verbose=False)

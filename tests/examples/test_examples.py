@@ -28,7 +28,7 @@ GAINS = {
     "tabular.py": (r"(\w+): .*under PGD ([\d.]+)%", "undefended", 10),
     "text.py": (r"(\w+), mean: .*under attack ([\d.]+)%", "plain", 5),  # by the example's own attack
 }
-QUICK = ("mixin.py", "tabular.py")
+QUICK = ("tabular.py",)
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,8 @@ def adversarial(pipeline: Pipeline) -> Recipe:
     return Recipe.named("pgd-at", pipeline.threat, attack=PGD(pipeline.threat, steps=4))
 
 
-LONG = {"torchvision_detection"}
-"""Half a minute."""
+LONG = {"torchvision_detection", "segmentation_ignore", "ctc"}
+"""They stand for their tasks in the other tests: a gain takes them 7 to 30 seconds."""
 
 
 @over(DEFENDABLE, {*FIRST, "normalised_in_step"} - LONG)
