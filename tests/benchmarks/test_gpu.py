@@ -19,6 +19,8 @@ from benchmarks.gpu.__main__ import arguments
 from benchmarks.gpu.book import LINES, Book, summary
 
 ROOT = Path(__file__).parents[2]
+HANGS = 40.0
+"""Seconds after which the stage that hangs is killed: enough for a loaded machine to import PyTorch before."""
 FAKES = {
     "works": "def run(context):\n    context.measure('figure', lambda: {'ms': 1.23456789})",
     "fails": "def run(context):\n    context.measure('before', lambda: {'ms': 1.0})\n    raise RuntimeError('planted')",
@@ -49,8 +51,8 @@ def stages(tmp_path, monkeypatch):
     monkeypatch.setattr(schedule, "GRACE", 1.0)
     monkeypatch.setattr(schedule, "STARTED", 1.0)
 
-    def run(*names: str, minutes: float = 2.0, seconds: float = 30.0) -> dict:
-        chosen = tuple(schedule.Stage(name, name, 8.0 if name == "hangs" else seconds) for name in names)
+    def run(*names: str, minutes: float = 6.0, seconds: float = 90.0) -> dict:
+        chosen = tuple(schedule.Stage(name, name, HANGS if name == "hangs" else seconds) for name in names)
         monkeypatch.setattr(schedule, "STAGES", chosen)
         monkeypatch.setattr(schedule, "EVERY", chosen)
         options = Namespace(
@@ -67,15 +69,16 @@ def stages(tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_each_stage_costs_no_more_than_its_share_and_a_second_call_goes_on(stages, tmp_path):
     """One that hangs is killed with all that it started, one that fails ends; their figures stay, and the next ones run."""
     begun = time.monotonic()
     found = stages("hangs", "fails", "lame", "works")
-    assert time.monotonic() - begun < 60
+    assert time.monotonic() - begun < 240
     assert list(found) == ["hangs", "fails", "lame", "works"]
     states = {name: stage["state"] for name, stage in found.items()}
     assert states == {
-        "hangs": "killed after 9 s",
+        "hangs": "killed after 41 s",
         "fails": "failed with exit status 1",
         "lame": "figures are missing",
         "works": "done",
