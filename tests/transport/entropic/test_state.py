@@ -36,7 +36,9 @@ def half_square(x, y):
     return 0.5 * (x.square().sum(-1)[:, None] + y.square().sum(-1)) - x @ y.T
 
 
-@pytest.mark.parametrize("options", [{}, {"p": 1}, {"reach": 1.0}, {"cost": half_square}], ids=["", "p", "reach", "cost"])
+@pytest.mark.parametrize(
+    "options", [{}, {"p": 1}, {"reach": 1.0}, {"cost": half_square}], ids=["", "p", "reach", "cost"]
+)
 def test_autocast_changes_nothing(options):
     def evaluate(x, y):
         x = x.clone().requires_grad_()
