@@ -119,7 +119,9 @@ def test_without_matplotlib_the_curve_is_left_out_with_a_warning(tmp_path, monke
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
     logger = TensorBoardLogger(tmp_path)
-    with pytest.warns(UserWarning, match=r"not drawn, because matplotlib is missing: pip install \"lightning-wdefense\[plot\]\""):
+    with pytest.warns(
+        UserWarning, match=r"not drawn, because matplotlib is missing: pip install \"lightning-wdefense\[plot\]\""
+    ):
         watch(logger, stage="validate")
     logger.finalize("success")
     found = tensorboard_history(logger.log_dir)

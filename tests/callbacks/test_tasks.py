@@ -98,7 +98,9 @@ def test_mart_on_masks_weighs_each_pixel():
     expected = weighted_kl(rows(clean)[kept.flatten()], rows(moved)[kept.flatten()], labels[kept])
     ignored = labels.masked_fill(~kept, -100)
     torch.testing.assert_close(weighted_kl(clean, moved, ignored), expected * kept.sum() / 4)
-    torch.testing.assert_close(mart_margin_loss(moved, ignored), mart_margin_loss(rows(moved)[kept.flatten()], labels[kept]))
+    torch.testing.assert_close(
+        mart_margin_loss(moved, ignored), mart_margin_loss(rows(moved)[kept.flatten()], labels[kept])
+    )
 
 
 class TwoHeads(DigitsClassifier):
