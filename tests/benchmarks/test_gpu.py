@@ -126,6 +126,7 @@ def test_every_stage_is_there(stage):
     assert callable(importlib.import_module(stage.module).run)
 
 
+@pytest.mark.slow
 def test_rehearsal_of_one_stage(tmp_path):
     given = ["--rehearse", "--minutes", "4", "--stages", "cifar", "--output", str(tmp_path)]
     assert schedule.run(arguments(given)) == 0
