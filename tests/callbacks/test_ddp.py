@@ -18,21 +18,7 @@ CASES = [*(name for name in RECIPES if name != "standard"), "trades+awp", "udr+a
 CASES += ["step:pgd-at", "step:trades", "step:class-transport", "step:udr", "step:pgd-at+awp"]
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    """What both ranks ended with: all in one pair of processes, whose start takes longer than their work."""
-    folder = tmp_path_factory.mktemp("ddp")
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    environment.pop("MASTER_PORT", None)  # Lightning finds a free one
-    command = [sys.executable, str(TESTS / "callbacks" / "ddp_script.py"), str(folder), *CASES]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, cwd=folder)
-    assert run.returncode == 0, run.stderr
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
-
-
-def test_ranks_end_with_the_same_weights_and_have_learned_the_same(ranks):
-    """One test for all recipes: a worker that took some of them would start the processes again."""
+def ranks_end_with_the_same_weights_and_have_learned_the_same(ranks):
     for recipe in CASES:
         first, second = (rank[recipe] for rank in ranks)
         assert torch.equal(first["weights"], second["weights"]), recipe
@@ -41,19 +27,19 @@ def test_ranks_end_with_the_same_weights_and_have_learned_the_same(ranks):
         assert (first["learned"]["critic"] is not None) == recipe.split(":")[-1].startswith("critic"), recipe
 
 
-def test_noise_differs_by_rank(ranks):
+def noise_differs_by_rank(ranks):
     first, second = (rank["perturbations"] for rank in ranks)
     assert len(first) == 3
     assert not torch.equal(first, second)
 
 
-def test_ranks_hold_the_same_purifier_and_critic(ranks):
+def ranks_hold_the_same_purifier_and_critic(ranks):
     first, second = (rank["purifier"] for rank in ranks)
     assert first == second
     assert first["learned"]["wasserstein_purifier"]["critic"]["batches"] == 20
 
 
-def test_the_monitor_reduces_the_users_own_metrics_over_ranks(ranks):
+def the_monitor_reduces_the_users_own_metrics_over_ranks(ranks):
     first, second = (rank["monitor"] for rank in ranks)
     assert first == second
     # Both of them are of all samples, as the monitor's own is.
@@ -63,7 +49,7 @@ def test_the_monitor_reduces_the_users_own_metrics_over_ranks(ranks):
     assert first["robust/accuracy"] < first["accuracy"]
 
 
-def test_robustness_is_that_of_one_process(ranks):
+def robustness_is_that_of_one_process(ranks):
     expected = test_monitor_environments.values_of_one_process()
     for values in (rank["robustness"] for rank in ranks):
         for key, value in expected.items():
@@ -72,9 +58,34 @@ def test_robustness_is_that_of_one_process(ranks):
         assert values["val/transport_shift"] == pytest.approx(expected["val/transport_shift"], rel=0.01)
 
 
-def test_detectors_learn_from_both_processes(ranks):
+def detectors_learn_from_both_processes(ranks):
     # Each process has every second sample, and of those attacks every second one.
     expected = test_detection_monitor.by_hand(judged=torch.arange(128) // 2 % 2 == 1)
     for values in (rank["detection"] for rank in ranks):
         for name, value in expected.items():
             assert values[f"val/auroc_{name}"] == pytest.approx(value, abs=2e-3), name
+
+
+def test_two_processes(tmp_path):
+    """One test for all: a worker that took some of its parts would start the processes again, which takes longer than their work."""
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    environment.pop("MASTER_PORT", None)  # Lightning finds a free one
+    command = [sys.executable, str(TESTS / "callbacks" / "ddp_script.py"), str(tmp_path), *CASES]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    failed = []
+    for check in (
+        ranks_end_with_the_same_weights_and_have_learned_the_same,
+        noise_differs_by_rank,
+        ranks_hold_the_same_purifier_and_critic,
+        the_monitor_reduces_the_users_own_metrics_over_ranks,
+        robustness_is_that_of_one_process,
+        detectors_learn_from_both_processes,
+    ):
+        try:
+            check(ranks)
+        except AssertionError as error:
+            failed.append(f"{check.__name__}: {error}")
+    assert not failed, "\n".join(failed)
