@@ -123,7 +123,7 @@ FAULTS = [
         "defenses/defense.py",
         "displacement if average is None else average(displacement)",
         "displacement",
-        (f"{DDP}test_ranks_end_with_the_same_weights_and_have_learned_the_same",),
+        (f"{DDP}test_two_processes",),
     ),
     Fault(
         "the critic is not saved",
@@ -222,7 +222,7 @@ FAULTS = [
         "defenses/purifier/purifier.py",
         "generator=noise, average=average, measure=True",
         "generator=noise, measure=True",
-        (f"{DDP}test_ranks_hold_the_same_purifier_and_critic",),
+        (f"{DDP}test_two_processes",),
     ),
     Fault(
         "BPDA passes no gradient on",
