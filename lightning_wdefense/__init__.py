@@ -9,7 +9,8 @@ from lightning_wdefense.callbacks import (
 )
 from lightning_wdefense.defenses import Recipe
 from lightning_wdefense.defenses.safe_globals import register_safe_globals
-from lightning_wdefense.mixin import DefenseOutput, WassersteinDefenseMixin
+from lightning_wdefense.defenses.step import DefenseOutput
+from lightning_wdefense.mixin import WassersteinDefenseMixin
 
 register_safe_globals()
 

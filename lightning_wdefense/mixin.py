@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,36 +11,13 @@ from torch import Tensor
 from lightning_wdefense._compat import is_a
 from lightning_wdefense._seeding import seeded_generator
 from lightning_wdefense.callbacks.restoration import add_restoring_callback
-from lightning_wdefense.callbacks.schedule import batches_begun, is_logging_step, noise_generator, warmup_radius
-from lightning_wdefense.defenses.branch import Branch
+from lightning_wdefense.callbacks.schedule import batches_begun, is_logging_step, step_settings, warmup_radius
 from lightning_wdefense.defenses.defense import Defense
 from lightning_wdefense.defenses.recipe import Recipe
+from lightning_wdefense.defenses.step import DefenseOutput, StepSettings
 from lightning_wdefense.modules.attachments import exclude_from_copies
 
 _CHECKPOINT_KEY = "wasserstein_defense"
-
-
-class DefenseOutput(NamedTuple):
-    """The result of :meth:`WassersteinDefenseMixin.defend`.
-
-    Attributes:
-        loss: the loss to minimise, a scalar: the task loss and the recipe's terms.
-        clean_outputs: the model's outputs on the clean inputs; ``None`` if the recipe does not need them.
-        adversarial_outputs: the model's outputs on the adversarial inputs; ``None`` if the recipe does not need them.
-        adversarial_inputs: the adversarial inputs ``(N, ...)`` in model units; the clean inputs if the recipe has no attack.
-        logs: the detached parts of the loss and the current ``eps`` (data units). Every ``log_every_n_steps`` also accuracies,
-            attack success and transport cost.
-
-    Example:
-        >>> DefenseOutput._fields
-        ('loss', 'clean_outputs', 'adversarial_outputs', 'adversarial_inputs', 'logs')
-    """
-
-    loss: Tensor
-    clean_outputs: Any
-    adversarial_outputs: Any
-    adversarial_inputs: Tensor
-    logs: dict[str, Any]
 
 
 class WassersteinDefenseMixin:
@@ -124,7 +99,7 @@ class WassersteinDefenseMixin:
             labels: labels in the form that the attack and :meth:`task_loss` accept.
             forward: maps inputs to outputs, if the module itself does not: a submodule (``self.discriminator``), or a callable that
                 passes the module its other arguments, ``lambda x: self(x, mask)``.
-            seed: seed of the attack's noise; with a Trainer, together with the epoch, the batch and the rank.
+            seed: seed of the attack's noise; with a Trainer, together with the number of the batch in the training and the rank.
 
         Returns:
             The loss, outputs, adversarial inputs and logs.
@@ -134,52 +109,21 @@ class WassersteinDefenseMixin:
             ValueError: if inputs or labels do not fit the threat model or the outputs.
             FloatingPointError: if a part of the loss is NaN or infinite; the message names the part.
         """
-        defense, recipe = self.defense, self.defense.recipe
+        defense = self.defense
         if not isinstance(inputs, Tensor):
             raise TypeError(
                 f"defend() attacks one tensor, got a {type(inputs).__name__}. If the model takes several arguments, attack one of them and bind "
                 "the others: self.defend(x, labels, forward=lambda x: self(x, mask))."
             )
         trainer = getattr(self, "_trainer", None)
-        trainer = trainer if is_a(trainer, "Trainer") else None
-        radius = 1.0 if trainer is None else _radius(defense, trainer)
-        generator = (
-            seeded_generator(inputs.device, seed) if trainer is None else noise_generator(trainer, seed, inputs.device)
-        )
-        average = None if trainer is None else functools.partial(trainer.strategy.reduce, reduce_op="mean")
-        passes = defense.passes(inputs, labels, forward and _bound(self, forward))
-        adversarial = inputs
-        if recipe.active:
-            adversarial = defense.adversarial(passes, radius=radius, generator=generator, average=average)
-        measured: dict[str, Any] = {}
-        if trainer is not None and trainer.training and is_logging_step(trainer):
-            measured = defense.measure(passes, adversarial)
-        if trainer is not None and recipe.awp > 0:
-            add_restoring_callback(trainer, defense, defense.restore_weights)
-        with defense.perturbed_weights(passes, adversarial, self.task_loss) as until_backward:
-            clean: Branch | None = passes.run(inputs) if recipe.needs("clean") else None
-            attacked: Branch | None = passes.run(adversarial) if recipe.needs("adversarial") else None
-            seen = clean if recipe.sees == "clean" else attacked
-            assert seen is not None
-            measured |= defense.learn(
-                clean, attacked, labels, generator=generator, average=average, measure=bool(measured)
-            )
-            loss, logs = defense.combine(self.task_loss(seen.outputs, labels), clean, attacked, passes)
-            until_backward(loss)
-        return DefenseOutput(
-            loss,
-            clean.outputs if clean is not None else None,
-            attacked.outputs if attacked is not None else None,
-            adversarial,
-            {**logs, **measured, "eps": radius * recipe.eps, **defense.learned()},
-        )
-
-
-def _bound(module: Any, forward: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
-    """A callable as a method of the module, so that code that runs it knows the module whose state it must preserve."""
-    if isinstance(forward, torch.nn.Module):
-        return forward
-    return MethodType(lambda _, inputs: forward(inputs), module)
+        if trainer is None or not is_a(trainer, "Trainer"):
+            settings = StepSettings(generator=seeded_generator(inputs.device, seed))
+        else:
+            radius, measure = _radius(defense, trainer), trainer.training and is_logging_step(trainer)
+            settings = step_settings(trainer, seed, inputs.device, radius=radius, measure=measure)
+            if defense.recipe.awp > 0:
+                add_restoring_callback(trainer, defense, defense.restore_weights)
+        return defense.run(inputs, labels, settings, forward=forward, task_loss=self.task_loss)
 
 
 def _radius(defense: Defense, trainer: Any) -> float:

@@ -20,7 +20,7 @@ from lightning_wdefense.callbacks.interception import intercept_training_step
 from lightning_wdefense.callbacks.requirements import attacked_model, check_automatic_optimization, check_returns_loss
 from lightning_wdefense.callbacks.restoration import add_restoring_callback
 from lightning_wdefense.callbacks.route import Route
-from lightning_wdefense.callbacks.schedule import batches_begun, is_logging_step, noise_generator, warmup_radius
+from lightning_wdefense.callbacks.schedule import batches_begun, is_logging_step, step_settings, warmup_radius
 from lightning_wdefense.callbacks.target import Target, Through
 from lightning_wdefense.defenses.branch import Branch
 from lightning_wdefense.defenses.defense import UNTRAINED, Defense
@@ -68,7 +68,7 @@ class WassersteinDefense(Callback):
         outputs: key, position or callable that finds the logits in the model's return value. ``"logits"`` and ``"out"`` are found
             without it.
         ignore_index: label of elements (pixels) that are left out, such as 255. Elements with label -100 are always left out.
-        seed: seed of the attack's noise. The noise depends only on the seed, the epoch, the batch and the rank.
+        seed: seed of the attack's noise. The noise depends only on the seed, the number of the batch in the training, and the rank.
         name: distinguishes several of these callbacks, in the logs (``defense/{name}/``) and in checkpoints.
 
     Raises:
@@ -213,38 +213,34 @@ class WassersteinDefense(Callback):
         if found is None:  # the step returned no loss (the user skips the batch), and no batch was inspected before
             return step(batch, *args, **kwargs)
         site, passes = found
-        radius = warmup_radius(trainer, recipe.warmup_epochs, batches)
-        generator = noise_generator(trainer, self.seed, site.values.device)
-        average = functools.partial(trainer.strategy.reduce, reduce_op="mean")
-        adversarial = defense.adversarial(passes, radius=radius, generator=generator, average=average)
-        measured = defense.measure(passes, adversarial) if is_logging_step(trainer) else {}
-        with defense.perturbed_weights(passes, adversarial) as until_backward:
+        result: Any = None
+
+        def run_step(values: torch.Tensor) -> tuple[torch.Tensor, Branch] | None:
+            """The user's own step, called once, on the clean batch or on the batch with the adversarial values."""
+            nonlocal result
             sees_clean = recipe.sees == "clean"
-            place = contextlib.nullcontext(batch) if sees_clean else site.perturbed(adversarial)
+            place = contextlib.nullcontext(batch) if sees_clean else site.perturbed(values)
             with passes.record_step() as branch_of, place as seen_batch:
                 seen_batch = seen_batch if sees_clean else map_tensors(seen_batch, torch.clone)
                 result = step(seen_batch, *args, **kwargs)
             loss = result["loss"] if isinstance(result, dict) else result
-            if loss is None:  # the user skips the batch
-                return result
-            seen = branch_of(result)
-            other: Branch | None = None
-            if recipe.needs("adversarial" if sees_clean else "clean"):
-                other = passes.run(adversarial if sees_clean else site.values)
-            clean, attacked = (seen, other) if sees_clean else (other, seen)
-            classes = passes.classes(seen)
-            measured |= defense.learn(
-                clean, attacked, classes, generator=generator, average=average, measure=bool(measured)
-            )
-            total, logs = defense.combine(loss, clean, attacked, passes)
-            until_backward(total)
-        if trainer.barebones:  # such a trainer forbids logging, and would warn at every batch
-            return {**result, "loss": total} if isinstance(result, dict) else total
-        prefix = f"defense/{self.name}/" if self.name else "defense/"
-        logs = {**logs, **measured, "eps": radius * recipe.eps, **defense.learned()}
-        logged = {prefix + key: value for key, value in logs.items()}
-        pl_module.log_dict(logged, on_step=True, on_epoch=False, batch_size=site.size)
-        return {**result, "loss": total} if isinstance(result, dict) else total
+            return None if loss is None else (loss, branch_of(result))
+
+        settings = step_settings(
+            trainer,
+            self.seed,
+            site.values.device,
+            radius=warmup_radius(trainer, recipe.warmup_epochs, batches),
+            measure=is_logging_step(trainer),
+        )
+        output = defense.step(passes, run_step, settings)
+        if output is None:  # the user skips the batch
+            return result
+        if not trainer.barebones:  # such a trainer forbids logging, and would warn at every batch
+            prefix = f"defense/{self.name}/" if self.name else "defense/"
+            logged = {prefix + key: value for key, value in output.logs.items()}
+            pl_module.log_dict(logged, on_step=True, on_epoch=False, batch_size=site.size)
+        return {**result, "loss": output.loss} if isinstance(result, dict) else output.loss
 
 
 def resolve_recipe(recipe: str | Recipe, threat: ThreatModel | None, changes: dict[str, Any]) -> Recipe:

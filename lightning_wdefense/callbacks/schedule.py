@@ -7,16 +7,20 @@ import math
 import torch
 
 from lightning_wdefense._compat import MisconfigurationException, Trainer
+from lightning_wdefense._ranks import Ranks
 from lightning_wdefense._seeding import seeded_generator
+from lightning_wdefense.defenses.step import StepSettings
 
 
 def noise_generator(trainer: Trainer, seed: int, device: torch.device) -> torch.Generator:
-    """A generator for the attack on the current batch, seeded by (seed, epoch, batch, rank).
+    """A generator for the attack on the current batch, seeded by (seed, number of the batch in the training, rank).
 
     Lightning does not restore the global random state when a run is resumed, and ``global_step`` does not change while
-    gradients accumulate. So neither can give the noise.
+    gradients accumulate. So neither can give the noise. Batches are counted when they are completed, so one that was interrupted gets
+    the same noise when it is run again.
     """
-    return seeded_generator(device, seed, trainer.current_epoch, trainer.fit_loop.batch_idx, trainer.global_rank)
+    batch = trainer.fit_loop.epoch_loop.batch_progress.total.completed
+    return seeded_generator(device, seed, batch, trainer.global_rank)
 
 
 def evaluation_generator(
@@ -61,6 +65,24 @@ def warmup_radius(trainer: Trainer, warmup_epochs: float, batches: int) -> float
             "length: set Trainer(limit_train_batches=...), or warmup_epochs=0."
         )
     return min(1.0, batches / max(warmup_epochs * epoch, 1.0))
+
+
+def step_settings(trainer: Trainer, seed: int, device: torch.device, *, radius: float, measure: bool) -> StepSettings:
+    """What a robust training step on the current batch has to know.
+
+    Args:
+        trainer: the trainer.
+        seed: seed of the attack's noise.
+        device: device of the inputs.
+        radius: factor on the attack's eps.
+        measure: whether to measure what the attack did.
+    """
+    return StepSettings(radius, noise_generator(trainer, seed, device), ranks_of(trainer), measure)
+
+
+def ranks_of(trainer: Trainer) -> Ranks:
+    """The ranks that train together under a trainer."""
+    return Ranks.current() if trainer.world_size > 1 else Ranks()
 
 
 def is_logging_step(trainer: Trainer) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_wdefense.attacks.base import Attack
 from lightning_wdefense.attacks.steps.inspection import StepInspection
@@ -22,6 +22,7 @@ from lightning_wdefense.modules.recording import OUTPUTS, ForwardRecorder, Recor
 from lightning_wdefense.modules.state.isolation import eager, internal_pass, isolated
 from lightning_wdefense.modules.state.random_state import RandomState
 from lightning_wdefense.modules.steps import Step
+from lightning_wdefense.modules.wrappers import bypassed
 
 
 class ForwardPasses(ABC):
@@ -74,6 +75,7 @@ class ModelForwardPasses(ForwardPasses):
         compares: whether the recipe compares outputs, which must then contain a tensor.
         pick: finds the outputs in the model's return value, for the attack.
         whole: never run a part of the batch.
+        wrapper: the model as it is wrapped for several processes. Only a synchronised pass goes through the wrapper.
     """
 
     def __init__(
@@ -86,8 +88,9 @@ class ModelForwardPasses(ForwardPasses):
         compares: bool = True,
         pick: Callable[[Any], Any] | None = None,
         whole: bool = False,
+        wrapper: nn.Module | None = None,
     ) -> None:
-        self._whole = whole
+        self._whole, self._wrapper = whole, wrapper
         self.model, self._recorder, self.values, self.labels = model, recorder, inputs, labels
         self._compares, self._pick = compares, pick
 
@@ -98,11 +101,18 @@ class ModelForwardPasses(ForwardPasses):
         model = self.model if self._pick is None else PickedOutputModel(self.model, self._pick)
         if self._whole:
             execution = replace(execution or Execution(), whole=True)
-        return attack(model, self.values, self.labels, generator=generator, execution=execution)
+        with bypassed(self._wrapper):
+            return attack(model, self.values, self.labels, generator=generator, execution=execution)
 
-    def run(self, values: Tensor) -> Branch:
-        """A plain forward pass."""
-        with internal_pass(), self._recorder.recording() as recording:
+    def run(self, values: Tensor, *, synchronised: bool = False) -> Branch:
+        """A plain forward pass.
+
+        Args:
+            values: the values, ``(N, ...)``.
+            synchronised: go through the wrapper, which prepares the backward pass on all ranks. One pass a batch must.
+        """
+        through = contextlib.nullcontext() if synchronised else bypassed(self._wrapper)
+        with internal_pass(), through, self._recorder.recording() as recording:
             outputs = self.model(values)
         if self.model is not self._recorder.model:
             recording.outputs = [outputs if self._pick is None else self._pick(outputs)]
@@ -110,7 +120,7 @@ class ModelForwardPasses(ForwardPasses):
 
     def without_side_effects(self, *, evaluation: bool = True) -> contextlib.AbstractContextManager[Any]:
         """Context in which the state of the user's module is preserved."""
-        return _isolated_eager(self.model, self.values.device, evaluation)
+        return _isolated_eager(self.model, self.values.device, evaluation, self._wrapper)
 
     @contextlib.contextmanager
     def record_step(self) -> Iterator[Callable[[Any], Branch]]:
@@ -291,8 +301,10 @@ class StepForwardPasses(ForwardPasses):
 
 
 @contextlib.contextmanager
-def _isolated_eager(model: Callable[..., Any], device: torch.device, evaluation: bool) -> Iterator[None]:
-    with isolated(model, device, evaluation=evaluation):
+def _isolated_eager(
+    model: Callable[..., Any], device: torch.device, evaluation: bool, wrapper: nn.Module | None
+) -> Iterator[None]:
+    with isolated(model, device, evaluation=evaluation), bypassed(wrapper):
         if evaluation:
             with eager():
                 yield

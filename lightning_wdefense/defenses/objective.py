@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_wdefense.attacks.labels import class_labels, hard_labels, not_ignored
 from lightning_wdefense.defenses.branch import Branch
-from lightning_wdefense.defenses.recipe import Recipe
+from lightning_wdefense.defenses.terms import Terms
 from lightning_wdefense.modules.outputs import float32_or_better, logits_of
 
 
@@ -33,7 +33,7 @@ def mart_margin_loss(outputs: Any, labels: Any) -> Tensor:
 
 
 def combine(
-    recipe: Recipe,
+    recipe: Terms,
     task_loss: Tensor,
     clean: Branch | None,
     adversarial: Branch | None,
@@ -78,7 +78,7 @@ def combine(
     return loss, {name: part.detach() for name, part in ({"loss": loss} | parts).items()}
 
 
-def _raise_not_finite(recipe: Recipe, parts: dict[str, Tensor]) -> None:
+def _raise_not_finite(recipe: Terms, parts: dict[str, Tensor]) -> None:
     culprits = [name for name, part in parts.items() if not bool(torch.isfinite(part).all())]
     values = ", ".join(f"{name} = {float(part.detach().float().mean()):.4g}" for name, part in parts.items())
     advice = {

@@ -1,22 +1,19 @@
-"""Recipes: the terms, weights and attack of a robust training objective."""
+"""Recipes: robust training objectives by name, and the defense that a recipe makes of a model."""
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import torch.nn.functional as F
-from torch import Tensor
+from torch import nn
 
 from lightning_wdefense._names import unknown_name
 from lightning_wdefense.attacks import (
     FGSM,
     PGD,
     Attack,
-    Execution,
     FeatureScattering,
     GibbsNoise,
     LagrangianAttack,
@@ -24,35 +21,15 @@ from lightning_wdefense.attacks import (
     ThreatModel,
     WassersteinAttack,
 )
-from lightning_wdefense.attacks.labels import class_labels
 from lightning_wdefense.attacks.threat import check_threat
 from lightning_wdefense.defenses.critic import CriticDiscrepancy
-from lightning_wdefense.defenses.discrepancies import Discrepancy, get_discrepancy
-from lightning_wdefense.modules.outputs import float32_or_better, logits_of
-
-Branch = Literal["clean", "adversarial"]
-
-
-def mean_cross_entropy(outputs: Any, labels: Tensor) -> Tensor:
-    """Cross-entropy with hard or soft labels, the mean over the batch (and over pixels).
-
-    Args:
-        outputs: logits ``(N, K, ...)``, or a return value that contains them.
-        labels: classes ``(N, ...)`` or class probabilities ``(N, K, ...)``.
-
-    Returns:
-        A scalar in float32 or better.
-    """
-    logits, labels = float32_or_better(logits_of(outputs)), class_labels(labels, outputs, check_values=True)
-    return F.cross_entropy(logits, labels.to(logits.dtype) if labels.is_floating_point() else labels)
-
-
-LOSSES = ("ce", "margin", "kl")
-"""Names of the attack losses that need logits."""
+from lightning_wdefense.defenses.defense import Defense
+from lightning_wdefense.defenses.terms import Terms
+from lightning_wdefense.modules.outputs import Pick, output_picker
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Terms):
     """The objective of a robust training step: ``step(seen) + other_weight * task(other) + weight * discrepancy``.
 
     Args:
@@ -75,6 +52,9 @@ class Recipe:
             as one more training step without the attack. The perturbation uses ``task_loss`` instead of the loss of
             ``training_step``, which runs only once.
         execution: how the attack runs the model, such as ``Execution(precision="bf16")``; ``None`` for no change.
+        gather: under several processes (DDP, FSDP2), compare the samples of all of them, so that the discrepancy and its gradient are
+            those of one process with the whole batch. Otherwise each process compares its own samples. See
+            ``docs/distributed.md`` for what it costs.
         ramp_steps: in the warm-up, increase the attack's number of steps with eps, which saves time.
         warmup_epochs: number of epochs over which the attack's eps grows linearly from 0. It is counted in defended batches, so
             gradient accumulation and several optimizers do not change it. A training that began without the defense still gets the
@@ -88,83 +68,6 @@ class Recipe:
         >>> Recipe.named("trades", ThreatModel(eps=0.1)).weight
         6.0
     """
-
-    attack: Attack | None
-    sees: Branch = "adversarial"
-    discrepancy: str | Discrepancy | None = None
-    weight: float = 0.0
-    features: str = "outputs"
-    other_weight: float = 0.0
-    task_loss: Callable[[Any, Any], Tensor] = mean_cross_entropy
-    margin_weight: float = 0.0
-    awp: float = 0.0
-    execution: Execution | None = None
-    ramp_steps: bool = False
-    warmup_epochs: float = 3.0
-    name: str = "custom"
-
-    def __post_init__(self) -> None:
-        if self.sees not in ("clean", "adversarial"):
-            raise ValueError(f'sees must be "clean" or "adversarial", got {self.sees!r}.')
-        for field in ("weight", "other_weight", "margin_weight", "awp", "warmup_epochs"):
-            if not getattr(self, field) >= 0:
-                raise ValueError(f"{field} must not be negative, got {getattr(self, field)}.")
-        terms = (self.weight, self.other_weight, self.margin_weight, self.awp)
-        if self.attack is None and (self.sees == "adversarial" or any(terms)):
-            raise ValueError(
-                'attack=None gives no adversarial inputs, so it needs sees="clean", and all weights and awp must be 0.'
-            )
-        if self.weight and self.discrepancy is None:
-            raise ValueError(
-                f'weight={self.weight} needs a discrepancy, but there is none: set discrepancy=, such as "sinkhorn".'
-            )
-        if self.discrepancy is not None:
-            get_discrepancy(self.discrepancy)
-        if self.ramp_steps and not isinstance(self.attack, PGD):
-            raise ValueError(f"ramp_steps=True needs PGD, whose number of steps can grow, got {self.attack!r}.")
-
-    @property
-    def threat(self) -> ThreatModel | None:
-        """The attack's threat model."""
-        return None if self.attack is None else self.attack.threat
-
-    @property
-    def eps(self) -> float:
-        """The attack's perturbation budget eps, in data units; 0 without an attack."""
-        return 0.0 if self.attack is None else self.attack.threat.eps
-
-    @property
-    def active(self) -> bool:
-        """Whether the recipe changes the training. If not, training is exactly as without a recipe."""
-        return self.needs("adversarial") or self.awp > 0
-
-    def needs(self, branch: Branch) -> bool:
-        """Whether the loss needs the model's outputs on the ``"clean"`` or on the ``"adversarial"`` inputs."""
-        both = self.weight > 0 or self.other_weight > 0
-        return both or self.sees == branch or (branch == "adversarial" and self.margin_weight > 0)
-
-    @property
-    def compares(self) -> bool:
-        """Whether a term of the loss needs the model's outputs, beyond the loss of the user's own step."""
-        return self.weight > 0 or self.other_weight > 0 or self.margin_weight > 0
-
-    @property
-    def compares_classes(self) -> bool:
-        """Whether a term of the loss, or the attack, needs logits of classes."""
-        by_divergence = self.weight > 0 and self.discrepancy in ("kl", "weighted-kl")
-        by_attack = self.attack is not None and self.attack.of_losses() is None
-        return by_divergence or self.margin_weight > 0 or (by_attack and getattr(self.attack, "loss", None) in LOSSES)
-
-    def attack_at(self, radius: float) -> Attack:
-        """The attack with its eps multiplied by ``radius``, from 0 to 1 (the warm-up); with ``ramp_steps`` its steps as well."""
-        attack = self.attack
-        assert attack is not None
-        if self.ramp_steps and isinstance(attack, PGD):
-            steps = max(1, math.ceil(radius * attack.steps))
-            # Fewer steps cover the same distance in total.
-            step_size = None if attack.step_size is None else attack.step_size * attack.steps / steps
-            attack = replace(attack, steps=steps, step_size=step_size)
-        return attack if radius == 1.0 else attack.with_eps(attack.threat.eps * radius)
 
     @classmethod
     def named(cls, name: str, threat: ThreatModel, **changes: Any) -> Recipe:
@@ -216,6 +119,50 @@ class Recipe:
         if name not in RECIPES:
             raise ValueError(unknown_name("recipe", name, RECIPES))
         return replace(RECIPES[name](threat), name=name, **changes)
+
+    def bind(
+        self,
+        model: nn.Module,
+        *,
+        outputs: Pick = None,
+        seed: int = 0,
+        warmup_steps: float = 0.0,
+    ) -> Defense:
+        """The recipe at work on a model, in a training loop of your own: Fabric, accelerate, Hugging Face or plain PyTorch.
+
+        ``defense(inputs, labels)`` attacks a batch and returns the loss to minimise, see
+        :meth:`~lightning_wdefense.defenses.defense.Defense.__call__`. The callback and the mixin work in the same way, so equal seeds
+        give equal models. Save ``defense.state_dict()`` in your checkpoints. Where torch.distributed has a process group, all
+        its ranks train one model.
+
+        Args:
+            model: takes the inputs and returns logits. Wrap it first (``DistributedDataParallel``, ``fabric.setup``,
+                ``accelerator.prepare``, ``torch.compile``) and bind the result.
+            outputs: key, position or callable that finds the logits in the model's return value. ``"logits"`` and ``"out"`` are
+                found without it.
+            seed: seed of the attack's noise.
+            warmup_steps: number of batches over which the attack's eps grows linearly from 0; 0 for none. The recipe's
+                ``warmup_epochs`` does not count here, since only a Trainer knows how long an epoch is.
+
+        Raises:
+            TypeError: if the model is no module, or its parameters are sharded in a way that an attack cannot work with.
+            ValueError: if the recipe's features name no submodule, or ``warmup_steps`` is negative.
+
+        Example:
+            >>> model = nn.Linear(4, 3)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> defense = Recipe.named("pgd-at", ThreatModel(eps=0.1)).bind(model, warmup_steps=2)
+            >>> for inputs, labels in [(torch.rand(8, 4), torch.arange(8) % 3)] * 2:
+            ...     optimizer.zero_grad()
+            ...     output = defense(inputs, labels)
+            ...     output.loss.backward()
+            ...     optimizer.step()
+            >>> output.logs["eps"], defense.state_dict()["batches"]
+            (0.1, 2)
+        """
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"A recipe is bound to an nn.Module, got a {type(model).__name__}.")
+        return Defense(self, model, output_picker(outputs), seed=seed, warmup_steps=warmup_steps)
 
 
 def _training_attack(threat: ThreatModel, loss: Literal["ce", "kl"] = "ce") -> Attack:

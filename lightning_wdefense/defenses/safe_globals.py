@@ -11,7 +11,8 @@ import torch
 from lightning_wdefense.attacks import Attack, Execution, ThreatModel
 from lightning_wdefense.defenses.critic import CriticDiscrepancy
 from lightning_wdefense.defenses.discrepancies import DISCREPANCIES, SlicedTransport, Transport
-from lightning_wdefense.defenses.recipe import Recipe, mean_cross_entropy
+from lightning_wdefense.defenses.recipe import Recipe
+from lightning_wdefense.defenses.terms import mean_cross_entropy
 from lightning_wdefense.transport import SinkhornDivergence, SlicedWasserstein
 from lightning_wdefense.transport.entropic.options import SinkhornOptions
 from lightning_wdefense.transport.sliced.options import SlicedOptions

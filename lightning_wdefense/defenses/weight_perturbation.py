@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
+from lightning_wdefense._ranks import Ranks
 from lightning_wdefense.modules.autograd import gradients
 
 
@@ -27,10 +30,15 @@ class WeightPerturbation:
         self.model, self.size = model, size
         self._kept: list[tuple[nn.Parameter, Tensor]] = []
 
-    def ascent_steps(self, loss: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
-        """The step of each weight along its gradient, which increases ``loss``. Weights without a gradient have no step."""
+    def ascent_steps(self, loss: Tensor, ranks: Ranks) -> list[tuple[nn.Parameter, Tensor]]:
+        """The step of each weight along its gradient, which increases ``loss``. Weights without a gradient have no step.
+
+        Args:
+            loss: this rank's loss.
+            ranks: the ranks whose mean gradient is followed, so that all perturb the weights alike.
+        """
         weights = [weight for weight in self.model.parameters() if weight.requires_grad and weight.ndim > 1]
-        directions = gradients(loss, weights) if weights else ()
+        directions = _averaged(weights, gradients(loss, weights) if weights else (), ranks)
         steps = []
         with torch.no_grad():
             for weight, gradient in zip(weights, directions, strict=True):
@@ -66,3 +74,21 @@ class WeightPerturbation:
     def _at_the_end_of_backward(self, gradient: Tensor) -> None:
         # DDP uses the same mechanism to know that all gradients are computed.
         torch.autograd.Variable._execution_engine.queue_callback(self.undo)  # type: ignore[attr-defined]
+
+
+def _averaged(
+    weights: Sequence[nn.Parameter], directions: Sequence[Tensor | None], ranks: Ranks
+) -> Sequence[Tensor | None]:
+    """Mean gradients over the ranks. A gradient that this rank does not have counts as zero; one that no rank has is ``None``."""
+    if ranks.size == 1 or not weights:
+        return directions
+    known = ranks.sum(torch.tensor([float(each is not None) for each in directions], device=weights[0].device)) > 0
+    dtypes = dict.fromkeys(weight.dtype for weight in weights)
+    averaged: list[Tensor | None] = [None] * len(weights)
+    for dtype in dtypes:
+        chosen = [i for i, weight in enumerate(weights) if weight.dtype == dtype and bool(known[i])]
+        found = (directions[i] for i in chosen)
+        filled = [torch.zeros_like(weights[i]) if d is None else d for i, d in zip(chosen, found, strict=True)]
+        for i, mean in zip(chosen, ranks.mean_of_all(filled), strict=True):
+            averaged[i] = mean
+    return averaged

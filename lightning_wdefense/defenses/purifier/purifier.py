@@ -21,7 +21,7 @@ from lightning_wdefense.defenses.branch import Branch
 from lightning_wdefense.defenses.critic import CriticDiscrepancy, OnlineCritic
 from lightning_wdefense.defenses.purifier.classifier import PurifiedClassifier
 from lightning_wdefense.defenses.purifier.generators import BoundedGenerator, generator_for
-from lightning_wdefense.defenses.recipe import mean_cross_entropy
+from lightning_wdefense.defenses.terms import mean_cross_entropy
 from lightning_wdefense.modules.batches import BatchReader, Key
 from lightning_wdefense.modules.outputs import float32_or_better
 from lightning_wdefense.modules.state.isolation import isolated

@@ -1,0 +1,79 @@
+"""Models that are wrapped for training on several devices, by PyTorch or by Fabric."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_wdefense._compat import is_a
+
+SHARDING = {
+    "FullyShardedDataParallel": "FSDP1 keeps its parameters in flat tensors that are whole only inside its own forward pass, and cannot take "
+    "gradients with respect to inputs alone; use FSDP2 (torch.distributed.fsdp.fully_shard) or DistributedDataParallel",
+    "DeepSpeedEngine": "DeepSpeed's engine supports no gradients with respect to inputs alone; use DistributedDataParallel, or FSDP2",
+    "DataParallel": "DataParallel copies the model for each batch; use DistributedDataParallel",
+}
+"""Wrappers that an attack cannot work with, and why."""
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside the wrappers of ``DistributedDataParallel`` and Fabric; a model that is not wrapped is returned.
+
+    Raises:
+        TypeError: for a wrapper that an attack cannot work with; the message gives the reason.
+    """
+    while True:
+        for name, reason in SHARDING.items():
+            if is_a(model, name):
+                raise TypeError(f"A model that is wrapped by {name} cannot be attacked: {reason}.")
+        inner = _inside(model)
+        if inner is None:
+            return model
+        model = inner
+
+
+@contextlib.contextmanager
+def bypassed(model: nn.Module | None) -> Iterator[None]:
+    """Context in which calls of a wrapped model run the model inside, in the wrapper's precision and without communication.
+
+    ``DistributedDataParallel`` prepares a backward pass and sends buffers in every forward pass, which must not happen in the passes of
+    an attack. Fabric's wrapper refuses backward passes that it did not start.
+    """
+    if model is None or _inside(model) is None:
+        yield
+        return
+    target, before = vars(model), vars(model).get("forward")
+    target["forward"] = _direct(model, unwrapped(model))
+    try:
+        yield
+    finally:
+        if before is None:
+            del target["forward"]
+        else:
+            target["forward"] = before
+
+
+def _direct(model: nn.Module, inner: nn.Module) -> Callable[..., Any]:
+    precision = getattr(model, "_precision", None) if is_a(model, "_FabricModule") else None
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if precision is None:
+            return inner(*args, **kwargs)
+        with precision.forward_context():
+            return inner(*precision.convert_input(args), **precision.convert_input(kwargs))
+
+    return forward
+
+
+def _inside(model: nn.Module) -> nn.Module | None:
+    """The module that a wrapper wraps; ``None`` for any other module."""
+    if isinstance(model, DistributedDataParallel):
+        return model.module
+    if is_a(model, "_FabricModule"):
+        forward: nn.Module = model._forward_module  # type: ignore[assignment]
+        return forward
+    return None
