@@ -29,7 +29,7 @@ class Ranks:
     def current(cls) -> Ranks:
         """All ranks if torch.distributed has a process group, otherwise this process alone."""
         if not (dist.is_available() and dist.is_initialized()):
-            return cls()
+            return ALONE
         return cls(dist.get_world_size(), dist.get_rank())
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -98,6 +98,10 @@ class Ranks:
     def row_counts(self, rows: Tensor) -> list[int]:
         """The number of rows of each rank."""
         return [round(count) for count in self.numbers(len(rows), rows.device)]
+
+
+ALONE = Ranks()
+"""One process that trains by itself."""
 
 
 def rows_of(rank: int, sizes: Sequence[int]) -> slice:

@@ -1,25 +1,40 @@
-"""Refuse trainer strategies that an attack cannot work with."""
+"""What the strategies of a Trainer that shard the model's parameters allow."""
 
 from __future__ import annotations
 
 from lightning_wdefense._compat import MisconfigurationException, Trainer, is_a
 
-SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
+REFUSED = {
+    "FSDPStrategy": "FSDP1 keeps the parameters in flat tensors that are whole only inside its own forward pass, and cannot take gradients with "
+    "respect to inputs alone. Use FSDP2, ModelParallelStrategy(tensor_parallel_size=1) with fully_shard() in configure_model",
+    "DeepSpeedStrategy": "DeepSpeed's engine takes gradients only in its own backward(), and an attack needs gradients with respect to inputs "
+    "alone. Use FSDP2, ModelParallelStrategy(tensor_parallel_size=1) with fully_shard() in configure_model",
+}
+"""Strategies that an attack cannot work with, and why."""
 
 
 def check_strategy(trainer: Trainer, who: str) -> None:
-    """Refuse strategies that shard the model's parameters: an attack needs the whole model on every rank.
+    """Refuse strategies that an attack cannot work with.
+
+    DDP works, and so does FSDP2 (``ModelParallelStrategy`` without tensor parallelism): gradients with respect to inputs flow
+    through a sharded forward pass.
 
     Args:
         trainer: the trainer.
         who: the name of the caller, for the error message.
 
     Raises:
-        MisconfigurationException: for FSDP, DeepSpeed and model parallelism.
+        MisconfigurationException: for FSDP1, DeepSpeed and tensor parallelism; the message gives the reason.
     """
-    for strategy in SHARDED:
-        if is_a(trainer.strategy, strategy):
+    for name, reason in REFUSED.items():
+        if is_a(trainer.strategy, name):
             raise MisconfigurationException(
-                f"{who} cannot attack a model whose parameters are sharded ({type(trainer.strategy).__name__}): use "
-                "strategy='ddp', or one device."
+                f"{who} cannot attack a model under {type(trainer.strategy).__name__}: {reason}, or strategy='ddp'."
+            )
+    if is_a(trainer.strategy, "ModelParallelStrategy"):
+        parallel = trainer.strategy.device_mesh["tensor_parallel"].size()  # type: ignore[attr-defined]
+        if parallel > 1:
+            raise MisconfigurationException(
+                f"{who} cannot attack a model under tensor parallelism (tensor_parallel_size={parallel}): the ranks of such a group share each "
+                "sample, but every rank would draw attack noise of its own. Use tensor_parallel_size=1 (FSDP2), or strategy='ddp'."
             )

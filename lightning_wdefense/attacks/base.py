@@ -12,6 +12,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
+from lightning_wdefense._ranks import ALONE, Ranks
 from lightning_wdefense.attacks.labels import class_labels, hard_labels, not_ignored
 from lightning_wdefense.attacks.losses import AttackLoss, cross_entropy, kl_divergence, margin
 from lightning_wdefense.attacks.partial_batches import PartialBatchModel
@@ -20,6 +21,7 @@ from lightning_wdefense.modules.autograd import gradients
 from lightning_wdefense.modules.execution import Execution
 from lightning_wdefense.modules.graphs import Replays
 from lightning_wdefense.modules.outputs import check_logits, logits_of, predictions
+from lightning_wdefense.modules.parallel import lockstep
 from lightning_wdefense.modules.state.isolation import isolated
 
 Model = Callable[[Tensor], Any]
@@ -70,6 +72,8 @@ class Attack(ABC):
     threat: ThreatModel
     seed: int
     name: ClassVar[str]
+    runs_in_lockstep: ClassVar[bool] = True
+    """Whether all ranks run a sharded model equally often."""
 
     def __post_init__(self) -> None:
         check_threat(self.threat, type(self).__name__)
@@ -146,19 +150,26 @@ class Attack(ABC):
                 f"The inputs have an empty dimension, so there is nothing to attack: shape {tuple(inputs.shape)}."
             )
         samples = None if samples is None else _indices(samples, len(inputs)).to(inputs.device)
-        execution = execution or Execution()
+        execution, ranks = execution or Execution(), lockstep(model)
+        if ranks.size > 1 and not self.runs_in_lockstep:
+            raise ValueError(
+                f"{type(self).__name__} decides by itself how often it runs the model, but all ranks must run a sharded model equally often: "
+                "use an attack such as PGD, or measure on one device, with the weights gathered."
+            )
         with isolated(model, inputs.device), execution.prepared(model, inputs.device) as run:
             clean = inputs.detach().clone()
             labels = apply_to_collection(labels, Tensor, lambda label: label.detach().clone())
             # Half precision cannot represent small steps: the attack iterates in float32, and the model gets its own dtype.
             data, box = self.threat.read(execution.lay_out(clean))
-            if (self.threat.eps == 0 and self.bounded) or (samples is not None and len(samples) == 0):
+            if (self.threat.eps == 0 and self.bounded) or not ranks.any(samples is None or len(samples) > 0):
                 return clean
             generator = generator or torch.Generator(inputs.device).manual_seed(self.seed)
             problem = Problem(
                 model,
                 PartialBatchModel(
-                    run, clean, whole=execution.whole or not getattr(model, "accepts_partial_batches", True)
+                    run,
+                    clean,
+                    whole=execution.whole or ranks.size > 1 or not getattr(model, "accepts_partial_batches", True),
                 ),
                 data,
                 labels,
@@ -167,6 +178,7 @@ class Attack(ABC):
                 generator,
                 inputs.dtype,
                 replays=execution.replays(model, inputs.device),
+                ranks=ranks,
             )
             if samples is not None:
                 problem = problem.select(samples)
@@ -206,6 +218,7 @@ class Problem:
         dtype: the dtype of the model's inputs.
         clean_outputs: the model's outputs on the clean inputs, if the loss needs them.
         replays: computes gradients on the whole batch with CUDA graphs; ``None`` for no graphs.
+        ranks: the ranks that must run the model equally often.
     """
 
     model: Model
@@ -218,6 +231,11 @@ class Problem:
     dtype: torch.dtype
     clean_outputs: Any = None
     replays: Replays | None = None
+    ranks: Ranks = ALONE
+
+    def anywhere(self, condition: bool) -> bool:
+        """Whether a condition holds on any of the ranks: whether all go on with an attack, a sample of it being left on one of them."""
+        return self.ranks.any(condition, self.data.device)
 
     def forward(self, data: Tensor) -> Any:
         """The model's outputs for inputs in data units. The model gets a copy, because it may work in place."""
@@ -358,7 +376,7 @@ class Problem:
             (gradient,) = gradients(values, point, scaled, retain_graph=keep)
             if gradient is None:
                 raise ValueError(_NO_GRADIENT)
-            if scale == 1 or bool(torch.isfinite(gradient).all()):
+            if scale == 1 or not self.anywhere(not bool(torch.isfinite(gradient).all())):
                 break
         # Always a copy: the tensor that autograd returns may be shared, or overlap itself in memory.
         return torch.nan_to_num(gradient if scale == 1 else gradient / scale, nan=0.0, posinf=0.0, neginf=0.0)

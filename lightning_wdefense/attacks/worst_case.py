@@ -12,6 +12,7 @@ from lightning_wdefense.attacks.base import Attack, Model
 from lightning_wdefense.attacks.labels import class_labels, hard_labels, not_ignored, replace_ignore_index
 from lightning_wdefense.attacks.partial_batches import PartialBatchModel
 from lightning_wdefense.modules.outputs import check_logits, predictions, warn_of_no_prediction
+from lightning_wdefense.modules.parallel import lockstep
 from lightning_wdefense.modules.state.isolation import isolated
 
 
@@ -112,7 +113,9 @@ def worst_case(
         open_ = torch.ones(len(inputs), dtype=torch.bool, device=inputs.device) if whole else clean == target
         if samples is not None:
             open_ = open_ & samples
-        run = PartialBatchModel(model, inputs, whole=not getattr(model, "accepts_partial_batches", True))
+        ranks = lockstep(model)
+        by_parts = ranks.size == 1 and getattr(model, "accepts_partial_batches", True)
+        run = PartialBatchModel(model, inputs, whole=not by_parts)
         worst, latest, attacked = inputs.clone(), clean, open_.clone()
         broken = torch.zeros_like(open_)
         adversarial: dict[str, Tensor] = {}
@@ -121,7 +124,7 @@ def worst_case(
             if everyone and not adversarial:
                 chosen = torch.arange(len(inputs), device=inputs.device)
             predicted = (clean if independent or whole else latest).clone()
-            if len(chosen):
+            if ranks.any(len(chosen) > 0, inputs.device):
                 noise = generator() if generator is not None else None
                 found = attack(model, inputs, labels, generator=noise, samples=chosen)[chosen]
                 warn_of_no_prediction(after := predictions(run(found.clone())))

@@ -20,7 +20,14 @@ from lightning_wdefense.callbacks.interception import intercept_training_step
 from lightning_wdefense.callbacks.requirements import attacked_model, check_automatic_optimization, check_returns_loss
 from lightning_wdefense.callbacks.restoration import add_restoring_callback
 from lightning_wdefense.callbacks.route import Route
-from lightning_wdefense.callbacks.schedule import batches_begun, is_logging_step, step_settings, warmup_radius
+from lightning_wdefense.callbacks.schedule import (
+    batches_begun,
+    check_batches,
+    is_logging_step,
+    ranks_of,
+    step_settings,
+    warmup_radius,
+)
 from lightning_wdefense.callbacks.target import Target, Through
 from lightning_wdefense.defenses.branch import Branch
 from lightning_wdefense.defenses.defense import UNTRAINED, Defense
@@ -159,6 +166,11 @@ class WassersteinDefense(Callback):
             self._bind(pl_module)
             check_returns_loss(unwrapped_step(pl_module, "training_step"))
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check that all ranks have equally many batches, before the first of them."""
+        if self.recipe.active:
+            check_batches(trainer)
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Restore the module's own ``training_step``."""
         self._restore()
@@ -209,7 +221,7 @@ class WassersteinDefense(Callback):
         own = Step(pl_module, unwrapped_step(pl_module, "training_step"), "training_step", args, kwargs)
         add_restoring_callback(trainer, defense, self._restore)
         batches = defense.count_batch(trainer, batches_begun(trainer))
-        found = self._route.passes(own, defense, batch)
+        found = self._route.passes(own, defense, batch, ranks_of(trainer))
         if found is None:  # the step returned no loss (the user skips the batch), and no batch was inspected before
             return step(batch, *args, **kwargs)
         site, passes = found

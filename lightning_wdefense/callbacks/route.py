@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_wdefense._compat import rank_zero_warn
+from lightning_wdefense._ranks import Ranks
 from lightning_wdefense.attacks.base import Attack
 from lightning_wdefense.attacks.steps.inspection import (
     ConsumedIteratorError,
@@ -23,6 +24,7 @@ from lightning_wdefense.attacks.threat import ThreatModel
 from lightning_wdefense.callbacks.target import Target
 from lightning_wdefense.defenses.defense import Defense
 from lightning_wdefense.defenses.forward_passes import ForwardPasses, StepForwardPasses
+from lightning_wdefense.modules.parallel import is_sharded
 from lightning_wdefense.modules.paths import map_tensors
 from lightning_wdefense.modules.steps import Step
 
@@ -89,12 +91,16 @@ class Route:
         self.inspection = inspection
         return inspection
 
-    def passes(self, step: Step, defense: Defense, batch: Any) -> tuple[PerturbationSite, ForwardPasses] | None:
+    def passes(
+        self, step: Step, defense: Defense, batch: Any, ranks: Ranks
+    ) -> tuple[PerturbationSite, ForwardPasses] | None:
         """The attacked values of a batch, and forward passes over it; ``None`` for a first batch whose step returned no loss."""
         recipe = defense.recipe
         if self.inspection is None and not self.plain:
             assert recipe.attack is not None
             inspection = self.examine(step, batch, defense.model, recipe.attack)
+            # What the first batch shows may differ by rank; an attack through the step is right on every one.
+            self.plain = not ranks.any(not self.plain, defense.device)
             if inspection is None:
                 return None
         if self.plain:
@@ -162,6 +168,8 @@ def log_route(step: Step, seen: str, inspection: StepInspection) -> None:
 
 def needs_whole_batches(model: nn.Module, values: Tensor, pick: Callable[[Any], Any]) -> bool:
     """Whether plain forward passes must run whole batches. If so, a warning gives the reason."""
+    if is_sharded(model):
+        return True  # each pass takes all ranks, and they have different parts left
     reason = partial_batch_difference(model, values, pick)
     if reason:
         rank_zero_warn(

@@ -7,7 +7,7 @@ import math
 import torch
 
 from lightning_wdefense._compat import MisconfigurationException, Trainer
-from lightning_wdefense._ranks import Ranks
+from lightning_wdefense._ranks import ALONE, Ranks
 from lightning_wdefense._seeding import seeded_generator
 from lightning_wdefense.defenses.step import StepSettings
 
@@ -82,7 +82,23 @@ def step_settings(trainer: Trainer, seed: int, device: torch.device, *, radius: 
 
 def ranks_of(trainer: Trainer) -> Ranks:
     """The ranks that train together under a trainer."""
-    return Ranks.current() if trainer.world_size > 1 else Ranks()
+    return Ranks.current() if trainer.world_size > 1 else ALONE
+
+
+def check_batches(trainer: Trainer) -> None:
+    """Check that all ranks will see equally many training batches: a rank that has more of them would wait for the others forever.
+
+    Raises:
+        MisconfigurationException: if the numbers differ; the message lists them.
+    """
+    batches, device = float(trainer.num_training_batches), trainer.strategy.root_device
+    numbers = ranks_of(trainer).numbers(batches if math.isfinite(batches) else -1.0, device)
+    if len(set(numbers)) > 1:
+        listed = ", ".join(f"rank {rank}: {'unknown' if n < 0 else int(n)}" for rank, n in enumerate(numbers))
+        raise MisconfigurationException(
+            f"The ranks have different numbers of training batches ({listed}), so that one would wait for the others forever. Use a "
+            "DistributedSampler, which makes them equal (the default for map-style datasets), or Trainer(limit_train_batches=...)."
+        )
 
 
 def is_logging_step(trainer: Trainer) -> bool:

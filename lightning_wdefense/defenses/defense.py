@@ -27,8 +27,8 @@ from lightning_wdefense.defenses.terms import Terms
 from lightning_wdefense.defenses.weight_perturbation import WeightPerturbation
 from lightning_wdefense.modules.attachments import Attachment
 from lightning_wdefense.modules.outputs import predictions, tensor_of
+from lightning_wdefense.modules.parallel import is_sharded, unwrapped
 from lightning_wdefense.modules.recording import ForwardRecorder, trial_pass
-from lightning_wdefense.modules.wrappers import unwrapped
 from lightning_wdefense.transport.sharing import rows_shared
 
 UNTRAINED: dict[str, Any] = {"batches": 0, "multiplier": None, "critic": None}
@@ -64,6 +64,12 @@ class Defense(Attachment):
     ) -> None:
         if not warmup_steps >= 0:
             raise ValueError(f"warmup_steps must not be negative, got {warmup_steps}.")
+        inner = unwrapped(model)
+        if recipe.awp > 0 and is_sharded(model):
+            raise ValueError(
+                f"awp={recipe.awp} perturbs weights by their own gradients, but FSDP2 shows gradients of sharded weights only to backward(): "
+                "set awp=0, or use DistributedDataParallel (strategy='ddp')."
+            )
         self.recipe, self.model, self.host, self.pick = recipe, model, model, pick
         self.seed, self.warmup_steps = seed, warmup_steps
         self.batches: int | None = 0
@@ -74,7 +80,7 @@ class Defense(Attachment):
         self._discrepancy = None if recipe.discrepancy is None else get_discrepancy(recipe.discrepancy)
         if isinstance(self._discrepancy, CriticDiscrepancy):
             self.critic = OnlineCritic(self._discrepancy)
-        self.recorder = ForwardRecorder(unwrapped(model), recipe.features, pick)
+        self.recorder = ForwardRecorder(inner, recipe.features, pick)
         self.perturbation = WeightPerturbation(model, recipe.awp)
 
     @torch.compiler.disable  # the attack's loop runs eagerly; a compiled forward is still called compiled
@@ -205,6 +211,11 @@ class Defense(Attachment):
             {**logs, **measured, "eps": settings.radius * recipe.eps, **self.learned()},
         )
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the model; the CPU for a model without parameters."""
+        return next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
+
     def value_in_state(self) -> Any:
         """A copy of the learned state, with which the defense of a copied module continues."""
         return copy.deepcopy(self.state_dict())
@@ -261,7 +272,9 @@ class Defense(Attachment):
         attack = self.recipe.attack_at(settings.radius)
         if isinstance(attack, LearnedAttack) and self.multiplier is not None:
             attack = replace(attack, multiplier=self.multiplier)  # type: ignore[type-var]
-        adversarial = passes.attack(attack, generator=settings.generator, execution=self.recipe.execution)
+        adversarial = passes.values  # of a rank that has no samples
+        if len(passes.values):
+            adversarial = passes.attack(attack, generator=settings.generator, execution=self.recipe.execution)
         if isinstance(attack, LearnedAttack):
             displacement = attack.displacement(passes.values, adversarial)
             displacement = settings.ranks.mean_of_samples(displacement, len(adversarial))
@@ -285,9 +298,10 @@ class Defense(Attachment):
         if self.critic is None or clean is None or adversarial is None:
             return {}
         generator, ranks = settings.generator, settings.ranks
-        if self.recipe.gather and ranks.size > 1:
-            sizes = ranks.row_counts(clean.features)
-            clean, adversarial, labels = self._gathered(clean, adversarial, labels, ranks, sizes)
+        if self.recipe.gather:
+            if ranks.size > 1:
+                sizes = ranks.row_counts(clean.features)
+                clean, adversarial, labels = self._gathered(clean, adversarial, labels, ranks, sizes)
             # All ranks train on the same samples, so they need the same noise.
             generator = seeded_generator(clean.features.device, self.critic.config.seed, self.batches or 0)
         try:

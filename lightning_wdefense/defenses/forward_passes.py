@@ -18,11 +18,11 @@ from lightning_wdefense.attacks.steps.step_attack import attack_step, required_l
 from lightning_wdefense.defenses.branch import Branch
 from lightning_wdefense.modules.execution import Execution
 from lightning_wdefense.modules.outputs import PickedOutputModel, tensor_of
+from lightning_wdefense.modules.parallel import bypassed
 from lightning_wdefense.modules.recording import OUTPUTS, ForwardRecorder, Recording
 from lightning_wdefense.modules.state.isolation import eager, internal_pass, isolated
 from lightning_wdefense.modules.state.random_state import RandomState
 from lightning_wdefense.modules.steps import Step
-from lightning_wdefense.modules.wrappers import bypassed
 
 
 class ForwardPasses(ABC):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_wdefense._ranks import Ranks
+from lightning_wdefense._ranks import ALONE, Ranks
 
 
 class StepSettings(NamedTuple):
@@ -22,7 +22,7 @@ class StepSettings(NamedTuple):
 
     radius: float = 1.0
     generator: torch.Generator | None = None
-    ranks: Ranks = Ranks()
+    ranks: Ranks = ALONE
     measure: bool = False
 
 

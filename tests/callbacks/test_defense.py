@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import math
 from contextlib import nullcontext
-from types import SimpleNamespace
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest

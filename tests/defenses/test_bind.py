@@ -176,12 +176,12 @@ class TestCall:
 
 class TestErrors:
     def test_a_model_that_is_no_module(self):
-        with pytest.raises(TypeError, match="nn.Module, got a function"):
+        with pytest.raises(TypeError, match=r"nn\.Module, got a function"):
             Recipe.named("pgd-at", THREAT).bind(lambda x: x)
 
     def test_several_inputs(self):
         defense = Recipe.named("pgd-at", THREAT).bind(DigitsClassifier())
-        with pytest.raises(TypeError, match="one tensor, got a tuple.*forward=lambda"):
+        with pytest.raises(TypeError, match=r"one tensor, got a tuple.*forward=lambda"):
             defense((torch.rand(2, 1, 8, 8),) * 2, torch.tensor([0, 1]))
 
     def test_a_negative_warm_up(self):

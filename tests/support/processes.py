@@ -1,10 +1,18 @@
-"""Process groups of gloo that are left in good order."""
+"""Several processes: started together, and groups of gloo that are left in good order."""
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
+import torch
 import torch.distributed as dist
 
 
@@ -22,3 +30,45 @@ def group_ends() -> Iterator[None]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def run_ranks(script: Path, folder: Path, ranks: int, *args: str, timeout: float = 900) -> list[Any]:
+    """Run a script in so many processes that find each other as torchrun's do; returns what each wrote to ``{rank}.pt`` in the folder.
+
+    The script gets the folder and the arguments.
+    """
+    tests = Path(__file__).parents[1]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(ranks),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(script), str(folder), *args]
+    started = []
+    for rank in range(ranks):
+        own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        log = (folder / f"{rank}.log").open("w")
+        started.append((subprocess.Popen(command, env=own, stdout=log, stderr=subprocess.STDOUT), log))
+    deadline = time.monotonic() + timeout
+    try:
+        while any(process.poll() is None for process, _ in started):
+            failed = any(process.poll() not in (None, 0) for process, _ in started)
+            if failed or time.monotonic() > deadline:
+                break  # the others may wait for it forever
+            time.sleep(0.05)
+    finally:
+        for process, log in started:
+            process.kill()
+            process.wait()
+            log.close()
+    codes = [process.returncode for process, _ in started]
+    logs = "\n".join(f"--- rank {rank}\n{(folder / f'{rank}.log').read_text()[-3000:]}" for rank in range(ranks))
+    assert codes == [0] * ranks, f"exit codes {codes}\n{logs}"
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(ranks)]

@@ -100,7 +100,7 @@ class PGD(Attack):
         fooled, worst = self._fooled_and_loss(problem, adversarial)
         for _ in range(self.restarts - 1):
             open_ = (~fooled).nonzero().squeeze(1)
-            if len(open_) == 0:
+            if not problem.anywhere(len(open_) > 0):
                 break
             candidate = self._ascend(part := problem.select(open_))
             newly, loss = self._fooled_and_loss(part, candidate)
@@ -125,7 +125,7 @@ class PGD(Attack):
             if len(right) < len(left):
                 found[left] = data
                 problem, data, gradient, left = problem.select(right), data[right], gradient[right], left[right]
-            if len(left) == 0:
+            if not problem.anywhere(len(left) > 0):
                 break
             data = self._move(problem, data, gradient)
         found[left] = data

@@ -70,6 +70,7 @@ class AutoAttack(Attack):
     """
 
     name: ClassVar[str] = "autoattack"
+    runs_in_lockstep: ClassVar[bool] = False
 
     threat: ThreatModel
     steps: int = 100

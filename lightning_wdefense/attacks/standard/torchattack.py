@@ -8,7 +8,7 @@ import math
 import random
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -61,6 +61,8 @@ class TorchAttack(Attack):
         >>> bool((adversarial - inputs).abs().max() <= 0.1 + 1e-6)
         True
     """
+
+    runs_in_lockstep: ClassVar[bool] = False
 
     def __init__(self, attack: str, threat: ThreatModel, *, seed: int = 0, **options: Any) -> None:
         check_threat(threat, type(self).__name__)

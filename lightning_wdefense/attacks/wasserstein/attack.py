@@ -132,7 +132,7 @@ class WassersteinAttack(Attack):
             loss = self.loss or ("ce", "margin")[round_ % 2]
             for method in self.methods:
                 open_ = (~found.fooled).nonzero().squeeze(1)
-                if len(open_) == 0:
+                if not problem.anywhere(len(open_) > 0):
                     return found.images
                 part = transport.select(open_)
                 start = part.identity_plan()
@@ -162,9 +162,9 @@ class WassersteinAttack(Attack):
                 return
             gradient = part.differentiate(values, point, torch.ones_like(values))
             values = values.detach()
-            if self.early_exit and bool(fooled.any()):
+            if self.early_exit and problem.anywhere(bool(fooled.any())):
                 stay = (~fooled).nonzero().squeeze(1)
-                if len(stay) == 0:
+                if not problem.anywhere(len(stay) > 0):
                     return
                 index, part, ascent = index[stay], part.select(stay), ascent.select(stay)
                 gradient, values = gradient[stay], values[stay]

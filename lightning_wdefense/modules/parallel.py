@@ -1,4 +1,4 @@
-"""Models that are wrapped for training on several devices, by PyTorch or by Fabric."""
+"""Models that are trained on several devices: wrapped by PyTorch or by Fabric, or sharded by FSDP2 (``fully_shard``)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_wdefense._compat import is_a
+from lightning_wdefense._ranks import ALONE, Ranks
+from lightning_wdefense.modules.state.isolation import module_of
 
 SHARDING = {
     "FullyShardedDataParallel": "FSDP1 keeps its parameters in flat tensors that are whole only inside its own forward pass, and cannot take "
@@ -77,3 +79,14 @@ def _inside(model: nn.Module) -> nn.Module | None:
         forward: nn.Module = model._forward_module  # type: ignore[assignment]
         return forward
     return None
+
+
+def is_sharded(model: Callable[..., Any]) -> bool:
+    """Whether a model, or the module that a method belongs to, has parameters that ``fully_shard`` has sharded over the ranks."""
+    module = module_of(model)
+    return module is not None and any(is_a(submodule, "FSDPModule") for submodule in module.modules())
+
+
+def lockstep(model: Callable[..., Any]) -> Ranks:
+    """The ranks that must run a model equally often: all for a sharded model, whose every pass takes all ranks, otherwise this one."""
+    return Ranks.current() if is_sharded(model) else ALONE
