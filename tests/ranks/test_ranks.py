@@ -35,13 +35,8 @@ def assert_same(results, expected, case):
     for rank, result in enumerate(results):
         for step, (one, other) in enumerate(zip(result["steps"], expected["steps"], strict=True)):
             for key in other:
-                torch.testing.assert_close(
-                    one[key],
-                    other[key],
-                    rtol=1e-5,
-                    atol=5e-6,
-                    msg=lambda m: f"{case}: {key} of step {step} on rank {rank}: {m}",
-                )
+                where = f"{case}: {key} of step {step} on rank {rank}: "
+                torch.testing.assert_close(one[key], other[key], rtol=1e-5, atol=5e-6, msg=where.__add__)
         assert_learned(result["learned"], expected["learned"], case)
 
 

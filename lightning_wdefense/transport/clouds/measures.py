@@ -30,6 +30,10 @@ class Measure(NamedTuple):
         shares = self.weights / self.weights.sum(-1, keepdim=True)
         return (shares.unsqueeze(-1) * self.points).sum(-2, keepdim=True)
 
+    def rows(self, part: slice) -> Measure:
+        """The measure of a slice of the points of one problem."""
+        return Measure(self.points[part], self.weights[part], None if self.labels is None else self.labels[part])
+
     def problem(self, i: int) -> Measure:
         """The measure of one problem of the batch: points ``(N, D)``, weights ``(N,)`` and labels alike."""
         return Measure(self.points[i], self.weights[i], None if self.labels is None else self.labels[i])

@@ -17,6 +17,7 @@ from lightning_wdefense.transport.entropic.gpu.graphs import attempt_again
 from lightning_wdefense.transport.entropic.gradients.envelope import differentiable_value
 from lightning_wdefense.transport.entropic.newton import problem as newton
 from lightning_wdefense.transport.entropic.problem.arguments import Arguments, Given, Pair, read_arguments
+from lightning_wdefense.transport.entropic.problem.problem import shared
 from lightning_wdefense.transport.entropic.problem.workspace import workspace
 from lightning_wdefense.transport.entropic.solver import optimum as sinkhorn
 from lightning_wdefense.transport.entropic.solver.optimum import Optimum
@@ -61,6 +62,8 @@ def _speculate(given: Given, warm_start: WarmStart | None) -> Evaluation | None:
         return None
     claims: list[Tensor] = []
     arguments = read_arguments(given, claims)
+    if shared(arguments):
+        return None
     start = None if warm_start is None else warm_start.recall(arguments.y.weights)
     with torch.no_grad(), exact_products():
         attempt = attempt_again(arguments, start)
@@ -81,7 +84,8 @@ def _speculate(given: Given, warm_start: WarmStart | None) -> Evaluation | None:
 def _solve(arguments: Arguments, warm_start: WarmStart | None) -> Evaluation:
     """The evaluation step by step: by Newton's method for few small problems on a CPU, else by Sinkhorn's iteration."""
     (size, n), m = arguments.x.weights.shape, arguments.y.weights.shape[1]
-    solve = newton.transports if newton.suits(size, n, m, arguments.x.weights.device) else sinkhorn.transports
+    small = newton.suits(size, n, m, arguments.x.weights.device) and not shared(arguments)
+    solve = newton.transports if small else sinkhorn.transports
     start = None if warm_start is None else warm_start.recall(arguments.y.weights)
     # A step of the iteration that is rejected later may overflow.
     with torch.no_grad(), exact_products(), numpy.errstate(all="ignore"), workspace() as work:

@@ -119,7 +119,8 @@ def half_squared_distance(source: Measure, target: Measure, eps: float) -> Groun
     row, column = half_squares(x), half_squares(y)
     if dtype == torch.float32 and x.device.type != "mps":
         weighty = torch.where(source.weights > 0, row, 0), torch.where(target.weights > 0, column, 0)
-        if torch.finfo(dtype).eps * max(float(squares.max()) for squares in weighty) > ROUNDING * eps:
+        largest = max(float(squares.max()) if squares.numel() else 0.0 for squares in weighty)
+        if torch.finfo(dtype).eps * largest > ROUNDING * eps:
             source, target = (each._replace(points=each.points.double()) for each in (source, target))
             return _wide(half_squared_distance(source, target, eps), dtype)
     transposed, product = y.mT, torch.addmm if x.ndim == 2 else torch.baddbmm
@@ -158,16 +159,23 @@ def distance(x: Tensor, y: Tensor) -> GroundCost:
     return GroundCost((*x.shape[:-1], y.shape[-2]), matrix, distances=matrix)
 
 
-def within_a_cloud(cost: GroundCost) -> GroundCost:
-    """The cost between the points of one cloud: exactly zero from each point to itself."""
+def within_a_cloud(cost: GroundCost, first: int = 0) -> GroundCost:
+    """The cost between the points of one cloud: exactly zero from each point to itself.
+
+    Args:
+        cost: the cost, its rows those of the points from ``first`` on.
+        first: number of the first point that has a row.
+    """
 
     def matrix(part: slice, out: Tensor | None = None) -> Tensor:
         block = cost.matrix(part, out)
-        diagonal = block[..., part].diagonal(dim1=-2, dim2=-1)
+        start, stop, _ = part.indices(cost.shape[-2])
+        columns = slice(first + start, first + stop)
+        diagonal = block[..., columns].diagonal(dim1=-2, dim2=-1)
         if cost.row is None or cost.column is None:
             diagonal.zero_()
         else:
-            torch.add(cost.row[..., part], cost.column[..., part], out=diagonal).neg_()
+            torch.add(cost.row[..., part], cost.column[..., columns], out=diagonal).neg_()
         return block
 
     return replace(cost, matrix=matrix)

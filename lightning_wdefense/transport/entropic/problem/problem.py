@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -22,6 +22,7 @@ from lightning_wdefense.transport.entropic.problem.costs import (
     within_a_cloud,
 )
 from lightning_wdefense.transport.entropic.problem.workspace import Workspace
+from lightning_wdefense.transport.sharing import Share, current_share
 
 LOOPED = 2**18
 """Number of entries of a cost matrix from which a CPU solves the problems of a batch one by one, each in its cache."""
@@ -37,6 +38,7 @@ class Problem:
         options: the settings.
         matrices: the caller's own costs between the measures, without the price of labels.
         work: where costs are kept, of one pair at a time: first ``"xy"``, then the others.
+        share: whose rows of the costs are where; ``None`` if all are here.
     """
 
     x: Measure
@@ -44,17 +46,23 @@ class Problem:
     options: SinkhornOptions
     matrices: Mapping[Pair, Tensor]
     work: Workspace
+    share: Share | None = field(default=None, kw_only=True)
 
     def measures(self, pair: Pair) -> tuple[Measure, Measure]:
         """The two measures that a pair names."""
         return (self.y if pair == "yy" else self.x), (self.x if pair == "xx" else self.y)
 
     def ground_cost(self, pair: Pair) -> GroundCost:
-        """The cost between two measures, with the price of labels."""
+        """The cost between two measures, with the price of labels: the rows that are held here."""
         cost, label_cost = self._between if pair == "xy" else self._geometric(pair), self.options.label_cost
         if label_cost is None:
             return cost
-        return with_labels(cost, *self.measures(pair), label_cost).stored(self.x.weights, self.work, "labelled cost")
+        x, y = self.measures(pair)
+        return with_labels(cost, self._held(x), y, label_cost).stored(self.x.weights, self.work, "labelled cost")
+
+    def transposed_cost(self) -> GroundCost:
+        """The cost ``(M_r, N)`` from the points of the second measure that are held here to all of the first."""
+        return replace(self, x=self.y, y=self.x).ground_cost("xy")
 
     @cached_property
     def blur(self) -> Tensor:
@@ -93,6 +101,7 @@ class Problem:
         if self.matrices:
             return matrix_cost(self.matrices[pair])
         x, y = self.measures(pair)
+        x = self._held(x)
         if self.options.p == 1:
             cost = distance(x.points, y.points)
         else:
@@ -100,8 +109,11 @@ class Problem:
         if pair == "xy":
             return cost.stored(x.weights, self.work, "cost")
         # Within a cloud the kernel is made but once, except that the gradient of a distance asks for it again.
-        cost = within_a_cloud(cost)
+        cost = within_a_cloud(cost, 0 if self.share is None else self.share.own.start)
         return cost.stored(x.weights, self.work, "cost") if self.options.p == 1 else cost
+
+    def _held(self, measure: Measure) -> Measure:
+        return measure if self.share is None else measure.rows(self.share.own)
 
 
 def blur_of(mean: Tensor, options: SinkhornOptions) -> Tensor:
@@ -126,7 +138,13 @@ def problems(arguments: Arguments, work: Workspace) -> Iterator[Problem]:
     else:
         for i in range(size):
             own = {pair: each[i] for pair, each in matrices.items()}
-            yield Problem(x.problem(i), y.problem(i), options, own, work)
+            yield Problem(x.problem(i), y.problem(i), options, own, work, share=shared(arguments))
+
+
+def shared(arguments: Arguments) -> Share | None:
+    """How the rows of a problem are shared among ranks: for one problem of half squared distances, where sharing pays."""
+    (size, n), m = arguments.x.weights.shape, arguments.y.weights.shape[1]
+    return current_share(n, m) if size == 1 and arguments.options.p == 2 and not arguments.matrices else None
 
 
 def _mean_half_square(measure: Measure) -> Tensor:

@@ -47,8 +47,11 @@ class GibbsKernel:
         work: where the kernel is kept: the plan is valid until the next kernel is made there.
     """
 
+    holds_all_rows = True
+
     def __init__(self, cost: GroundCost, a: Tensor, b: Tensor, rho: float | None, work: Workspace) -> None:
         self.cost, self.a, self.b, self.rho, self.work = cost, a, b, rho, work
+        self._row_weights = a
         self.log_b = b.log()
         self.kept = b > 0 if bool((b == 0).any()) else None
         self.streamed = cost.too_large(a)
@@ -56,13 +59,13 @@ class GibbsKernel:
 
     def _make_blocks(self) -> None:
         *batch, n, m = self.cost.shape
-        a = self.a
+        a = self._row_weights
         self.sums, self.u, self.top = torch.empty_like(a), torch.empty_like(a), torch.empty_like(a)
         entries = STREAMED.get(a.device.type, CACHED) if self.streamed else CACHED
         size = n if batch or (a.is_cuda and not self.streamed) else min(n, max(16, entries // m))
         storage = self.work.empty("kernel", (*batch, size if self.streamed else n, m), a)
         self.blocks = []
-        for start in range(0, n, size):
+        for start in range(0, n, max(1, size)):
             part = slice(start, min(n, start + size))
             kernel = storage[..., : part.stop - start, :] if self.streamed else storage[..., part, :]
             vectors = (tensor[..., part] for tensor in (a, self.sums, self.u, self.top))
@@ -112,7 +115,7 @@ class GibbsKernel:
 
     def column_potential(self, f: Tensor) -> Tensor:
         """The exact answer ``(..., M)`` to the potential ``f`` ``(..., N)``, also where a column has no weight."""
-        exponents, total = self.a.log() + f / self.eps, torch.full_like(self.b, -torch.inf)
+        exponents, total = self._row_weights.log() + f / self.eps, torch.full_like(self.b, -torch.inf)
         for part in self.cost.parts():
             inverse = 1 / self.eps if isinstance(self.eps, float) else (1 / self.eps).unsqueeze(-1)
             block = exponents[..., part].unsqueeze(-1) - self.cost.rows(part) * inverse
@@ -121,7 +124,7 @@ class GibbsKernel:
 
     def symmetrise(self, w: Tensor) -> None:
         """Give the rows the scaling of the columns, ``exp(w)`` in all: for the transport of a measure to itself."""
-        self.u.copy_(self.a * (w + self.top).exp())
+        self.u.copy_(self._row_weights * (w + self.top).exp())
 
     def displacements(self, x: Tensor, y: Tensor, *, of_x: bool, of_y: bool) -> tuple[Tensor | None, Tensor | None]:
         """``sum_j P_ij (x_i - y_j)`` ``(..., N, D)`` and ``sum_i P_ij (y_j - x_i)`` ``(..., M, D)``, of the last plan.

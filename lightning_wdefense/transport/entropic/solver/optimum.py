@@ -19,6 +19,7 @@ from lightning_wdefense.transport.entropic.problem.workspace import Workspace
 from lightning_wdefense.transport.entropic.solver.dual import density, price, semi_dual
 from lightning_wdefense.transport.entropic.solver.kernel import GibbsKernel
 from lightning_wdefense.transport.entropic.solver.potentials import solve
+from lightning_wdefense.transport.entropic.solver.shared import SharedKernel
 from lightning_wdefense.transport.entropic.solver.symmetric import solve_symmetric
 from lightning_wdefense.transport.entropic.solver.tiled import TiledKernel
 
@@ -82,9 +83,13 @@ def optimum(problem: Problem, pair: Pair, needed: Needed, start: Tensor | None =
     options, eps, rho = problem.options, problem.eps, problem.options.rho
     (x, y), cost, needed = problem.measures(pair), problem.ground_cost(pair), needed.of(pair)
     a, b, tol, max_iter = x.weights, y.weights, options.tol, options.max_iter
+    kernel: GibbsKernel
     # Of large clouds on a GPU Triton makes the kernel tile by tile.
     large = cost.points is not None and cost.too_large(a) and a.ndim == 1 and a.dtype == torch.float32
-    kernel = (TiledKernel if large and triton.available(a.device) else GibbsKernel)(cost, a, b, rho, problem.work)
+    if problem.share is not None:
+        kernel = SharedKernel(cost, problem.transposed_cost, a, b, rho, problem.work, problem.share)
+    else:
+        kernel = (TiledKernel if large and triton.available(a.device) else GibbsKernel)(cost, a, b, rho, problem.work)
     if pair == "xy":
         solution = solve(kernel, eps, mean=problem.mean, tol=tol, max_iter=max_iter, start=start)
     else:

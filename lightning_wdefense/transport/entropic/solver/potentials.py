@@ -54,7 +54,7 @@ def solve(
     cost, a, b, rho = kernel.cost, kernel.a, kernel.b, kernel.rho
     iteration = Iteration(kernel, b)
     levels = levels_above(mean, eps)
-    if triton.available(a.device) and not cost.too_large(a):
+    if kernel.holds_all_rows and triton.available(a.device) and not cost.too_large(a):
         found = triton.potential(cost.rows().contiguous(), a, b, eps, rho, mean, tol, max_iter, start)
         start = start if found is None else found
     g, n_iter = torch.zeros_like(b), 0

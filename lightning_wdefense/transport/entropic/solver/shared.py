@@ -19,6 +19,8 @@ class SharedKernel(GibbsKernel):
     Vectors are whole on every rank, and equal to the last bit, so that all ranks take the same decisions. An iteration sends the row
     sums, ``N / ranks`` numbers of each rank, and adds up the column marginals, ``M`` numbers.
 
+    The clouds have equal numbers of points, shared alike.
+
     Args:
         cost: the ground cost ``(N_r, M)`` of this rank's rows.
         back: makes the ground cost ``(M_r, N)`` of this rank's columns; asked for only if the gradient in ``y`` is.
@@ -28,6 +30,8 @@ class SharedKernel(GibbsKernel):
         work: where the kernel is kept.
         share: whose rows are where.
     """
+
+    holds_all_rows = False
 
     def __init__(
         self,
@@ -39,15 +43,19 @@ class SharedKernel(GibbsKernel):
         work: Workspace,
         share: Share,
     ) -> None:
-        self._share, self._back, self._all_a = share, back, a
+        self._share, self._back = share, back
         super().__init__(cost, a[share.own], b, rho, work)
-        self._own_a, self.a = self.a, a
+        self.a = a
 
     def columns(self, w: Tensor) -> Tensor:
         """Column marginals ``(M,)`` of the plan at the potential ``g + eps w``."""
         self._last = w
-        total = super().columns(w) if self.blocks else torch.zeros_like(w)
-        return self._share.ranks.sum(total)
+        if self.blocks:
+            own = super().columns(w)
+        else:  # a rank without points
+            self._scale_columns(w)
+            own = torch.zeros_like(w)
+        return self._share.ranks.sum(own)
 
     def log_sums_at(self, w: Tensor) -> Tensor:
         """:meth:`log_sums` at the potential ``g + eps w``, without the pass over the columns."""
@@ -60,32 +68,26 @@ class SharedKernel(GibbsKernel):
 
     def column_potential(self, f: Tensor) -> Tensor:
         """The exact answer ``(M,)`` to the potential ``f`` ``(N,)``, also where a column has no weight."""
-        self.a = self._own_a
         own = super().column_potential(f[self._share.own]) / -(self.eps * self.share)
-        self.a = self._all_a
         total = self._share.ranks.gather(own.unsqueeze(0), [1] * self._share.ranks.size).logsumexp(0)
         return -(self.eps * self.share) * total
 
     def symmetrise(self, w: Tensor) -> None:
         """Give the rows the scaling of the columns, ``exp(w)`` in all: for the transport of a measure to itself."""
-        self.u.copy_(self._own_a * (w[self._share.own] + self.top).exp())
+        super().symmetrise(w[self._share.own])
 
     def displacements(self, x: Tensor, y: Tensor, *, of_x: bool, of_y: bool) -> tuple[Tensor | None, Tensor | None]:
         """Those of :class:`GibbsKernel` for this rank's own points; zero for all others."""
-        own, log_rows, log_columns = self._share.own, None, self.scaled_g + self._last
-        if of_y:
-            log_rows = self.row_potential() / self.eps
-        from_x = from_y = None
-        if of_x:
-            part, _ = super().displacements(x[own], y, of_x=True, of_y=False)
-            from_x = torch.zeros_like(x)
-            from_x[own] = part
-        if of_y and log_rows is not None:
-            back = GibbsKernel(self._back(), self.b[own], self._all_a, self.rho, self.work)
-            back.absorb(log_rows * self.eps, self.eps)
-            back.log_sums_at(torch.zeros_like(log_rows))
+        own = self._share.own
+        f, log_columns = self.row_potential(), self.scaled_g + self._last
+        from_x, from_y = (torch.zeros_like(t) if asked else None for t, asked in ((x, of_x), (y, of_y)))
+        if from_x is not None and self.blocks:
+            from_x[own] = super().displacements(x[own], y, of_x=True, of_y=False)[0]  # type: ignore[assignment]
+        if from_y is not None and self.blocks:
+            # The plan's columns of this rank's points are rows of the transposed problem, at the same potentials.
+            back = GibbsKernel(self._back(), self.b[own], self.a, self.rho, self.work)
+            back.absorb(f, self.eps)
+            back.log_sums_at(torch.zeros_like(f))
             back.symmetrise(log_columns[own])
-            part, _ = back.displacements(y[own], x, of_x=True, of_y=False)
-            from_y = torch.zeros_like(y)
-            from_y[own] = part
+            from_y[own] = back.displacements(y[own], x, of_x=True, of_y=False)[0]  # type: ignore[assignment]
         return from_x, from_y
