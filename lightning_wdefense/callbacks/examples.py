@@ -15,13 +15,13 @@ from lightning_wdefense._strategy import check_strategy
 from lightning_wdefense.attacks import Attack, ThreatModel
 from lightning_wdefense.attacks.labels import class_labels, hard_labels
 from lightning_wdefense.attacks.registry import evaluation_attacks
-from lightning_wdefense.callbacks.evaluation.attacked_batch import AttackedBatch, StepBatch
 from lightning_wdefense.callbacks.evaluation.hooks import PREFIX, EvaluationHooks, Stage, batches_of
 from lightning_wdefense.callbacks.evaluation.pictures import Picture, log_pictures, shows_pictures
 from lightning_wdefense.callbacks.evaluation.route import EvaluationRoute
 from lightning_wdefense.callbacks.requirements import attacked_model
 from lightning_wdefense.callbacks.schedule import evaluation_generator, is_due
 from lightning_wdefense.callbacks.target import Target, Through
+from lightning_wdefense.evaluation.attacked_batch import AttackedBatch, StepBatch
 from lightning_wdefense.modules.batches import Inputs, Labels
 from lightning_wdefense.modules.outputs import Pick, logits_of, predictions
 from lightning_wdefense.modules.paths import map_tensors

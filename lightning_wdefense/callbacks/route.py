@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_wdefense._compat import rank_zero_warn
 from lightning_wdefense.attacks.base import Attack
 from lightning_wdefense.attacks.steps.inspection import (
     ConsumedIteratorError,
     StepInspection,
     inspect_step,
-    partial_batch_difference,
+    needs_whole_batches,
 )
 from lightning_wdefense.attacks.steps.sites import PerturbationSite
 from lightning_wdefense.attacks.threat import ThreatModel
@@ -158,13 +156,3 @@ def log_route(step: Step, seen: str, inspection: StepInspection) -> None:
         seen,
         why,
     )
-
-
-def needs_whole_batches(model: nn.Module, values: Tensor, pick: Callable[[Any], Any]) -> bool:
-    """Whether plain forward passes must run whole batches. If so, a warning gives the reason."""
-    reason = partial_batch_difference(model, values, pick)
-    if reason:
-        rank_zero_warn(
-            f"The model is not run on parts of a batch ({reason}), but on whole batches, which takes longer."
-        )
-    return bool(reason)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_wdefense._compat import rank_zero_warn
 from lightning_wdefense.attacks.steps.classification import SAME_LOSS, is_classification
 from lightning_wdefense.attacks.steps.sites import PerturbationSite
 from lightning_wdefense.modules.attachments import attach_hook
@@ -138,6 +139,16 @@ def _inspect(
             stacklevel=2,
         )
     return inspection
+
+
+def needs_whole_batches(model: nn.Module, values: Tensor, pick: Callable[[Any], Any]) -> bool:
+    """Whether plain forward passes must run whole batches. If so, a warning gives the reason."""
+    reason = partial_batch_difference(model, values, pick)
+    if reason:
+        rank_zero_warn(
+            f"The model is not run on parts of a batch ({reason}), but on whole batches, which takes longer."
+        )
+    return bool(reason)
 
 
 def partial_batch_difference(model: nn.Module, values: Tensor, pick: Callable[[Any], Any]) -> str:

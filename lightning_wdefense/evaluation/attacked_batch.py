@@ -1,4 +1,4 @@
-"""Evaluation batches that monitors attack, by plain forward passes or through the module's own step."""
+"""Evaluation batches that can be attacked, by plain forward passes or through the module's own step."""
 
 from __future__ import annotations
 
