@@ -5,6 +5,8 @@ from __future__ import annotations
 from faults.fault import Fault
 
 MONITOR = "tests/callbacks/test_monitor.py::"
+EVALUATE = "tests/evaluation/test_evaluate.py::"
+RESULT = "tests/evaluation/test_result.py::"
 
 FAULTS = [
     # ------------------------------------------------------------------------------ what both measure by
@@ -35,5 +37,69 @@ FAULTS = [
         "return [recorder.observe(batch.detach().clone()) for batch in batches]  # the model may work in place\n        finally:\n            recorder.detach()",
         "return [recorder.observe(batch.detach().clone()) for batch in batches]\n        finally:\n            pass",
         ("tests/callbacks/test_monitor_invisible.py",),
+    ),
+    # ------------------------------------------------------------------------------------ without a Trainer
+    Fault(
+        "every batch gets the same noise",
+        "evaluation/evaluate.py",
+        "self._seed, 0, index, self._rank)",
+        "self._seed, 0, 0, self._rank)",
+        (f"{EVALUATE}test_values_are_those_of_the_monitor_to_the_bit",),
+    ),
+    Fault(
+        "all ranks of evaluate draw the same noise",
+        "evaluation/evaluate.py",
+        "torch.distributed.get_rank() if self._several else 0",
+        "0",
+        ("tests/evaluation/test_ranks.py",),
+    ),
+    Fault(
+        "the numbers that the loader drew are gone",
+        "evaluation/evaluate.py",
+        "            random_state.restore()\n",
+        "",
+        ("tests/evaluation/test_invisible.py",),
+    ),
+    Fault(
+        "parts of batches run where samples depend on each other",
+        "evaluation/evaluate.py",
+        "accepts_partial_batches=not self._whole)",
+        "accepts_partial_batches=True)",
+        (f"{EVALUATE}test_a_model_that_needs_whole_batches_gets_them",),
+    ),
+    Fault(
+        "a batch too many is loaded",
+        "evaluation/evaluate.py",
+        "in enumerate(islice(loader, max_batches)):",
+        "in enumerate(islice(loader, max_batches and max_batches + 1)):",
+        (f"{EVALUATE}test_no_batch_is_loaded_in_vain",),
+    ),
+    Fault(
+        "Fabric's precision is forgotten",
+        "evaluation/subject.py",
+        "return replace(cls.of(model._forward_module), precision=model._strategy.precision)",
+        "return cls.of(model._forward_module)",
+        (f"{EVALUATE}test_fabrics_precision_is_used",),
+    ),
+    Fault(
+        "a sample that fell rises again",
+        "evaluation/samples.py",
+        "left = left & (predicted == labels)",
+        "left = clean_right & (predicted == labels)",
+        ("tests/evaluation/test_result.py",),
+    ),
+    Fault(
+        "the interval forgets the size of the sample",
+        "evaluation/intervals.py",
+        "(1 + square / count)\n    half",
+        "1\n    half",
+        (f"{RESULT}test_interval_is_scipys",),
+    ),
+    Fault(
+        "images without a label count in the interval",
+        "evaluation/result.py",
+        'int(self.samples["clean_right"].isfinite().sum())',
+        'len(self.samples["clean_right"])',
+        (f"{RESULT}test_pixels_of_a_mask",),
     ),
 ]
