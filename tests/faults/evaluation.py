@@ -86,7 +86,7 @@ FAULTS = [
         "evaluation/samples.py",
         "left = left & (predicted == labels)",
         "left = clean_right & (predicted == labels)",
-        ("tests/evaluation/test_result.py",),
+        (f"{RESULT}test_independent_attacks_break_in_the_given_order",),
     ),
     Fault(
         "the interval forgets the size of the sample",
