@@ -10,6 +10,7 @@ from lightning_wdefense.callbacks import (
 from lightning_wdefense.defenses import Recipe
 from lightning_wdefense.defenses.safe_globals import register_safe_globals
 from lightning_wdefense.defenses.step import DefenseOutput
+from lightning_wdefense.evaluation import EvaluationResult, evaluate
 from lightning_wdefense.mixin import WassersteinDefenseMixin
 
 register_safe_globals()
@@ -20,9 +21,11 @@ __all__ = [
     "AdversarialExampleLogger",
     "DefenseOutput",
     "DetectionMonitor",
+    "EvaluationResult",
     "Recipe",
     "RobustnessMonitor",
     "ThreatModel",
     "WassersteinDefense",
     "WassersteinDefenseMixin",
+    "evaluate",
 ]

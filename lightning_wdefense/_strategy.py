@@ -13,7 +13,7 @@ REFUSED = {
 """Strategies that an attack cannot work with, and why."""
 
 
-def check_strategy(trainer: Trainer, who: str) -> None:
+def check_strategy(trainer: Trainer, who: str, *, on_all_ranks: bool = True) -> None:
     """Refuse strategies that an attack cannot work with.
 
     DDP works, and so does FSDP2 (``ModelParallelStrategy`` without tensor parallelism): gradients with respect to inputs flow
@@ -22,9 +22,11 @@ def check_strategy(trainer: Trainer, who: str) -> None:
     Args:
         trainer: the trainer.
         who: the name of the caller, for the error message.
+        on_all_ranks: whether the caller runs the model on all ranks alike, as a sharded model needs.
 
     Raises:
-        MisconfigurationException: for FSDP1, DeepSpeed and tensor parallelism; the message gives the reason.
+        MisconfigurationException: for FSDP1, DeepSpeed and tensor parallelism, and for FSDP2 if the caller does not run the model on all
+            ranks; the message gives the reason.
     """
     for name, reason in REFUSED.items():
         if is_a(trainer.strategy, name):
@@ -32,6 +34,11 @@ def check_strategy(trainer: Trainer, who: str) -> None:
                 f"{who} cannot attack a model under {type(trainer.strategy).__name__}: {reason}, or strategy='ddp'."
             )
     if is_a(trainer.strategy, "ModelParallelStrategy"):
+        if not on_all_ranks:
+            raise MisconfigurationException(
+                f"{who} runs the model on one rank only, but a model that FSDP2 shards runs on all ranks together: leave it out, or use "
+                "strategy='ddp'."
+            )
         parallel = trainer.strategy.device_mesh["tensor_parallel"].size()  # type: ignore[attr-defined]
         if parallel > 1:
             raise MisconfigurationException(

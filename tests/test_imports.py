@@ -12,7 +12,7 @@ import pytest
 
 import lightning_wdefense
 
-HEAVY = ["geomloss", "matplotlib", "scipy", "sklearn", "tensorboard", "torchattacks", "wandb"]
+HEAVY = ["geomloss", "matplotlib", "pandas", "scipy", "sklearn", "tensorboard", "torchattacks", "wandb"]
 """Packages that take a tenth of a second or more to load, and that only some users need."""
 
 PUBLIC = [

@@ -14,7 +14,8 @@ IGNORED = -100
 _TASK_HINT = (
     "For another task (regression, several labels per sample) give the attack loss=callable(outputs, labels), which returns one loss "
     'per sample. Use the attack directly, PGD(threat, loss=...)(model, inputs, labels), or in a recipe, Recipe.named("pgd-at", '
-    "threat, attack=...). RobustnessMonitor, worst_case and AutoAttack measure accuracy, so they need classes."
+    "threat, attack=...). evaluate, worst_case and AutoAttack measure accuracy, so they need classes; RobustnessMonitor can attack the loss of a "
+    "LightningModule's own step."
 )
 
 
@@ -107,7 +108,7 @@ def _check_range(labels: Tensor, classes: int) -> None:
         legal |= labels == IGNORED
     if not bool(legal.all()):
         pixels = (
-            f" Elements to ignore have the label {IGNORED}; for another value use ignore_index= of RobustnessMonitor, worst_case and "
+            f" Elements to ignore have the label {IGNORED}; for another value use ignore_index= of RobustnessMonitor, evaluate, worst_case and "
             "the metrics."
         )
         raise ValueError(

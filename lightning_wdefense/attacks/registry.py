@@ -75,7 +75,7 @@ def evaluation_attacks(attacks: Attacks, threat: ThreatModel) -> dict[str, Attac
         ValueError: if an attack is not bounded or was made for another threat model, or a name is unknown or occurs
             twice.
     """
-    check_threat(threat, "A monitor")
+    check_threat(threat, "An evaluation")
     found = resolved("attacks", Attack, attacks, lambda name: get_attack(name, threat), example="pgd")  # type: ignore[type-abstract]
     for key, attack in found.items():
         if not attack.bounded:

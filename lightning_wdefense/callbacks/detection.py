@@ -15,10 +15,11 @@ from lightning_wdefense._names import resolved
 from lightning_wdefense.attacks import Attack, ThreatModel, worst_case
 from lightning_wdefense.attacks.registry import evaluation_attacks
 from lightning_wdefense.attacks.steps.sites import Perturb
-from lightning_wdefense.callbacks.evaluation.attacked_batch import AttackedBatch
-from lightning_wdefense.callbacks.evaluation.base import EvaluationMonitor, Noise
+from lightning_wdefense.callbacks.evaluation.base import EvaluationMonitor
 from lightning_wdefense.callbacks.target import Through
 from lightning_wdefense.detection import DETECTORS, CriticScore, Detector, FeatureSqueezing, get_detector
+from lightning_wdefense.evaluation.attacked_batch import AttackedBatch
+from lightning_wdefense.evaluation.protocol import Noise
 from lightning_wdefense.metrics import AUROC, Detectability
 from lightning_wdefense.modules.batches import Inputs, Labels
 from lightning_wdefense.modules.outputs import Pick, logits_of

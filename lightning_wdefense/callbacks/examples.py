@@ -15,13 +15,13 @@ from lightning_wdefense._strategy import check_strategy
 from lightning_wdefense.attacks import Attack, ThreatModel
 from lightning_wdefense.attacks.labels import class_labels, hard_labels
 from lightning_wdefense.attacks.registry import evaluation_attacks
-from lightning_wdefense.callbacks.evaluation.attacked_batch import AttackedBatch, StepBatch
 from lightning_wdefense.callbacks.evaluation.hooks import PREFIX, EvaluationHooks, Stage, batches_of
 from lightning_wdefense.callbacks.evaluation.pictures import Picture, log_pictures, shows_pictures
 from lightning_wdefense.callbacks.evaluation.route import EvaluationRoute
 from lightning_wdefense.callbacks.requirements import attacked_model
 from lightning_wdefense.callbacks.schedule import evaluation_generator, is_due
 from lightning_wdefense.callbacks.target import Target, Through
+from lightning_wdefense.evaluation.attacked_batch import AttackedBatch, StepBatch
 from lightning_wdefense.modules.batches import Inputs, Labels
 from lightning_wdefense.modules.outputs import Pick, logits_of, predictions
 from lightning_wdefense.modules.paths import map_tensors
@@ -89,7 +89,7 @@ class AdversarialExampleLogger(EvaluationHooks):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check early that the strategy does not shard the parameters."""
-        check_strategy(trainer, "AdversarialExampleLogger")
+        check_strategy(trainer, "AdversarialExampleLogger", on_all_ranks=False)
         self._route = EvaluationRoute(self._target)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_wdefense._compat import Trainer, rank_zero_warn
-from lightning_wdefense.attacks import Attack, ThreatModel, WorstCase, worst_case
-from lightning_wdefense.attacks.registry import Attacks, evaluation_attacks
+from lightning_wdefense.attacks import Attack, ThreatModel
+from lightning_wdefense.attacks.registry import Attacks
 from lightning_wdefense.attacks.steps.sites import Perturb
-from lightning_wdefense.callbacks.evaluation.attacked_batch import AttackedBatch, StepBatch
-from lightning_wdefense.callbacks.evaluation.base import EvaluationMonitor, Noise
-from lightning_wdefense.callbacks.evaluation.measures import Measures
+from lightning_wdefense.callbacks.evaluation.base import EvaluationMonitor
 from lightning_wdefense.callbacks.evaluation.pictures import log_curve
 from lightning_wdefense.callbacks.target import Through
-from lightning_wdefense.metrics import AccuracyCurve, TransportShift
+from lightning_wdefense.evaluation.attacked_batch import AttackedBatch, StepBatch
+from lightning_wdefense.evaluation.measures import Measures
+from lightning_wdefense.evaluation.protocol import EvaluationProtocol, Noise
+from lightning_wdefense.metrics import AccuracyCurve
 from lightning_wdefense.modules.batches import Inputs, Labels
 from lightning_wdefense.modules.outputs import Pick
 from lightning_wdefense.modules.recording import PENULTIMATE
@@ -76,6 +76,7 @@ class RobustnessMonitor(EvaluationMonitor[Measures]):
         name: distinguishes several monitors, in the logs (``{stage}/{name}/...``) and in checkpoints.
 
     Attributes:
+        protocol: what is measured: the threat model, the attacks by name, and the values of eps.
         curves: with ``epsilons``, the last accuracy curves by the keys under which they were logged
             (``"val/robustness_curve"``); ``curve.plot(ax, label="mine")`` draws one.
 
@@ -130,17 +131,25 @@ class RobustnessMonitor(EvaluationMonitor[Measures]):
             progress=progress,
             name=name,
         )
-        self.threat, self.attacks, self.independent = threat, evaluation_attacks(attacks, threat), independent
-        self.epsilons = None if epsilons is None else (0.0, *sorted({float(eps) for eps in epsilons} - {0.0}))
-        self.attacks_a_batch = len(self.attacks) * (1 + len(set(self.epsilons or ()) - {0.0, threat.eps}))
+        self.protocol = EvaluationProtocol.of(
+            threat, attacks, epsilons=epsilons, independent=independent, ignore_index=ignore_index, features=features
+        )
+        self.attacks_a_batch = self.protocol.attacks_a_batch
         self.curves: dict[str, AccuracyCurve] = {}
-        self.new_measures(
-            torch.device("cpu")
-        )  # invalid names and values of eps raise an error here, not after an epoch
+
+    @property
+    def threat(self) -> ThreatModel:
+        """The threat model."""
+        return self.protocol.threat
+
+    @property
+    def attacks(self) -> Mapping[str, Attack]:
+        """The attacks, by name."""
+        return self.protocol.attacks
 
     def new_measures(self, device: torch.device) -> Measures:
         """New, empty metrics for one dataloader."""
-        return Measures.of(tuple(self.attacks), self.epsilons, shift=self.features is not None).to(device)
+        return self.protocol.new_measures(device)
 
     @property
     def _threat(self) -> ThreatModel:
@@ -163,7 +172,7 @@ class RobustnessMonitor(EvaluationMonitor[Measures]):
                     "does not decrease when the logit of the label's class grows). Attack the loss of the step with "
                     'attacks=["pgd"], or say where the logits are with outputs= or model=, and set through="model" for plain forward passes.'
                 )
-        if self.epsilons is not None:
+        if self.protocol.epsilons is not None:
             rank_zero_warn(
                 "epsilons= asks for an accuracy curve, but this step has a loss and no accuracy: no curve is logged."
             )
@@ -172,26 +181,7 @@ class RobustnessMonitor(EvaluationMonitor[Measures]):
         """Attack the batch and update the metrics."""
         if isinstance(attacked_batch, StepBatch) and not attacked_batch.classifies:
             return self._measure_loss(measures, attacked_batch, noise)
-
-        def run(attacks: Mapping[str, Attack], **options: Any) -> WorstCase:
-            options |= {"ignore_index": self.ignore_index, "generator": noise, "on_attack": self.show}
-            fitted = {name: attacked_batch.fitted(attack) for name, attack in attacks.items()}
-            return worst_case(attacked_batch.model, fitted, attacked_batch.inputs, attacked_batch.labels, **options)
-
-        # The module's own metrics may be other than accuracy, so samples that are wrong on clean inputs are attacked as well.
-        by_gradient = next(iter(self.attacks.values())).of_losses() is not None
-        result = run(self.attacks, independent=self.independent, everyone=by_gradient)
-        measures.classified.update(len(result.labels))
-        measures.accuracy.update(result.clean, result.adversarial, result.labels)
-        measures.success.update(result.clean, result.worst, result.labels)
-        if measures.curve is not None:
-            measures.curve.update(self._curve(run, result), result.labels)
-        if measures.shift is not None and result.attacked.any():
-            # The whole batch, because not every model accepts a part of a batch.
-            (_, clean), (_, moved) = self.observe(attacked_batch, attacked_batch.inputs, result.inputs)
-            clean, moved = clean[result.attacked], moved[result.attacked]
-            self._add_shift(measures.shift, clean, moved)
-        return result.inputs
+        return self.protocol.measure(measures, attacked_batch, noise, self.show).inputs
 
     def _measure_loss(self, measures: Measures, attacked_batch: StepBatch, noise: Noise) -> Tensor:
         """Attack the step's own loss. There is one loss for the whole batch, so the attack with the largest loss is the worst case."""
@@ -211,16 +201,8 @@ class RobustnessMonitor(EvaluationMonitor[Measures]):
         measures.losses["robust_loss"].update(largest * size)
         if measures.shift is not None:
             (_, before), (_, after) = self.observe(attacked_batch, attacked_batch.inputs, worst)
-            self._add_shift(measures.shift, before, after)
+            measures.add_shift(before, after)
         return worst
-
-    def _add_shift(self, shift: TransportShift, clean: Tensor, moved: Tensor) -> None:
-        # The features of a diverged model cannot be measured, but the run should go on.
-        if len(clean) != len(moved):
-            return
-        finite = clean.isfinite().all(1) & moved.isfinite().all(1)
-        if finite.any():
-            shift.update(clean[finite], moved[finite])
 
     def compute(self, measures: Measures, trainer: Trainer, key: Callable[[str], str]) -> dict[str, float]:
         """Values of the metrics; also logs the accuracy curve."""
@@ -229,17 +211,3 @@ class RobustnessMonitor(EvaluationMonitor[Measures]):
             self.curves[key("robustness_curve")] = curve
             log_curve(trainer, key("robustness_curve"), curve)
         return values
-
-    def _curve(self, run: Callable[..., WorstCase], result: WorstCase) -> list[Tensor]:
-        """Predicted classes at every eps. Each eps attacks only the samples that are correct at all smaller ones."""
-        assert self.epsilons is not None
-        predicted = [result.clean]
-        for eps in self.epsilons[1:]:
-            left = predicted[-1] == result.labels
-            if eps == self.threat.eps:
-                found = result
-            else:
-                attacks = {name: attack.with_eps(eps) for name, attack in self.attacks.items()}
-                found = run(attacks, samples=left.flatten(1).any(1) if left.ndim > 1 else left)
-            predicted.append(torch.where(left, found.worst, predicted[-1]))
-        return predicted

@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_wdefense._compat import rank_zero_warn
 from lightning_wdefense._ranks import Ranks
 from lightning_wdefense.attacks.base import Attack
 from lightning_wdefense.attacks.steps.inspection import (
     ConsumedIteratorError,
     StepInspection,
     inspect_step,
-    partial_batch_difference,
+    needs_whole_batches,
 )
 from lightning_wdefense.attacks.steps.sites import PerturbationSite
 from lightning_wdefense.attacks.threat import ThreatModel
 from lightning_wdefense.callbacks.target import Target
 from lightning_wdefense.defenses.defense import Defense
 from lightning_wdefense.defenses.forward_passes import ForwardPasses, StepForwardPasses
-from lightning_wdefense.modules.parallel import is_sharded
 from lightning_wdefense.modules.paths import map_tensors
 from lightning_wdefense.modules.steps import Step
 
@@ -164,15 +161,3 @@ def log_route(step: Step, seen: str, inspection: StepInspection) -> None:
         seen,
         why,
     )
-
-
-def needs_whole_batches(model: nn.Module, values: Tensor, pick: Callable[[Any], Any]) -> bool:
-    """Whether plain forward passes must run whole batches. If so, a warning gives the reason."""
-    if is_sharded(model):
-        return True  # each pass takes all ranks, and they have different parts left
-    reason = partial_batch_difference(model, values, pick)
-    if reason:
-        rank_zero_warn(
-            f"The model is not run on parts of a batch ({reason}), but on whole batches, which takes longer."
-        )
-    return bool(reason)

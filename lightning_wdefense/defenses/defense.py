@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_wdefense._compat import is_a
 from lightning_wdefense._ranks import Ranks
 from lightning_wdefense._seeding import seeded_generator
 from lightning_wdefense.attacks import LearnedAttack
@@ -65,6 +66,11 @@ class Defense(Attachment):
         if not warmup_steps >= 0:
             raise ValueError(f"warmup_steps must not be negative, got {warmup_steps}.")
         inner = unwrapped(model)
+        if is_a(model, "DataParallel"):
+            raise TypeError(
+                "A model that is wrapped by DataParallel cannot be defended: it runs copies of the model, whose features are out of reach. Use "
+                "DistributedDataParallel."
+            )
         if recipe.awp > 0 and is_sharded(model):
             raise ValueError(
                 f"awp={recipe.awp} perturbs weights by their own gradients, but FSDP2 shows gradients of sharded weights only to backward(): "

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from lightning_wdefense._compat import is_a
 from lightning_wdefense._ranks import ALONE, Ranks
@@ -17,13 +16,12 @@ SHARDING = {
     "FullyShardedDataParallel": "FSDP1 keeps its parameters in flat tensors that are whole only inside its own forward pass, and cannot take "
     "gradients with respect to inputs alone; use FSDP2 (torch.distributed.fsdp.fully_shard) or DistributedDataParallel",
     "DeepSpeedEngine": "DeepSpeed's engine supports no gradients with respect to inputs alone; use DistributedDataParallel, or FSDP2",
-    "DataParallel": "DataParallel copies the model for each batch; use DistributedDataParallel",
 }
 """Wrappers that an attack cannot work with, and why."""
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside the wrappers of ``DistributedDataParallel`` and Fabric; a model that is not wrapped is returned.
+    """The model inside the wrappers of data parallelism and of Fabric; a model that is not wrapped is returned.
 
     Raises:
         TypeError: for a wrapper that an attack cannot work with; the message gives the reason.
@@ -59,8 +57,16 @@ def bypassed(model: nn.Module | None) -> Iterator[None]:
             target["forward"] = before
 
 
+def precision_of(model: nn.Module) -> Any:
+    """The precision plugin of a model that Fabric has set up; ``None`` for others, which run in the surrounding precision."""
+    if is_a(model, "_FabricModule"):
+        return model._strategy.precision  # type: ignore[union-attr]
+    inner = _inside(model)
+    return None if inner is None else precision_of(inner)
+
+
 def _direct(model: nn.Module, inner: nn.Module) -> Callable[..., Any]:
-    precision = getattr(model, "_precision", None) if is_a(model, "_FabricModule") else None
+    precision = precision_of(model)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if precision is None:
@@ -72,12 +78,14 @@ def _direct(model: nn.Module, inner: nn.Module) -> Callable[..., Any]:
 
 
 def _inside(model: nn.Module) -> nn.Module | None:
-    """The module that a wrapper wraps; ``None`` for any other module."""
-    if isinstance(model, DistributedDataParallel):
-        return model.module
+    """The module that a wrapper wraps; ``None`` for any other module. Compiled code is kept, unless what was compiled is a wrapper."""
+    if is_a(model, "DistributedDataParallel") or is_a(model, "DataParallel"):
+        return model.module  # type: ignore[return-value]
     if is_a(model, "_FabricModule"):
-        forward: nn.Module = model._forward_module  # type: ignore[assignment]
-        return forward
+        return model._forward_module  # type: ignore[return-value]
+    if is_a(model, "OptimizedModule"):
+        original: nn.Module = model._orig_mod  # type: ignore[assignment]
+        return None if _inside(original) is None else original
     return None
 
 

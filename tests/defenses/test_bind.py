@@ -188,11 +188,15 @@ class TestErrors:
         with pytest.raises(ValueError, match="warmup_steps must not be negative, got -1"):
             Recipe.named("pgd-at", THREAT).bind(DigitsClassifier(), warmup_steps=-1)
 
-    @pytest.mark.parametrize("name", ["FullyShardedDataParallel", "DeepSpeedEngine", "DataParallel"])
+    @pytest.mark.parametrize("name", ["FullyShardedDataParallel", "DeepSpeedEngine"])
     def test_wrappers_that_cannot_be_attacked(self, name):
         wrapper = type(name, (nn.Module,), {})()
         with pytest.raises(TypeError, match=f"wrapped by {name} cannot be attacked: .*DistributedDataParallel"):
             Recipe.named("pgd-at", THREAT).bind(wrapper)
+
+    def test_data_parallel(self):
+        with pytest.raises(TypeError, match=r"DataParallel cannot be defended: .*DistributedDataParallel"):
+            Recipe.named("pgd-at", THREAT).bind(nn.DataParallel(DigitsClassifier()))
 
     def test_gather_in_one_process_works_and_says_so_once(self):
         batch = next(iter(digits_loaders()[0]))

@@ -95,27 +95,6 @@ FAULTS = [
     ),
     # -------------------------------------------------------------------------------------- the monitors
     Fault(
-        "the curve attacks what has fallen",
-        "callbacks/monitor.py",
-        "run(attacks, samples=left.flatten(1).any(1) if left.ndim > 1 else left)",
-        "run(attacks)",
-        (f"{MONITOR}test_curve_attacks_only_what_stands",),
-    ),
-    Fault(
-        "success is that of the first attack",
-        "callbacks/monitor.py",
-        "measures.success.update(result.clean, result.worst, result.labels)",
-        "measures.success.update(result.clean, next(iter(result.adversarial.values())), result.labels)",
-        (f"{MONITOR}test_values_under_inference_mode",),
-    ),
-    Fault(
-        "the shift counts samples that were not attacked",
-        "callbacks/monitor.py",
-        "clean[result.attacked], moved[result.attacked]",
-        "clean, moved",
-        (f"{MONITOR}test_values_under_inference_mode",),
-    ),
-    Fault(
         "the epoch of the last measurement is not loaded",
         "callbacks/evaluation/base.py",
         'self._last, self._epoch = dict(state_dict["last"]), state_dict["epoch"]',
@@ -128,13 +107,6 @@ FAULTS = [
         "batch_idx >= self.max_batches",
         "batch_idx > self.max_batches",
         (f"{MONITOR}test_max_batches_is_for_each_dataloader",),
-    ),
-    Fault(
-        "the recorder's hooks stay on the model",
-        "callbacks/evaluation/attacked_batch.py",
-        "return [recorder.observe(batch.detach().clone()) for batch in batches]  # the model may work in place\n        finally:\n            recorder.detach()",
-        "return [recorder.observe(batch.detach().clone()) for batch in batches]\n        finally:\n            pass",
-        ("tests/callbacks/test_monitor_invisible.py",),
     ),
     Fault(
         "attacks run in another precision than the trainer's",

@@ -117,7 +117,7 @@ FAULTS = [
     ),
     Fault(
         "samples that were wrong before are not attacked",
-        "callbacks/monitor.py",
+        "evaluation/protocol.py",
         "everyone=by_gradient",
         "everyone=False",
         (f"{MONITORED}[arcface]", "tests/callbacks/test_monitor.py::test_only_what_is_left_is_attacked"),

@@ -13,11 +13,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_wdefense._compat import rank_zero_warn
 from lightning_wdefense.attacks.steps.classification import SAME_LOSS, is_classification
 from lightning_wdefense.attacks.steps.sites import PerturbationSite
 from lightning_wdefense.modules.attachments import attach_hook
 from lightning_wdefense.modules.autograd import gradients
 from lightning_wdefense.modules.outputs import tensor_of
+from lightning_wdefense.modules.parallel import is_sharded
 from lightning_wdefense.modules.recording import CONVOLUTIONS
 from lightning_wdefense.modules.state.isolation import eager, internal_pass_depth, isolated
 from lightning_wdefense.modules.state.step_state import iterators_of
@@ -138,6 +140,18 @@ def _inspect(
             stacklevel=2,
         )
     return inspection
+
+
+def needs_whole_batches(model: nn.Module, values: Tensor, pick: Callable[[Any], Any]) -> bool:
+    """Whether plain forward passes must run whole batches. If the model itself is the reason, a warning says why."""
+    if is_sharded(model):
+        return True  # each pass takes all ranks, which have different parts left
+    reason = partial_batch_difference(model, values, pick)
+    if reason:
+        rank_zero_warn(
+            f"The model is not run on parts of a batch ({reason}), but on whole batches, which takes longer."
+        )
+    return bool(reason)
 
 
 def partial_batch_difference(model: nn.Module, values: Tensor, pick: Callable[[Any], Any]) -> str:

@@ -1,1 +1,1 @@
-"""The parts that the monitors share: attacked batches, the route of the attack, the user's own metrics, progress, pictures."""
+"""The parts that the monitors share: hooks, the route of the attack, the user's own metrics, Lightning's progress bars, pictures."""

@@ -13,21 +13,22 @@ from lightning_wdefense._compat import LightningModule, Trainer, dataloader_suff
 from lightning_wdefense._strategy import check_strategy
 from lightning_wdefense.attacks.steps.sites import Perturb
 from lightning_wdefense.attacks.threat import ThreatModel
-from lightning_wdefense.callbacks.evaluation.attacked_batch import AttackedBatch, Observed
 from lightning_wdefense.callbacks.evaluation.hooks import PREFIX, EvaluationHooks, Stage, batches_of
-from lightning_wdefense.callbacks.evaluation.progress import RichProgress, TqdmProgress, attack_progress
+from lightning_wdefense.callbacks.evaluation.progress import RichProgress, attack_progress
 from lightning_wdefense.callbacks.evaluation.route import EvaluationRoute
 from lightning_wdefense.callbacks.evaluation.user_metrics import AttackedEvaluation
 from lightning_wdefense.callbacks.requirements import attacked_model
 from lightning_wdefense.callbacks.schedule import evaluation_generator, is_due
 from lightning_wdefense.callbacks.target import Target, Through
+from lightning_wdefense.evaluation.attacked_batch import AttackedBatch, Observed
+from lightning_wdefense.evaluation.progress import TqdmProgress, status
+from lightning_wdefense.evaluation.protocol import Noise, check_max_batches
 from lightning_wdefense.modules.batches import Inputs, Labels
 from lightning_wdefense.modules.outputs import Pick
 from lightning_wdefense.modules.paths import map_tensors
 from lightning_wdefense.modules.recording import OUTPUTS, ForwardRecorder
 
 MeasuresT = TypeVar("MeasuresT")
-Noise = Callable[[], torch.Generator]
 
 
 class EvaluationMonitor(EvaluationHooks, Generic[MeasuresT]):
@@ -81,8 +82,7 @@ class EvaluationMonitor(EvaluationHooks, Generic[MeasuresT]):
     ) -> None:
         if every_n_epochs < 1:
             raise ValueError(f"every_n_epochs must be at least 1, got {every_n_epochs}.")
-        if max_batches is not None and max_batches < 1:
-            raise ValueError(f"max_batches must be at least 1, or None for all, got {max_batches}.")
+        check_max_batches(max_batches)
         self.every_n_epochs, self.max_batches, self.features = every_n_epochs, max_batches, features
         self.model, self.seed, self.progress, self.name, self.through = model, seed, progress, name, through
         self._target = Target.of(through, inputs, labels, perturb=perturb, outputs=outputs, ignore_index=ignore_index)
@@ -175,7 +175,7 @@ class EvaluationMonitor(EvaluationHooks, Generic[MeasuresT]):
     def show(self, attack: str, left: Tensor) -> None:
         """Advance the progress bar by one attack, and show how many samples are still correct."""
         assert self._bar is not None
-        self._bar.advance(f"{attack}: {int(left.sum())}/{len(left)} left in the batch")
+        self._bar.advance(status(attack, left))
 
     def _epoch_starts(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> None:
         self._close()

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import time
 from typing import Any
 
-from tqdm import tqdm
-
 from lightning_wdefense._compat import Trainer, is_a
-
-DELAY = 3.0
-"""Seconds before a bar appears. Attacks that take less time show no bar."""
+from lightning_wdefense.evaluation.progress import DELAY, TqdmProgress
 
 
 def attack_progress(trainer: Trainer, total: float, *, show: bool = True) -> TqdmProgress | RichProgress:
@@ -25,29 +20,6 @@ def attack_progress(trainer: Trainer, total: float, *, show: bool = True) -> Tqd
     if show and is_a(bar, "RichProgressBar") and getattr(bar, "progress", None) is not None:
         return RichProgress(bar, total)
     return TqdmProgress(total, show)
-
-
-class TqdmProgress:
-    """A tqdm progress bar that disappears when it is closed."""
-
-    def __init__(self, total: float, show: bool) -> None:
-        self._bar = tqdm(
-            total=None if math.isinf(total) else int(total),
-            desc="robustness",
-            unit="attack",
-            leave=False,
-            delay=DELAY,
-            disable=not show,
-        )
-
-    def advance(self, status: str) -> None:
-        """Another attack is done."""
-        self._bar.set_postfix_str(status, refresh=False)
-        self._bar.update()
-
-    def close(self) -> None:
-        """Remove the bar."""
-        self._bar.close()
 
 
 class RichProgress:

@@ -10,13 +10,13 @@ from torch import nn
 
 from lightning_wdefense._compat import LightningModule, is_a, rank_zero_warn
 from lightning_wdefense.attacks.labels import class_labels
-from lightning_wdefense.attacks.steps.inspection import StepInspection, inspect_step
+from lightning_wdefense.attacks.steps.inspection import StepInspection, inspect_step, needs_whole_batches
 from lightning_wdefense.attacks.steps.sites import PerturbationSite
 from lightning_wdefense.attacks.threat import ThreatModel
-from lightning_wdefense.callbacks.evaluation.attacked_batch import AttackedBatch, ModelBatch, StepBatch
 from lightning_wdefense.callbacks.evaluation.user_metrics import step_arguments
-from lightning_wdefense.callbacks.route import integer_inputs_advice, log_route, needs_whole_batches
+from lightning_wdefense.callbacks.route import integer_inputs_advice, log_route
 from lightning_wdefense.callbacks.target import Target
+from lightning_wdefense.evaluation.attacked_batch import AttackedBatch, ModelBatch, StepBatch
 from lightning_wdefense.modules.state.isolation import isolated
 from lightning_wdefense.modules.steps import Step, unwrapped_step
 

@@ -1,4 +1,4 @@
-"""Evaluation batches that monitors attack, by plain forward passes or through the module's own step."""
+"""Evaluation batches that can be attacked, by plain forward passes or through the module's own step."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_wdefense._compat import rank_zero_warn
+from lightning_wdefense._ranks import Ranks
 from lightning_wdefense.attacks.base import Attack
 from lightning_wdefense.attacks.steps.inspection import StepInspection
 from lightning_wdefense.attacks.steps.sites import PerturbationSite
 from lightning_wdefense.attacks.steps.step_attack import StepModel, attack_step
 from lightning_wdefense.modules.outputs import PickedOutputModel, output_picker
+from lightning_wdefense.modules.parallel import lockstep
 from lightning_wdefense.modules.recording import OUTPUTS, PENULTIMATE, ForwardRecorder
 from lightning_wdefense.modules.state.isolation import eager, isolated
 from lightning_wdefense.modules.steps import Step
@@ -40,6 +42,12 @@ class AttackedBatch:
     model: Callable[[Tensor], Any]
     classifies: bool = True
     has_outputs: bool = True
+    _module: nn.Module
+
+    @property
+    def ranks(self) -> Ranks:
+        """The ranks that must run the model equally often."""
+        return lockstep(self._module)
 
     @property
     def inputs(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""The metrics that the robustness monitor keeps for one dataloader."""
+"""The metrics that an evaluation keeps for one dataloader."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torchmetrics import SumMetric
 
 from lightning_wdefense.attacks.labels import IGNORED
@@ -73,6 +74,15 @@ class Measures:
             if metric is not None:
                 metric.to(device)
         return self
+
+    def add_shift(self, clean: Tensor, attacked: Tensor) -> None:
+        """Add features ``(N, D)`` of clean and of attacked samples to the transport shift, if it is measured."""
+        # The features of a diverged model cannot be measured, but the run should go on.
+        if self.shift is None or len(clean) != len(attacked):
+            return
+        finite = clean.isfinite().all(1) & attacked.isfinite().all(1)
+        if finite.any():
+            self.shift.update(clean[finite], attacked[finite])
 
     def compute(self) -> tuple[dict[str, float], AccuracyCurve | None]:
         """Values by the names under which they are logged, and the accuracy curve.
