@@ -28,7 +28,7 @@ from lightning_wdefense.defenses.terms import Terms
 from lightning_wdefense.defenses.weight_perturbation import WeightPerturbation
 from lightning_wdefense.modules.attachments import Attachment
 from lightning_wdefense.modules.outputs import predictions, tensor_of
-from lightning_wdefense.modules.parallel import is_sharded, unwrapped
+from lightning_wdefense.modules.parallel import is_sharded, synchronise_buffers, unwrapped
 from lightning_wdefense.modules.recording import ForwardRecorder, trial_pass
 from lightning_wdefense.transport.sharing import rows_shared
 
@@ -144,6 +144,7 @@ class Defense(Attachment):
             ranks=ranks,
             measure=measure,
         )
+        synchronise_buffers(self.model)
         return self.run(inputs, labels, settings, forward=forward)
 
     def run(

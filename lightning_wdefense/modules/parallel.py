@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import nn
 
 from lightning_wdefense._compat import is_a
@@ -55,6 +57,27 @@ def bypassed(model: nn.Module | None) -> Iterator[None]:
             del target["forward"]
         else:
             target["forward"] = before
+
+
+def synchronise_buffers(model: nn.Module) -> None:
+    """Give all ranks the buffers of rank 0, as ``DistributedDataParallel`` does in its forward pass, which an attack comes before.
+
+    Otherwise the running statistics of BatchNorm, which an attack uses, would be those of each rank's own samples. Other models stay as
+    they are.
+    """
+    inner: nn.Module | None = model
+    while inner is not None and not is_a(inner, "DistributedDataParallel"):
+        inner = _inside(inner)
+    if inner is None or not inner.broadcast_buffers:
+        return
+    buffers = [buffer for buffer in inner.module.buffers() if buffer.numel()]  # type: ignore[union-attr]
+    with torch.no_grad():
+        for dtype in dict.fromkeys(buffer.dtype for buffer in buffers):
+            alike = [buffer for buffer in buffers if buffer.dtype == dtype]
+            flat = torch.cat([buffer.flatten() for buffer in alike])
+            dist.broadcast(flat, 0, group=inner.process_group)  # type: ignore[arg-type]
+            for buffer, value in zip(alike, flat.split([each.numel() for each in alike]), strict=True):
+                buffer.copy_(value.view_as(buffer))
 
 
 def precision_of(model: nn.Module) -> Any:

@@ -32,7 +32,7 @@ def group_ends() -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def run_ranks(script: Path, folder: Path, ranks: int, *args: str, timeout: float = 900) -> list[Any]:
+def run_ranks(script: Path, folder: Path, ranks: int, *args: str, timeout: float = 300) -> list[Any]:
     """Run a script in so many processes that find each other as torchrun's do; returns what each wrote to ``{rank}.pt`` in the folder.
 
     The script gets the folder and the arguments.
