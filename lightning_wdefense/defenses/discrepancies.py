@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_wdefense._names import unknown_name
+from lightning_wdefense._typing import TensorResult
 from lightning_wdefense.attacks.labels import class_labels, hard_labels, not_ignored
 from lightning_wdefense.attacks.losses import elementwise_kl, kl_divergence
 from lightning_wdefense.defenses.critic import CriticDiscrepancy
@@ -18,7 +19,7 @@ from lightning_wdefense.modules.outputs import float32_or_better, logits_of
 from lightning_wdefense.transport import SinkhornDivergence, SlicedWasserstein, sinkhorn
 from lightning_wdefense.transport.kernels.gaussian import squared_mmd
 
-Discrepancy = Callable[[Tensor, Tensor, Any], Tensor] | CriticDiscrepancy
+Discrepancy = CriticDiscrepancy | Callable[[Tensor, Tensor, Any], TensorResult]
 
 
 def kl(clean: Tensor, adversarial: Tensor, labels: Any = None) -> Tensor:

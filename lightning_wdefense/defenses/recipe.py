@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_wdefense._names import unknown_name
+from lightning_wdefense._typing import TensorResult
 from lightning_wdefense.attacks import (
     FGSM,
     PGD,
@@ -95,7 +96,7 @@ class Recipe:
     weight: float = 0.0
     features: str = "outputs"
     other_weight: float = 0.0
-    task_loss: Callable[[Any, Any], Tensor] = mean_cross_entropy
+    task_loss: Callable[[Any, Any], TensorResult] = mean_cross_entropy
     margin_weight: float = 0.0
     awp: float = 0.0
     execution: Execution | None = None

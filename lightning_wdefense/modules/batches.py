@@ -21,7 +21,7 @@ from lightning_wdefense.modules.paths import (
 Key = int | str | tuple[int | str, ...] | None
 """A position, key or attribute, or a path to it: ``"image.pixels"``, ``(0, 1)``."""
 
-Inputs = Key | list[int | str | tuple[int | str, ...]] | Callable[..., Any]
+Inputs = int | str | list[int | str | tuple[int | str, ...]] | tuple[int | str, ...] | Callable[..., Any] | None
 """A key or path, a list of several, or a callable that returns the inputs, ``f(batch)``, and replaces them, ``f(batch, inputs)``."""
 
 Labels = Key | Callable[[Any], Any]
