@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import Unpack
 
 from lightning_wdefense._names import unknown_name
 from lightning_wdefense._typing import TensorResult
@@ -27,6 +28,7 @@ from lightning_wdefense.attacks import (
 )
 from lightning_wdefense.attacks.labels import class_labels
 from lightning_wdefense.attacks.threat import check_threat
+from lightning_wdefense.defenses.changes import RecipeChanges
 from lightning_wdefense.defenses.critic import CriticDiscrepancy
 from lightning_wdefense.defenses.discrepancies import Discrepancy, get_discrepancy
 from lightning_wdefense.modules.outputs import float32_or_better, logits_of
@@ -168,7 +170,7 @@ class Recipe:
         return attack if radius == 1.0 else attack.with_eps(attack.threat.eps * radius)
 
     @classmethod
-    def named(cls, name: str, threat: ThreatModel, **changes: Any) -> Recipe:
+    def named(cls, name: str, threat: ThreatModel, **changes: Unpack[RecipeChanges]) -> Recipe:
         """A recipe by its name, for a threat model. ``x'`` are adversarial inputs, ``f`` is the model.
 
         ====================== =====================================================================================
