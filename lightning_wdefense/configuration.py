@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import pkgutil
 import re
 from collections.abc import Iterator
 from typing import NoReturn
+
+from jsonargparse import ArgumentParser
 
 from lightning_wdefense._names import unknown_name
 
@@ -38,8 +39,13 @@ def suggestions(message: str) -> list[str]:
 
 def _unknown(message: str) -> Iterator[str]:
     for path, argument in _UNKNOWN_ARGUMENT.findall(message):
-        parameters = inspect.signature(pkgutil.resolve_name(path)).parameters
-        yield unknown_name(f"argument of {path.rpartition('.')[2]}", argument, parameters)
+        owner, _, name = path.rpartition(".")
+        found, parser = pkgutil.resolve_name(path), ArgumentParser()
+        if isinstance(found, type):
+            added = parser.add_class_arguments(found, fail_untyped=False)
+        else:  # a class method that makes an object, such as Recipe.named
+            added = parser.add_method_arguments(pkgutil.resolve_name(owner), name, fail_untyped=False)
+        yield unknown_name(f"argument of {name}", argument, dict.fromkeys(each.split(".")[0] for each in added))
     for path, name in _UNKNOWN_CLASS.findall(message):
         module = pkgutil.resolve_name(path)
         yield unknown_name(f"class in {path}", name, getattr(module, "__all__", vars(module)))

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
+import io
+import pkgutil
+import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from types import FunctionType, ModuleType
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
 import yaml
 from lightning.pytorch.callbacks import Callback
-from support.configurations import mean_of_features, per_sample_loss, squared_cost
+from support.configurations import Shift
 from torch import Tensor, nn
 
-import lightning_wdefense
 from lightning_wdefense import (
     AdversarialExampleLogger,
     DetectionMonitor,
@@ -41,6 +45,7 @@ from lightning_wdefense.attacks import (
     WassersteinAttack,
     WorstCase,
 )
+from lightning_wdefense.configuration import SuggestingParser
 from lightning_wdefense.defenses import (
     Certificate,
     ClassTransport,
@@ -51,7 +56,10 @@ from lightning_wdefense.defenses import (
     Transport,
     WassersteinPurifier,
     WassersteinSmoothing,
+    coral,
+    get_discrepancy,
 )
+from lightning_wdefense.defenses.changes import RecipeChanges
 from lightning_wdefense.detection import (
     LID,
     CriticScore,
@@ -92,9 +100,15 @@ jsonargparse = pytest.importorskip("jsonargparse")
 ROOMS = ("", ".attacks", ".callbacks", ".defenses", ".detection", ".metrics", ".transport")
 
 
+def public_path(cls: type) -> str:
+    """Where users find a class. Not its file: ``metrics.detectability`` is a function, which hides the file of the same name."""
+    rooms = [importlib.import_module(f"lightning_wdefense{room}") for room in ROOMS]
+    return next(f"{room.__name__}.{cls.__name__}" for room in rooms if cls.__name__ in room.__all__)
+
+
 def by_path(cls: type | str, **arguments: Any) -> dict[str, Any]:
     """An object as YAML names it."""
-    path = cls if isinstance(cls, str) else f"{cls.__module__}.{cls.__qualname__}"
+    path = cls if isinstance(cls, str) else public_path(cls)
     return {"class_path": path, "init_args": arguments}
 
 
@@ -212,16 +226,23 @@ def written(cls: type, sample: Mapping[str, Any]) -> dict[str, Any]:
     return spec | ({"dict_kwargs": sample["dict_kwargs"]} if "dict_kwargs" in sample else {})
 
 
-def built(text: str, type_: Any) -> tuple[Any, str]:
-    """The object of a YAML text, and the text as ``--print_config`` shows it."""
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+def parser_of(type_: Any, parser_class: type = jsonargparse.ArgumentParser) -> Any:
+    parser = parser_class(exit_on_error=False)
+    parser.add_argument("--config", action=jsonargparse.ActionConfigFile)
     parser.add_argument("--it", type=type_)
-    configuration = parser.parse_string(text)
-    # As --print_config does it. Left out, a null would become the default: bounds=(0, 1) for unbounded data.
-    printed = parser.dump(configuration, skip_none=False)
+    return parser
+
+
+def built(text: str, type_: Any, folder: Path) -> tuple[Any, str]:
+    """The object of a YAML text, and what ``--print_config`` shows of it."""
+    parser, file = parser_of(type_), folder / "config.yaml"
+    file.write_text(text)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
+        parser.parse_args([f"--config={file}", "--print_config"])
     torch.manual_seed(0)  # the user's own modules draw their weights
-    instantiate = getattr(parser, "instantiate", parser.instantiate_classes)
-    return instantiate(configuration).it, printed
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # the old name
+    return instantiate(parser.parse_args([f"--config={file}"])).it, printed.getvalue()
 
 
 def in_python(spec: Any) -> Any:
@@ -230,14 +251,39 @@ def in_python(spec: Any) -> Any:
         path, _, name = spec["class_path"].rpartition(".")
         arguments = {key: in_python(value) for key, value in spec.get("init_args", {}).items()}
         cls = getattr(importlib.import_module(path), name)
-        for key, typed in (("threat", ThreatModel), ("execution", Execution), ("critic", CriticDiscrepancy), ("perturb", Perturb)):
+        for key, typed in TYPED.items():
             if isinstance(arguments.get(key), dict):
                 arguments[key] = typed(**arguments[key])
         return cls(**arguments, **spec.get("dict_kwargs", {}))
     if isinstance(spec, list):
         return [in_python(each) for each in spec]
-    functions = (per_sample_loss, squared_cost, mean_of_features)
-    return {f"{it.__module__}.{it.__name__}": it for it in functions}.get(spec, spec) if isinstance(spec, str) else spec
+    return pkgutil.resolve_name(spec) if is_function(spec) else spec
+
+
+def is_function(spec: Any) -> bool:
+    """Whether a value of a sample is the import path of a function."""
+    return isinstance(spec, str) and spec.startswith(("support.", "torch.nn.functional."))
+
+
+TYPED = {"threat": ThreatModel, "execution": Execution, "critic": CriticDiscrepancy, "perturb": Perturb}
+"""Arguments whose class jsonargparse knows from the type hint, so that their fields alone will do in YAML."""
+
+
+def for_hydra(spec: Any, name: str = "") -> Any:
+    """The same object as Hydra names it."""
+    if is_function(spec):
+        return {"_target_": "hydra.utils.get_method", "path": spec}
+    if isinstance(spec, list):
+        return [for_hydra(each) for each in spec]
+    if not isinstance(spec, Mapping):
+        return spec
+    if "class_path" not in spec and name in TYPED:
+        spec = by_path(TYPED[name], **spec)
+    if "class_path" not in spec:
+        return {key: for_hydra(value) for key, value in spec.items()}
+    arguments = spec.get("init_args", {}) | spec.get("dict_kwargs", {})
+    # TorchAttack has an argument of this name, and instantiate() has it too.
+    return {"_target_": spec["class_path"]} | {key: for_hydra(value, key) for key, value in arguments.items()}
 
 
 def configuration(it: Any, seen: tuple[int, ...] = ()) -> Any:
@@ -254,7 +300,9 @@ def configuration(it: Any, seen: tuple[int, ...] = ()) -> Any:
     if isinstance(it, Mapping):
         return {key: configuration(value, seen) for key, value in it.items()}
     if isinstance(it, (list, tuple, set, frozenset)):
-        return type(it)(configuration(each, seen) for each in it) if type(it) in (list, tuple) else sorted(map(repr, it))
+        return (
+            type(it)(configuration(each, seen) for each in it) if type(it) in (list, tuple) else sorted(map(repr, it))
+        )
     if inspect.ismethod(it):
         return (it.__func__, configuration(it.__self__, seen))
     state = getattr(it, "__dict__", {})
@@ -269,19 +317,240 @@ def differences(one: Any, other: Any, path: str = "") -> Iterator[str]:
     elif isinstance(one, (list, tuple)) and type(one) is type(other) and len(one) == len(other):
         for index, pair in enumerate(zip(one, other, strict=True)):
             yield from differences(*pair, f"{path}[{index}]")
-    elif type(one) is not type(other) or one != other:
+    elif one != other or (type(one) is not type(other) and not {type(one), type(other)} <= {int, float}):
         yield f"{path}: {one!r} and {other!r}"
 
 
-@pytest.mark.parametrize("cls", SAMPLES, ids=lambda cls: cls.__name__)
-def test_a_class_survives_a_round_trip(cls):
-    text = yaml.safe_dump({"it": written(cls, SAMPLES[cls])})
-    # Lightning's and PyTorch's classes are found under the base that LightningCLI asks for.
-    base = next((each for each in (Callback, Attack, Detector, nn.Module) if issubclass(cls, each)), cls)
-    first, printed = built(text, base)
-    second, again = built(printed, base)
+BY_NAME = {cls.__name__: cls for cls in SAMPLES}
+each_class = pytest.mark.parametrize("cls", [pytest.param(cls, id=name) for name, cls in BY_NAME.items()])
+
+
+def base_of(cls: type) -> type:
+    """The class that LightningCLI, or an argument of this package, asks for."""
+    return next((base for base in (Callback, Attack, Detector, nn.Module) if issubclass(cls, base)), cls)
+
+
+@each_class
+def test_a_class_survives_a_round_trip(cls, tmp_path):
+    spec = written(cls, SAMPLES[cls])
+    first, printed = built(yaml.safe_dump({"it": spec}), base_of(cls), tmp_path)
+    second, again = built(printed, base_of(cls), tmp_path)
     assert type(first) is type(second) is cls
     assert list(differences(configuration(first), configuration(second))) == []
     assert printed == again
+    torch.manual_seed(0)
+    assert list(differences(configuration(first), configuration(in_python(spec)))) == []
 
 
+@each_class
+def test_every_argument_has_a_type_that_is_checked(cls):
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls, "it", fail_untyped=True)
+    assert not [action.dest for action in parser._actions if "Unvalidated" in str(getattr(action, "_typehint", ""))]
+
+
+@each_class
+def test_every_argument_that_does_not_show_its_type_has_a_sample(cls):
+    parameters = inspect.signature(cls).parameters.values()
+    named = [each for each in parameters if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)]
+    plain = {
+        each.name
+        for each in named
+        if isinstance(each.default, (bool, int, float, str)) and "|" not in str(each.annotation)
+    }
+    assert {each.name for each in named} - plain <= SAMPLES[cls].keys()
+
+
+def test_every_public_class_has_a_sample_or_a_reason():
+    assert SAMPLES.keys() | EXCLUDED.keys() == public_classes()
+    assert not SAMPLES.keys() & EXCLUDED.keys()
+    assert all(inspect.isabstract(cls) for cls, reason in EXCLUDED.items() if reason == ABSTRACT)
+    assert all(issubclass(cls, tuple) for cls, reason in EXCLUDED.items() if reason == RESULT)
+
+
+def test_the_changes_of_a_named_recipe_are_its_fields():
+    hints, changes = get_type_hints(Recipe), get_type_hints(RecipeChanges)
+    assert changes == {name: hint for name, hint in hints.items() if name != "name"}
+
+
+def defended(tmp_path: Path, **arguments: Any) -> WassersteinDefense:
+    """The callback, built from YAML, and built once more from what was printed."""
+    text = yaml.safe_dump({"it": by_path("lightning_wdefense.WassersteinDefense", **arguments)})
+    first, printed = built(text, Callback, tmp_path)
+    second, _ = built(printed, Callback, tmp_path)
+    assert list(differences(configuration(first), configuration(second))) == []
+    return first
+
+
+FIRST = {"eps": 0.1}
+THREE_STEPS = by_path("lightning_wdefense.attacks.PGD", threat=FIRST, steps=3)
+
+
+def test_a_recipe_by_name_with_changes(tmp_path):
+    recipe = defended(tmp_path, recipe="trades", weight=3, threat=FIRST).recipe
+    assert recipe == Recipe.named("trades", ThreatModel(eps=0.1), weight=3.0)
+
+
+def test_a_recipe_by_name_with_changes_of_any_field(tmp_path):
+    changes = {
+        "attack": THREE_STEPS,
+        "execution": {"precision": "bf16"},
+        "task_loss": "torch.nn.functional.mse_loss",
+        "awp": 0.01,
+    }
+    recipe = defended(
+        tmp_path, recipe=by_path("lightning_wdefense.Recipe.named", name="trades", threat=FIRST, **changes)
+    ).recipe
+    threat = ThreatModel(eps=0.1)
+    python = {"execution": Execution("bf16"), "task_loss": torch.nn.functional.mse_loss, "awp": 0.01}
+    assert recipe == Recipe.named("trades", threat, attack=PGD(threat, 3), **python)
+
+
+@pytest.mark.parametrize("by", ["fields", "class_path"])
+def test_a_whole_recipe(tmp_path, by):
+    fields = {"attack": THREE_STEPS, "discrepancy": "sinkhorn", "weight": 0.3, "features": "penultimate"}
+    recipe = defended(
+        tmp_path, recipe=fields if by == "fields" else by_path("lightning_wdefense.Recipe", **fields)
+    ).recipe
+    attack = PGD(ThreatModel(eps=0.1), steps=3)
+    assert recipe == Recipe(attack, discrepancy="sinkhorn", weight=0.3, features="penultimate")
+
+
+@pytest.mark.parametrize(
+    ("discrepancy", "expected"),
+    [
+        ("kl", "kl"),
+        ("lightning_wdefense.defenses.coral", "lightning_wdefense.defenses.coral"),
+        (by_path(ClassTransport, relative_blur=0.3), ClassTransport(0.3)),
+        (by_path(CriticDiscrepancy, depth=3), CriticDiscrepancy(depth=3)),
+        ({"depth": 3}, CriticDiscrepancy(depth=3)),
+        (by_path("support.configurations.Shift", scale=2.0), Shift(2.0)),
+    ],
+)
+def test_any_discrepancy_in_a_recipe(tmp_path, discrepancy, expected):
+    recipe = defended(tmp_path, recipe={"attack": THREE_STEPS, "discrepancy": discrepancy, "weight": 0.3}).recipe
+    assert recipe.discrepancy == expected
+
+
+def test_an_imported_discrepancy_is_the_function():
+    assert get_discrepancy("lightning_wdefense.defenses.coral") is coral
+    for wrong, says in (
+        ("lightning_wdefense.defenses.corral", "has no attribute 'corral'"),
+        ("no_such_package.coral", "No module named"),
+        ("lightning_wdefense.defenses.ClassTransport", "not a function"),
+        ("lightning_wdefense.__version__", "not a function"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            get_discrepancy(wrong)
+
+
+@pytest.mark.parametrize("written_as", ["fields", "class_path"])
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"eps": 0.1}, ThreatModel(eps=0.1)),
+        ({"eps": 0.1, "bounds": [0, 255]}, ThreatModel(eps=0.1, bounds=(0, 255))),
+        ({"eps": 0.1, "bounds": None}, ThreatModel(eps=0.1, bounds=None)),
+        ({"eps": 1, "norm": "l2", "mean": 0.5, "std": [0.1, 0.2]}, ThreatModel("l2", 1.0, mean=0.5, std=(0.1, 0.2))),
+    ],
+)
+def test_a_threat_model(tmp_path, fields, expected, written_as):
+    threat = fields if written_as == "fields" else by_path("lightning_wdefense.ThreatModel", **fields)
+    assert defended(tmp_path, recipe="pgd-at", threat=threat).recipe.threat == expected
+
+
+def test_attacks_under_names_of_ones_own(tmp_path):
+    attacks = {"mine": THREE_STEPS, "other": "fgsm"}
+    text = yaml.safe_dump({"it": by_path("lightning_wdefense.RobustnessMonitor", threat=FIRST, attacks=attacks)})
+    monitor, _ = built(text, Callback, tmp_path)
+    threat = ThreatModel(eps=0.1)
+    assert monitor.attacks == {"mine": PGD(threat, 3), "other": FGSM(threat)}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "found"),
+    [
+        ("x", [0]),  # a key
+        ("pair.1", [2]),  # a path
+        (["x", "pair.1"], [0, 2]),  # several
+        (["x", ["pair", 1]], [0, 2]),
+        (by_path("support.configurations.FirstOfPair"), [1]),  # a callable
+    ],
+)
+def test_a_list_of_inputs_is_several_inputs_as_in_python(tmp_path, inputs, found):
+    text = yaml.safe_dump({"it": by_path("lightning_wdefense.RobustnessMonitor", threat=FIRST, inputs=inputs)})
+    monitor, _ = built(text, Callback, tmp_path)
+    tensors = [torch.full((2, 3), float(value)) for value in range(3)]
+    batch = {"x": tensors[0], "pair": (tensors[1], tensors[2])}
+    assert [int(each[0, 0]) for each in monitor._target.batches.inputs(batch)] == found
+
+
+MISSPELT = {
+    "callback": (by_path("lightning_wdefense.WassersteinDefense", threat=FIRST, warmup_epoch=2), "warmup_epoch", "warmup_epochs"),
+    "threat": (by_path("lightning_wdefense.WassersteinDefense", threat={"esp": 0.1}), "esp", "eps"),
+    "attack": (
+        by_path("lightning_wdefense.RobustnessMonitor", threat=FIRST, attacks=[by_path(PGD, threat=FIRST, stepps=3)]),
+        "stepps",
+        "steps",
+    ),
+    "recipe": (
+        by_path("lightning_wdefense.WassersteinDefense", recipe={"attack": THREE_STEPS, "wieght": 1, "discrepancy": "kl"}),
+        "wieght",
+        "weight",
+    ),
+    "change": (
+        by_path("lightning_wdefense.WassersteinDefense", recipe=by_path("lightning_wdefense.Recipe.named", name="sat", threat=FIRST, apw=1)),
+        "apw",
+        "awp",
+    ),
+    "class": (by_path("lightning_wdefense.WasersteinDefense", threat=FIRST), "WasersteinDefense", "WassersteinDefense"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MISSPELT)
+def test_a_misspelt_key_is_answered_with_the_nearest(case):
+    spec, wrong, right = MISSPELT[case]
+    with pytest.raises(jsonargparse.ArgumentError, match=wrong):  # also without this package's parser
+        parser_of(Callback).parse_object({"it": spec})
+    with pytest.raises(jsonargparse.ArgumentError) as caught:
+        parser_of(Callback, SuggestingParser).parse_object({"it": spec})
+    last = str(caught.value).splitlines()[-1]
+    assert re.search(f"'{wrong}'. Did you mean '{right}'", last), last
+
+
+def test_a_key_like_no_other_gets_no_suggestion():
+    spec = by_path("lightning_wdefense.WassersteinDefense", threat={"xyzzy": 0.1})
+    with pytest.raises(jsonargparse.ArgumentError, match="'xyzzy' is not accepted") as caught:
+        parser_of(Callback, SuggestingParser).parse_object({"it": spec})
+    assert "Did you mean" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        (by_path("lightning_wdefense.WassersteinDefense", recipe="traides", threat=FIRST), "recipe 'traides'. Did you mean 'trades'"),
+        (by_path("lightning_wdefense.RobustnessMonitor", threat=FIRST, attacks=["pdg"]), "attack 'pdg'. Did you mean 'pgd'"),
+        (by_path("lightning_wdefense.DetectionMonitor", threat=FIRST, detectors=["enrgy"]), "detector 'enrgy'. Did you mean 'energy'"),
+    ],
+)  # fmt: skip
+def test_a_misspelt_name_is_answered_with_the_nearest(spec, says, tmp_path):
+    with pytest.raises(Exception, match=re.escape(says)):
+        built(yaml.safe_dump({"it": spec}), Callback, tmp_path)
+
+
+@pytest.mark.parametrize("convert", [None, "all"])
+@each_class
+def test_hydra_builds_a_class(cls, convert):
+    hydra = pytest.importorskip("hydra.utils")
+    from omegaconf import OmegaConf
+
+    if convert is None and cls is RobustnessMonitor:
+        pytest.skip(
+            "OmegaConf takes an attack in a list for a dataclass to read, and refuses its types: needs _convert_"
+        )
+    spec = written(cls, SAMPLES[cls])
+    config = OmegaConf.create(for_hydra(spec) | ({} if convert is None else {"_convert_": convert}))
+    torch.manual_seed(0)
+    it = hydra.instantiate(config)
+    torch.manual_seed(0)
+    assert list(differences(configuration(it), configuration(in_python(spec)))) == []

@@ -31,7 +31,12 @@ class Digits(L.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.net = nn.Sequential(
-            nn.Conv2d(1, width, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64 * width, 64), nn.ReLU(), nn.Linear(64, 10)
+            nn.Conv2d(1, width, 3, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(64 * width, 64),
+            nn.ReLU(),
+            nn.Linear(64, 10),
         )
 
     def forward(self, x):
@@ -61,7 +66,9 @@ class DigitsData(L.LightningDataModule):
         order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))
         images = torch.tensor(data.images, dtype=torch.float32)[order, None] / 16
         labels = torch.tensor(data.target)[order]
-        self.parts = [TensorDataset(images[part], labels[part]) for part in (slice(1100), slice(1100, 1300), slice(1300, None))]
+        self.parts = [
+            TensorDataset(images[part], labels[part]) for part in (slice(1100), slice(1100, 1300), slice(1300, None))
+        ]
 
     def train_dataloader(self):
         return DataLoader(self.parts[0], self.batch_size, shuffle=True)

@@ -80,7 +80,8 @@ class AdversarialExampleLogger(EvaluationHooks):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
         (self.attack,) = evaluation_attacks([attack], threat).values()
-        self.threat, self.samples, self.every_n_epochs, self.class_names = threat, samples, every_n_epochs, class_names
+        self.threat, self.samples, self.every_n_epochs = threat, samples, every_n_epochs
+        self.class_names = None if class_names is None else list(class_names)
         self.model, self.seed, self.through = model, seed, through
         self._target = Target.of(through, inputs, labels, outputs=outputs)
         self._route = EvaluationRoute(self._target)

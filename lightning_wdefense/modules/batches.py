@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from lightning_wdefense.modules.paths import (
     Path,
+    as_key,
     field_names,
     get_field,
     resolve,
@@ -51,7 +52,9 @@ class BatchReader:
     """
 
     def __init__(self, inputs: Inputs = None, labels: Labels = None) -> None:
-        self._inputs, self._labels = inputs, labels
+        self._labels = as_key(labels)
+        several = isinstance(inputs, Sequence) and not isinstance(inputs, (str, tuple))
+        self._inputs = [as_key(each) for each in inputs] if several else as_key(inputs)  # type: ignore[union-attr]
 
     def read(self, batch: Any) -> tuple[Tensor, Any]:
         """Inputs and labels of a batch with a single tensor of inputs.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor, nn
 
 
@@ -19,3 +21,20 @@ def mean_of_features(features: Tensor):
 
 def small_critic(shape) -> nn.Module:
     return nn.Linear(shape.numel(), 1)
+
+
+@dataclass
+class Shift:
+    """A discrepancy that is an object."""
+
+    scale: float = 1.0
+
+    def __call__(self, clean: Tensor, adversarial: Tensor, labels):
+        return self.scale * (clean - adversarial).square().mean()
+
+
+class FirstOfPair:
+    """Inputs that a callable finds and replaces."""
+
+    def __call__(self, batch, inputs=None):
+        return batch["pair"][0] if inputs is None else batch | {"pair": (inputs, batch["pair"][1])}
