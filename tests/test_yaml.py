@@ -8,7 +8,9 @@ import inspect
 import io
 import pkgutil
 import re
+import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any, get_type_hints
@@ -554,3 +556,124 @@ def test_hydra_builds_a_class(cls, convert):
     it = hydra.instantiate(config)
     torch.manual_seed(0)
     assert list(differences(configuration(it), configuration(in_python(spec)))) == []
+
+
+PAGE = (Path(__file__).parents[1] / "docs" / "configuration.md").read_text()
+
+
+@pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL))
+def test_the_page_shows_yaml_that_is_built(block, tmp_path):
+    spec = yaml.safe_load(block)
+    recipe = defended(tmp_path, **spec["init_args"]).recipe
+    given = spec["init_args"]["recipe"]
+    if given == "trades":
+        assert recipe == Recipe.named("trades", ThreatModel(eps=0.2), weight=3.0)
+    elif "class_path" in given:
+        attack = PGD(ThreatModel(eps=0.2), steps=7, loss="kl", random_start="gaussian")
+        assert recipe == Recipe.named("trades", ThreatModel(eps=0.2), awp=0.005, attack=attack)
+    else:
+        assert (recipe.attack.steps, recipe.discrepancy.options.relative_blur, recipe.execution) == (
+            7,
+            0.5,
+            Execution("bf16"),
+        )
+
+
+@pytest.mark.parametrize("example", ["cli", "hydra"])
+def test_the_page_shows_the_commands_of_the_examples(example):
+    code = (Path(__file__).parents[1] / "examples" / example / "train.py").read_text()
+    shown = re.findall(rf"^python examples/{example}.*(?:\n    --.*)*", PAGE, re.M)
+    assert len(shown) > 3
+    assert all(command in code for command in shown)
+
+
+def test_a_callback_under_a_name_of_its_own():
+    from lightning.pytorch.demos.boring_classes import BoringModel
+
+    names: dict[str, Any] = {}
+    exec(re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)[1], names)
+    arguments = ["--defense.recipe", "trades", "--defense.threat.eps", "0.1", "--trainer.logger", "false"]
+    cli = names["CLI"](BoringModel, run=False, args=arguments)
+    (defense,) = (each for each in cli.trainer.callbacks if isinstance(each, WassersteinDefense))
+    assert defense.recipe == Recipe.named("trades", ThreatModel(eps=0.1))
+
+
+def test_a_callback_appended_on_the_command_line():
+    from lightning.pytorch.cli import LightningCLI
+    from lightning.pytorch.demos.boring_classes import BoringModel
+
+    added = ["--trainer.callbacks+=lightning_wdefense.RobustnessMonitor", "--trainer.callbacks.threat.eps=0.2"]
+    arguments = [
+        "--trainer.callbacks=lightning_wdefense.WassersteinDefense",
+        "--trainer.callbacks.threat.eps=0.1",
+        *added,
+    ]
+    cli = LightningCLI(
+        BoringModel, run=False, args=[*arguments, "--trainer.callbacks.attacks=[fgsm]", "--trainer.logger=false"]
+    )
+    kinds = {type(each): each for each in cli.trainer.callbacks}
+    assert kinds[WassersteinDefense].recipe.threat == ThreatModel(eps=0.1)
+    assert kinds[RobustnessMonitor].attacks == {"fgsm": FGSM(ThreatModel(eps=0.2))}
+
+
+@dataclass(frozen=True)
+class Brighter(Attack):
+    """An attack of a user's, in a file that does not import all names of the base class's annotations."""
+
+    threat: ThreatModel
+    seed: int = 0
+    name = "brighter"
+
+    def perturb(self, problem):
+        return problem.project(problem.data + self.threat.eps)
+
+
+def test_an_attack_of_ones_own(tmp_path):
+    own = by_path("test_yaml.Brighter", threat=FIRST, seed=3)
+    sys.modules["test_yaml"] = sys.modules[__name__]
+    try:
+        text = yaml.safe_dump({"it": by_path("lightning_wdefense.RobustnessMonitor", threat=FIRST, attacks=[own])})
+        monitor, _ = built(text, Callback, tmp_path)
+    finally:
+        del sys.modules["test_yaml"]
+    assert monitor.attacks == {"brighter": Brighter(ThreatModel(eps=0.1), seed=3)}
+
+
+def test_hydra_keeps_lists_that_a_checkpoint_can_hold(tmp_path):
+    hydra = pytest.importorskip("hydra.utils")
+    from omegaconf import OmegaConf
+
+    threat = {
+        "_target_": "lightning_wdefense.ThreatModel",
+        "eps": 0.1,
+        "bounds": [0, 2],
+        "mean": [0.5, 0.4],
+        "std": [0.2, 0.1],
+    }
+    attack = {
+        "_target_": "lightning_wdefense.attacks.WassersteinAttack",
+        "threat": threat | {"norm": "wasserstein"},
+        "methods": ["projected"],
+    }
+    for config in (threat, attack):
+        it = hydra.instantiate(OmegaConf.create(config))
+        assert hash(it) == hash(eval(repr(it), vars(importlib.import_module("lightning_wdefense.attacks"))))
+        torch.save(it, tmp_path / "it.pt")
+        assert torch.load(tmp_path / "it.pt", weights_only=True) == it
+
+
+def test_hydra_says_what_a_threat_model_without_a_target_lacks():
+    hydra = pytest.importorskip("hydra.utils")
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.create({"_target_": "lightning_wdefense.WassersteinDefense", "threat": {"eps": 0.1}})
+    with pytest.raises(Exception, match=r"For Hydra add _target_: lightning_wdefense\.ThreatModel"):
+        hydra.instantiate(config)
+
+
+def test_hydra_refuses_a_misspelt_key():
+    hydra = pytest.importorskip("hydra.utils")
+    from omegaconf import OmegaConf
+
+    with pytest.raises(Exception, match=r"ThreatModel.*'esp'"):
+        hydra.instantiate(OmegaConf.create({"_target_": "lightning_wdefense.ThreatModel", "esp": 0.1}))
