@@ -47,7 +47,7 @@ from lightning_wdefense.attacks import (
     WassersteinAttack,
     WorstCase,
 )
-from lightning_wdefense.configuration import SuggestingParser
+from lightning_wdefense.cli import SuggestingParser, suggestions
 from lightning_wdefense.defenses import (
     Certificate,
     ClassTransport,
@@ -518,6 +518,18 @@ def test_a_misspelt_key_is_answered_with_the_nearest(case):
         parser_of(Callback, SuggestingParser).parse_object({"it": spec})
     last = str(caught.value).splitlines()[-1]
     assert re.search(f"'{wrong}'. Did you mean '{right}'", last), last
+
+
+def test_a_class_that_cannot_be_read_hides_no_message():
+    with pytest.raises(jsonargparse.ArgumentError, match="no_such_package"):
+        SuggestingParser(exit_on_error=False).error("class_path 'no_such_package.Thing':\n Option 'x' is not accepted")
+
+
+def test_arguments_of_a_function_are_suggested():
+    message = "class_path 'support.configurations.small_critic':\n Option 'shpe' is not accepted"
+    assert suggestions(message) == [
+        "There is no argument of small_critic 'shpe'. Did you mean 'shape'? Known: 'shape'."
+    ]
 
 
 def test_a_key_like_no_other_gets_no_suggestion():

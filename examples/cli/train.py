@@ -21,7 +21,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_wdefense.configuration import SuggestingParser
+from lightning_wdefense.cli import SuggestingParser
 
 
 class Digits(L.LightningModule):

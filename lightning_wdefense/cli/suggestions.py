@@ -1,7 +1,8 @@
-"""For configuration files: a parser whose errors name the arguments that a misspelt key is nearest to."""
+"""What a misspelt key or class path of a configuration file was perhaps meant to be."""
 
 from __future__ import annotations
 
+import contextlib
 import pkgutil
 import re
 from collections.abc import Iterator
@@ -39,12 +40,14 @@ def suggestions(message: str) -> list[str]:
 
 def _unknown(message: str) -> Iterator[str]:
     for path, argument in _UNKNOWN_ARGUMENT.findall(message):
-        owner, _, name = path.rpartition(".")
-        found, parser = pkgutil.resolve_name(path), ArgumentParser()
+        place, _, name = path.rpartition(".")
+        found, owner, parser = pkgutil.resolve_name(path), pkgutil.resolve_name(place), ArgumentParser()
         if isinstance(found, type):
             added = parser.add_class_arguments(found, fail_untyped=False)
-        else:  # a class method that makes an object, such as Recipe.named
-            added = parser.add_method_arguments(pkgutil.resolve_name(owner), name, fail_untyped=False)
+        elif isinstance(owner, type):  # a class method that makes an object, such as Recipe.named
+            added = parser.add_method_arguments(owner, name, fail_untyped=False)
+        else:
+            added = parser.add_function_arguments(found, fail_untyped=False)
         yield unknown_name(f"argument of {name}", argument, dict.fromkeys(each.split(".")[0] for each in added))
     for path, name in _UNKNOWN_CLASS.findall(message):
         module = pkgutil.resolve_name(path)
@@ -62,4 +65,7 @@ class SuggestingParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Exit with the message and the :func:`suggestions` for it, which stand last, below the long message."""
-        super().error("\n".join([message, *suggestions(message)]), ex)
+        found: list[str] = []
+        with contextlib.suppress(Exception):  # whatever class the message names: no fault in it may hide the message
+            found = suggestions(message)
+        super().error("\n".join([message, *found]), ex)
