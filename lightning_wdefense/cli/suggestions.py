@@ -58,6 +58,7 @@ class SuggestingParser(LightningArgumentParser):
     """The parser of ``LightningCLI``, with errors that end in what a misspelt key or class path was perhaps meant to be.
 
     Without it jsonargparse refuses a misspelt key as well, before anything is trained, but names no other.
+    Lightning 2.4 has no ``parser_class=``; 2.6.6 has.
 
     Example:
         ``LightningCLI(MyModule, MyData, parser_class=SuggestingParser)``
