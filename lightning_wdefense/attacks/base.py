@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -69,10 +69,11 @@ class Attack(ABC):
         tensor([[0.7500, 1.0000]])
     """
 
-    threat: ThreatModel
-    seed: int
-    name: ClassVar[str]
-    runs_in_lockstep: ClassVar[bool] = True
+    if TYPE_CHECKING:  # jsonargparse would read these in the modules of subclasses, where the names need not be known
+        threat: ThreatModel
+        seed: int
+        name: ClassVar[str]
+    runs_in_lockstep = True
     """Whether all ranks run a sharded model equally often."""
 
     def __post_init__(self) -> None:

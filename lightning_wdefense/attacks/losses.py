@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_wdefense._names import unknown_name
+from lightning_wdefense._typing import TensorResult
 from lightning_wdefense.attacks.labels import hard_labels, not_ignored
 from lightning_wdefense.modules.outputs import float32_or_better, logits_of
 
 LossName = Literal["ce", "kl", "margin"]
-AttackLoss = LossName | Callable[[Any, Any], Tensor]
+AttackLoss = LossName | Callable[[Any, Any], TensorResult]
 """The name of a loss, or a callable ``(outputs, labels) -> per-sample loss`` for tasks other than classification."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal, NamedTuple, get_args
@@ -239,8 +239,9 @@ def check_threat(threat: object, user: str) -> None:
     if not isinstance(threat, ThreatModel):
         radius = isinstance(threat, (int, float)) and not isinstance(threat, bool)
         written = f"ThreatModel(eps={threat})" if radius else "ThreatModel(eps=8 / 255)"
+        hint = " For Hydra add _target_: lightning_wdefense.ThreatModel to it." if isinstance(threat, Mapping) else ""
         raise TypeError(
-            f"{user} needs a threat model, such as {written}, for threat=, but got a {type(threat).__name__}: {threat!r}."
+            f"{user} needs a threat model, such as {written}, for threat=, but got a {type(threat).__name__}: {threat!r}.{hint}"
         )
 
 

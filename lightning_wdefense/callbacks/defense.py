@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from lightning_wdefense._compat import Callback, LightningModule, Trainer, rank_zero_warn
-from lightning_wdefense._strategy import check_strategy
 from lightning_wdefense.attacks import ThreatModel
 from lightning_wdefense.attacks.steps.sites import Perturb
 from lightning_wdefense.attacks.threat import check_threat
@@ -34,6 +33,7 @@ from lightning_wdefense.defenses.defense import UNTRAINED, Defense
 from lightning_wdefense.defenses.recipe import Recipe
 from lightning_wdefense.modules.batches import Inputs, Labels
 from lightning_wdefense.modules.outputs import Pick, output_picker
+from lightning_wdefense.modules.parallel import check_strategy
 from lightning_wdefense.modules.paths import map_tensors
 from lightning_wdefense.modules.steps import Step, unwrapped_step
 

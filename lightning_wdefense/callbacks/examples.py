@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_wdefense._compat import LightningModule, Trainer, rank_zero_warn
-from lightning_wdefense._strategy import check_strategy
 from lightning_wdefense.attacks import Attack, ThreatModel
 from lightning_wdefense.attacks.labels import class_labels, hard_labels
 from lightning_wdefense.attacks.registry import evaluation_attacks
@@ -24,6 +23,7 @@ from lightning_wdefense.callbacks.target import Target, Through
 from lightning_wdefense.evaluation.attacked_batch import AttackedBatch, StepBatch
 from lightning_wdefense.modules.batches import Inputs, Labels
 from lightning_wdefense.modules.outputs import Pick, logits_of, predictions
+from lightning_wdefense.modules.parallel import check_strategy
 from lightning_wdefense.modules.paths import map_tensors
 from lightning_wdefense.modules.recording import OUTPUTS
 
@@ -80,7 +80,8 @@ class AdversarialExampleLogger(EvaluationHooks):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
         (self.attack,) = evaluation_attacks([attack], threat).values()
-        self.threat, self.samples, self.every_n_epochs, self.class_names = threat, samples, every_n_epochs, class_names
+        self.threat, self.samples, self.every_n_epochs = threat, samples, every_n_epochs
+        self.class_names = None if class_names is None else list(class_names)
         self.model, self.seed, self.through = model, seed, through
         self._target = Target.of(through, inputs, labels, outputs=outputs)
         self._route = EvaluationRoute(self._target)

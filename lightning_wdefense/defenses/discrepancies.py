@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_wdefense._names import unknown_name
+from lightning_wdefense._typing import TensorResult
 from lightning_wdefense.attacks.labels import class_labels, hard_labels, not_ignored
 from lightning_wdefense.attacks.losses import elementwise_kl, kl_divergence
 from lightning_wdefense.defenses.critic import CriticDiscrepancy
@@ -18,7 +20,7 @@ from lightning_wdefense.modules.outputs import float32_or_better, logits_of
 from lightning_wdefense.transport import SinkhornDivergence, SlicedWasserstein, sinkhorn
 from lightning_wdefense.transport.kernels.gaussian import squared_mmd
 
-Discrepancy = Callable[[Tensor, Tensor, Any], Tensor] | CriticDiscrepancy
+Discrepancy = CriticDiscrepancy | Callable[[Tensor, Tensor, Any], TensorResult]
 
 
 def kl(clean: Tensor, adversarial: Tensor, labels: Any = None) -> Tensor:
@@ -279,10 +281,10 @@ def get_discrepancy(discrepancy: str | Discrepancy) -> Discrepancy:
     Args:
         discrepancy: a name in ``DISCREPANCIES``, a :class:`~lightning_wdefense.transport.SinkhornDivergence`, a
             :class:`~lightning_wdefense.transport.SlicedWasserstein`, a :class:`CriticDiscrepancy`, or a callable
-            ``(clean, adversarial, labels) -> scalar``.
+            ``(clean, adversarial, labels) -> scalar``, also by its import path, such as ``"my_package.my_discrepancy"``.
 
     Raises:
-        ValueError: if the name does not exist; the message lists the nearest names.
+        ValueError: if the name does not exist (the message lists the nearest names), or the import path leads to no callable.
 
     Example:
         >>> get_discrepancy("paired-l2") is paired_l2
@@ -294,6 +296,21 @@ def get_discrepancy(discrepancy: str | Discrepancy) -> Discrepancy:
         return discrepancy
     if callable(discrepancy):
         return Transport(discrepancy) if isinstance(discrepancy, SinkhornDivergence) else discrepancy
+    if discrepancy not in DISCREPANCIES and "." in discrepancy:
+        return _imported(discrepancy)
     if discrepancy not in DISCREPANCIES:
         raise ValueError(unknown_name("discrepancy", discrepancy, DISCREPANCIES))
     return DISCREPANCIES[discrepancy]
+
+
+def _imported(path: str) -> Discrepancy:
+    try:
+        found = pkgutil.resolve_name(path)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"discrepancy={path!r} is the import path of nothing: {error}.") from error
+    if not callable(found) or isinstance(found, type):
+        raise ValueError(
+            f"discrepancy={path!r} is a {type(found).__name__}, not a function (clean, adversarial, labels) -> scalar: give an object "
+            "of a class by class_path: and init_args: in YAML."
+        )
+    return get_discrepancy(found)

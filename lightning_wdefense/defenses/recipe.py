@@ -5,9 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
+from typing_extensions import Unpack
 
 from lightning_wdefense._names import unknown_name
 from lightning_wdefense.attacks import (
@@ -24,7 +25,7 @@ from lightning_wdefense.attacks import (
 from lightning_wdefense.attacks.threat import check_threat
 from lightning_wdefense.defenses.critic import CriticDiscrepancy
 from lightning_wdefense.defenses.defense import Defense
-from lightning_wdefense.defenses.terms import Terms
+from lightning_wdefense.defenses.terms import RecipeChanges, Terms
 from lightning_wdefense.modules.outputs import Pick, output_picker
 
 
@@ -70,7 +71,7 @@ class Recipe(Terms):
     """
 
     @classmethod
-    def named(cls, name: str, threat: ThreatModel, **changes: Any) -> Recipe:
+    def named(cls, name: str, threat: ThreatModel, **changes: Unpack[RecipeChanges]) -> Recipe:
         """A recipe by its name, for a threat model. ``x'`` are adversarial inputs, ``f`` is the model.
 
         ====================== =====================================================================================

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_wdefense._typing import TensorResult
 from lightning_wdefense.attacks import PGD, Attack, Execution, ThreatModel
 from lightning_wdefense.attacks.labels import class_labels
 from lightning_wdefense.defenses.discrepancies import Discrepancy, get_discrepancy
@@ -46,7 +47,7 @@ class Terms:
     weight: float = 0.0
     features: str = "outputs"
     other_weight: float = 0.0
-    task_loss: Callable[[Any, Any], Tensor] = mean_cross_entropy
+    task_loss: Callable[[Any, Any], TensorResult] = mean_cross_entropy
     margin_weight: float = 0.0
     awp: float = 0.0
     execution: Execution | None = None
@@ -117,3 +118,25 @@ class Terms:
             step_size = None if attack.step_size is None else attack.step_size * attack.steps / steps
             attack = replace(attack, steps=steps, step_size=step_size)
         return attack if radius == 1.0 else attack.with_eps(attack.threat.eps * radius)
+
+
+class RecipeChanges(TypedDict, total=False):
+    """Fields of :class:`Recipe`, all but its name.
+
+    Type checkers check them in ``Recipe.named("trades", threat, weight=3.0)``, and jsonargparse builds attacks and other objects
+    in YAML from them.
+    """
+
+    attack: Attack | None
+    sees: Branch
+    discrepancy: str | Discrepancy | None
+    weight: float
+    features: str
+    other_weight: float
+    task_loss: Callable[[Any, Any], TensorResult]
+    margin_weight: float
+    awp: float
+    execution: Execution | None
+    ramp_steps: bool
+    gather: bool
+    warmup_epochs: float

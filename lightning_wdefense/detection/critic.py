@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lightning_wdefense._typing import TensorResult
 from lightning_wdefense.detection.base import Detector
 
 
@@ -36,7 +37,7 @@ class CriticScore(Detector):
     name: ClassVar[str] = "critic"
     learns: ClassVar[bool] = False
 
-    def __init__(self, critic: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, critic: Callable[[Tensor], TensorResult]) -> None:
         if not callable(critic):
             raise TypeError(f"critic must be a callable (N, D) -> (N,), got {type(critic).__name__}.")
         self.critic = critic

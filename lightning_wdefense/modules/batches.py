@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from lightning_wdefense.modules.paths import (
     Path,
+    as_key,
     field_names,
     get_field,
     resolve,
@@ -21,7 +22,7 @@ from lightning_wdefense.modules.paths import (
 Key = int | str | tuple[int | str, ...] | None
 """A position, key or attribute, or a path to it: ``"image.pixels"``, ``(0, 1)``."""
 
-Inputs = Key | list[int | str | tuple[int | str, ...]] | Callable[..., Any]
+Inputs = int | str | list[int | str | tuple[int | str, ...]] | tuple[int | str, ...] | Callable[..., Any] | None
 """A key or path, a list of several, or a callable that returns the inputs, ``f(batch)``, and replaces them, ``f(batch, inputs)``."""
 
 Labels = Key | Callable[[Any], Any]
@@ -51,7 +52,9 @@ class BatchReader:
     """
 
     def __init__(self, inputs: Inputs = None, labels: Labels = None) -> None:
-        self._inputs, self._labels = inputs, labels
+        self._labels = as_key(labels)
+        several = isinstance(inputs, Sequence) and not isinstance(inputs, (str, tuple))
+        self._inputs = [as_key(each) for each in inputs] if several else as_key(inputs)  # type: ignore[union-attr]
 
     def read(self, batch: Any) -> tuple[Tensor, Any]:
         """Inputs and labels of a batch with a single tensor of inputs.

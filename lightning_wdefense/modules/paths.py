@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,11 @@ Path = tuple[int | str, ...]
 
 MAX_SHOWN = 20
 """Largest number of tensors that a message lists."""
+
+
+def as_key(key: Any) -> Any:
+    """A path as a tuple, whatever sequence it is: YAML has no tuples, and OmegaConf has sequences of its own. Other keys as they are."""
+    return tuple(key) if isinstance(key, Sequence) and not isinstance(key, str) else key
 
 
 def field_names(batch: Any) -> list[Any]:

@@ -13,6 +13,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from lightning_wdefense._typing import TensorResult
 from lightning_wdefense.attacks.base import Attack, Problem
 from lightning_wdefense.attacks.losses import check_divergence, divergence_of
 from lightning_wdefense.attacks.threat import ThreatModel
@@ -60,7 +61,7 @@ class FeatureScattering(Attack):
     threat: ThreatModel
     steps: int = 1
     step_size: float | None = None
-    divergence: Callable[[Tensor, Tensor], Tensor] | None = None
+    divergence: Callable[[Tensor, Tensor], TensorResult] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lightning_wdefense._typing import TensorResult
 from lightning_wdefense.attacks.base import Attack, Problem
 from lightning_wdefense.attacks.losses import AttackLoss, check_divergence, check_loss, divergence_of
 from lightning_wdefense.attacks.norms import per_sample
@@ -77,7 +78,7 @@ class SinkhornAttack(Attack):
     weight: float = 10.0
     features: str = OUTPUTS
     loss: AttackLoss = "margin"
-    divergence: Callable[[Tensor, Tensor], Tensor] | None = None
+    divergence: Callable[[Tensor, Tensor], TensorResult] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:

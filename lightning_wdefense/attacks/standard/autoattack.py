@@ -70,7 +70,7 @@ class AutoAttack(Attack):
     """
 
     name: ClassVar[str] = "autoattack"
-    runs_in_lockstep: ClassVar[bool] = False
+    runs_in_lockstep = False
 
     threat: ThreatModel
     steps: int = 100

@@ -8,7 +8,7 @@ import math
 import random
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,7 +62,7 @@ class TorchAttack(Attack):
         True
     """
 
-    runs_in_lockstep: ClassVar[bool] = False
+    runs_in_lockstep = False
 
     def __init__(self, attack: str, threat: ThreatModel, *, seed: int = 0, **options: Any) -> None:
         check_threat(threat, type(self).__name__)

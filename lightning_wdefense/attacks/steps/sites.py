@@ -16,7 +16,7 @@ from lightning_wdefense.attacks.threat import ThreatModel
 from lightning_wdefense.modules.attachments import attach_hook
 from lightning_wdefense.modules.batches import BatchReader
 from lightning_wdefense.modules.outputs import float32_or_better
-from lightning_wdefense.modules.paths import resolve, value_at
+from lightning_wdefense.modules.paths import as_key, resolve, value_at
 from lightning_wdefense.modules.recording import find_submodule
 from lightning_wdefense.modules.state.isolation import eager
 
@@ -186,6 +186,7 @@ class Perturb:
     def __post_init__(self) -> None:
         if self.by not in ("sample", "token"):
             raise ValueError(f'by must be "sample" or "token", got {self.by!r}.')
+        object.__setattr__(self, "padding", as_key(self.padding))
 
     def site(self, root: nn.Module, batch: Any, threat: ThreatModel, run: Callable[[], Any]) -> OutputSite:
         """The values to perturb for one batch.

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from lightning_wdefense._compat import LightningModule, Trainer, dataloader_suffix
-from lightning_wdefense._strategy import check_strategy
 from lightning_wdefense.attacks.steps.sites import Perturb
 from lightning_wdefense.attacks.threat import ThreatModel
 from lightning_wdefense.callbacks.evaluation.hooks import PREFIX, EvaluationHooks, Stage, batches_of
@@ -25,6 +24,7 @@ from lightning_wdefense.evaluation.progress import TqdmProgress, status
 from lightning_wdefense.evaluation.protocol import Noise, check_max_batches
 from lightning_wdefense.modules.batches import Inputs, Labels
 from lightning_wdefense.modules.outputs import Pick
+from lightning_wdefense.modules.parallel import check_strategy
 from lightning_wdefense.modules.paths import map_tensors
 from lightning_wdefense.modules.recording import OUTPUTS, ForwardRecorder
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from lightning_wdefense._compat import LightningModule
 from lightning_wdefense._frozen import frozen
 from lightning_wdefense._seeding import seeded_generator
-from lightning_wdefense._strategy import check_strategy
 from lightning_wdefense.attacks import Attack, ThreatModel, get_attack, worst_case
 from lightning_wdefense.attacks.registry import evaluation_attacks
 from lightning_wdefense.defenses.branch import Branch
@@ -24,6 +23,7 @@ from lightning_wdefense.defenses.purifier.generators import BoundedGenerator, ge
 from lightning_wdefense.defenses.terms import mean_cross_entropy
 from lightning_wdefense.modules.batches import BatchReader, Key
 from lightning_wdefense.modules.outputs import float32_or_better
+from lightning_wdefense.modules.parallel import check_strategy
 from lightning_wdefense.modules.state.isolation import isolated
 
 _CHECKPOINT_KEY = "wasserstein_purifier"

@@ -11,8 +11,9 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from lightning_wdefense._names import unknown_name
+from lightning_wdefense._typing import TensorResult
 
-Cost = Callable[[Tensor, Tensor], Tensor]
+Cost = Callable[[Tensor, Tensor], TensorResult]
 NamedCost = Literal["cosine"]
 Solver = Literal["native", "geomloss"]
 
@@ -25,7 +26,7 @@ class SinkhornOptions:
     blur: float | None = None
     relative_blur: float = 0.2
     reach: float | None = None
-    cost: Cost | NamedCost | None = None
+    cost: NamedCost | Cost | None = None
     label_cost: float | None = None
     tol: float = 5e-4
     max_iter: int = 1000

@@ -46,7 +46,7 @@ def sinkhorn(
     blur: float | None = None,
     relative_blur: float = 0.2,
     reach: float | None = None,
-    cost: Cost | NamedCost | None = None,
+    cost: NamedCost | Cost | None = None,
     label_cost: float | None = None,
     x_labels: Tensor | None = None,
     y_labels: Tensor | None = None,
