@@ -202,10 +202,10 @@ EXCLUDED: dict[type, str] = {
     Detector: ABSTRACT,
     WassersteinDefenseMixin: "a base class without arguments, for a module of the user's own",
     SinkhornConvergenceWarning: "a warning",
+    EvaluationResult: "what evaluate() returns",
     **dict.fromkeys(
         (
             DefenseOutput,
-            EvaluationResult,
             WorstCase,
             Certificate,
             TwoSampleResult,
