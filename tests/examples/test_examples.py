@@ -22,6 +22,8 @@ CASES = {
     "wandb_logging.py": ([], [r"Most robust epoch: .*\.ckpt"]),
     "purifier.py": (["--fast"], [r"no purifier.*%", r"trained as usual.*%", r"trained through.*%"]),
     "tabular.py": ([], [r"undefended: clean \d", r"defended: clean \d"]),
+    "own_loop.py": (["--epochs=1"], [r"epoch 0: loss [\d.]+", r"defended batches: 21\b", r"clean_acc +0\.\d"]),
+    "fabric.py": (["--epochs=1"], [r"epoch 0: loss [\d.]+, eps 0\.067", r"498 samples", r"clean_acc +0\.\d"]),
     "text.py": (["--fast"], [r"plain, mean: clean \d", r"defended, mean: clean \d", r"gained: clean [+-]"]),
     "cli/train.py": (
         [
