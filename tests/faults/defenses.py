@@ -6,6 +6,8 @@ from faults.fault import Fault
 
 DEFENSE = "tests/callbacks/test_defense.py::"
 DISCREPANCIES = "tests/defenses/test_discrepancies.py::"
+BIND = "tests/defenses/test_bind.py::"
+RANKS = "tests/ranks/"
 DDP = "tests/callbacks/test_ddp.py::"
 PURIFIER = "tests/defenses/purifier/test_purifier.py::"
 SMOOTHING = "tests/defenses/smoothing/test_smoothing.py::"
@@ -34,14 +36,14 @@ FAULTS = [
     ),
     Fault(
         "the radius of the warm-up reaches no attack",
-        "defenses/recipe.py",
+        "defenses/terms.py",
         "attack.with_eps(attack.threat.eps * radius)",
         "attack",
         (f"{DEFENSE}TestLoss::test_eps_grows_over_the_warmup",),
     ),
     Fault(
         "steps of the warm-up are rounded down",
-        "defenses/recipe.py",
+        "defenses/terms.py",
         "math.ceil(radius * attack.steps)",
         "int(radius * attack.steps)",
         (f"{DEFENSE}TestLoss::test_steps_grow_with_the_radius",),
@@ -121,9 +123,87 @@ FAULTS = [
     Fault(
         "the multiplier is not averaged over ranks",
         "defenses/defense.py",
-        "displacement if average is None else average(displacement)",
+        "settings.ranks.mean_of_samples(displacement, len(adversarial))",
         "displacement",
         (f"{DDP}test_two_processes",),
+    ),
+    Fault(
+        "a loop's noise is the same in every step",
+        "defenses/defense.py",
+        "seeded_generator(inputs.device, self.seed, number, ranks.rank)",
+        "seeded_generator(inputs.device, self.seed, ranks.rank)",
+        (f"{BIND}TestCall::test_the_noise_is_that_of_the_seed_and_the_step",),
+    ),
+    Fault(
+        "a loop has no warm-up",
+        "defenses/defense.py",
+        "if self.recipe.active and self.warmup_steps else 1.0",
+        "if False else 1.0",
+        (f"{BIND}test_callback_mixin_and_own_loop_train_the_same_model[pgd-at]",),
+    ),
+    Fault(
+        "the other branch is run first",
+        "defenses/defense.py",
+        "            task, seen = result\n",
+        "            task, seen = step(passes.values if sees_clean else adversarial)\n",
+        (f"{BIND}test_callback_mixin_and_own_loop_train_the_same_model[pgd-at]",),
+    ),
+    Fault(
+        "the hooks stay after a detach",
+        "defenses/defense.py",
+        "        self.recorder.detach()\n        self.restore_weights()\n",
+        "        self.restore_weights()\n",
+        (f"{BIND}TestCall::test_after_detach_the_model_is_as_before",),
+    ),
+    Fault(
+        "the gradient of gathered samples is divided by the number of ranks",
+        "defenses/defense.py",
+        "return value + (ranks.size - 1) * (value - value.detach())",
+        "return value",
+        (f"{RANKS}test_ranks.py::test_ranks_train_as_one",),
+    ),
+    Fault(
+        "gathered labels are those of this rank",
+        "defenses/defense.py",
+        "labels = ranks.gather(labels, sizes)",
+        "labels = torch.cat([labels] * ranks.size)[: sum(sizes)]",
+        (f"{RANKS}test_ranks.py::test_ranks_train_as_one",),
+    ),
+    Fault(
+        "weights are perturbed along each rank's own gradient",
+        "defenses/weight_perturbation.py",
+        "if ranks.size == 1 or not weights:",
+        "if True:",
+        (f"{RANKS}test_ranks.py::test_ranks_train_as_one",),
+    ),
+    Fault(
+        "the attack uses each rank's own running statistics",
+        "defenses/defense.py",
+        "        synchronise_buffers(self.model)\n",
+        "",
+        (f"{RANKS}test_wrappers.py::test_wrapped_models",),
+    ),
+    Fault(
+        "no pass goes through the wrapper",
+        "defenses/forward_passes.py",
+        "contextlib.nullcontext() if synchronised else bypassed(self._wrapper)",
+        "bypassed(self._wrapper)",
+        (f"{RANKS}test_wrappers.py::test_wrapped_models",),
+    ),
+    Fault(
+        "a rank stops its restarts alone",
+        "attacks/gradient/pgd.py",
+        "if not problem.anywhere(len(open_) > 0):",
+        "if len(open_) == 0:",
+        (f"{RANKS}test_fsdp.py::test_as_ddp[quick]",),
+    ),
+    Fault(
+        "a sharded model runs parts of batches",
+        "attacks/base.py",
+        "whole=execution.whole or ranks.size > 1 or not",
+        "whole=execution.whole or not",
+        (f"{RANKS}test_fsdp.py::test_as_ddp[quick]",),
+        survives="FSDP2 accepts any batch size; whole batches only keep an empty part from failing in the user's model.",
     ),
     Fault(
         "the critic is not saved",

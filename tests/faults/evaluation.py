@@ -76,9 +76,9 @@ FAULTS = [
     ),
     Fault(
         "Fabric's precision is forgotten",
-        "evaluation/subject.py",
-        "return replace(cls.of(model._forward_module), precision=model._strategy.precision)",
-        "return cls.of(model._forward_module)",
+        "modules/parallel.py",
+        "return model._strategy.precision",
+        "return None",
         (f"{EVALUATE}test_fabrics_precision_is_used",),
     ),
     Fault(

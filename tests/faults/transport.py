@@ -17,6 +17,27 @@ SPECULATION = "tests/transport/entropic/test_speculation.py::test_group"
 FAULTS = [
     # ------------------------------------------------------------------------------------------ Sinkhorn
     Fault(
+        "column sums of shared rows are not added up",
+        "transport/entropic/solver/shared.py",
+        "return self._share.ranks.sum(own)",
+        "return own",
+        ("tests/ranks/test_sharing.py::test_shared_rows[2]",),
+    ),
+    Fault(
+        "the diagonal of shared rows is that of the first ones",
+        "transport/entropic/problem/costs.py",
+        "columns = slice(first + start, first + stop)",
+        "columns = slice(start, stop)",
+        ("tests/ranks/test_sharing.py::test_shared_rows[2]",),
+    ),
+    Fault(
+        "the gradient in the second cloud forgets its own potential",
+        "transport/entropic/solver/shared.py",
+        "back.symmetrise(log_columns[own])",
+        "back.symmetrise(0 * log_columns[own])",
+        ("tests/ranks/test_sharing.py::test_shared_rows[2]",),
+    ),
+    Fault(
         "the divergence keeps half of one bias",
         "transport/entropic/gradients/second_order.py",
         '{"xy": 1.0, "xx": -0.5, "yy": -0.5}',
@@ -40,7 +61,7 @@ FAULTS = [
     Fault(
         "squared distances never fall back to float64",
         "transport/entropic/problem/costs.py",
-        "if torch.finfo(dtype).eps * max(float(squares.max()) for squares in weighty) > ROUNDING * eps:",
+        "if torch.finfo(dtype).eps * largest > ROUNDING * eps:",
         "if False:",
         ("tests/transport/entropic/test_gradients.py",),
     ),

@@ -32,7 +32,7 @@ def run(folder, *cases):
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     environment.pop("MASTER_PORT", None)  # Lightning finds a free one, and starts the second process
     command = [sys.executable, str(SCRIPT), str(folder), *cases]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200, cwd=folder)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=folder)
     assert done.returncode == 0, done.stderr[-4000:]
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
