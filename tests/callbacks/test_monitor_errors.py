@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -125,12 +127,20 @@ def test_a_path_that_does_not_exist_is_an_error_before_training(options):
 
 
 @pytest.mark.parametrize("callback", [RobustnessMonitor, AdversarialExampleLogger])
-@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
-def test_sharded_strategies_are_refused(callback, name, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("FSDPStrategy", "FSDP1 keeps the parameters in flat tensors.*Use FSDP2.*strategy='ddp'"),
+        ("DeepSpeedStrategy", "DeepSpeed's engine takes gradients only in.*Use FSDP2.*strategy='ddp'"),
+        ("ModelParallelStrategy", r"(tensor_parallel_size=2.*share each sample|runs the model on one rank only)"),
+    ],
+)
+def test_sharded_strategies_are_refused(callback, name, reason, monkeypatch):
     trainer = quiet_trainer()
     strategy = type("Custom", (type(name, (), {}),), {})()  # also a subclass
+    strategy.device_mesh = {"tensor_parallel": SimpleNamespace(size=lambda: 2)}
     monkeypatch.setattr(type(trainer), "strategy", strategy)
-    with pytest.raises(MisconfigurationException, match=rf"{callback.__name__} .*sharded.*strategy='ddp'"):
+    with pytest.raises(MisconfigurationException, match=rf"{callback.__name__} .*{reason}"):
         callback(THREAT).setup(trainer, trained_classifier(), "validate")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from dataclasses import replace
 
@@ -44,10 +45,13 @@ def train(case, ranks):
         optimizer.zero_grad()
         loss = torch.zeros(())
         parts = [rows_of(half, SPLITS["even"][2]) for half in range(2)] if "halves" in case else [own]
-        for part in parts:
-            output = defense(images[batch][part], labels[batch][part], step=step)
-            (output.loss / len(parts)).backward()
-            loss += output.logs["loss"] / len(parts)
+        batches = [batch, slice(batch.start + 100, batch.stop + 100)] if "accumulate" in case else [batch]
+        for i, (which, part) in enumerate((which, part) for which in batches for part in parts):
+            accumulates = i + 1 < len(batches) and dist.is_initialized()
+            with wrapped.no_sync() if accumulates else contextlib.nullcontext():
+                output = defense(images[which][part], labels[which][part], step=step * len(batches) + i // len(parts))
+                (output.loss / len(parts) / len(batches)).backward()
+            loss += output.logs["loss"] / len(parts) / len(batches)
         gradient = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
         found.append({"loss": ranks.mean(loss), "gradient": gradient.clone()})
         optimizer.step()

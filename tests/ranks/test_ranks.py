@@ -14,7 +14,12 @@ BY_SAMPLE = ["pgd-at", "trades", "mart", "alp", "alp-features", "udr", "wrm", "p
 """Recipes whose loss is a mean over samples: they need no ``gather``."""
 
 COMPARING = ["sat", "sat-label", "sat-features", "class-transport", "mmd", "coral", "critic"]
-GATHERED = [*(f"{name}+gather" for name in COMPARING), "trades+gather", "class-transport+gather+awp"]
+GATHERED = [
+    *(f"{name}+gather" for name in COMPARING),
+    "trades+gather",
+    "class-transport+gather+awp",
+    "critic+gather+accumulate",
+]
 
 HALVES = ["sat", "class-transport"]
 """Without ``gather`` the discrepancy of two ranks is the mean of those of their halves."""

@@ -27,6 +27,10 @@ def test_wrapped_models(tmp_path):
     assert not torch.equal(plain["net.conv.weight"], lossy["net.conv.weight"])
     for key, value in lossy.items():
         assert value.isfinite().all(), key
+    for key, value in first.get("whole", {}).items():
+        torch.testing.assert_close(
+            first["sharded"][key], value, rtol=1e-5, atol=1e-6, msg=f"fully_shard, {key}: ".__add__
+        )
 
 
 @pytest.mark.slow

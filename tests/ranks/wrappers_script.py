@@ -7,6 +7,7 @@ import warnings
 
 import torch
 import torch.distributed as dist
+import torch.distributed.fsdp
 from lightning import Fabric, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from support.lightning_modules import DigitsClassifier, digits, quiet_trainer
@@ -61,6 +62,24 @@ def by_fabric(recipe, ranks, precision="32-true"):
         fabric.backward(defense(*batch).loss)
         optimizer.step()
     return module
+
+
+def by_fully_shard(recipe, ranks, shard=True):
+    """FSDP2, or DDP beside it: without BatchNorm, whose buffers FSDP2 leaves to each rank."""
+    from torch.distributed.fsdp import fully_shard  # torch 2.6 and later
+
+    torch.manual_seed(0)
+    module = DigitsClassifier()
+    if shard:
+        for layer in (*(each for each in module.net if list(each.parameters())), module):
+            fully_shard(layer)
+    defense = recipe.bind(module if shard else DistributedDataParallel(module))
+    optimizer = torch.optim.SGD(module.parameters(), 0.2)
+    for batch in batches(ranks.rank):
+        optimizer.zero_grad()
+        defense(*batch, measure=True).loss.backward()
+        optimizer.step()
+    return {key: each.full_tensor() if shard else each for key, each in module.state_dict().items()}
 
 
 def by_lightning(recipe, ranks):
@@ -134,6 +153,9 @@ def main(folder, *cases):
         }
     lossy = by_fabric(recipe_of("class-transport"), ranks, "bf16-mixed").state_dict()
     results["bf16"] = {key: value.clone() for key, value in lossy.items()}
+    if hasattr(torch.distributed.fsdp, "fully_shard"):
+        recipe = recipe_of("class-transport+gather")
+        results["sharded"], results["whole"] = (by_fully_shard(recipe, ranks, shard) for shard in (True, False))
     results["unequal"] = unequal_batches()
     torch.save(results, f"{folder}/{ranks.rank}.pt")
 
