@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from _pytest.doctest import DoctestModule
-from lightning.fabric.utilities import registry
 from sklearn.datasets import load_digits
+from support import lightning_alias
 from torch import Tensor, nn
 
 from lightning_wdefense.attacks import PGD, ThreatModel
+
+lightning_alias.install()
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # A worker a core: more threads would only wait for each other, in the processes that tests start as well.
@@ -35,6 +37,8 @@ def pytest_collect_file() -> Generator[None, list[Any], list[Any]]:
 @pytest.fixture(scope="session", autouse=True)
 def _entry_points_are_read_once() -> Iterator[None]:
     """Each Trainer reads the metadata of all packages that are installed, in ten milliseconds: a third of a short training."""
+    from lightning.fabric.utilities import registry  # here, because above there may be no such name yet
+
     with pytest.MonkeyPatch.context() as patch:
         if hasattr(registry, "entry_points"):
             patch.setattr(registry, "entry_points", functools.cache(registry.entry_points))
