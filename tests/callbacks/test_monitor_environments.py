@@ -94,7 +94,8 @@ def test_compiled_code_is_not_compiled_again_for_every_batch():
     compiled = []
 
     def backend(graph, inputs):
-        compiled.append(graph)
+        if "conv" in graph.code:  # the model's, not those of Lightning's own code for logging
+            compiled.append(graph)
         return graph.forward
 
     torch._dynamo.reset()
@@ -107,9 +108,7 @@ def test_compiled_code_is_not_compiled_again_for_every_batch():
         trainer = quiet_trainer(callbacks=[monitor], limit_val_batches=batches)
         trainer.validate(torch.compile(trained_classifier(), backend=backend), digits_loaders(16)[1], verbose=False)
         counts.append(len(compiled))
-    assert (
-        counts[1] == counts[0]
-    )  # the first batches are compiled for their size, then for any size, and no later ones again
+    assert counts[1] == counts[0] > 0
 
 
 def test_pytorch_lightning_trainer(plain):
