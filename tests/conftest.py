@@ -8,15 +8,13 @@ from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
+import support.lightning_alias  # noqa: F401
 import torch
 from _pytest.doctest import DoctestModule
 from sklearn.datasets import load_digits
-from support import lightning_alias
 from torch import Tensor, nn
 
 from lightning_wdefense.attacks import PGD, ThreatModel
-
-lightning_alias.install()
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # A worker a core: more threads would only wait for each other, in the processes that tests start as well.

@@ -165,8 +165,7 @@ def test_without_the_extras():
     output = run_python(
         """
         import sys
-        from support import lightning_alias
-        lightning_alias.install()
+        import support.lightning_alias
         import lightning, torchmetrics  # which look for what is installed, not for what can be imported
         for loaded in [name for name in sys.modules if name.startswith("matplotlib.")]:
             del sys.modules[loaded]

@@ -1,4 +1,7 @@
-"""``lightning`` as a name for ``pytorch_lightning``, so that the same tests run where only the old package is installed."""
+"""``lightning`` as a name for ``pytorch_lightning``, so that the same tests run where only the old package is installed.
+
+To import this module makes the alias, if ``lightning`` is not installed.
+"""
 
 from __future__ import annotations
 
@@ -55,9 +58,7 @@ def old_name(name: str) -> str | None:
     return None
 
 
-def install() -> None:
-    """Make the alias, if ``lightning`` is not installed."""
-    if importlib.util.find_spec("lightning") is None:
-        # The package looks for Lightning when it is imported: first, so that it finds what a user without `lightning` has.
-        importlib.import_module("lightning_wdefense")
-        sys.meta_path.append(Alias())
+if importlib.util.find_spec("lightning") is None:
+    # The package looks for Lightning when it is imported: first, so that it finds what a user without `lightning` has.
+    importlib.import_module("lightning_wdefense")
+    sys.meta_path.append(Alias())

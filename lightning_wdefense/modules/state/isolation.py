@@ -98,7 +98,7 @@ def _force_eager() -> contextlib.AbstractContextManager[Any]:
 @contextlib.contextmanager
 def _uncompiled_frames() -> Iterator[None]:
     """What ``set_stance("force_eager")`` does, for PyTorch 2.4 and 2.5: a call of compiled code turns on no compiler."""
-    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    dynamo: Any = sys.modules.get("torch._dynamo.eval_frame")
     if dynamo is None:  # nothing is compiled yet, and importing it takes seconds
         yield
         return
