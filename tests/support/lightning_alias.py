@@ -61,4 +61,5 @@ def old_name(name: str) -> str | None:
 if importlib.util.find_spec("lightning") is None:
     # The package looks for Lightning when it is imported: first, so that it finds what a user without `lightning` has.
     importlib.import_module("lightning_wdefense")
-    sys.meta_path.append(Alias())
+    # Before the finder of files, which would find them too, by the path of their package, and import them a second time.
+    sys.meta_path.insert(0, Alias())
