@@ -23,17 +23,27 @@ __all__ = [
     "Trainer",
     "dataloader_suffix",
     "is_a",
+    "loggable_key",
     "rank_zero_warn",
 ]
 
 
-def dataloader_suffix(index: int) -> str:
-    """Suffix of a logged key for one of several dataloaders.
+_DATALOADER = "/dataloader_idx_"
+"""Before the index in Lightning's own suffix."""
 
-    From Lightning 2.5.3 it is Lightning's own suffix; older versions reserve that one for themselves.
+
+def dataloader_suffix(index: int) -> str:
+    """Suffix of a logged key for one of several dataloaders: Lightning's own, where it can be logged."""
+    return loggable_key(f"{_DATALOADER}{index}")
+
+
+def loggable_key(key: str) -> str:
+    """The key under which a value of one of several dataloaders can be logged.
+
+    From Lightning 2.5.3 it is the key itself. Older versions refuse the suffix ``/dataloader_idx_0``, which is then ``/dataloader_0``.
     """
     version = Version(sys.modules[Trainer.__module__.split(".trainer")[0]].__version__)  # type: ignore[attr-defined]
-    return f"/dataloader_idx_{index}" if version >= Version("2.5.3") else f"/dataloader_{index}"
+    return key if version >= Version("2.5.3") else key.replace(_DATALOADER, "/dataloader_")
 
 
 def is_a(instance: Any, class_name: str) -> bool:

@@ -8,9 +8,9 @@ from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
+import support.lightning_alias  # noqa: F401
 import torch
 from _pytest.doctest import DoctestModule
-from lightning.fabric.utilities import registry
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
@@ -35,6 +35,8 @@ def pytest_collect_file() -> Generator[None, list[Any], list[Any]]:
 @pytest.fixture(scope="session", autouse=True)
 def _entry_points_are_read_once() -> Iterator[None]:
     """Each Trainer reads the metadata of all packages that are installed, in ten milliseconds: a third of a short training."""
+    from lightning.fabric.utilities import registry  # here, because above there may be no such name yet
+
     with pytest.MonkeyPatch.context() as patch:
         if hasattr(registry, "entry_points"):
             patch.setattr(registry, "entry_points", functools.cache(registry.entry_points))

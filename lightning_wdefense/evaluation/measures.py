@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +47,8 @@ class Measures:
     def of(cls, attacks: Sequence[str], epsilons: Sequence[float] | None, *, shift: bool) -> Measures:
         """New, empty metrics for these attacks and values of eps."""
         names = ("clean_loss", "robust_loss", *(f"robust_loss_{attack}" for attack in attacks))
-        losses = {name: SumMetric(nan_strategy="disable") for name in names}
+        # A loss that is NaN shows in the sum. "disable" says the same, but only from torchmetrics 1.7.
+        losses = {name: SumMetric(nan_strategy=math.nan) for name in names}
         classified, attacked = SumMetric(), SumMetric()
         for total in (*losses.values(), classified, attacked):
             total.update(0.0)  # so that a rank without batches takes part in the reduction without a warning

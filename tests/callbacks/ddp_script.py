@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 
+import support.lightning_alias  # noqa: F401  # isort: skip
 import torch
 import torch.nn.functional as F
 from callbacks import test_detection_monitor, test_monitor_environments

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_wdefense import DetectionMonitor, ThreatModel
+from lightning_wdefense._compat import dataloader_suffix
 from lightning_wdefense.attacks import PGD, get_attack
 from lightning_wdefense.detection import CriticScore, Detector, FeatureSqueezing, KNNDistance, Mahalanobis
 
@@ -145,7 +146,7 @@ def test_several_dataloaders_and_names():
     for index, loader in enumerate(loaders):
         alone = evaluate(watch(), loaders=loader)
         for name in FIVE:
-            got = values[f"val/strong/auroc_{name}/dataloader_idx_{index}"]
+            got = values[f"val/strong/auroc_{name}{dataloader_suffix(index)}"]
             assert got == pytest.approx(alone[f"val/auroc_{name}"], nan_ok=True)
 
 

@@ -10,6 +10,7 @@ from support.lightning_modules import digits_loaders, quiet_trainer, trained_cla
 from support.logs import tensorboard_history, tensorboard_picture_steps, tensorboard_scalar_steps, wandb_history
 
 from lightning_wdefense import AdversarialExampleLogger, RobustnessMonitor, ThreatModel
+from lightning_wdefense._compat import dataloader_suffix
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -101,7 +102,7 @@ def test_several_dataloaders_draw_several_curves(tmp_path):
     trainer.validate(trained_classifier(), [digits_loaders(val_size=32)[1]] * 2, verbose=False)
     logger.finalize("success")
     found = tensorboard_history(logger.log_dir)
-    assert {f"val/robustness_curve/dataloader_idx_{index}" for index in (0, 1)} <= set(found)
+    assert {f"val/robustness_curve{dataloader_suffix(index)}" for index in (0, 1)} <= set(found)
 
 
 @pytest.mark.parametrize("kind", ["csv", "none"])

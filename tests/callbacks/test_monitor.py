@@ -18,6 +18,7 @@ from support.lightning_modules import (
 from torch import Tensor, nn
 
 from lightning_wdefense import RobustnessMonitor, ThreatModel
+from lightning_wdefense._compat import dataloader_suffix
 from lightning_wdefense.attacks import FGSM, PGD
 from lightning_wdefense.callbacks.schedule import evaluation_generator
 from lightning_wdefense.transport import sinkhorn_divergence
@@ -170,10 +171,10 @@ def test_several_dataloaders():
     for index, loader in enumerate(loaders):
         alone = evaluate(RobustnessMonitor(THREAT, [SIGN_PGD], epsilons=[EPS]), loaders=loader)
         for key in ("clean_acc", "robust_acc", "robust_acc_pgd", "attack_success", "transport_shift", "auac"):
-            assert values[f"val/{key}/dataloader_idx_{index}"] == pytest.approx(alone[f"val/{key}"], rel=1e-5)
-    assert set(monitor.curves) == {f"val/robustness_curve/dataloader_idx_{index}" for index in (0, 1)}
+            assert values[f"val/{key}{dataloader_suffix(index)}"] == pytest.approx(alone[f"val/{key}"], rel=1e-5)
+    assert set(monitor.curves) == {f"val/robustness_curve{dataloader_suffix(index)}" for index in (0, 1)}
     # What another evaluation measured is not logged again.
-    assert not [key for key in evaluate(monitor, loaders=loaders[0]) if "dataloader_idx" in key]
+    assert not [key for key in evaluate(monitor, loaders=loaders[0]) if "dataloader" in key]
 
 
 def test_max_batches_is_for_each_dataloader():
@@ -181,7 +182,8 @@ def test_max_batches_is_for_each_dataloader():
     values = evaluate(monitor, loaders=[digits_loaders(batch_size=8)[1]] * 2)
     first = evaluate(RobustnessMonitor(THREAT, [SIGN_PGD]), loaders=digits_loaders(val_size=16)[1])
     for key in ("clean_acc", "robust_acc", "attack_success"):
-        assert values[f"val/{key}/dataloader_idx_0"] == values[f"val/{key}/dataloader_idx_1"] == first[f"val/{key}"]
+        assert values[f"val/{key}{dataloader_suffix(0)}"] == values[f"val/{key}{dataloader_suffix(1)}"]
+        assert values[f"val/{key}{dataloader_suffix(1)}"] == first[f"val/{key}"]
 
 
 def test_name_tells_monitors_apart():

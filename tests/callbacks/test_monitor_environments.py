@@ -94,24 +94,29 @@ def test_compiled_code_is_not_compiled_again_for_every_batch():
     compiled = []
 
     def backend(graph, inputs):
-        compiled.append(graph)
+        if "conv" in graph.code:  # the model's, not those of Lightning's own code for logging
+            compiled.append(graph)
         return graph.forward
 
     torch._dynamo.reset()
     # One attack on all samples, so that every batch has one size.
     monitor = RobustnessMonitor(THREAT, [SIGN_PGD], independent=True)
     counts = []
-    for batches in (1, 4):
+    for batches in (4, 8):
         torch._dynamo.reset()
         compiled.clear()
         trainer = quiet_trainer(callbacks=[monitor], limit_val_batches=batches)
-        trainer.validate(torch.compile(trained_classifier(), backend=backend), digits_loaders()[1], verbose=False)
+        trainer.validate(torch.compile(trained_classifier(), backend=backend), digits_loaders(16)[1], verbose=False)
         counts.append(len(compiled))
-    assert counts[1] <= counts[0] + 3  # dynamic shapes may cost a few more, but not a few a batch
+    assert counts[1] == counts[0] > 0
 
 
 def test_pytorch_lightning_trainer(plain):
-    lightning_before = pytest.importorskip("pytorch_lightning")
+    lightning_before = pytest.importorskip(
+        "pytorch_lightning",
+        minversion="2.6",
+        reason="before Lightning 2.6 its trainers refuse the callbacks of the other namespace",
+    )
 
     class OldStyle(lightning_before.LightningModule):
         def __init__(self):
@@ -160,6 +165,7 @@ def test_without_the_extras():
     output = run_python(
         """
         import sys
+        import support.lightning_alias
         import lightning, torchmetrics  # which look for what is installed, not for what can be imported
         for loaded in [name for name in sys.modules if name.startswith("matplotlib.")]:
             del sys.modules[loaded]

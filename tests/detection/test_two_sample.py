@@ -8,6 +8,7 @@ import pytest
 import torch
 from scipy import stats
 from scipy.spatial.distance import cdist
+from support.random_state import SCIPY_SEED
 
 from lightning_wdefense.defenses import mmd
 from lightning_wdefense.detection import TwoSampleTest, two_sample_test
@@ -67,7 +68,7 @@ def test_p_value_is_that_of_scipy():
         return stats.energy_distance(a, b) ** 2
 
     expected = stats.permutation_test(
-        (x.flatten().numpy(), y.flatten().numpy()), statistic, n_resamples=2000, alternative="greater", rng=0
+        (x.flatten().numpy(), y.flatten().numpy()), statistic, n_resamples=2000, alternative="greater", **SCIPY_SEED
     )
     ours = two_sample_test(x, y, "energy", permutations=2000)
     assert ours.statistic.item() == pytest.approx(expected.statistic, rel=1e-3)

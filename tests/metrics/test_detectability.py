@@ -5,6 +5,7 @@ import pytest
 import torch
 from scipy import stats
 from sklearn.metrics import roc_auc_score
+from support.random_state import SCIPY_SEED
 
 from lightning_wdefense._dtype import default_dtype
 from lightning_wdefense.metrics import Detectability, detectability
@@ -46,7 +47,7 @@ def test_interval_is_that_of_scipys_bootstrap():
         n_resamples=4000,
         confidence_level=0.9,
         method="percentile",
-        rng=0,
+        **SCIPY_SEED,
     ).confidence_interval
     _, low, high = detectability(clean, adversarial, resamples=4000, confidence=0.9)
     assert low.item() == pytest.approx(expected.low, abs=0.01)

@@ -26,7 +26,7 @@ def wandb_history(save_dir: Path) -> dict[str, Any]:
     deadline = time.monotonic() + 120
     while True:  # wandb.finish() may return before its service has written the file to the end
         records = [Record.FromString(data) for data in _leveldb_records(file.read_bytes())]
-        if records and records[-1].WhichOneof("record_type") == "exit":
+        if any(record.WhichOneof("record_type") == "exit" for record in records):
             break
         assert time.monotonic() < deadline, f"{file} was never finished"
         time.sleep(0.05)

@@ -6,7 +6,12 @@ import random
 
 import numpy as np
 import pytest
+import scipy
 import torch
+from packaging.version import Version
+
+SCIPY_SEED: dict[str, int] = {"rng" if Version(scipy.__version__) >= Version("1.15") else "random_state": 0}
+"""The keyword argument that seeds a function of SciPy."""
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_wdefense._compat import LightningModule, Trainer, dataloader_suffix
+from lightning_wdefense._compat import LightningModule, Trainer, dataloader_suffix, loggable_key
 from lightning_wdefense.attacks.steps.sites import Perturb
 from lightning_wdefense.attacks.threat import ThreatModel
 from lightning_wdefense.callbacks.evaluation.hooks import PREFIX, EvaluationHooks, Stage, batches_of
@@ -261,7 +261,8 @@ class EvaluationMonitor(EvaluationHooks, Generic[MeasuresT]):
                 values |= {key(short): value for short, value in self.compute(measures, trainer, key).items()}
             if self._attacked_evaluation is not None:
                 prefix = f"robust/{self.name}/" if self.name else "robust/"
-                values |= {prefix + key: value for key, value in self._attacked_evaluation.finish().items()}
+                own = self._attacked_evaluation.finish()
+                values |= {prefix + loggable_key(key): value for key, value in own.items()}
             self._last[PREFIX[stage]] = values
             if stage == "validation":
                 self._epoch = trainer.current_epoch

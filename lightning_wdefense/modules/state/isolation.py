@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -91,7 +92,22 @@ def eager() -> contextlib.AbstractContextManager[Any]:
 
 def _force_eager() -> contextlib.AbstractContextManager[Any]:
     set_stance = getattr(torch.compiler, "set_stance", None)  # torch 2.6 and later
-    return contextlib.nullcontext() if set_stance is None else set_stance("force_eager")
+    return _uncompiled_frames() if set_stance is None else set_stance("force_eager")
+
+
+@contextlib.contextmanager
+def _uncompiled_frames() -> Iterator[None]:
+    """What ``set_stance("force_eager")`` does, for PyTorch 2.4 and 2.5: a call of compiled code turns on no compiler."""
+    dynamo: Any = sys.modules.get("torch._dynamo.eval_frame")
+    if dynamo is None:  # nothing is compiled yet, and importing it takes seconds
+        yield
+        return
+    set_eval_frame = dynamo.set_eval_frame
+    dynamo.set_eval_frame = lambda callback: set_eval_frame(None if callable(callback) else callback)
+    try:
+        yield
+    finally:
+        dynamo.set_eval_frame = set_eval_frame
 
 
 _eager = SharedContext(_force_eager)

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import Accuracy, F1Score, MetricCollection
 
 from lightning_wdefense import DetectionMonitor, RobustnessMonitor, ThreatModel
+from lightning_wdefense._compat import loggable_key
 from lightning_wdefense.attacks import PGD
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -116,9 +117,9 @@ def test_as_in_a_validation_on_the_attacked_inputs(stage, number, through):
     attacked = quiet_values(made(), loaders(number, attack_with=made()), stage, [])
     for key, value in clean.items():
         assert logged[key] == value, key
-        assert logged[f"robust/{key}"] == pytest.approx(attacked[key], abs=1e-5), key
+        assert logged[f"robust/{loggable_key(key)}"] == pytest.approx(attacked[key], abs=1e-5), key
     suffix = "/dataloader_idx_0" if number > 1 else ""
-    assert logged[f"robust/accuracy{suffix}"] < logged[f"accuracy{suffix}"] - 0.2
+    assert logged[f"robust/accuracy{loggable_key(suffix)}"] < logged[f"accuracy{suffix}"] - 0.2
     assert logged["robust/by_list"] == pytest.approx(logged["robust/at_the_end"])
     assert logged["robust/counted"] == logged["counted"] == 200 * number
     assert (module.count, module.ends, module.right, module.at_the_end._update_count) == (0, 0, [], 0)
@@ -222,7 +223,7 @@ def test_hooks_at_the_start_hidden_metrics_and_the_trainers_values(through):
     assert {"worst", "hidden", "read", "accuracy", "accuracy_epoch", "smallest"} <= clean.keys()
     for key, value in clean.items():
         assert logged[key] == value, key
-        assert logged[f"robust/{key}"] == pytest.approx(attacked[key], abs=1e-5), key
+        assert logged[f"robust/{loggable_key(key)}"] == pytest.approx(attacked[key], abs=1e-5), key
     assert logged["robust/hidden"] < logged["hidden"] - 0.2
     assert module.history == alone.history
     assert vars(module).keys() == vars(alone).keys()

@@ -4,6 +4,7 @@ import pytest
 from transport.entropic.interpreter import interpreter
 
 from lightning_wdefense.transport.entropic.newton import problem as small
+from lightning_wdefense.transport.entropic.triton import OLDEST, supported
 
 
 @pytest.fixture(params=["small", "large"])
@@ -20,5 +21,7 @@ def either_way(request, monkeypatch):
 @pytest.fixture(scope="session")
 def interpreted():
     """Calls a function in a process in which Triton's kernels are interpreted."""
+    if not supported():
+        pytest.skip(f"needs Triton {OLDEST} or later")
     with interpreter() as call:
         yield call

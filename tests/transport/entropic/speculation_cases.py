@@ -233,6 +233,7 @@ def without_kernels() -> Iterator[None]:
     """NumPy and PyTorch in the place of the kernels, for the checks of what is around them: in the interpreter these take minutes."""
     with (
         mock.patch.dict(os.environ, TRITON_INTERPRET="1"),  # on a CPU kernels are asked for only then
+        mock.patch.object(triton, "supported", return_value=True),
         mock.patch.object(triton, "_failed", set()),
         mock.patch.object(small, "launch", small_launch),
         mock.patch.object(symmetric, "launch", symmetric_launch),

@@ -1,11 +1,12 @@
 """The Triton kernels, in their interpreter, compiled without a GPU, and on one where there is one."""
 
-import importlib.util
 import math
 import os
 import re
 import subprocess
+import sys
 import tempfile
+import types
 import warnings
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from transport.entropic import triton_cases
 
 import lightning_wdefense.transport.entropic.triton as kernels
 
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+needs_triton = pytest.mark.skipif(not kernels.supported(), reason=f"needs Triton {kernels.OLDEST} or later")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -96,7 +97,7 @@ def test_streaming_on_a_gpu(name):
 
 def stack_of(kernel, settings):
     """Bytes of the stack that a kernel needs on an H100, where the registers are not enough; ``None`` without the tools."""
-    triton = pytest.importorskip("triton")
+    triton = pytest.importorskip("triton", minversion=str(kernels.OLDEST))
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         pytest.skip("interpreted")
     backend = pytest.importorskip("triton.backends.nvidia")
@@ -196,6 +197,13 @@ def test_spread(shape, multiprocessors, expected, monkeypatch):
 def solve(dtype=torch.float32):
     cost, a, b, eps, mean = (each.to(dtype) for each in triton_cases.SOLVES["uniform"].problem())
     return kernels.potential(cost, a, b, float(eps), None, float(mean), 1e-3, 100)
+
+
+@pytest.mark.parametrize(("version", "expected"), [("3.3.1", False), ("3.4.0+git663e04e8", True)])
+def test_an_old_triton_is_left_alone(version, expected, monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__=version))
+    monkeypatch.setattr(kernels, "supported", kernels.supported.__wrapped__)
+    assert kernels.available(torch.device("cuda")) is expected
 
 
 def test_leaves_to_pytorch_what_it_cannot_do(monkeypatch):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_wdefense.transport.clouds.precision import NO_FLOAT64
+
 
 def density(potential: Tensor, rho: float | None) -> Tensor:
     """Mass transported at each point, as a share of its weight: all of it, unless the transport is unbalanced."""
@@ -19,12 +21,13 @@ def price(potential: Tensor, rho: float | None) -> Tensor:
 def semi_dual(f: Tensor, g: Tensor, a: Tensor, b: Tensor, eps: float | Tensor, rho: float | None) -> Tensor:
     """Dual value ``(...)`` where ``f`` is the answer to ``g``, so that the mass of the plan is that of its rows.
 
-    In float64: its error is the square of that of the potentials. ``eps`` is a number, or ``(...)``.
+    In float64, where the device has it: its error is the square of that of the potentials. ``eps`` is a number, or ``(...)``.
     """
-    wide_a, wide_b = a.double(), b.double()
+    dtype = a.dtype if a.device.type in NO_FLOAT64 else torch.float64
+    wide_a, wide_b = a.to(dtype), b.to(dtype)
     mass = transported = wide_a.sum(-1)
     if rho is not None:
-        f, g = f.double(), g.double()
+        f, g = f.to(dtype), g.to(dtype)
         transported = (wide_a * density(f, rho)).sum(-1)
     entropy = transported - mass * wide_b.sum(-1)
     return (wide_a * price(f, rho)).sum(-1) + (wide_b * price(g, rho)).sum(-1) - eps * entropy

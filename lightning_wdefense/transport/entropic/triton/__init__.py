@@ -2,12 +2,12 @@
 
 They are only ever a quicker way to good potentials, in float32. The PyTorch solver checks what they return and goes on from
 there, so a kernel that fails costs time but no accuracy. They were tried on an H100 (``benchmarks/results/gpu_h100``) and run in
-Triton's interpreter.
+Triton's interpreter. They need Triton 3.4, which comes with PyTorch 2.8, or later; with earlier ones PyTorch does everything.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import functools
 import math
 import os
 import warnings
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 __all__ = ["available", "fits", "pairwise_costs", "potential", "potentials"]
@@ -24,6 +25,9 @@ T = TypeVar("T")
 SMALL = 128
 """Most rows and columns of a problem that one program solves by itself."""
 
+OLDEST = Version("3.4")
+"""The first release of Triton that compiles all kernels."""
+
 _failed: set[str] = set()
 """Kinds of problems whose kernel could not be compiled or launched: it is not tried again."""
 
@@ -31,7 +35,17 @@ _failed: set[str] = set()
 def available(device: torch.device) -> bool:
     """Whether kernels can run on tensors of a device: on a GPU, or anywhere if ``TRITON_INTERPRET`` is set."""
     interpreted = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
-    return (device.type == "cuda" or interpreted) and importlib.util.find_spec("triton") is not None
+    return (device.type == "cuda" or interpreted) and supported()
+
+
+@functools.cache
+def supported() -> bool:
+    """Whether a Triton is installed that compiles the kernels."""
+    try:
+        import triton
+    except ImportError:
+        return False
+    return Version(triton.__version__) >= OLDEST
 
 
 def potential(
