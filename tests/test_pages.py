@@ -9,6 +9,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 import lightning_wdefense
 
@@ -91,6 +92,18 @@ def test_the_table_of_versions_has_what_is_declared():
     assert rows.pop("Python") == re.search(r'requires-python = "(.*)"', PYPROJECT)[1]
     assert {"torch", "lightning", "geomloss", "wandb"} < rows.keys()
     assert rows == declared
+
+
+def test_the_oldest_versions_are_those_that_are_declared():
+    pins = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / ".ci" / "oldest.txt").read_text(), re.M))
+    declared = PYPROJECT.split("\ndev = ")[0].split("\ndependencies = ")[1]
+    bounds = dict(re.findall(r'"([\w-]+)(?:\[signatures\])?>=([\d.]+)[^"]*"', declared))
+    for name in ("ruff", "mypy"):  # the linters' versions are no matter of the package
+        del bounds[name]
+    assert bounds.keys() == pins.keys() - {"pytorch-lightning", "torchvision"}
+    for name, bound in bounds.items():
+        assert Version(pins[name]) == Version(bound), name
+    assert pins["pytorch-lightning"] == pins["lightning"]
 
 
 def test_files_that_contributors_are_shown_exist():

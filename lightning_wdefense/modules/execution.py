@@ -41,6 +41,7 @@ class Execution:
             the gradients of the inputs are compiled, not those of the weights. Modules that are already compiled, or
             scripted, run unchanged. Attacks of torchattacks run the model eagerly, because they may use an autograd
             graph twice. As always with ``torch.compile``, hooks that are added after the first compilation do not run.
+            PyTorch 2.4 runs the model partly or wholly eagerly, with the same results.
         whole: never run the model on a part of a batch, as early exit, restarts and a sequence of attacks do. Use it
             for models whose outputs for a sample depend on the other samples. The callbacks detect such models
             themselves.
