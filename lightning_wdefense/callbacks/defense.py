@@ -23,6 +23,7 @@ from lightning_wdefense.callbacks.route import Route
 from lightning_wdefense.callbacks.schedule import (
     batches_begun,
     check_batches,
+    count_batch,
     is_logging_step,
     ranks_of,
     step_settings,
@@ -220,7 +221,7 @@ class WassersteinDefense(Callback):
         recipe, defense = self.recipe, self._bind(pl_module)
         own = Step(pl_module, unwrapped_step(pl_module, "training_step"), "training_step", args, kwargs)
         add_restoring_callback(trainer, defense, self._restore)
-        batches = defense.count_batch(trainer, batches_begun(trainer))
+        batches = count_batch(trainer, defense)
         found = self._route.passes(own, defense, batch, ranks_of(trainer))
         if found is None:  # the step returned no loss (the user skips the batch), and no batch was inspected before
             return step(batch, *args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from lightning_wdefense._compat import MisconfigurationException, Trainer
 from lightning_wdefense._ranks import ALONE, Ranks
 from lightning_wdefense._seeding import seeded_generator
+from lightning_wdefense.defenses.defense import Defense
 from lightning_wdefense.defenses.step import StepSettings
 
 
@@ -40,9 +42,26 @@ def is_due(trainer: Trainer, last: int | None, every_n_epochs: int) -> bool:
     return not in_fit or last is None or not 0 < trainer.current_epoch - last < every_n_epochs
 
 
+def count_batch(trainer: Trainer, defense: Defense) -> int:
+    """Number of batches that were defended, including the current one of the trainer."""
+    begun = batches_begun(trainer)
+    return defense.count_batch(trainer, begun, functools.partial(is_running, trainer, begun))
+
+
 def batches_begun(trainer: Trainer) -> int:
     """Number of training batches that this trainer has begun, over all epochs (``global_step`` counts optimizer steps instead)."""
     return int(trainer.fit_loop.epoch_loop.batch_progress.total.ready)
+
+
+def is_running(trainer: Trainer, begun: int) -> bool:
+    """Whether a batch is still running, so that a training resumed from a checkpoint of now repeats it.
+
+    Args:
+        trainer: the trainer.
+        begun: number of batches that the trainer had begun when the batch began, including it.
+    """
+    progress = trainer.fit_loop.epoch_loop.batch_progress.current
+    return batches_begun(trainer) == begun and progress.processed < progress.ready
 
 
 def warmup_radius(trainer: Trainer, warmup_epochs: float, batches: int) -> float:

@@ -80,6 +80,7 @@ class Defense(Attachment):
         self.seed, self.warmup_steps = seed, warmup_steps
         self.batches: int | None = 0
         self._counted: tuple[int, int] | None = None
+        self._before: tuple[dict[str, Any], Callable[[], bool]] | None = None
         self._said_alone = False
         self.multiplier: float | None = None
         self.critic: OnlineCritic | None = None
@@ -226,7 +227,7 @@ class Defense(Attachment):
         """A copy of the learned state, with which the defense of a copied module continues."""
         return copy.deepcopy(self.state_dict())
 
-    def count_batch(self, trainer: object, begun: int) -> int:
+    def count_batch(self, trainer: object, begun: int, is_running: Callable[[], bool] | None = None) -> int:
         """Number of batches that were defended, including the current one.
 
         Optimizer steps are not a substitute: there may be two per batch, or one per four batches. The trainer's number of batches is
@@ -236,10 +237,14 @@ class Defense(Attachment):
         Args:
             trainer: the trainer that runs the batch.
             begun: number of batches that the trainer has begun.
+            is_running: whether this batch is still running, so that a training resumed from a checkpoint of now would repeat it. Until
+                it has ended, :meth:`state_dict` is the state before it. ``None`` if nobody can say.
         """
         if self.batches is None:  # a checkpoint of version 0.1.0, which had no count
             self.batches = begun - 1
         if self._counted != (id(trainer), begun):
+            # First of all: a signal may write a checkpoint at any moment.
+            self._before = None if is_running is None else (copy.deepcopy(self.state_dict()), is_running)
             self._counted = (id(trainer), begun)
             self.batches += 1
         return self.batches
@@ -329,14 +334,16 @@ class Defense(Attachment):
         return {} if self.multiplier is None else {"multiplier": self.multiplier}
 
     def state_dict(self) -> dict[str, Any]:
-        """The learned state and the number of defended batches, for a checkpoint."""
+        """The learned state and the number of defended batches, for a checkpoint; while a Trainer runs a batch, those before it."""
+        if self._before is not None and self._before[1]():
+            return self._before[0]
         critic = None if self.critic is None else self.critic.state_dict()
         return {"batches": self.batches, "multiplier": self.multiplier, "critic": critic}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state from a checkpoint. An empty state, of a training without the defense, means a new start."""
         state = state or UNTRAINED
-        self.batches, self._counted = state.get("batches"), None
+        self.batches, self._counted, self._before = state.get("batches"), None, None
         self.multiplier = state.get("multiplier")
         if self.critic is not None:
             self.critic.load_state_dict(state.get("critic"))
