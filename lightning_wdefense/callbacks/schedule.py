@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import torch
 
@@ -46,6 +47,24 @@ def count_batch(trainer: Trainer, defense: Defense) -> int:
     """Number of batches that were defended, including the current one of the trainer."""
     begun = batches_begun(trainer)
     return defense.count_batch(trainer, begun, functools.partial(is_running, trainer, begun))
+
+
+def validation_begins(checkpoint: dict[str, Any]) -> None:
+    """Set a checkpoint that was written in the middle of a validation to its first batch.
+
+    Otherwise a resumed run would skip this validation, or stop it as many batches earlier as had been done: Lightning begins again with
+    the first batch, and counts those that were done before. What is logged at the end of the epoch would be missing, or be of a part of
+    the data.
+
+    Args:
+        checkpoint: a checkpoint of Lightning's, which is changed.
+    """
+    progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.val_loop.batch_progress")
+    if progress is not None:
+        # In the first batch: at none, Lightning would take the validation for one that has ended.
+        for part in ("total", "current"):
+            progress[part] = {**progress[part], "ready": 1, "started": 1, "processed": 0, "completed": 0}
+        progress["is_last_batch"] = False
 
 
 def batches_begun(trainer: Trainer) -> int:
