@@ -130,4 +130,5 @@ def _radius(defense: Defense, trainer: Any) -> float:
     """Fraction of eps that the attack has: of the warm-up in training; otherwise 1, so that validations can be compared."""
     if not (trainer.training and defense.recipe.active):
         return 1.0
-    return warmup_radius(trainer, defense.recipe.warmup_epochs, count_batch(trainer, defense))
+    count_batch(trainer, defense)
+    return warmup_radius(trainer, defense)

@@ -43,10 +43,10 @@ def is_due(trainer: Trainer, last: int | None, every_n_epochs: int) -> bool:
     return not in_fit or last is None or not 0 < trainer.current_epoch - last < every_n_epochs
 
 
-def count_batch(trainer: Trainer, defense: Defense) -> int:
-    """Number of batches that were defended, including the current one of the trainer."""
+def count_batch(trainer: Trainer, defense: Defense) -> None:
+    """Count the trainer's current batch as defended, once."""
     begun = batches_begun(trainer)
-    return defense.count_batch(trainer, begun, functools.partial(is_running, trainer, begun))
+    defense.count_batch(trainer, begun, functools.partial(is_running, trainer, begun))
 
 
 def validation_begins(checkpoint: dict[str, Any]) -> None:
@@ -83,17 +83,17 @@ def is_running(trainer: Trainer, begun: int) -> bool:
     return batches_begun(trainer) == begun and progress.processed < progress.ready
 
 
-def warmup_radius(trainer: Trainer, warmup_epochs: float, batches: int) -> float:
-    """Fraction of eps that the attack has in the warm-up, from 0 to 1: linear over ``warmup_epochs``.
+def warmup_radius(trainer: Trainer, defense: Defense) -> float:
+    """Fraction of eps that the attack has in the warm-up, from 0 to 1: linear over the recipe's ``warmup_epochs``.
 
     Args:
         trainer: the trainer.
-        warmup_epochs: length of the warm-up in epochs; 0 for no warm-up.
-        batches: number of batches that were defended, including the current one.
+        defense: the defense, which has counted the current batch.
 
     Raises:
         MisconfigurationException: if the training dataloader has no length.
     """
+    warmup_epochs = defense.recipe.warmup_epochs
     if warmup_epochs == 0:
         return 1.0
     epoch = trainer.num_training_batches
@@ -102,6 +102,7 @@ def warmup_radius(trainer: Trainer, warmup_epochs: float, batches: int) -> float
             f"A warm-up of warmup_epochs={warmup_epochs} needs the number of batches in an epoch, but the training dataloader has no "
             "length: set Trainer(limit_train_batches=...), or warmup_epochs=0."
         )
+    batches = defense.batches_in_epochs_of(epoch)
     return min(1.0, batches / max(warmup_epochs * epoch, 1.0))
 
 

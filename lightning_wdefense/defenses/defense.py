@@ -32,7 +32,7 @@ from lightning_wdefense.modules.parallel import is_sharded, unwrapped
 from lightning_wdefense.modules.recording import ForwardRecorder, trial_pass
 from lightning_wdefense.transport.sharing import rows_shared
 
-UNTRAINED: dict[str, Any] = {"batches": 0, "multiplier": None, "critic": None}
+UNTRAINED: dict[str, Any] = {"batches": 0, "warmup": None, "multiplier": None, "critic": None}
 """The state of a defense that has seen no batch."""
 
 
@@ -79,6 +79,7 @@ class Defense(Attachment):
         self.recipe, self.model, self.host, self.pick = recipe, model, model, pick
         self.seed, self.warmup_steps = seed, warmup_steps
         self.batches: int | None = 0
+        self._warmup: tuple[float, float] | None = None
         self._counted: tuple[int, int] | None = None
         self._before: tuple[dict[str, Any], Callable[[], bool]] | None = None
         self._said_alone = False
@@ -249,6 +250,22 @@ class Defense(Attachment):
             self.batches += 1
         return self.batches
 
+    def batches_in_epochs_of(self, length: float) -> float:
+        """Number of defended batches, including the current one, if all epochs so far had had so many batches.
+
+        A run may be resumed on another number of processes, or with another batch size. Earlier batches then count as the part of an
+        epoch that they were, so that a warm-up in epochs goes on where it stood.
+
+        Args:
+            length: number of batches in the current epoch.
+        """
+        batches = self.batches or 0
+        before, added = self._warmup or (length, 0.0)
+        if before != length:
+            added = (batches - 1 + added) * length / before - (batches - 1)
+        self._warmup = length, added
+        return batches + added
+
     def passes(
         self, inputs: Tensor, labels: Any, model: Callable[[Tensor], Any] | None = None, *, whole: bool = False
     ) -> ModelForwardPasses:
@@ -338,12 +355,13 @@ class Defense(Attachment):
         if self._before is not None and self._before[1]():
             return self._before[0]
         critic = None if self.critic is None else self.critic.state_dict()
-        return {"batches": self.batches, "multiplier": self.multiplier, "critic": critic}
+        return {"batches": self.batches, "warmup": self._warmup, "multiplier": self.multiplier, "critic": critic}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state from a checkpoint. An empty state, of a training without the defense, means a new start."""
         state = state or UNTRAINED
         self.batches, self._counted, self._before = state.get("batches"), None, None
+        self._warmup = state.get("warmup")
         self.multiplier = state.get("multiplier")
         if self.critic is not None:
             self.critic.load_state_dict(state.get("critic"))
