@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
@@ -42,5 +41,5 @@ def test_from_one_process_to_two_and_back(tmp_path):
         assert first["on from one"]["end"]["learned"]["batches"] == 8 + 4
         # Other batches, other noise: the weights part.
         assert back["end"]["weights"] != first["on together"]["end"]["weights"], case
-        for values in (back, first["on from one"]):
-            assert all(math.isfinite(value) for value in values["end"]["monitor"]["last"]["val"].values()), case
+        assert back["start"]["monitored"]["val/robust_acc"] <= back["start"]["monitored"]["val/clean_acc"]
+        assert back["end"]["epoch"] == first["on from one"]["end"]["epoch"] == 1

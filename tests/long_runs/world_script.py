@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,10 +27,13 @@ class Watching(L.Callback):
         self.defense, self.monitor, self.eps = defense, monitor, []
 
     def state(self, module: L.LightningModule) -> dict[str, Any]:
+        last = self.monitor.state_dict()["last"].get("val", {})
         return {
             "weights": plain(dict(module.state_dict())),
             "learned": plain(self.defense.state_dict()),
-            "monitor": copy.deepcopy(self.monitor.state_dict()),
+            "epoch": self.monitor.state_dict()["epoch"],
+            # Not the module's own loss, which it does not reduce over the ranks.
+            "monitored": {key: value for key, value in last.items() if key.startswith("val/")},
         }
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
