@@ -34,13 +34,17 @@ AFTER = {"end of the batch": INTERRUPTED + 1, "validation": EPOCHS * BATCHES, "m
 class Job(DigitsClassifier):
     """Calls a function at a moment of the interrupted batch."""
 
-    def __init__(self, moment: str | None = None, happens: Callable[[], None] | None = None) -> None:
-        super().__init__(learning_rate=0.01)
-        self.moment, self.happens = moment, happens
+    def __init__(
+        self, moment: str | None, happens: Callable[[], None] | None, batch: int = INTERRUPTED, batch_norm: bool = False
+    ) -> None:
+        super().__init__(batch_norm, learning_rate=0.01)
+        self.moment, self.happens, self.batch = moment, happens, batch
 
     def at(self, moment: str) -> None:
         trainer = self._trainer
-        if moment != self.moment or trainer is None or trainer.fit_loop.epoch_loop.total_batch_idx != INTERRUPTED:
+        if moment != self.moment or not trainer.training:
+            return
+        if trainer.fit_loop.epoch_loop.batch_progress.total.completed != self.batch:
             return
         self.moment = None  # once
         assert self.happens is not None
@@ -122,6 +126,8 @@ class Run:
         moment: when something happens.
         happens: what happens.
         slurm: whether it is a job of SLURM's, which a signal requeues. The environment variables must say so as well.
+        batch: number of the batch in which it happens.
+        batch_norm: whether the model has statistics of the batches.
         callbacks: further callbacks.
     """
 
@@ -133,6 +139,8 @@ class Run:
         happens: Callable[[], None] | None = None,
         *,
         slurm: bool = False,
+        batch: int = INTERRUPTED,
+        batch_norm: bool = False,
         callbacks: tuple[L.Callback, ...] = (),
         **options: Any,
     ) -> None:
@@ -142,7 +150,7 @@ class Run:
         self.defense = WassersteinDefense(recipe)
         weaker = ThreatModel(eps=0.05)
         self.monitor = RobustnessMonitor(weaker, {"pgd": Measuring(weaker, steps=2)}, progress=False, every_n_epochs=2)
-        self.make = lambda: Job(moment, happens)
+        self.make = lambda: Job(moment, happens, batch, batch_norm)
         watching = () if happens is None or moment is None else (InValidation(moment, happens),)
         self.trainer = quiet_trainer(
             max_epochs=EPOCHS,

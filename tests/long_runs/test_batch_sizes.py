@@ -99,6 +99,9 @@ def test_a_search_for_the_batch_size(tmp_path):
         def train_dataloader(self):
             return digits_loaders(self.batch_size, train_size=128)[0]
 
+        def val_dataloader(self):
+            return digits_loaders(self.batch_size, val_size=32)[1]
+
         def on_train_start(self):
             self.eps.clear()
 
