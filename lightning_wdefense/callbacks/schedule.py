@@ -79,7 +79,7 @@ def is_running(trainer: Trainer, begun: int) -> bool:
         trainer: the trainer.
         begun: number of batches that the trainer had begun when the batch began, including it.
     """
-    progress = trainer.fit_loop.epoch_loop.batch_progress.current
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
     return batches_begun(trainer) == begun and progress.processed < progress.ready
 
 

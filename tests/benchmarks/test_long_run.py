@@ -43,9 +43,10 @@ def test_a_slope_needs_windows():
         growth([1.0, 2.0, 3.0])
 
 
+@pytest.mark.slow
 def test_a_long_run_that_is_short(tmp_path, capsys):
     """Nothing lives longer than its step: as many tensors and objects in the last window as in the second."""
-    options = ["--steps", "180", "--window", "30", "--attack-steps", "1", "--output", str(tmp_path)]
+    options = ["--steps", "300", "--window", "50", "--attack-steps", "1", "--output", str(tmp_path)]
     result = long_run.main(options)
     assert json.loads((tmp_path / "long_run.json").read_text()) == json.loads(json.dumps(result))
     page = (tmp_path / "long_run.md").read_text()

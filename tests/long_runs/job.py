@@ -91,7 +91,9 @@ class InValidation(L.Callback):
     def __init__(self, moment: str, happens: Callable[[], None]) -> None:
         self.moment, self.happens = moment, happens
 
-    def on_validation_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int, *args: Any) -> None:
+    def on_validation_batch_start(
+        self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int, *args: Any
+    ) -> None:
         if trainer.current_epoch == EPOCHS - 1 and batch_idx == 1:
             if self.moment == "validation":
                 self.happens()

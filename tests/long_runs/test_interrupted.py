@@ -12,7 +12,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from long_runs.job import AFTER, BATCHES, CASES, EPOCHS, INTERRUPTED, MOMENTS, Run, assert_goes_on
 
-QUICK = {("udr", "optimizer step"), ("critic", "training step"), ("trades+awp", "before backward"), ("pgd-at", "attack")}
+QUICK = {
+    ("udr", "optimizer step"),
+    ("critic", "training step"),
+    ("trades+awp", "before backward"),
+    ("pgd-at", "attack"),
+}
 INTERRUPTIONS = [
     pytest.param(case, moment, marks=() if (case, moment) in QUICK else pytest.mark.slow)
     for case in CASES
@@ -21,7 +26,7 @@ INTERRUPTIONS = [
 """Each kind of recipe and each kind of moment once; all pairs of them among the slow tests."""
 
 
-class Interruption(Exception):
+class InterruptionError(Exception):
     pass
 
 
@@ -32,7 +37,7 @@ def whole(case):
 
 
 def fail():
-    raise Interruption
+    raise InterruptionError
 
 
 def send(*signals):
@@ -57,7 +62,7 @@ def slurm(monkeypatch, tmp_path):
 @pytest.mark.parametrize(("case", "moment"), INTERRUPTIONS)
 def test_after_an_exception(case, moment, tmp_path):
     run = Run(case, tmp_path, moment, fail, callbacks=(OnExceptionCheckpoint(tmp_path),))
-    with pytest.raises(Interruption):
+    with pytest.raises(InterruptionError):
         run.fit()
     checkpoint = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)
     assert checkpoint["callbacks"]["WassersteinDefense(None)"]["batches"] == INTERRUPTED
@@ -92,7 +97,7 @@ def test_ended_without_slurm(how, moment, tmp_path):
     """After the signal Lightning ends the batch and raises an exception."""
     case, happens = "udr", fail if how == "exception" else lambda: send(signal.SIGTERM)
     run = Run(case, tmp_path, moment, happens, callbacks=(OnExceptionCheckpoint(tmp_path),))
-    with pytest.raises(Interruption if how == "exception" else SIGTERMException):
+    with pytest.raises(InterruptionError if how == "exception" else SIGTERMException):
         run.fit()
     first = AFTER.get(moment, INTERRUPTED + (how == "signal"))
     assert_goes_on(Run(case, tmp_path).fit(tmp_path / "on_exception.ckpt", seed=9).left(), whole(case), first)
@@ -122,7 +127,7 @@ def test_statistics_of_a_batch_that_is_run_twice(moment, same, tmp_path):
     """BatchNorm takes them in the step's own pass, with or without a defense; not in the attack, which runs in eval mode."""
     left = Run("pgd-at", tmp_path, batch_norm=True).fit().left()
     run = Run("pgd-at", tmp_path, moment, fail, batch_norm=True, callbacks=(OnExceptionCheckpoint(tmp_path),))
-    with pytest.raises(Interruption):
+    with pytest.raises(InterruptionError):
         run.fit()
     resumed = Run("pgd-at", tmp_path, batch_norm=True).fit(tmp_path / "on_exception.ckpt", seed=9).left()
     assert (resumed["weights"]["net.norm.running_mean"] == left["weights"]["net.norm.running_mean"]) == same

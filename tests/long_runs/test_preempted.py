@@ -36,7 +36,8 @@ def test_preempted_jobs_end_as_if_nothing_had_happened(tmp_path):
         def wait_for(path):
             end = time.monotonic() + 300
             while not path.exists():
-                assert process.poll() is None and time.monotonic() < end, (tmp_path / "log").read_text()[-3000:]
+                waits = process.poll() is None and time.monotonic() < end
+                assert waits, (tmp_path / "log").read_text()[-3000:]
                 time.sleep(0.02)
 
         for job in JOBS:
