@@ -137,6 +137,7 @@ def test_statistics_of_a_batch_that_is_run_twice(moment, same, tmp_path):
 
 def test_checkpoints_of_a_validation_that_has_ended(tmp_path):
     """Its values are in the checkpoint, and it is not run a second time."""
-    saver = ModelCheckpoint(tmp_path, filename="{epoch}", monitor="val/robust_acc", save_top_k=-1)
+    when = {"monitor": "val/robust_acc", "save_top_k": -1, "save_on_train_epoch_end": False}
+    saver = ModelCheckpoint(tmp_path, filename="{epoch}", **when)
     run = Run("pgd-at", tmp_path, callbacks=(saver,)).fit()
     assert_goes_on(Run("pgd-at", tmp_path).fit(tmp_path / "epoch=0.ckpt", seed=9).left(), run.left(), BATCHES)
