@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_wdefense._compat import is_a
 from lightning_wdefense._seeding import seeded_generator
 from lightning_wdefense.callbacks.restoration import add_restoring_callback
-from lightning_wdefense.callbacks.schedule import batches_begun, is_logging_step, step_settings, warmup_radius
+from lightning_wdefense.callbacks.schedule import count_batch, is_logging_step, step_settings, warmup_radius
 from lightning_wdefense.defenses.defense import Defense
 from lightning_wdefense.defenses.recipe import Recipe
 from lightning_wdefense.defenses.step import DefenseOutput, StepSettings
@@ -130,4 +130,5 @@ def _radius(defense: Defense, trainer: Any) -> float:
     """Fraction of eps that the attack has: of the warm-up in training; otherwise 1, so that validations can be compared."""
     if not (trainer.training and defense.recipe.active):
         return 1.0
-    return warmup_radius(trainer, defense.recipe.warmup_epochs, defense.count_batch(trainer, batches_begun(trainer)))
+    count_batch(trainer, defense)
+    return warmup_radius(trainer, defense)

@@ -22,6 +22,7 @@ from lightning_wdefense.callbacks.route import Route
 from lightning_wdefense.callbacks.schedule import (
     batches_begun,
     check_batches,
+    count_batch,
     is_logging_step,
     ranks_of,
     step_settings,
@@ -181,10 +182,10 @@ class WassersteinDefense(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn if training ended before the attack reached the threat model's eps."""
-        batches = None if self._defense is None else self._defense.batches
-        if not batches or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        defense = self._defense
+        if defense is None or not defense.batches or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        radius = warmup_radius(trainer, self.recipe.warmup_epochs, batches)
+        radius = warmup_radius(trainer, defense)
         if radius < 1:
             rank_zero_warn(
                 f"Training ended in the warm-up of recipe {self.recipe.name!r}: the attack reached {radius:.0%} of "
@@ -220,7 +221,7 @@ class WassersteinDefense(Callback):
         recipe, defense = self.recipe, self._bind(pl_module)
         own = Step(pl_module, unwrapped_step(pl_module, "training_step"), "training_step", args, kwargs)
         add_restoring_callback(trainer, defense, self._restore)
-        batches = defense.count_batch(trainer, batches_begun(trainer))
+        count_batch(trainer, defense)
         found = self._route.passes(own, defense, batch, ranks_of(trainer))
         if found is None:  # the step returned no loss (the user skips the batch), and no batch was inspected before
             return step(batch, *args, **kwargs)
@@ -242,7 +243,7 @@ class WassersteinDefense(Callback):
             trainer,
             self.seed,
             site.values.device,
-            radius=warmup_radius(trainer, recipe.warmup_epochs, batches),
+            radius=warmup_radius(trainer, defense),
             measure=is_logging_step(trainer),
         )
         output = defense.step(passes, run_step, settings)

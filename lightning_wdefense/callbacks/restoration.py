@@ -36,6 +36,10 @@ class _RestoringCallback(Callback):
     def __init__(self, defense: Defense, finish: Callable[[], None]) -> None:
         self.defense, self._finish = defense, finish
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        # A signal may ask for a checkpoint in the middle of a step, which then goes on with its perturbed weights.
+        self.defense.perturbation.undo_in(checkpoint["state_dict"])
+
     def on_after_backward(self, *args: Any) -> None:
         self.defense.restore_weights()
 

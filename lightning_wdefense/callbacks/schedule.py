@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import Any
 
 import torch
 
 from lightning_wdefense._compat import MisconfigurationException, Trainer
 from lightning_wdefense._ranks import ALONE, Ranks
 from lightning_wdefense._seeding import seeded_generator
+from lightning_wdefense.defenses.defense import Defense
 from lightning_wdefense.defenses.step import StepSettings
 
 
@@ -40,22 +43,57 @@ def is_due(trainer: Trainer, last: int | None, every_n_epochs: int) -> bool:
     return not in_fit or last is None or not 0 < trainer.current_epoch - last < every_n_epochs
 
 
+def count_batch(trainer: Trainer, defense: Defense) -> None:
+    """Count the trainer's current batch as defended, once."""
+    begun = batches_begun(trainer)
+    defense.count_batch(trainer, begun, functools.partial(is_running, trainer, begun))
+
+
+def validation_begins(checkpoint: dict[str, Any]) -> None:
+    """Set a checkpoint that was written in the middle of a validation to its first batch.
+
+    Otherwise a resumed run would skip this validation, or stop it as many batches earlier as had been done: Lightning begins again with
+    the first batch, and counts those that were done before. What is logged at the end of the epoch would be missing, or be of a part of
+    the data.
+
+    Args:
+        checkpoint: a checkpoint of Lightning's, which is changed.
+    """
+    progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.val_loop.batch_progress")
+    if progress is not None:
+        # In the first batch: at none, Lightning would take the validation for one that has ended.
+        for part in ("total", "current"):
+            progress[part] = {**progress[part], "ready": 1, "started": 1, "processed": 0, "completed": 0}
+        progress["is_last_batch"] = False
+
+
 def batches_begun(trainer: Trainer) -> int:
     """Number of training batches that this trainer has begun, over all epochs (``global_step`` counts optimizer steps instead)."""
     return int(trainer.fit_loop.epoch_loop.batch_progress.total.ready)
 
 
-def warmup_radius(trainer: Trainer, warmup_epochs: float, batches: int) -> float:
-    """Fraction of eps that the attack has in the warm-up, from 0 to 1: linear over ``warmup_epochs``.
+def is_running(trainer: Trainer, begun: int) -> bool:
+    """Whether a batch is still running, so that a training resumed from a checkpoint of now repeats it.
 
     Args:
         trainer: the trainer.
-        warmup_epochs: length of the warm-up in epochs; 0 for no warm-up.
-        batches: number of batches that were defended, including the current one.
+        begun: number of batches that the trainer had begun when the batch began, including it.
+    """
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    return batches_begun(trainer) == begun and progress.processed < progress.ready
+
+
+def warmup_radius(trainer: Trainer, defense: Defense) -> float:
+    """Fraction of eps that the attack has in the warm-up, from 0 to 1: linear over the recipe's ``warmup_epochs``.
+
+    Args:
+        trainer: the trainer.
+        defense: the defense, which has counted the current batch.
 
     Raises:
         MisconfigurationException: if the training dataloader has no length.
     """
+    warmup_epochs = defense.recipe.warmup_epochs
     if warmup_epochs == 0:
         return 1.0
     epoch = trainer.num_training_batches
@@ -64,6 +102,7 @@ def warmup_radius(trainer: Trainer, warmup_epochs: float, batches: int) -> float
             f"A warm-up of warmup_epochs={warmup_epochs} needs the number of batches in an epoch, but the training dataloader has no "
             "length: set Trainer(limit_train_batches=...), or warmup_epochs=0."
         )
+    batches = defense.batches_in_epochs_of(epoch)
     return min(1.0, batches / max(warmup_epochs * epoch, 1.0))
 
 

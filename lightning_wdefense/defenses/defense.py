@@ -32,7 +32,7 @@ from lightning_wdefense.modules.parallel import is_sharded, synchronise_buffers,
 from lightning_wdefense.modules.recording import ForwardRecorder, trial_pass
 from lightning_wdefense.transport.sharing import rows_shared
 
-UNTRAINED: dict[str, Any] = {"batches": 0, "multiplier": None, "critic": None}
+UNTRAINED: dict[str, Any] = {"batches": 0, "warmup": None, "multiplier": None, "critic": None}
 """The state of a defense that has seen no batch."""
 
 
@@ -79,7 +79,9 @@ class Defense(Attachment):
         self.recipe, self.model, self.host, self.pick = recipe, model, model, pick
         self.seed, self.warmup_steps = seed, warmup_steps
         self.batches: int | None = 0
+        self._warmup: tuple[float, float] | None = None
         self._counted: tuple[int, int] | None = None
+        self._before: tuple[dict[str, Any], Callable[[], bool]] | None = None
         self._said_alone = False
         self.multiplier: float | None = None
         self.critic: OnlineCritic | None = None
@@ -227,7 +229,7 @@ class Defense(Attachment):
         """A copy of the learned state, with which the defense of a copied module continues."""
         return copy.deepcopy(self.state_dict())
 
-    def count_batch(self, trainer: object, begun: int) -> int:
+    def count_batch(self, trainer: object, begun: int, is_running: Callable[[], bool] | None = None) -> int:
         """Number of batches that were defended, including the current one.
 
         Optimizer steps are not a substitute: there may be two per batch, or one per four batches. The trainer's number of batches is
@@ -237,13 +239,33 @@ class Defense(Attachment):
         Args:
             trainer: the trainer that runs the batch.
             begun: number of batches that the trainer has begun.
+            is_running: whether this batch is still running, so that a training resumed from a checkpoint of now would repeat it. Until
+                it has ended, :meth:`state_dict` is the state before it. ``None`` if nobody can say.
         """
         if self.batches is None:  # a checkpoint of version 0.1.0, which had no count
             self.batches = begun - 1
         if self._counted != (id(trainer), begun):
+            # First of all: a signal may write a checkpoint at any moment.
+            self._before = None if is_running is None else (copy.deepcopy(self.state_dict()), is_running)
             self._counted = (id(trainer), begun)
             self.batches += 1
         return self.batches
+
+    def batches_in_epochs_of(self, length: float) -> float:
+        """Number of defended batches, including the current one, if all epochs so far had had so many batches.
+
+        A run may be resumed on another number of processes, or with another batch size. Earlier batches then count as the part of an
+        epoch that they were, so that a warm-up in epochs goes on where it stood.
+
+        Args:
+            length: number of batches in the current epoch.
+        """
+        batches = self.batches or 0
+        before, added = self._warmup or (length, 0.0)
+        if before != length:
+            added = (batches - 1 + added) * length / before - (batches - 1)
+        self._warmup = length, added
+        return batches + added
 
     def passes(
         self, inputs: Tensor, labels: Any, model: Callable[[Tensor], Any] | None = None, *, whole: bool = False
@@ -330,14 +352,17 @@ class Defense(Attachment):
         return {} if self.multiplier is None else {"multiplier": self.multiplier}
 
     def state_dict(self) -> dict[str, Any]:
-        """The learned state and the number of defended batches, for a checkpoint."""
+        """The learned state and the number of defended batches, for a checkpoint; while a Trainer runs a batch, those before it."""
+        if self._before is not None and self._before[1]():
+            return self._before[0]
         critic = None if self.critic is None else self.critic.state_dict()
-        return {"batches": self.batches, "multiplier": self.multiplier, "critic": critic}
+        return {"batches": self.batches, "warmup": self._warmup, "multiplier": self.multiplier, "critic": critic}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state from a checkpoint. An empty state, of a training without the defense, means a new start."""
         state = state or UNTRAINED
-        self.batches, self._counted = state.get("batches"), None
+        self.batches, self._counted, self._before = state.get("batches"), None, None
+        self._warmup = state.get("warmup")
         self.multiplier = state.get("multiplier")
         if self.critic is not None:
             self.critic.load_state_dict(state.get("critic"))

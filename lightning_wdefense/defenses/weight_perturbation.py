@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,8 +69,16 @@ class WeightPerturbation:
         """Restore the weights now."""
         with torch.no_grad():
             while self._kept:
-                weight, value = self._kept.pop()
+                weight, value = self._kept[-1]
                 weight.copy_(value)
+                self._kept.pop()  # not before: a signal in between may write a checkpoint
+
+    def undo_in(self, state: dict[str, Any]) -> None:
+        """Restore the weights in a module's ``state_dict``; in the module they stay perturbed."""
+        kept = {(weight.data_ptr(), weight.shape): value for weight, value in self._kept}
+        for key, value in state.items() if kept else ():
+            if isinstance(value, Tensor):
+                state[key] = kept.get((value.data_ptr(), value.shape), value)
 
     def _at_the_end_of_backward(self, gradient: Tensor) -> None:
         # DDP uses the same mechanism to know that all gradients are computed.

@@ -539,7 +539,7 @@ class TestResuming:
         assert_same_weights(run(2, tmp_path / "half.ckpt"), whole)
         assert states[0] == states[2]
         learns = recipe.startswith(("udr", "critic"))
-        assert (states[0] == {"batches": 4, "multiplier": None, "critic": None}) == (not learns)
+        assert (states[0] == {"batches": 4, "warmup": (2, 0.0), "multiplier": None, "critic": None}) == (not learns)
         assert states[1]["batches"] == 2
 
     def test_noise_differs_by_batch_rank_and_seed(self):

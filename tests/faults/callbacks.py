@@ -9,6 +9,7 @@ MONITOR = "tests/callbacks/test_monitor.py::"
 SCHEDULE = "tests/callbacks/test_monitor_schedule.py::"
 DETECTION = "tests/callbacks/test_detection_monitor.py::"
 MIXIN = "tests/test_mixin.py::"
+INTERRUPTED = "tests/long_runs/test_interrupted.py::"
 
 FAULTS = [
     # ---------------------------------------------------------------------------------------- schedules
@@ -92,6 +93,49 @@ FAULTS = [
         "for interceptor in self._interceptors:",
         "for interceptor in reversed(self._interceptors):",
         ("tests/callbacks/test_interception.py",),
+    ),
+    # --------------------------------------------------------------------------------- interrupted runs
+    Fault(
+        "a batch that is run again counts twice, and trains the critic twice",
+        "defenses/defense.py",
+        "return self._before[0]",
+        "pass",
+        (f"{INTERRUPTED}test_after_an_exception[critic-training step]",),
+    ),
+    Fault(
+        "perturbed weights are in the checkpoint",
+        "callbacks/restoration.py",
+        'self.defense.perturbation.undo_in(checkpoint["state_dict"])',
+        "pass",
+        (f"{INTERRUPTED}test_requeued_by_a_signal_in_the_batch[trades+awp-before backward]",),
+    ),
+    Fault(
+        "a checkpoint at the end of a batch is of before it",
+        "callbacks/schedule.py",
+        "batches_begun(trainer) == begun and progress.processed < progress.ready",
+        "batches_begun(trainer) == begun and progress.completed < progress.ready",
+        (f"{INTERRUPTED}test_requeued_by_a_signal_after_the_batch",),
+    ),
+    Fault(
+        "an interrupted validation is not begun anew",
+        "callbacks/evaluation/base.py",
+        "            validation_begins(checkpoint)",
+        "            pass",
+        (f"{INTERRUPTED}test_requeued_by_a_signal_after_the_batch",),
+    ),
+    Fault(
+        "a validation that has ended is begun anew",
+        "callbacks/evaluation/base.py",
+        "add_dataloader_idx=False)\n        self._validates = False",
+        "add_dataloader_idx=False)",
+        (f"{INTERRUPTED}test_checkpoints_of_a_validation_that_has_ended",),
+    ),
+    Fault(
+        "the warm-up jumps with the number of batches in an epoch",
+        "defenses/defense.py",
+        "if before != length:",
+        "if False:",
+        ("tests/long_runs/test_batch_sizes.py::test_the_warmup_goes_on_where_it_stood",),
     ),
     # -------------------------------------------------------------------------------------- the monitors
     Fault(

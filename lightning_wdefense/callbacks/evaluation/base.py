@@ -17,7 +17,7 @@ from lightning_wdefense.callbacks.evaluation.progress import RichProgress, attac
 from lightning_wdefense.callbacks.evaluation.route import EvaluationRoute
 from lightning_wdefense.callbacks.evaluation.user_metrics import AttackedEvaluation
 from lightning_wdefense.callbacks.requirements import attacked_model
-from lightning_wdefense.callbacks.schedule import evaluation_generator, is_due
+from lightning_wdefense.callbacks.schedule import evaluation_generator, is_due, validation_begins
 from lightning_wdefense.callbacks.target import Target, Through
 from lightning_wdefense.evaluation.attacked_batch import AttackedBatch, Observed
 from lightning_wdefense.evaluation.progress import TqdmProgress, status
@@ -94,6 +94,7 @@ class EvaluationMonitor(EvaluationHooks, Generic[MeasuresT]):
         self._measures: dict[int, MeasuresT] = {}
         self._last: dict[str, dict[str, float]] = {}
         self._epoch: int | None = None
+        self._validates = False
         self._bar: TqdmProgress | RichProgress | None = None
 
     @abstractmethod
@@ -153,12 +154,18 @@ class EvaluationMonitor(EvaluationHooks, Generic[MeasuresT]):
             "_attacked_evaluation": None,
             "_clean": None,
             "_route": EvaluationRoute(self._target),
+            "_validates": False,
         }
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check early that the strategy does not shard the parameters."""
         check_strategy(trainer, type(self).__name__)
-        self._route = EvaluationRoute(self._target)
+        self._route, self._validates = EvaluationRoute(self._target), False
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Make a run that is resumed from the middle of a validation begin this validation anew."""
+        if self._validates:
+            validation_begins(checkpoint)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check before the first epoch that the attacked model and the features exist."""
@@ -179,6 +186,7 @@ class EvaluationMonitor(EvaluationHooks, Generic[MeasuresT]):
 
     def _epoch_starts(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> None:
         self._close()
+        self._validates = stage == "validation" and not trainer.sanity_checking
         if trainer.sanity_checking or not is_due(trainer, self._epoch, self.every_n_epochs):
             return
         self._check_features(pl_module)
@@ -269,6 +277,7 @@ class EvaluationMonitor(EvaluationHooks, Generic[MeasuresT]):
             self._close()
         # The values are already the same on every rank; sync_dist only prevents Lightning's warning.
         pl_module.log_dict(self._last[PREFIX[stage]], sync_dist=True, add_dataloader_idx=False)
+        self._validates = False
 
     def _leaves_out(self, stage: Stage, index: int) -> bool:
         return self._route.is_left_out(stage, index) or (self.dataloaders is not None and index not in self.dataloaders)
