@@ -18,6 +18,7 @@ from support.learned import plain
 from support.lightning_modules import DigitsClassifier, digits, digits_loaders, quiet_trainer
 
 from lightning_wdefense import Recipe, ThreatModel, WassersteinDefense, WassersteinDefenseMixin
+from lightning_wdefense._ranks import ALONE
 from lightning_wdefense.attacks import PGD
 from lightning_wdefense.defenses import RECIPES
 
@@ -314,7 +315,7 @@ def test_perturbed_weights_come_back_after_an_error(where):
         if where == "in the loss":
             module.defend(images, labels)
         module.defense.recorder.attach(images)
-        with module.defense.perturbed_weights(module.defense.passes(images, labels), images) as until_backward:
+        with module.defense.perturbed_weights(module.defense.passes(images, labels), images, ALONE) as until_backward:
             until_backward(module.task_loss(module(images), labels))
             raise RuntimeError(where)
 

@@ -150,7 +150,8 @@ class Recipe(Terms):
             ValueError: if the recipe's features name no submodule, or ``warmup_steps`` is negative.
 
         Example:
-            >>> model = nn.Linear(4, 3)
+            >>> import torch
+            >>> model = torch.nn.Linear(4, 3)
             >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
             >>> defense = Recipe.named("pgd-at", ThreatModel(eps=0.1)).bind(model, warmup_steps=2)
             >>> for inputs, labels in [(torch.rand(8, 4), torch.arange(8) % 3)] * 2:

@@ -292,7 +292,9 @@ def test_labels_of_pixels_are_refused():
 def test_sharded_strategies_are_refused(monkeypatch):
     trainer = quiet_trainer()
     monkeypatch.setattr(type(trainer), "strategy", type("FSDPStrategy", (), {})())
-    with pytest.raises(MisconfigurationException, match=r"DetectionMonitor .*sharded"):
+    with pytest.raises(
+        MisconfigurationException, match=r"DetectionMonitor cannot attack a model under FSDPStrategy: .*strategy='ddp'"
+    ):
         watch().setup(trainer, trained_classifier(), "validate")
 
 
