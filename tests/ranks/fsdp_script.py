@@ -16,7 +16,7 @@ from lightning_wdefense import AdversarialExampleLogger, Recipe, RobustnessMonit
 from lightning_wdefense.attacks import PGD
 
 THREAT = ThreatModel(eps=0.2)
-SMALL = ThreatModel(eps=0.02)
+SMALL = ThreatModel(eps=0.05)
 EARLY = PGD(SMALL, steps=3, restarts=3, early_exit=True)
 """Of which ranks would run different numbers of passes."""
 
@@ -77,7 +77,7 @@ def train(case, kind):
     module = (Accuracy if through_step else Classifier)()
     recipe = Recipe.named(name, THREAT, gather="gather" in how, awp=0.01 * ("awp" in how), warmup_epochs=1)
     defense = WassersteinDefense(recipe)
-    monitor = RobustnessMonitor(SMALL, [EARLY], epsilons=[0.01])
+    monitor = RobustnessMonitor(SMALL, [EARLY], epsilons=[0.02])
     trainer = quiet_trainer(
         strategy=strategy(kind),
         devices=2,
