@@ -7,8 +7,8 @@ import random
 
 import pytest
 
-from benchmarks.long_run import __main__ as long_run
-from benchmarks.long_run.growth import growth
+from benchmarks.scale.long_run import __main__ as long_run
+from benchmarks.scale.long_run.growth import growth
 
 
 def series(slope, noise, count=16):

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from benchmarks.ranks import __main__ as ranks
-from benchmarks.ranks.report import amount
-from benchmarks.ranks.traffic import cost
+from benchmarks.scale.ranks import __main__ as ranks
+from benchmarks.scale.ranks.report import amount
+from benchmarks.scale.ranks.traffic import cost
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """Memory and speed of a training over many steps: resident memory, live tensors, objects, and time of a step, in windows.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.long_run --steps 20000
+    OMP_NUM_THREADS=1 python -m benchmarks.scale.long_run --steps 20000
 
 A small classifier is trained on random images, with WassersteinDefense (recipes ``class-transport`` and ``critic``, each its own training), a
 RobustnessMonitor that measures after every epoch, and a logger. At the end of each window of steps, after a collection of
@@ -29,7 +29,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.long_run.growth import Growth, growth
+from benchmarks.scale.long_run.growth import Growth, growth
 from benchmarks.shared.files import scratch, write_atomically, write_text
 from benchmarks.shared.machine import command, hardware
 from lightning_wdefense import Recipe, RobustnessMonitor, ThreatModel, WassersteinDefense
@@ -197,7 +197,7 @@ def report(result: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.long_run", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scale.long_run", description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=20_000, help="steps of each training")
     parser.add_argument("--window", type=int, default=1_000, help="steps in a window")
     parser.add_argument("--attack-steps", type=int, default=2, help="gradient steps of the attack")
@@ -222,7 +222,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         recipes[name] = {"growth": found, "windows": windows}
     result = {
         "about": {
-            "command": command("long_run", sys.argv[1:] if argv is None else argv),
+            "command": command("scale.long_run", sys.argv[1:] if argv is None else argv),
             "hardware": hardware("cpu"),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,

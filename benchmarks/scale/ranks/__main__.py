@@ -1,6 +1,6 @@
 """Several ranks on CPUs (gloo), one core each: the time of a step with and without ``gather``, and from which size on rows are shared.
 
-    python -m benchmarks.ranks --output benchmarks/results
+    python -m benchmarks.scale.ranks --output benchmarks/results
 
 "one rank" trains alone while the other one waits. Both sides of a ratio stand in one run, in alternating blocks. The traffic that is
 counted in the run is that of the arithmetic; the table for more ranks is the same arithmetic, and was not run.
@@ -25,8 +25,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.ranks.report import markdown
-from benchmarks.ranks.traffic import cost
+from benchmarks.scale.ranks.report import markdown
+from benchmarks.scale.ranks.traffic import cost
 from benchmarks.shared.files import alone, scratch, write_atomically, write_text
 from benchmarks.shared.machine import hardware
 from lightning_wdefense import Recipe, ThreatModel
@@ -170,7 +170,7 @@ def launch(folder: Path, argv: Sequence[str]) -> dict:
         port = free.getsockname()[1]
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(RANKS)}
     environment |= {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "benchmarks.ranks", *argv, "--worker", str(folder)]
+    command = [sys.executable, "-m", "benchmarks.scale.ranks", *argv, "--worker", str(folder)]
     started = [subprocess.Popen(command, env={**environment, "RANK": str(rank)}) for rank in range(RANKS)]
     codes = [process.wait() for process in started]
     if any(codes):
@@ -180,7 +180,9 @@ def launch(folder: Path, argv: Sequence[str]) -> dict:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.ranks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.scale.ranks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--blocks", type=int, default=10)
@@ -203,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for ranks in (2, 8, 64, 1024)
         }
         write_atomically(stem.with_suffix(".json"), result)
-    text = markdown(result, f"python -m benchmarks.ranks --blocks {options.blocks}")
+    text = markdown(result, f"python -m benchmarks.scale.ranks --blocks {options.blocks}")
     write_text(stem.with_suffix(".md"), text)
     print(text)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from benchmarks.ranks.traffic import cost
+from benchmarks.scale.ranks.traffic import cost
 from benchmarks.shared.statistics import ratio_interval
 
 

@@ -1,0 +1,1 @@
+"""Training at scale: several ranks, and long runs."""
