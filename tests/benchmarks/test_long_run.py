@@ -57,7 +57,7 @@ def test_a_long_run_that_is_short(tmp_path, capsys):
         windows = found["windows"]
         assert len(windows) == 6
         counts = [window["tensors"] for window in windows]
-        assert max(counts[3:]) <= max(counts[:3]), name
+        assert max(counts[3:]) <= max(counts[:3]) + 10, name  # a leak of one tensor a step would be 50 a window
         assert windows[-1]["objects"] - windows[2]["objects"] < 300, name
         assert windows[-1]["resident_mib"] - windows[2]["resident_mib"] < 20, name
 
