@@ -46,7 +46,7 @@ def test_as_ddp(cases, tmp_path):
             torch.testing.assert_close(
                 fsdp["weights"], ddp["weights"], rtol=1e-5, atol=1e-6, msg=f"{case}: {{}}".format
             )
-            assert fsdp["values"] == pytest.approx(ddp["values"], abs=1e-4), case
+            assert fsdp["values"] == pytest.approx(ddp["values"], abs=1e-4, nan_ok=True), case
             if case in QUICK:  # some samples are broken and some are not, so that ranks have different ones left
                 assert 0 < ddp["values"]["val/robust_acc"] < ddp["values"]["val/clean_acc"]
         first, second = (rank[case]["fsdp2"]["values"] for rank in ranks)
