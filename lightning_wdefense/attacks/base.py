@@ -21,7 +21,7 @@ from lightning_wdefense.modules.autograd import gradients
 from lightning_wdefense.modules.execution import Execution
 from lightning_wdefense.modules.graphs import Replays
 from lightning_wdefense.modules.outputs import check_logits, logits_of, predictions
-from lightning_wdefense.modules.parallel import lockstep
+from lightning_wdefense.modules.parallel import lockstep, out_of_step
 from lightning_wdefense.modules.state.isolation import isolated
 
 Model = Callable[[Tensor], Any]
@@ -153,10 +153,7 @@ class Attack(ABC):
         samples = None if samples is None else _indices(samples, len(inputs)).to(inputs.device)
         execution, ranks = execution or Execution(), lockstep(model)
         if ranks.size > 1 and not self.runs_in_lockstep:
-            raise ValueError(
-                f"{type(self).__name__} decides by itself how often it runs the model, but all ranks must run a sharded model equally often: "
-                "use an attack such as PGD, or measure on one device, with the weights gathered."
-            )
+            raise ValueError(out_of_step(self))
         with isolated(model, inputs.device), execution.prepared(model, inputs.device) as run:
             clean = inputs.detach().clone()
             labels = apply_to_collection(labels, Tensor, lambda label: label.detach().clone())

@@ -136,7 +136,7 @@ class WassersteinDefense(Callback):
         if not batches_begun(trainer):  # a later fit with the same trainer continues with the learned state
             self._learned = {}
         check_automatic_optimization(pl_module)
-        check_strategy(trainer, "WassersteinDefense")
+        check_strategy(trainer, "WassersteinDefense", [] if self.recipe.attack is None else [self.recipe.attack])
         if self.recipe.active:
             step = functools.partial(self._training_step, trainer, pl_module)
             self._undo = [intercept_training_step(pl_module, step)]

@@ -157,6 +157,9 @@ class DetectionMonitor(EvaluationMonitor[DetectionMeasures]):
         """Empty measures for one dataloader."""
         return DetectionMeasures(self.detectors, device)
 
+    def _attacks(self) -> Iterable[Attack]:
+        return self.attack.values()
+
     @property
     def _threat(self) -> ThreatModel:
         return self.threat

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -150,6 +150,9 @@ class RobustnessMonitor(EvaluationMonitor[Measures]):
     def new_measures(self, device: torch.device) -> Measures:
         """New, empty metrics for one dataloader."""
         return self.protocol.new_measures(device)
+
+    def _attacks(self) -> Iterable[Attack]:
+        return self.attacks.values()
 
     @property
     def _threat(self) -> ThreatModel:

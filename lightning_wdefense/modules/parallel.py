@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -118,6 +118,14 @@ def is_sharded(model: Callable[..., Any]) -> bool:
     return module is not None and any(is_a(submodule, "FSDPModule") for submodule in module.modules())
 
 
+def out_of_step(attack: Any) -> str:
+    """The part of an error message that says why an attack cannot run a sharded model, and what to do."""
+    return (
+        f"{type(attack).__name__} decides by itself how often it runs the model, but all ranks must run a sharded model equally often. Use an "
+        "attack such as PGD, or measure on one device, with the weights gathered."
+    )
+
+
 def lockstep(model: Callable[..., Any]) -> Ranks:
     """The ranks that must run a model equally often: all for a sharded model, whose every pass takes all ranks, otherwise this one."""
     return Ranks.current() if is_sharded(model) else ALONE
@@ -132,7 +140,7 @@ REFUSED = {
 """Strategies that an attack cannot work with, and why."""
 
 
-def check_strategy(trainer: Trainer, who: str, *, on_all_ranks: bool = True) -> None:
+def check_strategy(trainer: Trainer, who: str, attacks: Iterable[Any] = (), *, on_all_ranks: bool = True) -> None:
     """Refuse strategies that an attack cannot work with.
 
     DDP works, and so does FSDP2 (``ModelParallelStrategy`` without tensor parallelism): gradients with respect to inputs flow
@@ -141,11 +149,12 @@ def check_strategy(trainer: Trainer, who: str, *, on_all_ranks: bool = True) -> 
     Args:
         trainer: the trainer.
         who: the name of the caller, for the error message.
+        attacks: the attacks that it runs.
         on_all_ranks: whether the caller runs the model on all ranks alike, as a sharded model needs.
 
     Raises:
         MisconfigurationException: for FSDP1, DeepSpeed and tensor parallelism, and for FSDP2 if the caller does not run the model on all
-            ranks; the message gives the reason.
+            ranks equally often; the message gives the reason.
     """
     for name, reason in REFUSED.items():
         if is_a(trainer.strategy, name):
@@ -158,6 +167,9 @@ def check_strategy(trainer: Trainer, who: str, *, on_all_ranks: bool = True) -> 
                 f"{who} runs the model on one rank only, but a model that FSDP2 shards runs on all ranks together: leave it out, or use "
                 "strategy='ddp'."
             )
+        for attack in attacks:
+            if not attack.runs_in_lockstep:
+                raise MisconfigurationException(f"{who} cannot run under FSDP2: {out_of_step(attack)}")
         parallel = trainer.strategy.device_mesh["tensor_parallel"].size()  # type: ignore[attr-defined]
         if parallel > 1:
             raise MisconfigurationException(

@@ -22,7 +22,7 @@ REST = ["class-transport", "trades", "mart", "critic", "udr", "sinkhorn-dro", "p
 
 REFUSED = {
     "awp": "ValueError: awp=0.01 perturbs weights by their own gradients",
-    "autoattack": "ValueError: AutoAttack decides by itself how often it runs the model.*use an attack such as PGD",
+    "autoattack": "MisconfigurationException: RobustnessMonitor cannot run under FSDP2: AutoAttack decides by itself.*Use an attack such as PGD",
     "pictures": "MisconfigurationException: AdversarialExampleLogger runs the model on one rank only",
 }
 

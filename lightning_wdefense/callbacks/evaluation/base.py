@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from lightning_wdefense._compat import LightningModule, Trainer, dataloader_suffix, loggable_key
+from lightning_wdefense.attacks.base import Attack
 from lightning_wdefense.attacks.steps.sites import Perturb
 from lightning_wdefense.attacks.threat import ThreatModel
 from lightning_wdefense.callbacks.evaluation.hooks import PREFIX, EvaluationHooks, Stage, batches_of
@@ -107,6 +108,10 @@ class EvaluationMonitor(EvaluationHooks, Generic[MeasuresT]):
         """The threat model."""
 
     @abstractmethod
+    def _attacks(self) -> Iterable[Attack]:
+        """The attacks."""
+
+    @abstractmethod
     def check(self, attacked_batch: AttackedBatch) -> None:
         """Raise an error for a batch that cannot be measured; also called in the sanity check."""
 
@@ -158,8 +163,8 @@ class EvaluationMonitor(EvaluationHooks, Generic[MeasuresT]):
         }
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check early that the strategy does not shard the parameters."""
-        check_strategy(trainer, type(self).__name__)
+        """Check early that the attacks can run under the trainer's strategy."""
+        check_strategy(trainer, type(self).__name__, self._attacks())
         self._route, self._validates = EvaluationRoute(self._target), False
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
