@@ -1,4 +1,4 @@
-"""Random numbers that depend only on given integers (seed, epoch, batch, rank), so that a resumed run draws the same ones."""
+"""Random numbers that depend only on given integers, such as (seed, batch, rank), so that a resumed run draws the same ones."""
 
 from __future__ import annotations
 
