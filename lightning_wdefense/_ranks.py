@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,13 +54,8 @@ class Ranks:
         return total / count
 
     def mean_of_all(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The means of several tensors of one dtype over all ranks, in one message."""
-        if self.size == 1 or not tensors:
-            return list(tensors)
-        flat = self.mean(torch.cat([tensor.flatten() for tensor in tensors]))
-        return [
-            part.view_as(like) for part, like in zip(flat.split([t.numel() for t in tensors]), tensors, strict=True)
-        ]
+        """The means of several tensors over all ranks, in one message for each dtype."""
+        return list(tensors) if self.size == 1 else in_messages(tensors, self.mean)
 
     def any(self, condition: bool, device: torch.device | None = None) -> bool:
         """Whether a condition holds on any rank."""
@@ -74,16 +69,15 @@ class Ranks:
         mine[self.rank] = value
         return [float(each) for each in self.sum(mine)]
 
-    def gather(self, rows: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
+    def gather(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
         """The rows ``(N, ...)`` of all ranks, in the order of the ranks, with a gradient in this rank's own rows only.
 
         Args:
             rows: ``(N_r, ...)`` on rank r. ``N_r`` may be zero, and may differ by rank.
-            sizes: ``N_r`` of each rank, if they are known.
+            sizes: ``N_r`` of each rank, see :meth:`row_counts`.
         """
         if self.size == 1:
             return rows
-        sizes = self.row_counts(rows) if sizes is None else sizes
         largest = max(sizes)
         own = rows.detach().contiguous()
         # Messages of equal sizes, because gloo takes no others.
@@ -98,6 +92,16 @@ class Ranks:
     def row_counts(self, rows: Tensor) -> list[int]:
         """The number of rows of each rank."""
         return [round(count) for count in self.numbers(len(rows), rows.device)]
+
+
+def in_messages(tensors: Sequence[Tensor], send: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """What ``send`` makes of several tensors, which it gets flattened into one vector for each dtype."""
+    sent: dict[torch.dtype, Iterator[Tensor]] = {}
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        alike = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = send(torch.cat([tensor.flatten() for tensor in alike]))
+        sent[dtype] = iter(flat.split([tensor.numel() for tensor in alike]))
+    return [next(sent[tensor.dtype]).view_as(tensor) for tensor in tensors]
 
 
 ALONE = Ranks()

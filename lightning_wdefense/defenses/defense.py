@@ -18,7 +18,7 @@ from lightning_wdefense._ranks import Ranks
 from lightning_wdefense._seeding import seeded_generator
 from lightning_wdefense.attacks import LearnedAttack
 from lightning_wdefense.attacks.labels import class_labels, hard_labels, not_ignored
-from lightning_wdefense.defenses.branch import Branch
+from lightning_wdefense.defenses.branch import Branch, Compared
 from lightning_wdefense.defenses.critic import CriticDiscrepancy, OnlineCritic
 from lightning_wdefense.defenses.discrepancies import Transport, get_discrepancy
 from lightning_wdefense.defenses.forward_passes import ForwardPasses, ModelForwardPasses
@@ -138,6 +138,7 @@ class Defense(Attachment):
                 "bind the others: defense(x, labels, forward=lambda x: model(x, mask))."
             )
         number = (self.batches or 0) if step is None else step
+        # A batch without a number is a new one: below zero it is never taken for a repeated step.
         batches = self.count_batch(self, number if step is not None else -1 - number)
         ranks = Ranks.current()
         settings = StepSettings(
@@ -209,8 +210,9 @@ class Defense(Attachment):
             if recipe.needs("adversarial" if sees_clean else "clean"):
                 other = passes.run(adversarial if sees_clean else passes.values)
             clean, attacked = (seen, other) if sees_clean else (other, seen)
-            measured |= self.learn(clean, attacked, passes.classes(seen), settings)
-            loss, logs = self.combine(task, clean, attacked, passes, ranks)
+            compared = self._compared(clean, attacked, ranks)
+            measured |= self.learn(compared, passes.classes(seen), settings)
+            loss, logs = self.combine(task, clean, attacked, passes, compared)
             until_backward(loss)
         return DefenseOutput(
             loss,
@@ -310,34 +312,29 @@ class Defense(Attachment):
             self.multiplier = attack.updated_multiplier(displacement)
         return adversarial
 
-    def learn(
-        self, clean: Branch | None, adversarial: Branch | None, labels: Any, settings: StepSettings
-    ) -> dict[str, Any]:
+    def learn(self, compared: Compared, labels: Any, settings: StepSettings) -> dict[str, Any]:
         """Train the recipe's critic, if it has one, on the detached features of a batch.
 
         Args:
-            clean: outputs and features of the clean inputs.
-            adversarial: outputs and features of the adversarial inputs.
+            compared: the samples on which it is trained.
             labels: labels of the batch.
             settings: the noise of the critic, the ranks, and whether to measure.
 
         Returns:
             The critic's measurements, for the logs.
         """
+        clean, adversarial = compared.clean, compared.adversarial
         if self.critic is None or clean is None or adversarial is None:
             return {}
         generator, ranks = settings.generator, settings.ranks
         if self.recipe.gather:
-            if ranks.size > 1:
-                sizes = ranks.row_counts(clean.features)
-                clean, adversarial, labels = self._gathered(clean, adversarial, labels, ranks, sizes)
             # All ranks train on the same samples, so they need the same noise.
             generator = seeded_generator(clean.features.device, self.critic.config.seed, self.batches or 0)
         try:
             return self.critic.update(
                 clean,
                 adversarial,
-                labels,
+                compared.labels(labels),
                 generator=generator,
                 average=ranks.mean if ranks.size > 1 else None,
                 measure=settings.measure,
@@ -410,7 +407,9 @@ class Defense(Attachment):
                     loss = seen.loss
                     if loss is None:
                         loss = (task_loss or recipe.task_loss)(seen.outputs, passes.labels)
-                    steps = perturbation.ascent_steps(self.combine(loss, clean, attacked, passes, ranks)[0], ranks)
+                    compared = self._compared(clean, attacked, ranks)
+                    loss, _ = self.combine(loss, clean, attacked, passes, compared)
+                    steps = perturbation.ascent_steps(loss, ranks)
                 perturbation.apply(steps)  # outside of that context, which would restore the weights
             yield until_backward
         except BaseException:
@@ -426,7 +425,7 @@ class Defense(Attachment):
         clean: Branch | None,
         adversarial: Branch | None,
         passes: ForwardPasses,
-        ranks: Ranks,
+        compared: Compared,
     ) -> tuple[Tensor, dict[str, Any]]:
         """The training loss and its parts, see :func:`~lightning_wdefense.defenses.objective.combine`."""
         seen = clean if clean is not None else adversarial
@@ -437,13 +436,14 @@ class Defense(Attachment):
             clean,
             adversarial,
             passes.labels,
-            lambda one, other, _: self._discrepancy_of(one, other, classes, ranks),
+            lambda *_: self._discrepancy_of(compared, classes),
         )
 
-    def _discrepancy_of(self, clean: Branch, adversarial: Branch, labels: Any, ranks: Ranks) -> Tensor:
-        """The discrepancy of this rank's samples, or with ``gather`` of the samples of all ranks."""
-        if not self.recipe.gather:
-            return self._measure(clean, adversarial, labels)
+    def _compared(self, clean: Branch | None, adversarial: Branch | None, ranks: Ranks) -> Compared:
+        """This rank's samples, or with ``gather`` the samples of all ranks."""
+        own = Compared(clean, adversarial, ranks)
+        if not (self.recipe.gather and self.recipe.weight > 0) or clean is None or adversarial is None:
+            return own
         if ranks.size == 1:
             if not self._said_alone:
                 self._said_alone = True
@@ -451,26 +451,26 @@ class Defense(Attachment):
                     "gather=True compares the samples of all processes, but there is one process: it changes nothing here.",
                     stacklevel=2,
                 )
-            return self._measure(clean, adversarial, labels)
+            return own
         sizes = ranks.row_counts(clean.features)
-        every = self._gathered(clean, adversarial, labels, ranks, sizes)
+        one, other = (each._replace(features=ranks.gather(each.features, sizes)) for each in (clean, adversarial))
+        if self.critic is not None and self.critic.config.by_class:  # the outputs say how many classes there are
+            one = one._replace(outputs=ranks.gather(tensor_of(clean.outputs).detach(), sizes))
+        return Compared(one, other, ranks, sizes)
+
+    def _discrepancy_of(self, compared: Compared, labels: Any) -> Tensor:
+        """The discrepancy between the compared samples, of which this rank has these labels."""
+        clean, adversarial, ranks, sizes = compared
+        assert clean is not None
+        assert adversarial is not None
+        labels = compared.labels(labels)
+        if sizes is None:
+            return self._measure(clean, adversarial, labels)
         with rows_shared(ranks, sizes):
-            value = self._measure(*every)
+            value = self._measure(clean, adversarial, labels)
         # The gradient is in this rank's own samples only. Data-parallel training averages the gradients of the ranks, where the value
         # needs their sum.
         return value + (ranks.size - 1) * (value - value.detach())
-
-    def _gathered(
-        self, clean: Branch, adversarial: Branch, labels: Any, ranks: Ranks, sizes: list[int]
-    ) -> tuple[Branch, Branch, Any]:
-        """Features and labels of all ranks, and for a critic of classes the outputs, which say how many there are."""
-        outputs = clean.outputs
-        if self.critic is not None and self.critic.config.by_class:
-            outputs = ranks.gather(tensor_of(outputs).detach(), sizes)
-        if isinstance(labels, Tensor) and labels.ndim:
-            labels = ranks.gather(labels, sizes)
-        one, other = (each._replace(features=ranks.gather(each.features, sizes)) for each in (clean, adversarial))
-        return one._replace(outputs=outputs), other, labels
 
     def _measure(self, clean: Branch, adversarial: Branch, labels: Any) -> Tensor:
         try:

@@ -92,12 +92,8 @@ def _averaged(
     if ranks.size == 1 or not weights:
         return directions
     known = ranks.sum(torch.tensor([float(each is not None) for each in directions], device=weights[0].device)) > 0
-    dtypes = dict.fromkeys(weight.dtype for weight in weights)
-    averaged: list[Tensor | None] = [None] * len(weights)
-    for dtype in dtypes:
-        chosen = [i for i, weight in enumerate(weights) if weight.dtype == dtype and bool(known[i])]
-        found = (directions[i] for i in chosen)
-        filled = [torch.zeros_like(weights[i]) if d is None else d for i, d in zip(chosen, found, strict=True)]
-        for i, mean in zip(chosen, ranks.mean_of_all(filled), strict=True):
-            averaged[i] = mean
-    return averaged
+    chosen = [i for i, somewhere in enumerate(known.tolist()) if somewhere]
+    found = [(weights[i], directions[i]) for i in chosen]
+    filled = [torch.zeros_like(weight) if direction is None else direction for weight, direction in found]
+    means = dict(zip(chosen, ranks.mean_of_all(filled), strict=True))
+    return [means.get(i) for i in range(len(weights))]

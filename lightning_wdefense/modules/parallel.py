@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_wdefense._compat import MisconfigurationException, Trainer, is_a
-from lightning_wdefense._ranks import ALONE, Ranks
+from lightning_wdefense._ranks import ALONE, Ranks, in_messages
 from lightning_wdefense.modules.state.isolation import module_of
 
 SHARDING = {
@@ -71,13 +71,15 @@ def synchronise_buffers(model: nn.Module) -> None:
     if inner is None or not inner.broadcast_buffers:
         return
     buffers = [buffer for buffer in inner.module.buffers() if buffer.numel()]  # type: ignore[union-attr]
+    group = inner.process_group
+
+    def of_rank_0(flat: Tensor) -> Tensor:
+        dist.broadcast(flat, 0, group=group)  # type: ignore[arg-type]
+        return flat
+
     with torch.no_grad():
-        for dtype in dict.fromkeys(buffer.dtype for buffer in buffers):
-            alike = [buffer for buffer in buffers if buffer.dtype == dtype]
-            flat = torch.cat([buffer.flatten() for buffer in alike])
-            dist.broadcast(flat, 0, group=inner.process_group)  # type: ignore[arg-type]
-            for buffer, value in zip(alike, flat.split([each.numel() for each in alike]), strict=True):
-                buffer.copy_(value.view_as(buffer))
+        for buffer, value in zip(buffers, in_messages(buffers, of_rank_0), strict=True):
+            buffer.copy_(value)
 
 
 def precision_of(model: nn.Module) -> Any:

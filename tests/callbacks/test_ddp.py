@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from callbacks import test_detection_monitor, test_monitor_environments
+from support.processes import run_pair
 
 from lightning_wdefense.defenses import RECIPES
 
@@ -68,13 +67,8 @@ def detectors_learn_from_both_processes(ranks):
 
 def test_two_processes(tmp_path):
     """One test for all: a worker that took some of its parts would start the processes again, which takes longer than their work."""
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    environment.pop("MASTER_PORT", None)  # Lightning finds a free one
     command = [sys.executable, str(TESTS / "callbacks" / "ddp_script.py"), str(tmp_path), *CASES]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800, cwd=tmp_path)
-    assert run.returncode == 0, run.stderr
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    ranks = run_pair(command, tmp_path, timeout=1800)
     failed = []
     for check in (
         ranks_end_with_the_same_weights_and_have_learned_the_same,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import pytest
 import torch
 from evaluation.ranks_script import SHARES, measured
 from support.lightning_modules import digits_loaders, trained_classifier
+from support.processes import run_pair
 
 TESTS = Path(__file__).parents[1]
 
@@ -22,13 +21,9 @@ def ranks(tmp_path_factory) -> list[dict]:
     torch.save(
         trained_classifier(batch_norm=True).state_dict(), folder / "model.pt"
     )  # trained anew it may differ in a bit
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launch, str(TESTS / "evaluation" / "ranks_script.py"), str(folder)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, cwd=folder)
-    assert run.returncode == 0, run.stderr
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    return run_pair(command, folder, timeout=900)
 
 
 @pytest.mark.slow

@@ -164,9 +164,9 @@ FAULTS = [
     ),
     Fault(
         "gathered labels are those of this rank",
-        "defenses/defense.py",
-        "labels = ranks.gather(labels, sizes)",
-        "labels = torch.cat([labels] * ranks.size)[: sum(sizes)]",
+        "defenses/branch.py",
+        "return self.ranks.gather(labels, self.sizes)",
+        "return labels.repeat(self.ranks.size)[: sum(self.sizes)]",
         (f"{RANKS}test_ranks.py::test_ranks_train_as_one",),
     ),
     Fault(

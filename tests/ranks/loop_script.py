@@ -68,7 +68,9 @@ def discrepancies(recipe, ranks, split):
     moved = images[24:48].flatten(1)[own].clone().requires_grad_()
     from lightning_wdefense.defenses.branch import Branch
 
-    value = defense._discrepancy_of(Branch(None, clean), Branch(None, moved), labels[:24][own], ranks)
+    value = defense._discrepancy_of(
+        defense._compared(Branch(None, clean), Branch(None, moved), ranks), labels[:24][own]
+    )
     value.backward()
     # The mean over ranks of what each passes back is the gradient; so each passes back as many times its share.
     return {"value": value.detach(), "clean": clean.grad / ranks.size, "moved": moved.grad / ranks.size}

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support.processes import run_pair
 
 pytest.importorskip("torch.distributed.fsdp", reason="needs torch.distributed")
 if not hasattr(torch.distributed.fsdp, "fully_shard"):
     pytest.skip("fully_shard is public from torch 2.6", allow_module_level=True)
 
-TESTS = Path(__file__).parents[1]
 SCRIPT = Path(__file__).with_name("fsdp_script.py")
 
 QUICK = ["pgd-at", "class-transport+gather"]
@@ -28,13 +27,7 @@ REFUSED = {
 
 
 def run(folder, *cases):
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    environment.pop("MASTER_PORT", None)  # Lightning finds a free one, and starts the second process
-    command = [sys.executable, str(SCRIPT), str(folder), *cases]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=folder)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    return run_pair([sys.executable, str(SCRIPT), str(folder), *cases], folder, timeout=240)
 
 
 @pytest.mark.parametrize("cases", [QUICK, pytest.param(REST, marks=pytest.mark.slow)], ids=["quick", "rest"])
@@ -58,7 +51,5 @@ def test_as_ddp(cases, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_refused(case, tmp_path):
-    import re
-
     for rank in run(tmp_path, "pgd-at", f"refused:{case}"):
         assert re.search(REFUSED[case], rank[f"refused:{case}"]), rank[f"refused:{case}"]

@@ -32,19 +32,34 @@ def group_ends() -> Iterator[None]:
             dist.destroy_process_group()
 
 
+def script_environment() -> dict[str, str]:
+    """The environment of a script of the tests: it finds the package and the tests, and sums in one order."""
+    tests = Path(__file__).parents[1]
+    path = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    environment.pop("MASTER_PORT", None)  # whoever starts processes finds a free one
+    return environment
+
+
+def run_pair(command: list[str], folder: Path, timeout: float) -> list[Any]:
+    """Run a command that starts a second process by itself; returns what each wrote to ``{rank}.pt`` in the folder."""
+    done = subprocess.run(
+        command, env=script_environment(), capture_output=True, text=True, timeout=timeout, cwd=folder
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
 def run_ranks(script: Path, folder: Path, ranks: int, *args: str, timeout: float = 300) -> list[Any]:
     """Run a script in so many processes that find each other as torchrun's do; returns what each wrote to ``{rank}.pt`` in the folder.
 
     The script gets the folder and the arguments.
     """
-    tests = Path(__file__).parents[1]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": "1",
+        **script_environment(),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "WORLD_SIZE": str(ranks),
