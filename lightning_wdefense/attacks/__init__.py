@@ -8,6 +8,11 @@ from lightning_wdefense.attacks.gradient.lagrangian import LagrangianAttack
 from lightning_wdefense.attacks.gradient.pgd import PGD
 from lightning_wdefense.attacks.gradient.sinkhorn import SinkhornAttack
 from lightning_wdefense.attacks.gradient.soft_ball import SoftBallPGD
+from lightning_wdefense.attacks.minimal.base import MinimalAttack, MinimalPerturbation
+from lightning_wdefense.attacks.minimal.ddn import DDN
+from lightning_wdefense.attacks.minimal.fmn import FMN
+from lightning_wdefense.attacks.minimal.minimal_eps import MinimalEps
+from lightning_wdefense.attacks.minimal.registry import MINIMAL_ATTACKS, get_minimal_attack
 from lightning_wdefense.attacks.multiplier import LearnedAttack
 from lightning_wdefense.attacks.registry import ATTACKS, get_attack
 from lightning_wdefense.attacks.standard.autoattack import AutoAttack
@@ -21,7 +26,10 @@ from lightning_wdefense.modules.execution import Execution
 
 __all__ = [
     "ATTACKS",
+    "DDN",
     "FGSM",
+    "FMN",
+    "MINIMAL_ATTACKS",
     "PGD",
     "Attack",
     "AutoAttack",
@@ -30,6 +38,9 @@ __all__ = [
     "GibbsNoise",
     "LagrangianAttack",
     "LearnedAttack",
+    "MinimalAttack",
+    "MinimalEps",
+    "MinimalPerturbation",
     "Perturb",
     "SinkhornAttack",
     "SoftBallPGD",
@@ -38,6 +49,7 @@ __all__ = [
     "WassersteinAttack",
     "WorstCase",
     "get_attack",
+    "get_minimal_attack",
     "wasserstein_feasibility",
     "worst_case",
 ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_wdefense.attacks.minimal.base import Closest, MinimalAttack
-from lightning_wdefense.attacks.minimal.schedule import check_search, cosine, first_step
+from lightning_wdefense.attacks.minimal.radius import check_search, cosine, linear_distance
 from lightning_wdefense.attacks.norms import per_sample
 from lightning_wdefense.attacks.problem import Problem
 from lightning_wdefense.attacks.threat import ThreatModel
@@ -24,8 +24,7 @@ class DDN(MinimalAttack):
     Args:
         threat: the threat model (norm ``l2``); its eps is not used.
         steps: number of gradient steps.
-        step_size: length of the first step and first radius, in data units; the steps fall by a cosine to a hundredth. ``None`` for
-            the range of the bounds, or without bounds for four times the distance to the boundary of the linearised model.
+        step_size: length of the first step as a multiple of the radius; it falls by a cosine to a hundredth.
         shrinkage: share by which a radius changes in each step.
         tightening: number of forward passes that bisect between the clean and the adversarial input at the end.
         seed: not used, the attack draws no noise.
@@ -50,7 +49,7 @@ class DDN(MinimalAttack):
 
     threat: ThreatModel
     steps: int = 100
-    step_size: float | None = None
+    step_size: float = 1.0
     shrinkage: float = 0.05
     tightening: int = 12
     seed: int = 0
@@ -65,21 +64,16 @@ class DDN(MinimalAttack):
         """The closest adversarial inputs and their distances, in data units."""
         ball = self.threat.ball
         closest, data = Closest(problem), problem.data.clone()
-        if self.step_size is None and self.threat.bounds is None:
-            outputs, gradient = problem.outputs_and_gradient(data, "margin")
-            length = first_step(None, problem, problem.loss(outputs, "margin").detach().to(data.dtype), gradient)
-        else:
-            length = first_step(self.step_size, problem, closest.distances, data)
-        radius = length
+        radius = linear_distance(problem, *problem.outputs_and_gradient(data, "margin"))
         for step in range(self.steps):
             outputs, gradient = problem.outputs_and_gradient(data, "ce")
             fooled = problem.fooled(outputs)
             closest.keep(data, fooled)
             radius = radius * torch.where(fooled, 1 - self.shrinkage, 1 + self.shrinkage)
-            size = per_sample(length * cosine(step, self.steps, 1.0, 0.01), data)
-            delta = ball.steepest(gradient).mul_(size).add_(data).sub_(problem.data)
-            tiny = torch.finfo(delta.dtype).tiny
-            data = problem.box.clamp_(delta.mul_(per_sample(radius / ball.length(delta).clamp_min(tiny), delta)).add_(problem.data))
+            length = per_sample(radius * cosine(step, self.steps, self.step_size, self.step_size / 100), data)
+            delta = ball.steepest(gradient).mul_(length).add_(data).sub_(problem.data)
+            scale = radius / ball.length(delta).clamp_min(torch.finfo(delta.dtype).tiny)
+            data = problem.box.clamp_(delta.mul_(per_sample(scale, delta)).add_(problem.data))
         closest.keep(data, problem.fooled(problem.outputs(data)))
         closest.tighten(self.tightening)
         return closest.data, closest.distances

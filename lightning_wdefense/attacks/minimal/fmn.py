@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_wdefense.attacks.minimal.base import Closest, MinimalAttack
-from lightning_wdefense.attacks.minimal.schedule import check_search, cosine, first_step, linear_distance
+from lightning_wdefense.attacks.minimal.radius import check_search, cosine, linear_distance
 from lightning_wdefense.attacks.norms import BALLS, per_sample
 from lightning_wdefense.attacks.problem import Problem
 from lightning_wdefense.attacks.threat import ThreatModel
@@ -25,8 +25,7 @@ class FMN(MinimalAttack):
     Args:
         threat: the threat model (norm ``linf``, ``l2`` or ``l1``); its eps is not used.
         steps: number of gradient steps.
-        step_size: L2 length of the first step, in data units, from which the steps fall by a cosine to a hundredth; ``None`` for the
-            range of the bounds, or without bounds for four times the distance to the boundary of the linearised model.
+        step_size: length of the first step as a multiple of the radius; it falls by a cosine to a hundredth. In L1 it is an L2 length.
         shrinkage: share by which a radius changes in the first step; it falls by a cosine to ``final_shrinkage``.
         final_shrinkage: the same in the last step.
         tightening: number of forward passes that bisect between the clean and the adversarial input at the end.
@@ -52,7 +51,7 @@ class FMN(MinimalAttack):
 
     threat: ThreatModel
     steps: int = 100
-    step_size: float | None = None
+    step_size: float = 2.0
     shrinkage: float = 0.05
     final_shrinkage: float = 0.001
     tightening: int = 12
@@ -69,22 +68,23 @@ class FMN(MinimalAttack):
         """The closest adversarial inputs and their distances, in data units."""
         threat, ball = self.threat, self.threat.ball
         closest, data = Closest(problem), problem.data.clone()
-        radius = torch.full_like(closest.distances, torch.inf)
-        length = None
+        radius = torch.zeros_like(closest.distances)
         for step in range(self.steps):
             outputs, gradient = problem.outputs_and_gradient(data, "margin")
-            fooled, margins = problem.fooled(outputs), problem.loss(outputs, "margin").detach().to(radius.dtype)
+            fooled = problem.fooled(outputs)
             closest.keep(data, fooled)
             share = cosine(step, self.steps, self.shrinkage, self.final_shrinkage)
-            linear = ball.length(data - problem.data) + linear_distance(margins, ball.dual(gradient))
-            # A little beyond the boundary, where rounding does not decide.
-            grown = torch.where(closest.distances.isfinite(), radius, linear) * (1 + share)
-            radius = torch.where(fooled, torch.minimum(radius, closest.distances) * (1 - share), grown)
-            if length is None:
-                length = first_step(self.step_size, problem, margins, gradient)
-            size = per_sample(length * cosine(step, self.steps, 1.0, 0.01), data)
-            moved = BALLS["l2"].steepest(gradient).mul_(size).add_(data)
+            linear = ball.length(data - problem.data) + linear_distance(problem, outputs, gradient)
+            # A little beyond the boundary, where rounding does not decide; and growing, for the linearised model may be wrong.
+            wider = torch.where(closest.distances.isfinite(), radius, torch.maximum(linear, radius)) * (1 + share)
+            radius = torch.where(fooled, torch.minimum(radius, closest.distances) * (1 - share), wider)
+            length = radius * cosine(step, self.steps, self.step_size, self.step_size / 100)
+            moved = self._direction(problem, gradient, data).mul_(per_sample(length, data)).add_(data)
             data = threat.project_(moved, problem.data, problem.box, radius)
         closest.keep(data, problem.fooled(problem.outputs(data)))
         closest.tighten(self.tightening)
         return closest.data, closest.distances
+
+    def _direction(self, problem: Problem, gradient: Tensor, data: Tensor) -> Tensor:
+        # The steepest direction in L1 moves too few coordinates: the projection makes the perturbation sparse.
+        return BALLS["l2"].steepest(gradient) if self.threat.norm == "l1" else problem.steepest(gradient, data)

@@ -63,7 +63,9 @@ class MinimalEps(MinimalAttack):
 
     def __post_init__(self) -> None:
         if not isinstance(self.attack, Attack):
-            raise TypeError(f"MinimalEps needs an attack, such as PGD(threat), got a {type(self.attack).__name__}: {self.attack!r}.")
+            raise TypeError(
+                f"MinimalEps needs an attack, such as PGD(threat), got a {type(self.attack).__name__}: {self.attack!r}."
+            )
         check_threat(self.attack.threat, type(self).__name__)
         if not self.attack.bounded:
             raise ValueError(
@@ -71,7 +73,9 @@ class MinimalEps(MinimalAttack):
                 "attack, such as PGD."
             )
         if not self.threat.eps > 0:
-            raise ValueError(f"The eps of the attack is the first that is tried, so it must be positive, got {self.threat.eps}.")
+            raise ValueError(
+                f"The eps of the attack is the first that is tried, so it must be positive, got {self.threat.eps}."
+            )
         if self.max_eps is not None and not (math.isfinite(self.max_eps) and self.max_eps > 0):
             raise ValueError(f"max_eps must be positive and finite (data units), got {self.max_eps}.")
         if not 0 < self.tolerance <= 1:
@@ -92,7 +96,9 @@ class MinimalEps(MinimalAttack):
     def search(self, problem: Problem) -> tuple[Tensor, Tensor]:
         """The closest adversarial inputs and their distances, in data units."""
         largest, ratio = self._largest(problem.data), math.log1p(self.tolerance)
-        last = math.ceil(-math.log(self.min_ratio) / ratio)  # the grid is eps = largest * exp(-ratio * index), from 0 to last
+        last = math.ceil(
+            -math.log(self.min_ratio) / ratio
+        )  # the grid is eps = largest * exp(-ratio * index), from 0 to last
         closest = Closest(problem)
         # The smallest eps known to suffice has index ``enough``, the largest known to fail has index ``fails``.
         enough = torch.full((len(problem.data),), -1, device=problem.data.device)
