@@ -82,8 +82,11 @@ from lightning_wdefense.metrics import (
     AccuracyCurve,
     AttackSuccessRate,
     Detectability,
+    DistributionalAccuracy,
+    DistributionalCurve,
     RobustAccuracy,
     RobustAccuracyCurve,
+    Sensitivity,
     TransportShift,
 )
 from lightning_wdefense.mixin import WassersteinDefenseMixin
@@ -187,6 +190,8 @@ SAMPLES: dict[type, dict[str, Any]] = {
     RobustAccuracyCurve: {"epsilons": [0, 0.1], "ignore_index": 255},
     TransportShift: {"blur": 0.3, "reach": 2, "cost": COST, "label_cost": 1, "solver": "native"},
     Detectability: {"resamples": 50, "confidence": 0.9},
+    DistributionalAccuracy: {"radii": [0.5, 1], "p": 1.5},
+    Sensitivity: {"p": 1.5, "norm": "linf"},
     SinkhornDivergence: {"p": 2, "blur": 0.3, "reach": 2, "cost": "cosine", "label_cost": 1, "solver": "native"},
     SlicedWasserstein: {"p": 1.5, "n_projections": 8, "directions": "max"},
     WassersteinCritic: {"network": [1, 4, 4], "lipschitz": "spectral-norm", "width": 8, "classes": 3},
@@ -211,6 +216,7 @@ EXCLUDED: dict[type, str] = {
             TwoSampleResult,
             AUROC,
             AccuracyCurve,
+            DistributionalCurve,
             CriticDistance,
             CriticUpdate,
             SinkhornResult,

@@ -1,6 +1,6 @@
 """Recipes against a distributional adversary: one Wasserstein budget for all images, L2, MNIST.
 
-    python -m benchmarks.distributional train --data folder
+python -m benchmarks.distributional train --data folder
 """
 
 from __future__ import annotations
