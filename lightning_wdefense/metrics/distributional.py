@@ -158,8 +158,8 @@ class DistributionalAccuracy(Metric):
     def compute(self) -> DistributionalCurve:
         """Return the curve over all samples."""
         empty = torch.empty(0, device=self.device)
-        parts = [dim_zero_cat(part) if len(part) else empty for part in (self.distances, self.weights)]
-        return _curve(*parts, self.radii, self.p)
+        distances, weights = (dim_zero_cat(part) if len(part) else empty for part in (self.distances, self.weights))
+        return _curve(distances, weights, self.radii, self.p)
 
     def plot(
         self, val: DistributionalCurve | None = None, ax: "Axes | None" = None, label: str | None = None
@@ -183,8 +183,8 @@ def _curve(distances: Tensor, weights: Tensor, radii: tuple[float, ...], p: floa
     places = torch.tensor((0.0, *radii), dtype=left.dtype)
     area = torch.trapezoid(left, places) / places[-1]
     dtype = torch.float64 if distances.dtype == torch.float64 else torch.float32
-    found = (value.to(distances.device, dtype) for value in (places[1:], left[1:], area))
-    return DistributionalCurve(*found, p)
+    places, left, area = (value.to(distances.device, dtype) for value in (places[1:], left[1:], area))
+    return DistributionalCurve(places, left, area, p)
 
 
 def _accuracies(distances: Tensor, weights: Tensor, radii: Sequence[float], p: float) -> Tensor:
