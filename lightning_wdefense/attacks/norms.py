@@ -9,6 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+Radius = float | Tensor
+"""A radius for all samples, or one each, ``(N,)``; in data units."""
+
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
     """Reshape ``(N,)`` to ``(N, 1, ..., 1)`` so that it broadcasts against ``like``."""
@@ -33,8 +36,9 @@ def _linf_steepest(gradient: Tensor) -> Tensor:
     return gradient.sign_()
 
 
-def _linf_project(delta: Tensor, eps: float) -> Tensor:
-    return delta.clamp(-eps, eps)
+def _linf_project(delta: Tensor, eps: Radius) -> Tensor:
+    limit = per_sample(eps, delta) if isinstance(eps, Tensor) else eps
+    return torch.clamp(delta, -limit, limit)
 
 
 def _linf_length(delta: Tensor) -> Tensor:
@@ -59,9 +63,73 @@ def _l2_steepest(gradient: Tensor) -> Tensor:
     return gradient.div_(per_sample(_l2_length(gradient), gradient).clamp_min(1e-12))
 
 
-def _l2_project(delta: Tensor, eps: float) -> Tensor:
+def _l2_project(delta: Tensor, eps: Radius) -> Tensor:
     length = _l2_length(delta).clamp_min(torch.finfo(delta.dtype).tiny)
     return delta * per_sample((eps / length).clamp(max=1.0), delta)
+
+
+L1_SHARE = 0.05
+"""Share of the coordinates that one step in L1 moves. The steepest direction moves one, which would take too many steps."""
+
+
+def _l1_length(delta: Tensor) -> Tensor:
+    return delta.reshape(len(delta), -1).abs().sum(1)
+
+
+def _l1_uniform(like: Tensor, eps: float, generator: torch.Generator) -> Tensor:
+    # Exponential variables over their sum are uniform on the simplex; one more than there are coordinates fills the ball.
+    sizes = random_uniform(like.new_empty(len(like), math.prod(like.shape[1:]) + 1), generator).neg_().log1p_().neg_()
+    sizes = sizes[:, 1:] / sizes.sum(1, keepdim=True).clamp_min(torch.finfo(like.dtype).tiny)
+    return sizes.reshape(like.shape) * random_uniform(like, generator).sub_(0.5).sign_() * eps
+
+
+def _l1_steepest(gradient: Tensor) -> Tensor:
+    rows = gradient.reshape(len(gradient), -1)
+    largest = rows.abs().topk(max(1, round(L1_SHARE * rows.shape[1])), dim=1).indices
+    signs = rows.gather(1, largest).sign()
+    signs = signs / signs.abs().sum(1, keepdim=True).clamp_min(1)
+    return torch.zeros_like(rows).scatter(1, largest, signs).reshape(gradient.shape)
+
+
+def l1_project(delta: Tensor, eps: Radius, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
+    """Project onto the L1 ball of radius ``eps`` and the box ``[low, high]`` together: the nearest point of both.
+
+    The result is ``sign(delta) * min(max(|delta| - s, 0), room)``, where ``room`` is the way to the box's limit in the direction of
+    ``delta``. Its L1 norm is piecewise linear in the shift ``s``, so the shift is found exactly, by sorting the kinks.
+
+    Args:
+        delta: ``(N, ...)``.
+        eps: radius, for all samples or ``(N,)``.
+        low: ``(N, ...)``, not positive; ``None`` for no limit.
+        high: ``(N, ...)``, not negative; ``None`` for no limit.
+
+    References:
+        Croce and Hein, "Mind the box: l1-APGD for sparse adversarial attacks on image classifiers", ICML 2021.
+    """
+    size = delta.reshape(len(delta), -1).abs().double()
+    room = torch.full_like(size, torch.inf)
+    if low is not None and high is not None:
+        room = torch.where(delta > 0, high, -low).reshape(size.shape).clamp_min(0).double()
+    radius = torch.as_tensor(eps, dtype=size.dtype, device=size.device).expand(len(size))
+    far = (torch.minimum(size, room).sum(1) > radius).nonzero().squeeze(1)
+    shift = size.new_zeros(len(size))
+    if len(far):
+        shift[far] = _shift(size[far], room[far], radius[far])
+    moved = torch.minimum((size - shift.unsqueeze(1)).clamp_min(0), room)
+    return moved.to(delta.dtype).reshape(delta.shape).copysign(delta)
+
+
+def _shift(size: Tensor, room: Tensor, radius: Tensor) -> Tensor:
+    """The shift ``s`` at which the sum of ``min(max(size - s, 0), room)`` is the radius."""
+    # From large to small shifts, the sum grows from 0. A coordinate begins to grow at its size, and stops where it has no room left.
+    starts, stops = size, (size - room).clamp_min(0)
+    kinks, order = torch.cat([starts, stops], 1).sort(1, descending=True)
+    growing = torch.cat([torch.ones_like(starts), -torch.ones_like(stops)], 1).gather(1, order).cumsum(1)
+    sums = torch.cat([torch.zeros_like(kinks[:, :1]), (growing[:, :-1] * -kinks.diff(dim=1)).cumsum(1)], 1)
+    after = torch.searchsorted(sums, radius.unsqueeze(1)).clamp_max(sums.shape[1] - 1)
+    excess = (sums.gather(1, after).squeeze(1) - radius).clamp_min(0)
+    slope = growing.gather(1, (after - 1).clamp_min(0)).squeeze(1).clamp_min(1)
+    return kinks.gather(1, after).squeeze(1) + excess / slope
 
 
 class Ball(NamedTuple):
@@ -69,19 +137,22 @@ class Ball(NamedTuple):
 
     Attributes:
         uniform: ``(like, eps, generator)`` to uniform noise in the ball of radius ``eps``.
-        steepest: gradient ``(N, ...)`` to the direction of steepest ascent of norm 1. It overwrites the gradient,
-            because new tensors cost as much time as the arithmetic.
-        project: ``(delta, eps)`` to the projection of ``delta`` onto the ball of radius ``eps``.
+        steepest: gradient ``(N, ...)`` to the direction of steepest ascent of norm 1; in L1 along the 5% largest entries. It
+            overwrites the gradient, because new tensors cost as much time as the arithmetic.
+        project: ``(delta, eps)`` to the projection of ``delta`` onto the ball of radius ``eps``, one for all samples or ``(N,)``.
         length: ``delta`` ``(N, ...)`` to the norm of each sample, ``(N,)``.
+        dual: gradient ``(N, ...)`` to the dual norm of each sample, ``(N,)``: the largest slope along a direction of norm 1.
     """
 
     uniform: Callable[[Tensor, float, torch.Generator], Tensor]
     steepest: Callable[[Tensor], Tensor]
-    project: Callable[[Tensor, float], Tensor]
+    project: Callable[[Tensor, Radius], Tensor]
     length: Callable[[Tensor], Tensor]
+    dual: Callable[[Tensor], Tensor]
 
 
 BALLS = {
-    "linf": Ball(_linf_uniform, _linf_steepest, _linf_project, _linf_length),
-    "l2": Ball(_l2_uniform, _l2_steepest, _l2_project, _l2_length),
+    "linf": Ball(_linf_uniform, _linf_steepest, _linf_project, _linf_length, dual=_l1_length),
+    "l2": Ball(_l2_uniform, _l2_steepest, _l2_project, _l2_length, dual=_l2_length),
+    "l1": Ball(_l1_uniform, _l1_steepest, l1_project, _l1_length, dual=_linf_length),
 }

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from lightning_wdefense._names import unknown_name
-from lightning_wdefense.attacks.norms import BALLS, Ball
+from lightning_wdefense.attacks.norms import BALLS, Ball, l1_project
 from lightning_wdefense.modules.outputs import float32_or_better
 
-Norm = Literal["linf", "l2", "wasserstein"]
+Norm = Literal["linf", "l2", "l1", "wasserstein"]
 
 MAX_STRAYS = 0.01
 """Largest share of input values that may lie outside the bounds, as after augmentation; a larger share is an error."""
@@ -57,7 +57,7 @@ class ThreatModel:
     With ``mean`` and ``std`` an attack is the same in data units, whatever units the model sees.
 
     Args:
-        norm: ``"linf"``, ``"l2"`` or ``"wasserstein"`` (for :class:`WassersteinAttack` alone).
+        norm: ``"linf"``, ``"l2"``, ``"l1"`` or ``"wasserstein"`` (for :class:`WassersteinAttack` alone).
         eps: the perturbation budget, the radius of the ball, in data units; in pixels for ``"wasserstein"``.
         bounds: smallest and largest legal value, in data units; ``None`` for unbounded inputs (tabular data).
         mean: the mean that the pipeline subtracts, in data units: one value, or one per channel (dimension 1); ``None``
@@ -143,8 +143,20 @@ class ThreatModel:
         return inputs if std is None else inputs / std
 
     def project(self, data: Tensor, clean: Tensor, box: Box) -> Tensor:
-        """Project ``data`` into the ball around ``clean`` and then into the box, which contains ``clean``; all in data units."""
-        return box.clamp(clean + self.ball.project(data - clean, self.eps))
+        """Project ``data`` into the ball around ``clean`` and into the box, which contains ``clean``; all in data units.
+
+        For L-infinity and L1 it is the nearest point of both. For L2 the box follows on the ball.
+        """
+        return self.project_(data.clone(), clean, box)
+
+    def project_(self, data: Tensor, clean: Tensor, box: Box, radius: Tensor | None = None) -> Tensor:
+        """:meth:`project`, which may work in the memory of ``data``; with a ``radius`` ``(N,)`` of each sample in place of eps."""
+        delta, eps = data.sub_(clean), self.eps if radius is None else radius
+        if self.norm == "l1" and box.low is not None and box.high is not None:
+            delta = l1_project(delta, eps, box.low - clean, box.high - clean)
+        else:
+            delta = self.ball.project(delta, eps)
+        return box.clamp_(delta.add_(clean))
 
     def read(self, inputs: Tensor) -> tuple[Tensor, Box]:
         """Inputs in model units, converted to data units (float32 or float64), and their limits; checked by :meth:`box`."""

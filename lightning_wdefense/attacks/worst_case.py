@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_wdefense.attacks.base import Attack, Model
+from lightning_wdefense.attacks.base import Attack
 from lightning_wdefense.attacks.labels import class_labels, hard_labels, not_ignored, replace_ignore_index
 from lightning_wdefense.attacks.partial_batches import PartialBatchModel
+from lightning_wdefense.attacks.problem import Model
 from lightning_wdefense.modules.outputs import check_logits, predictions, warn_of_no_prediction
 from lightning_wdefense.modules.parallel import lockstep
 from lightning_wdefense.modules.state.isolation import isolated

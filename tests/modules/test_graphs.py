@@ -20,7 +20,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_wdefense import Recipe, WassersteinDefense
 from lightning_wdefense.attacks import FGSM, PGD, Execution, LagrangianAttack, ThreatModel
-from lightning_wdefense.attacks.base import Problem
+from lightning_wdefense.attacks.problem import Problem
 from lightning_wdefense.modules import execution, graphs
 
 THREAT = ThreatModel(eps=0.1)

@@ -14,8 +14,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from lightning_wdefense._typing import TensorResult
-from lightning_wdefense.attacks.base import Attack, Problem
+from lightning_wdefense.attacks.base import Attack
 from lightning_wdefense.attacks.losses import check_divergence, divergence_of
+from lightning_wdefense.attacks.problem import Problem
 from lightning_wdefense.attacks.threat import ThreatModel
 from lightning_wdefense.modules.outputs import check_logits, logit_rows
 from lightning_wdefense.transport import sinkhorn_divergence

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from lightning_wdefense.attacks.base import Attack, Problem
+from lightning_wdefense.attacks.base import Attack
 from lightning_wdefense.attacks.losses import AttackLoss, check_loss, outputs_as_losses
+from lightning_wdefense.attacks.problem import Problem
 from lightning_wdefense.attacks.threat import ThreatModel
 
 
@@ -20,7 +21,7 @@ class FGSM(Attack):
     ``bounded``, so it is for training only.
 
     Args:
-        threat: the threat model (norm ``linf`` or ``l2``).
+        threat: the threat model (norm ``linf``, ``l2`` or ``l1``).
         noise: radius of the random start, in multiples of ``eps``; 2 for N-FGSM.
         loss: ``"ce"``, ``"kl"``, ``"margin"``, or a callable ``(outputs, labels) -> per-sample loss``.
         seed: seeds the noise of calls without a generator.
@@ -78,5 +79,5 @@ class FGSM(Attack):
         start = problem.data
         if self.noise > 0:
             start = problem.box.clamp(start + ball.uniform(start, self.noise * eps, problem.generator))
-        stepped = start + eps * ball.steepest(problem.gradient(start, self.loss, check=True))
+        stepped = start + eps * problem.steepest(problem.gradient(start, self.loss, check=True), start)
         return problem.project(stepped) if self.bounded else stepped

@@ -9,9 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_wdefense.attacks.base import Attack, Problem
+from lightning_wdefense.attacks.base import Attack
 from lightning_wdefense.attacks.losses import AttackLoss, check_loss
 from lightning_wdefense.attacks.norms import per_sample, random_normal, random_uniform
+from lightning_wdefense.attacks.problem import Problem
 from lightning_wdefense.attacks.threat import ThreatModel
 from lightning_wdefense.modules.outputs import float32_or_better
 

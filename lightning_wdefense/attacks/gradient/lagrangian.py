@@ -8,8 +8,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lightning_wdefense.attacks.base import Attack, Problem
+from lightning_wdefense.attacks.base import Attack
 from lightning_wdefense.attacks.losses import AttackLoss, check_loss, outputs_as_losses
+from lightning_wdefense.attacks.problem import Problem
 from lightning_wdefense.attacks.threat import ThreatModel
 
 

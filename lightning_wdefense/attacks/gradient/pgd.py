@@ -8,9 +8,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lightning_wdefense.attacks.base import Attack, Problem
+from lightning_wdefense.attacks.base import Attack
 from lightning_wdefense.attacks.losses import AttackLoss, check_loss, outputs_as_losses
 from lightning_wdefense.attacks.norms import random_normal
+from lightning_wdefense.attacks.problem import Problem
 from lightning_wdefense.attacks.threat import ThreatModel
 
 GAUSSIAN_START = 0.001
@@ -22,7 +23,7 @@ class PGD(Attack):
     """Projected gradient ascent on the loss, inside the ball and the bounds.
 
     Args:
-        threat: the threat model (norm ``linf`` or ``l2``).
+        threat: the threat model (norm ``linf``, ``l2`` or ``l1``).
         steps: number of gradient steps.
         step_size: length of a step in data units; ``None`` for ``2.5 * eps / steps``.
         random_start: ``True`` for a uniform start in the ball, ``"gaussian"`` for the start of TRADES (standard
@@ -137,7 +138,7 @@ class PGD(Attack):
 
     def _move(self, problem: Problem, data: Tensor, gradient: Tensor) -> Tensor:
         """One step of ascent and the projection into the ball and the box; may overwrite the gradient."""
-        return problem.project_(self.threat.ball.steepest(gradient).mul_(self._step).add_(data))
+        return problem.project_(problem.steepest(gradient, data).mul_(self._step).add_(data))
 
     def _start(self, problem: Problem) -> Tensor:
         clean, threat = problem.data, self.threat

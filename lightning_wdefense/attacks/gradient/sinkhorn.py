@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from lightning_wdefense._typing import TensorResult
-from lightning_wdefense.attacks.base import Attack, Problem
+from lightning_wdefense.attacks.base import Attack
 from lightning_wdefense.attacks.losses import AttackLoss, check_divergence, check_loss, divergence_of
 from lightning_wdefense.attacks.norms import per_sample
+from lightning_wdefense.attacks.problem import Problem
 from lightning_wdefense.attacks.threat import ThreatModel
 from lightning_wdefense.modules.outputs import float32_or_better, logit_rows
 from lightning_wdefense.modules.recording import OUTPUTS, ForwardRecorder

@@ -8,9 +8,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lightning_wdefense.attacks.base import Problem
 from lightning_wdefense.attacks.gradient.pgd import PGD
 from lightning_wdefense.attacks.multiplier import LearnedAttack
+from lightning_wdefense.attacks.problem import Problem
 from lightning_wdefense.modules.outputs import float32_or_better
 
 
@@ -25,7 +25,7 @@ class SoftBallPGD(PGD, LearnedAttack):
     training only.
 
     Args:
-        threat: the threat model (norm ``linf`` or ``l2``).
+        threat: the threat model (norm ``linf``, ``l2`` or ``l1``).
         steps: number of gradient steps.
         step_size: length of a step in data units; ``None`` for ``2.5 * eps / steps``.
         random_start: as for :class:`PGD`.
@@ -91,6 +91,6 @@ class SoftBallPGD(PGD, LearnedAttack):
         if self.multiplier >= 1:
             return super()._move(problem, data, gradient)
         ball = self.threat.ball
-        delta = ball.steepest(gradient).mul_(self._step).add_(data).sub_(problem.data)
+        delta = problem.steepest(gradient, data).mul_(self._step).add_(data).sub_(problem.data)
         pulled = delta.lerp(ball.project(delta, self.threat.eps), self.multiplier)
         return problem.box.clamp_(pulled.add_(problem.data))

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lightning_wdefense.attacks.base import Attack, Problem
+from lightning_wdefense.attacks.base import Attack
+from lightning_wdefense.attacks.problem import Problem
 from lightning_wdefense.attacks.standard.torchattack import (
     MIN_CLASSES,
     TorchAttack,

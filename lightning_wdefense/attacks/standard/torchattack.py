@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from lightning_wdefense._dtype import default_dtype
 from lightning_wdefense._names import unknown_name
 from lightning_wdefense._seeding import locked_random_state
-from lightning_wdefense.attacks.base import Attack, Problem
+from lightning_wdefense.attacks.base import Attack
 from lightning_wdefense.attacks.labels import class_labels, hard_labels
+from lightning_wdefense.attacks.problem import Problem
 from lightning_wdefense.attacks.threat import ThreatModel, check_threat
 from lightning_wdefense.modules.outputs import logits_of
 from lightning_wdefense.modules.state.isolation import eager

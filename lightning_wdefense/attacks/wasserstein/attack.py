@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from lightning_wdefense._names import unknown_name
-from lightning_wdefense.attacks.base import Attack, Problem
+from lightning_wdefense.attacks.base import Attack
 from lightning_wdefense.attacks.losses import AttackLoss, check_loss, outputs_as_losses
 from lightning_wdefense.attacks.norms import per_sample, random_normal, random_uniform
+from lightning_wdefense.attacks.problem import Problem
 from lightning_wdefense.attacks.threat import ThreatModel, check_threat
 from lightning_wdefense.attacks.wasserstein.ascent import ASCENTS, Ascent, Method
 from lightning_wdefense.attacks.wasserstein.linear_oracle import best_plan

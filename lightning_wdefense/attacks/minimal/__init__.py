@@ -1,0 +1,1 @@
+"""Minimum-norm attacks: how far each sample is from being misclassified."""
