@@ -1,4 +1,4 @@
-"""The classifiers that ``benchmarks.detectability`` and ``benchmarks.wasserstein.attacks`` attack, trained once and kept in ``--work``."""
+"""The classifiers that ``benchmarks.detectability`` and ``benchmarks.attacks.wasserstein`` attack, trained once and kept in ``--work``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Robust training objectives (recipes and discrepancies), input purifiers, and Wasserstein smoothing."""
+"""Robust training objectives (recipes and discrepancies), input purifiers, and randomised smoothing."""
 
 from lightning_wdefense.defenses.critic import CriticDiscrepancy
 from lightning_wdefense.defenses.discrepancies import (
@@ -17,7 +17,10 @@ from lightning_wdefense.defenses.purifier.classifier import PurifiedClassifier
 from lightning_wdefense.defenses.purifier.generators import ResidualGenerator
 from lightning_wdefense.defenses.purifier.purifier import WassersteinPurifier
 from lightning_wdefense.defenses.recipe import RECIPES, Recipe
-from lightning_wdefense.defenses.smoothing.smoothing import Certificate, WassersteinSmoothing, certified_accuracy_curve
+from lightning_wdefense.defenses.smoothing.base import RandomizedSmoothing
+from lightning_wdefense.defenses.smoothing.certificate import Certificate, certified_accuracy_curve
+from lightning_wdefense.defenses.smoothing.gaussian import GaussianSmoothing
+from lightning_wdefense.defenses.smoothing.wasserstein import WassersteinSmoothing
 
 __all__ = [
     "DISCREPANCIES",
@@ -25,7 +28,9 @@ __all__ = [
     "Certificate",
     "ClassTransport",
     "CriticDiscrepancy",
+    "GaussianSmoothing",
     "PurifiedClassifier",
+    "RandomizedSmoothing",
     "Recipe",
     "ResidualGenerator",
     "SlicedTransport",

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any, cast
 
+from torch import Tensor
 from torchmetrics import Metric
 
 if TYPE_CHECKING:
@@ -30,4 +31,17 @@ def plot_values(metric: Metric, val: Any, ax: "Axes | None") -> tuple["Figure", 
     """Plot one result of ``metric``, or a list of results over steps. If ``val`` is None, compute the result first."""
     figure, ax = get_axes(ax)
     metric._plot(val, ax)
+    return figure, ax
+
+
+def draw_curve(
+    ax: "Axes | None", x: Tensor, accuracies: Tensor, area: str, label: str | None, xlabel: str, ylabel: str
+) -> tuple["Figure", "Axes"]:
+    """Draw an accuracy curve on ``ax`` or new axes; ``area``, with ``label`` before it, names it in the legend."""
+    figure, ax = get_axes(ax)
+    name = area if label is None else f"{label} ({area})"
+    ax.plot(x.cpu().numpy(), accuracies.cpu().numpy(), marker="o", label=name)
+    ax.set(xlabel=xlabel, ylabel=ylabel, ylim=(-0.02, 1.02))
+    ax.grid(True, alpha=0.3)
+    ax.legend()
     return figure, ax

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_wdefense.metrics._plot import get_axes
+from lightning_wdefense.metrics._plot import draw_curve
 from lightning_wdefense.metrics._predictions import is_correct
 
 if TYPE_CHECKING:
@@ -46,14 +46,8 @@ class AccuracyCurve(NamedTuple):
         Raises:
             ModuleNotFoundError: If matplotlib is not installed.
         """
-        figure, ax = get_axes(ax)
         area = f"AUAC={self.auac.item():.3f}"
-        name = area if label is None else f"{label} ({area})"
-        ax.plot(self.epsilons.cpu().numpy(), self.accuracies.cpu().numpy(), marker="o", label=name)
-        ax.set(xlabel="eps", ylabel="Robust accuracy", ylim=(-0.02, 1.02))
-        ax.grid(True, alpha=0.3)
-        ax.legend()
-        return figure, ax
+        return draw_curve(ax, self.epsilons, self.accuracies, area, label, "eps", "Robust accuracy")
 
 
 def area_under_accuracy_curve(epsilons: Sequence[float] | Tensor, accuracies: Sequence[float] | Tensor) -> Tensor:

@@ -45,7 +45,7 @@ def tuning(monkeypatch):
 
 
 def wasserstein_attacks(monkeypatch):
-    from benchmarks.wasserstein.attacks import __main__ as wasserstein_attacks
+    from benchmarks.attacks.wasserstein import __main__ as wasserstein_attacks
 
     def run(folder):
         places = ["--work", str(folder / "work"), "--output", str(folder)]

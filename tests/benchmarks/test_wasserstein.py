@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from benchmarks.wasserstein.attacks import __main__ as wasserstein_attacks
-from benchmarks.wasserstein.attacks.report import accuracy, lead, spending
+from benchmarks.attacks.wasserstein import __main__ as wasserstein_attacks
+from benchmarks.attacks.wasserstein.report import accuracy, lead, spending
 
 
 def cell(name: str, broken: list[bool], clean: list[bool] | None = None) -> dict:

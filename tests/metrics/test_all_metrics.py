@@ -20,8 +20,10 @@ from torchmetrics import Metric
 from lightning_wdefense.metrics import (
     AttackSuccessRate,
     Detectability,
+    DistributionalAccuracy,
     RobustAccuracy,
     RobustAccuracyCurve,
+    Sensitivity,
     TransportShift,
 )
 
@@ -83,6 +85,18 @@ def _scores(size: int, seed: int) -> tuple:
     return logits(size, seed)[:, 0], logits(size, seed + 1)[:, 0] + 4.0
 
 
+def _distances(size: int, seed: int) -> tuple:
+    return (features(size, seed)[:, 0, 0].clamp(min=0),)  # some of them 0: misclassified already
+
+
+def _weighted_distances(size: int, seed: int) -> tuple:
+    return *_distances(size, seed), features(size, seed + 1)[:, 0, 1].abs() + 0.5
+
+
+def _gradients(size: int, seed: int) -> tuple:
+    return (features(size, seed),)
+
+
 CASES = {
     "RobustAccuracy(named)": Case(lambda: RobustAccuracy(("pgd", "fgsm")), _robust),
     "RobustAccuracy(discovered)": Case(RobustAccuracy, _robust),
@@ -90,6 +104,12 @@ CASES = {
     "AttackSuccessRate": Case(AttackSuccessRate, _success),
     "RobustAccuracyCurve": Case(lambda: RobustAccuracyCurve((0.0, 0.1, 0.2)), _curve, plots_lists=False),
     "Detectability": Case(lambda: Detectability(resamples=50), _scores),
+    "DistributionalAccuracy": Case(lambda: DistributionalAccuracy((0.1, 0.3, 0.5)), _distances, plots_lists=False),
+    "DistributionalAccuracy(weights)": Case(
+        lambda: DistributionalAccuracy((0.3,), p=1.5), _weighted_distances, plots_lists=False
+    ),
+    "Sensitivity": Case(lambda: Sensitivity(p=1.5, norm="linf"), _gradients),
+    "Sensitivity(largest)": Case(lambda: Sensitivity(p=1, norm="l1"), _gradients),
     "TransportShift": Case(TransportShift, _shift),
     "TransportShift(labels)": Case(lambda: TransportShift(label_cost=0.5), _labelled_shift),
 }
@@ -115,6 +135,10 @@ def value_of(case: Case, *batches: tuple):
     return metric.compute()
 
 
+def tensors_of(value) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
 def assert_same(actual, expected, **tolerance) -> None:
     assert type(actual) is type(expected)
     torch.testing.assert_close(actual, expected, equal_nan=True, **(tolerance or {"rtol": 1e-5, "atol": 1e-6}))
@@ -124,7 +148,7 @@ def test_batches_add_up_to_one_update_on_everything(case):
     batches = batches_of(case)
     whole = value_of(case, joined(batches))
     assert_same(value_of(case, *batches), whole)
-    assert all(torch.isfinite(leaf).all() for leaf in tree_leaves(whole))
+    assert all(torch.isfinite(leaf).all() for leaf in tensors_of(whole))
 
 
 def test_forward_gives_the_value_of_the_batch_and_accumulates(case):
@@ -188,7 +212,7 @@ def test_merge_state(case):
 def test_nothing_seen_gives_nan_and_the_warning_of_torchmetrics(case):
     with pytest.warns(UserWarning, match="before the ``update``"):
         value = case.make().compute()
-    *_, last = tree_leaves(value)
+    *_, last = tensors_of(value)
     assert torch.isnan(last)
 
 
@@ -196,7 +220,7 @@ def test_an_empty_batch_changes_nothing(case):
     batch = case.batch(40, 0)
     empty = tree_map(lambda leaf: leaf[:0], batch)
     assert_same(value_of(case, empty, batch, empty), value_of(case, batch))
-    *_, last = tree_leaves(value_of(case, empty))
+    *_, last = tensors_of(value_of(case, empty))
     assert torch.isnan(last)
 
 
@@ -267,8 +291,8 @@ def test_on_a_gpu(case):
     for batch in batches:
         metric(*tree_map(lambda leaf: leaf.cuda(), batch))
     value = metric.compute()
-    assert all(leaf.is_cuda for leaf in tree_leaves(value))
-    assert_same(tree_map(lambda leaf: leaf.cpu(), value), value_of(case, *batches), rtol=1e-3, atol=1e-5)
+    assert all(leaf.is_cuda for leaf in tensors_of(value))
+    assert_same([leaf.cpu() for leaf in tensors_of(value)], tensors_of(value_of(case, *batches)), rtol=1e-3, atol=1e-5)
 
 
 # Two processes: rank 0 sees two batches and rank 1 the third, or rank 0 sees all of them and rank 1 nothing.

@@ -6,19 +6,24 @@ import torch
 from lightning_wdefense.metrics import (
     AttackSuccessRate,
     Detectability,
+    DistributionalAccuracy,
     RobustAccuracy,
     RobustAccuracyCurve,
+    Sensitivity,
     TransportShift,
     area_under_accuracy_curve,
     attack_success_rate,
+    distributional_accuracy,
     robust_accuracy,
     robust_accuracy_curve,
+    sensitivity,
 )
 
 Y = torch.tensor([0, 1, 2, 0])
 LOGITS = torch.eye(3)[Y]
 NAN = LOGITS.index_fill(0, torch.tensor([1]), torch.nan)
 X = torch.randn(4, 5)
+D = torch.tensor([0.0, 1.0, 2.0, torch.inf])
 
 
 def update_twice(first: dict, second: dict) -> None:
@@ -104,6 +109,28 @@ ERRORS = {
     "scores' shape": (lambda: Detectability().update(X[:, 0], X), ValueError, r"adversarial_scores.*\(N,\).*\(4, 5\)"),
     "integer scores": (lambda: Detectability().update(Y, X[:, 0]), TypeError, "clean_scores.*float.*int64"),
     "NaN scores": (lambda: Detectability().update(X[:, 0] * torch.nan, X[:, 0]), ValueError, "clean_scores.*NaN"),
+    "order": (lambda: DistributionalAccuracy([1.0], p=0.5), ValueError, "`p`.*from 1 to inf, got 0.5"),
+    "NaN order": (lambda: distributional_accuracy(D, [1.0], p=torch.nan), ValueError, "from 1 to inf, got nan"),
+    "no radii": (lambda: distributional_accuracy(D, []), ValueError, r"at least one radius.*got \(\)"),
+    "negative radii": (lambda: DistributionalAccuracy([-1.0, 1.0]), ValueError, "not negative, got.*-1.0"),
+    "infinite radii": (lambda: DistributionalAccuracy([1.0, torch.inf]), ValueError, "finite and not negative"),
+    "decreasing radii": (lambda: DistributionalAccuracy([1.0, 0.5]), ValueError, "increase strictly.*Sort"),
+    "only radius 0": (lambda: DistributionalAccuracy([0.0]), ValueError, "end above 0"),
+    "negative distance": (lambda: distributional_accuracy(-D, [1.0]), ValueError, "0 or more.*got -1.0.*3 of 4"),
+    "NaN distance": (lambda: distributional_accuracy(D * torch.nan, [1.0]), ValueError, "got nan.*misclassified"),
+    "distances' shape": (lambda: DistributionalAccuracy([1.0]).update(X), ValueError, r"\(N,\).*\(4, 5\)"),
+    "integer distances": (lambda: DistributionalAccuracy([1.0]).update(Y), TypeError, "distances.*float.*int64"),
+    "no distances": (lambda: DistributionalAccuracy([1.0]).update(None), TypeError, "distances.*NoneType"),
+    "weights' shape": (lambda: distributional_accuracy(D, [1.0], 2, X[0]), ValueError, r"\(4,\) and \(5,\)"),
+    "negative weight": (lambda: distributional_accuracy(D, [1.0], 2, D - 1), ValueError, "weights.*got -1.0"),
+    "NaN weight": (lambda: distributional_accuracy(D, [1.0], 2, D * torch.nan), ValueError, "weights.*got nan"),
+    "no weight": (lambda: distributional_accuracy(D, [1.0], 2, torch.zeros(4)), ValueError, "All weights are 0"),
+    "nothing found": (lambda: distributional_accuracy(D[3:], [1.0]), ValueError, "All 1 distances are infinite"),
+    "order of a sensitivity": (lambda: Sensitivity(p=0), ValueError, "from 1 to inf, got 0.0"),
+    "norm of a sensitivity": (lambda: Sensitivity(norm="l3"), ValueError, "norm 'l3'.*'l2'"),
+    "integer gradients": (lambda: sensitivity(Y), TypeError, "gradients.*float.*int64"),
+    "gradients' shape": (lambda: sensitivity(X[:, :0]), ValueError, r"empty dimensions.*\(4, 0\)"),
+    "NaN gradients": (lambda: sensitivity(X * torch.nan), ValueError, "gradients.*NaN"),
     "keyword": (lambda: TransportShift(blurr=1.0), ValueError, "blurr"),
 }
 

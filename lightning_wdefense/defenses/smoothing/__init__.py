@@ -1,1 +1,1 @@
-"""Wasserstein smoothing: randomised smoothing with flows of pixel mass, and its certificates."""
+"""Randomised smoothing with Gaussian noise or with flows of pixel mass, and its certificates."""

@@ -1,8 +1,11 @@
-"""Wasserstein smoothing: the mathematics against closed forms and exact solvers, the procedure against what it promises."""
+"""Randomised smoothing: the mathematics against closed forms and exact solvers, the procedure against what it promises."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import ot
@@ -13,7 +16,13 @@ from scipy.optimize import linprog
 from support.modules import Nasty, Snapshot
 
 from lightning_wdefense.attacks import ThreatModel
-from lightning_wdefense.defenses import Certificate, WassersteinSmoothing, certified_accuracy_curve
+from lightning_wdefense.defenses import (
+    Certificate,
+    GaussianSmoothing,
+    RandomizedSmoothing,
+    WassersteinSmoothing,
+    certified_accuracy_curve,
+)
 from lightning_wdefense.defenses.smoothing.binomial import lower_bound, two_sided_p_value
 from lightning_wdefense.defenses.smoothing.flows import apply_flow, laplace_noise
 
@@ -109,35 +118,49 @@ def test_p_value():
     np.testing.assert_allclose(two_sided_p_value(*torch.tensor(pairs).T), expected, rtol=1e-6)
 
 
-# --- the smoothed classifier
+# --- the smoothed classifiers: a linear model of two pixels, for which all is known. A new one joins by a line in ``KINDS``.
 
 MASS = torch.tensor([0.6, 0.4]).view(1, 1, 1, 2)
 LEFT = torch.tensor([1.0, 0.0]).view(1, 1, 1, 2)
 
 
+class Kind(NamedTuple):
+    """A smoothing whose noise moves the left pixel."""
+
+    make: Callable[..., RandomizedSmoothing]
+    noise: Any  # distribution of the left pixel's change for sigma = 1
+    away: list[float]  # what moves an image against LEFT by a distance of 1
+
+
+KINDS = {
+    "wasserstein": Kind(partial(WassersteinSmoothing, ground="manhattan"), stats.laplace(scale=1 / math.sqrt(2)), [-1.0, 1.0]),
+    "gaussian": Kind(GaussianSmoothing, stats.norm, [-1.0, 0.0]),
+}  # fmt: skip
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> Kind:
+    return KINDS[request.param]
+
+
 @pytest.mark.parametrize("threshold", [0.55, 0.6, 0.7])
-def test_probabilities_of_a_linear_model(threshold):
-    """One edge: P(left > threshold) is that of a Laplace variable."""
+def test_probabilities_of_a_linear_model(kind, threshold):
     sigma = 0.1
-    smoothing = WassersteinSmoothing(sigma=sigma, samples=20000)
-    counts = smoothing._count(Threshold(LEFT, threshold), MASS, torch.float32, 20000, generator())
-    expected = stats.laplace.sf(threshold - 0.6, scale=sigma / math.sqrt(2))
-    assert counts[0, 1].item() / 20000 == pytest.approx(expected, abs=0.015)
+    counts = kind.make(sigma=sigma)._count(Threshold(LEFT, threshold), MASS, torch.float32, 20000, generator())
+    assert counts[0, 1].item() / 20000 == pytest.approx(kind.noise.sf((threshold - 0.6) / sigma), abs=0.015)
 
 
-def test_the_radius_is_exact_for_a_linear_model():
-    """Moving mass against a half-space of one edge is the worst there is, so the bound is met with equality."""
+def test_the_radius_is_exact_for_a_linear_model(kind):
+    """Moving against a half-space is the worst there is, so the bound is met with equality."""
     sigma, threshold = 0.1, 0.5
-    b = sigma / math.sqrt(2)
-    smoothing = WassersteinSmoothing(sigma=sigma, ground="manhattan")
     for left in (0.55, 0.6, 0.8):
-        probability = torch.tensor(stats.laplace.sf(threshold - left, scale=b))
-        assert smoothing.radius(probability).item() == pytest.approx(left - threshold, rel=1e-6)
+        probability = torch.tensor(kind.noise.sf((threshold - left) / sigma))
+        assert kind.make(sigma=sigma).radius(probability).item() == pytest.approx(left - threshold, rel=1e-6)
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.3, 0.5])
-def test_no_radius_without_a_majority(probability):
-    assert WassersteinSmoothing().radius(torch.tensor(probability)) == 0
+def test_no_radius_without_a_majority(kind, probability):
+    assert kind.make().radius(torch.tensor(probability)) == 0
 
 
 def test_radius_beside_the_papers():
@@ -148,22 +171,28 @@ def test_radius_beside_the_papers():
     torch.testing.assert_close(WassersteinSmoothing(sigma=0.2).radius(p), manhattan / math.sqrt(2))
 
 
-def test_certified_radii_hold_against_the_worst_flow():
-    """The smoothed class does not change when mass is moved by just under the radius, and does a little beyond."""
+def test_gaussian_noise_has_its_sigma_in_every_value():
+    zeros = torch.zeros(5000, 3, 2)
+    noise = GaussianSmoothing(sigma=0.3).noisy(zeros)
+    torch.testing.assert_close(noise.std(0), torch.full((3, 2), 0.3), rtol=0.05, atol=0)
+    assert stats.kstest(noise.flatten().numpy() / 0.3, "norm").pvalue > 0.01
+
+
+def test_certified_radii_hold_against_the_worst_move(kind):
+    """The smoothed class does not change when the image moves by just under the radius, and does a little beyond."""
     sigma = 0.1
-    smoothing = WassersteinSmoothing(sigma=sigma, samples=50000, selection=100, alpha=0.01, ground="manhattan")
-    model = Threshold(LEFT, 0.5)
-    classes, radii = smoothing.certify(model, MASS)
+    smoothing = kind.make(sigma=sigma, samples=50000, selection=100, alpha=0.01)
+    classes, radii = smoothing.certify(Threshold(LEFT, 0.5), MASS)
     assert classes.item() == 1
-    assert 0.09 < radii.item() <= 0.1
-    within, beyond = (MASS + by * torch.tensor([-1.0, 1.0]) for by in (0.95 * radii.item(), 0.103))
-    exact = [stats.laplace.sf(0.5 - x[..., 0].item(), scale=sigma / math.sqrt(2)) for x in (within, beyond)]
+    assert 0.09 < radii.item() <= 0.1  # the distance to the hyperplane
+    within, beyond = (MASS + by * torch.tensor(kind.away) for by in (0.95 * radii.item(), 0.103))
+    exact = [kind.noise.sf((0.5 - x[..., 0].item()) / sigma) for x in (within, beyond)]
     assert exact[0] > 0.5 > exact[1]
 
 
-def test_certificates_are_wrong_no_more_often_than_alpha():
+def test_certificates_are_wrong_no_more_often_than_alpha(kind):
     """The true radius is known, so that overestimates can be counted."""
-    smoothing = WassersteinSmoothing(sigma=0.1, samples=200, selection=20, alpha=0.1, ground="manhattan")
+    smoothing = kind.make(sigma=0.1, samples=200, selection=20, alpha=0.1)
     model, true = Threshold(LEFT, 0.5), 0.1
     wrong = [
         smoothing.certify(model, MASS, generator=generator(seed)).radii.item() > true + 1e-6 for seed in range(300)
@@ -172,8 +201,8 @@ def test_certificates_are_wrong_no_more_often_than_alpha():
     assert np.mean(wrong) > 0.01  # nor is it timid
 
 
-def test_abstains_where_it_is_a_toss_up():
-    smoothing = WassersteinSmoothing(sigma=0.1, samples=500, selection=50, alpha=0.001)
+def test_abstains_where_it_is_a_toss_up(kind):
+    smoothing = kind.make(sigma=0.1, samples=500, selection=50, alpha=0.001)
     model = Threshold(LEFT, 0.6)
     certificate = smoothing.certify(model, MASS)
     assert certificate.classes.tolist() == [-1]
@@ -182,11 +211,11 @@ def test_abstains_where_it_is_a_toss_up():
     assert smoothing.predict(Threshold(LEFT, 0.3), MASS).tolist() == [1]
 
 
-def test_units_of_the_model_change_nothing():
+def test_units_of_the_model_change_nothing(kind):
     threat = ThreatModel(mean=0.3, std=0.4)
     model = Threshold(LEFT, 0.5)
-    plain = WassersteinSmoothing(sigma=0.1, samples=300, selection=30)
-    normalised = WassersteinSmoothing(sigma=0.1, samples=300, selection=30, threat=threat)
+    plain = kind.make(sigma=0.1, samples=300, selection=30)
+    normalised = kind.make(sigma=0.1, samples=300, selection=30, threat=threat)
     expected = plain.certify(model, MASS)
     got = normalised.certify(lambda x: model(threat.to_data(x)), threat.to_model(MASS))
     assert got.classes.equal(expected.classes)
@@ -201,16 +230,27 @@ def test_brightness_changes_nothing():
     torch.testing.assert_close(bright.radii, smoothing.certify(model, MASS).radii, atol=2e-3, rtol=0.05)
 
 
-def test_the_same_call_gives_the_same_and_the_size_of_the_batches_hardly_matters():
+@pytest.mark.parametrize("shape", [(3,), (2, 5), (2, 3, 2, 2)], ids=str)
+def test_gaussian_noise_suits_inputs_of_any_shape(shape):
+    x = torch.full((2, *shape), 0.2)
+    model = Threshold(torch.ones(1, *shape) / math.sqrt(math.prod(shape)), 0.0)
+    classes, radii = GaussianSmoothing(sigma=0.3, samples=2000, selection=20).certify(model, x)
+    assert classes.tolist() == [1, 1]
+    distance = 0.2 * math.sqrt(math.prod(shape))
+    assert (radii <= distance).all()
+    assert (radii > min(0.8 * distance, 0.7)).all()  # so many copies certify no more than 0.88
+
+
+def test_the_same_call_gives_the_same_and_the_size_of_the_batches_hardly_matters(kind):
     x, model = images(3, 1, 4, 4), Threshold(images(1, 1, 4, 4, seed=5), 4.0)
-    smoothing = WassersteinSmoothing(sigma=0.05, samples=400, selection=40)
+    smoothing = kind.make(sigma=0.05, samples=400, selection=40)
     torch.manual_seed(1)
     first = smoothing.certify(model, x)
     torch.manual_seed(2)
     again = smoothing.certify(model, x)
     assert torch.equal(first.radii, again.radii)
     assert torch.equal(first.classes, again.classes)
-    parts = WassersteinSmoothing(sigma=0.05, samples=400, selection=40, batch_size=64).certify(model, x)
+    parts = kind.make(sigma=0.05, samples=400, selection=40, batch_size=64).certify(model, x)
     torch.testing.assert_close(parts.radii, first.radii, atol=0.02, rtol=0.5)
     with torch.inference_mode():
         assert torch.equal(smoothing.certify(model, x.clone()).radii, first.radii)
@@ -218,10 +258,10 @@ def test_the_same_call_gives_the_same_and_the_size_of_the_batches_hardly_matters
 
 @pytest.mark.parametrize("fail_at", [None, 1, 3])
 @pytest.mark.parametrize("ask", ["predict", "certify"])
-def test_leaves_the_model_as_it_was(fail_at, ask):
+def test_leaves_the_model_as_it_was(kind, fail_at, ask):
     x, model = images(2, 1, 6, 6), Nasty(36, fail_at=fail_at)
     kept, snapshot = x.clone(), Snapshot(model)
-    smoothing = WassersteinSmoothing(samples=20, selection=5, batch_size=10)
+    smoothing = kind.make(samples=20, selection=5, batch_size=10)
     if fail_at is None:
         getattr(smoothing, ask)(model, x)
     else:
@@ -247,11 +287,16 @@ MISTAKES = {
     "samples": (lambda: WassersteinSmoothing(samples=0), ValueError, "samples must be at least 1, got 0"),
     "alpha": (lambda: WassersteinSmoothing(alpha=5), ValueError, "alpha must be between 0 and 1.*got 5"),
     "rows": (lambda: WassersteinSmoothing().predict(MODEL, X.flatten(1)), ValueError, r"images \(N, C, H, W\).*got shape \(2, 16\)"),
-    "integers": (lambda: WassersteinSmoothing().predict(MODEL, X.byte()), TypeError, "float tensor of images.*uint8"),
+    "integers": (lambda: WassersteinSmoothing().predict(MODEL, X.byte()), TypeError, "float tensor.*uint8"),
     "negative": (lambda: WassersteinSmoothing().certify(MODEL, X - 0.5), ValueError, r"range from -0\.\d+ to.*threat=ThreatModel\(mean="),
     "NaN": (lambda: WassersteinSmoothing().noisy(X * torch.nan), ValueError, "finite and not negative"),
     "black": (lambda: WassersteinSmoothing().certify(MODEL, torch.zeros(1, 1, 4, 4)), ValueError, "no mass"),
-    "pixels": (lambda: WassersteinSmoothing(samples=5).predict(lambda x: x.expand(-1, 2, -1, -1), X), ValueError, "one class per image"),
+    "pixels": (lambda: WassersteinSmoothing(samples=5).predict(lambda x: x.expand(-1, 2, -1, -1), X), ValueError, "one class per sample"),
+    "Gaussian sigma": (lambda: GaussianSmoothing(sigma=-1.0), ValueError, "sigma must be positive and finite \\(data units\\), got -1.0"),
+    "Gaussian NaN": (lambda: GaussianSmoothing().noisy(X * torch.nan), ValueError, "NaN or infinite"),
+    "no rows": (lambda: GaussianSmoothing().certify(MODEL, X[0, 0, 0]), ValueError, r"must be \(N, ...\).*got shape \(4,\)"),
+    "empty": (lambda: GaussianSmoothing().predict(MODEL, X[:0]), ValueError, r"one or more samples.*\(0, 1, 4, 4\)"),
+    "Gaussian integers": (lambda: GaussianSmoothing().predict(MODEL, X.byte()), TypeError, "float tensor.*uint8"),
     "labels": (lambda: certified_accuracy_curve(Certificate(torch.tensor([1]), torch.tensor([1.0])), torch.tensor([1, 2]), [0.0, 1.0]), ValueError, r"1 integers.*\(2,\)"),
     "epsilons": (lambda: certified_accuracy_curve(Certificate(torch.tensor([1]), torch.tensor([1.0])), torch.tensor([1]), [0.5, 1.0]), ValueError, "start at 0.0"),
 }  # fmt: skip

@@ -1,7 +1,7 @@
 """Accuracy under Wasserstein attacks by eps: ours, and those published, repaired so that cost, mass and bounds hold.
 
-    python -m benchmarks.wasserstein.attacks --data folder                # holds mnist.npz
-    python -m benchmarks.wasserstein.attacks --quick                      # scikit-learn's digits, only to see that it runs
+    python -m benchmarks.attacks.wasserstein --data folder                # holds mnist.npz
+    python -m benchmarks.attacks.wasserstein --quick                      # scikit-learn's digits, only to see that it runs
 
 Every attack starts from the same clean images. What an attack returned counts if :func:`wasserstein_feasibility` says that all
 constraints hold to 1e-5. Those published leave the bounds, so their plans go through the library's own repair, in two ways, of which each
@@ -24,14 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.attacks.wasserstein.peers import PEERS, repaired, without_room
+from benchmarks.attacks.wasserstein.report import markdown, plot
 from benchmarks.shared.accuracy import fooled
 from benchmarks.shared.classifiers import add_arguments, identity, seeds, trained
 from benchmarks.shared.data import Splits, load
 from benchmarks.shared.files import kept, short_hash, sweep, write_atomically, write_text
 from benchmarks.shared.machine import command, hardware
 from benchmarks.shared.protocol import Protocol
-from benchmarks.wasserstein.attacks.peers import PEERS, repaired, without_room
-from benchmarks.wasserstein.attacks.report import markdown, plot
 from lightning_wdefense import ThreatModel
 from lightning_wdefense.attacks import WassersteinAttack, wasserstein_feasibility
 from lightning_wdefense.attacks.wasserstein.local_transport import LocalTransport, square
@@ -121,7 +121,7 @@ def cells(data: Splits, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.wasserstein.attacks", description=__doc__.splitlines()[0]
+        prog="python -m benchmarks.attacks.wasserstein", description=__doc__.splitlines()[0]
     )
     add_arguments(parser, dataset="mnist")
     parser.add_argument("--epsilons", nargs="+", type=float, default=[0.05, 0.1, 0.2, 0.3, 0.5, 1.0])
@@ -146,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     protocol = Protocol(options.dataset, options.train, options.validation, options.test, 0.0, options.epochs, 128)
     result = {
         "environment": {
-            "command": command("wasserstein.attacks", sys.argv[1:] if argv is None else argv),
+            "command": command("attacks.wasserstein", sys.argv[1:] if argv is None else argv),
             "hardware": hardware(options.device),
             "torch": torch.__version__,
             **{

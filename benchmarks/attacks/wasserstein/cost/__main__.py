@@ -1,7 +1,7 @@
 """What a step of the Wasserstein attack costs: time against a step of PGD, and memory by pixels and neighbourhood.
 
-    python -m benchmarks.wasserstein.cost --data folder --output benchmarks/results   # holds mnist.npz
-    python -m benchmarks.wasserstein.cost --quick --output DIR                       # only to see that it runs
+    python -m benchmarks.attacks.wasserstein.cost --data folder --output benchmarks/results   # holds mnist.npz
+    python -m benchmarks.attacks.wasserstein.cost --quick --output DIR                       # only to see that it runs
 
 Times are of whole attacks by their number of steps, in alternating blocks of one run, on the network for MNIST (its images, most of whose
 pixels are empty) and on a PreAct ResNet-18 (32 x 32 in colour, noise, so that every pixel has mass). Memory is by how
@@ -71,7 +71,15 @@ def times(name: str, x: torch.Tensor, y: torch.Tensor, repeats: int) -> dict[str
 
 def peak(method: str, size: int, neighbourhood: int) -> float:
     """Bytes by which a fresh process grows at most while it attacks a batch of noise."""
-    command = [sys.executable, "-m", "benchmarks.wasserstein.cost", "--memory", method, str(size), str(neighbourhood)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.attacks.wasserstein.cost",
+        "--memory",
+        method,
+        str(size),
+        str(neighbourhood),
+    ]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
@@ -137,7 +145,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.wasserstein.cost",
+        prog="python -m benchmarks.attacks.wasserstein.cost",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -156,7 +164,9 @@ def main() -> None:
     few, repeats = (1, 1) if options.quick else (None, options.repeats)
     noise = torch.rand(1 if options.quick else 16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     command = (
-        "python -m benchmarks.wasserstein.cost" + (" --data folder" if options.data else "") + f" --repeats {repeats}"
+        "python -m benchmarks.attacks.wasserstein.cost"
+        + (" --data folder" if options.data else "")
+        + f" --repeats {repeats}"
     )
     result = {
         "command": command,

@@ -1,0 +1,1 @@
+"""Benchmarks of the attacks themselves: their strength and their cost."""

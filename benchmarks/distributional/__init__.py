@@ -1,0 +1,1 @@
+"""Benchmark: recipes against an adversary that shares one Wasserstein budget over all images."""
