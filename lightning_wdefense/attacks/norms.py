@@ -37,7 +37,9 @@ def _linf_steepest(gradient: Tensor) -> Tensor:
 
 
 def _linf_project(delta: Tensor, eps: Radius) -> Tensor:
-    limit = per_sample(eps, delta) if isinstance(eps, Tensor) else eps
+    if not isinstance(eps, Tensor):
+        return delta.clamp(-eps, eps)
+    limit = per_sample(eps, delta)
     return torch.clamp(delta, -limit, limit)
 
 
@@ -68,8 +70,11 @@ def _l2_project(delta: Tensor, eps: Radius) -> Tensor:
     return delta * per_sample((eps / length).clamp(max=1.0), delta)
 
 
-L1_SHARE = 0.05
-"""Share of the coordinates that one step in L1 moves. The steepest direction moves one, which would take too many steps."""
+L1_SHARE = 0.01
+"""Share of the coordinates that one step in L1 moves (Tramer and Boneh, 2019). The steepest direction moves a single one, too few."""
+
+REACH = 10
+"""How many times as many coordinates a step in L1 may move where the box stops some of them."""
 
 
 def _l1_length(delta: Tensor) -> Tensor:
@@ -84,11 +89,32 @@ def _l1_uniform(like: Tensor, eps: float, generator: torch.Generator) -> Tensor:
 
 
 def _l1_steepest(gradient: Tensor) -> Tensor:
+    return l1_step(gradient, 1.0)
+
+
+def l1_step(gradient: Tensor, length: Radius, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
+    """A step of ascent of L1 norm ``length`` that stays inside a box: as far as possible in the coordinates of the largest slopes.
+
+    No coordinate moves by more than the length divided by 1% of their number. Where the box stops one, the next in order moves too.
+
+    Args:
+        gradient: ``(N, ...)``.
+        length: for all samples, or ``(N,)``.
+        low: the way to the lower limits ``(N, ...)``, not positive; ``None`` for no limit.
+        high: the way to the upper limits ``(N, ...)``, not negative; ``None`` for no limit.
+    """
     rows = gradient.reshape(len(gradient), -1)
-    largest = rows.abs().topk(max(1, round(L1_SHARE * rows.shape[1])), dim=1).indices
-    signs = rows.gather(1, largest).sign()
-    signs = signs / signs.abs().sum(1, keepdim=True).clamp_min(1)
-    return torch.zeros_like(rows).scatter(1, largest, signs).reshape(gradient.shape)
+    spread = max(1, round(L1_SHARE * rows.shape[1]))
+    if low is None or high is None:
+        room = torch.full_like(rows, torch.inf)
+    else:
+        room = torch.where(gradient > 0, high, -low).reshape(rows.shape).clamp_min(0)
+    worth = rows.abs() * (room > 0)
+    slopes, order = worth.topk(min(REACH * spread, rows.shape[1]), dim=1)
+    total = (length.unsqueeze(1) if isinstance(length, Tensor) else rows.new_full((1, 1), length)).to(rows.dtype)
+    most = torch.minimum(room.gather(1, order), total / spread) * (slopes > 0)
+    moved = torch.minimum(most, (total - (most.cumsum(1) - most)).clamp_min(0))
+    return torch.zeros_like(rows).scatter(1, order, moved * rows.gather(1, order).sign()).reshape(gradient.shape)
 
 
 def l1_project(delta: Tensor, eps: Radius, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
@@ -137,7 +163,7 @@ class Ball(NamedTuple):
 
     Attributes:
         uniform: ``(like, eps, generator)`` to uniform noise in the ball of radius ``eps``.
-        steepest: gradient ``(N, ...)`` to the direction of steepest ascent of norm 1; in L1 along the 5% largest entries. It
+        steepest: gradient ``(N, ...)`` to the direction of steepest ascent of norm 1; in L1 along the 1% largest entries. It
             overwrites the gradient, because new tensors cost as much time as the arithmetic.
         project: ``(delta, eps)`` to the projection of ``delta`` onto the ball of radius ``eps``, one for all samples or ``(N,)``.
         length: ``delta`` ``(N, ...)`` to the norm of each sample, ``(N,)``.

@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_wdefense._ranks import ALONE, Ranks
 from lightning_wdefense.attacks.labels import class_labels, hard_labels, not_ignored
 from lightning_wdefense.attacks.losses import AttackLoss, cross_entropy, kl_divergence, margin
+from lightning_wdefense.attacks.norms import Radius, l1_step, per_sample
 from lightning_wdefense.attacks.partial_batches import PartialBatchModel
 from lightning_wdefense.attacks.threat import Box, ThreatModel
 from lightning_wdefense.modules.autograd import gradients
@@ -101,14 +102,17 @@ class Problem:
             return self._limits.clamp_(data)
         return self.threat.project_(data, self.data, self.box)
 
-    def steepest(self, gradient: Tensor, data: Tensor) -> Tensor:
-        """The direction of steepest ascent, of norm 1, from ``data`` (data units); may overwrite the gradient.
+    def step(self, gradient: Tensor, data: Tensor, length: Radius) -> Tensor:
+        """A step of steepest ascent from ``data``, of this length (data units); may overwrite the gradient.
 
-        In L1 it moves few coordinates, so those that the box does not let move are left out.
+        In L1, where few coordinates move, those are left out that the box does not let move.
         """
-        if self.threat.norm == "l1" and self.box.low is not None and self.box.high is not None:
-            gradient.masked_fill_((gradient < 0) & (data <= self.box.low) | (gradient > 0) & (data >= self.box.high), 0)
-        return self.threat.ball.steepest(gradient)
+        if self.threat.norm != "l1":
+            scale = per_sample(length, data) if isinstance(length, Tensor) else length
+            return self.threat.ball.steepest(gradient).mul_(scale)
+        if self.box.low is None or self.box.high is None:
+            return l1_step(gradient, length)
+        return l1_step(gradient, length, self.box.low - data, self.box.high - data)
 
     @cached_property
     def _limits(self) -> Box | None:

@@ -15,6 +15,7 @@ from lightning_wdefense.attacks.gradient.lagrangian import LagrangianAttack
 from lightning_wdefense.attacks.gradient.pgd import PGD
 from lightning_wdefense.attacks.gradient.sinkhorn import SinkhornAttack
 from lightning_wdefense.attacks.gradient.soft_ball import SoftBallPGD
+from lightning_wdefense.attacks.minimal.registry import MINIMAL_ATTACKS
 from lightning_wdefense.attacks.standard.autoattack import PARTS, AutoAttack, autoattack_part
 from lightning_wdefense.attacks.threat import ThreatModel, check_threat
 from lightning_wdefense.attacks.wasserstein.attack import WassersteinAttack
@@ -57,6 +58,11 @@ def get_attack(name: str, threat: ThreatModel, **options: Any) -> Attack:
         >>> get_attack("pgd", ThreatModel(eps=0.1), steps=20).steps
         20
     """
+    if name in MINIMAL_ATTACKS:
+        raise ValueError(
+            f"{name!r} is a minimum-norm attack, which finds distances: use distances={name!r} of RobustnessMonitor and evaluate, or "
+            f"get_minimal_attack({name!r}, threat)."
+        )
     if name not in ATTACKS:
         raise ValueError(unknown_name("attack", name, ATTACKS))
     check_threat(threat, f"Attack {name!r}")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_wdefense._compat import Trainer, rank_zero_warn
-from lightning_wdefense.attacks import Attack, ThreatModel
+from lightning_wdefense.attacks import Attack, MinimalAttack, ThreatModel
 from lightning_wdefense.attacks.registry import Attacks
 from lightning_wdefense.attacks.steps.sites import Perturb
 from lightning_wdefense.callbacks.evaluation.base import EvaluationMonitor
@@ -35,7 +35,10 @@ class RobustnessMonitor(EvaluationMonitor[Measures]):
     - ``{stage}/robust_acc``: robust accuracy, the per-sample worst case over all attacks;
     - ``{stage}/robust_acc_{attack}``: accuracy that is left after that attack, in the given order;
     - ``{stage}/attack_success``: share of the samples classified correctly on clean inputs that the attacks made wrong;
-    - ``{stage}/auac``: with ``epsilons``, the area under the accuracy curve; the curve is logged as a picture;
+    - ``{stage}/auac``: with ``epsilons`` or ``distances``, the area under the accuracy curve; the curve is logged as a picture;
+    - ``{stage}/median_distance``: with ``distances``, the median distance to the decision boundary (data units);
+    - ``{stage}/distributional_acc``: with ``distances``, the accuracy that is left by the best adversary who moves the distribution of
+      the inputs by a Wasserstein distance of eps, see :class:`~lightning_wdefense.metrics.DistributionalAccuracy`;
     - ``{stage}/transport_shift``: Sinkhorn divergence between clean and adversarial features of the attacked samples.
 
     Accuracies are logged if the labels are classes of the outputs. The monitor tests this with the module's own loss, on the first
@@ -53,7 +56,11 @@ class RobustnessMonitor(EvaluationMonitor[Measures]):
             values are logged again, so that monitored keys always exist (``EarlyStopping`` counts these epochs in its patience).
         max_batches: attack only the first ``max_batches`` batches of each dataloader.
         epsilons: values of eps (data units) for the accuracy curve. Each value costs one run of all attacks on the samples that are
-            still classified correctly.
+            still classified correctly, unless ``distances`` is given.
+        distances: a minimum-norm attack, such as ``"fmn"``. One run of it gives the distance of each sample to the decision boundary,
+            and with it the whole accuracy curve (at ``epsilons``, or at 21 values up to eps), the median distance and the
+            distributional accuracy. What the attacks found counts as well.
+        p: order of the Wasserstein distance of the distributional accuracy, from 1 to infinity.
         independent: run each attack on every sample that is classified correctly on clean inputs. Then ``robust_acc_{attack}``
             does not depend on the other attacks.
         ignore_index: label of pixels that are left out, such as 255. Pixels with label -100 are always left out.
@@ -101,6 +108,8 @@ class RobustnessMonitor(EvaluationMonitor[Measures]):
         every_n_epochs: int = 1,
         max_batches: int | None = None,
         epsilons: Sequence[float] | None = None,
+        distances: str | MinimalAttack | None = None,
+        p: float = 2.0,
         independent: bool = False,
         ignore_index: int | None = None,
         features: str | None = PENULTIMATE,
@@ -132,7 +141,14 @@ class RobustnessMonitor(EvaluationMonitor[Measures]):
             name=name,
         )
         self.protocol = EvaluationProtocol.of(
-            threat, attacks, epsilons=epsilons, independent=independent, ignore_index=ignore_index, features=features
+            threat,
+            attacks,
+            epsilons=epsilons,
+            independent=independent,
+            ignore_index=ignore_index,
+            features=features,
+            distances=distances,
+            p=p,
         )
         self.attacks_a_batch = self.protocol.attacks_a_batch
         self.curves: dict[str, AccuracyCurve] = {}
@@ -177,14 +193,14 @@ class RobustnessMonitor(EvaluationMonitor[Measures]):
                 )
         if self.protocol.epsilons is not None:
             rank_zero_warn(
-                "epsilons= asks for an accuracy curve, but this step has a loss and no accuracy: no curve is logged."
+                "epsilons= or distances= asks for an accuracy curve, but this step has a loss and no accuracy: no curve is logged."
             )
 
     def measure(self, measures: Measures, attacked_batch: AttackedBatch, noise: Noise) -> Tensor:
         """Attack the batch and update the metrics."""
         if isinstance(attacked_batch, StepBatch) and not attacked_batch.classifies:
             return self._measure_loss(measures, attacked_batch, noise)
-        return self.protocol.measure(measures, attacked_batch, noise, self.show).inputs
+        return self.protocol.measure(measures, attacked_batch, noise, self.show).worst_case.inputs
 
     def _measure_loss(self, measures: Measures, attacked_batch: StepBatch, noise: Noise) -> Tensor:
         """Attack the step's own loss. There is one loss for the whole batch, so the attack with the largest loss is the worst case."""
@@ -209,7 +225,7 @@ class RobustnessMonitor(EvaluationMonitor[Measures]):
 
     def compute(self, measures: Measures, trainer: Trainer, key: Callable[[str], str]) -> dict[str, float]:
         """Values of the metrics; also logs the accuracy curve."""
-        values, curve = measures.compute()
+        values, curve = self.protocol.compute(measures)
         if curve is not None:
             self.curves[key("robustness_curve")] = curve
             log_curve(trainer, key("robustness_curve"), curve)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torchmetrics.metric import jit_distributed_available
 
 from lightning_wdefense._seeding import seeded_generator
+from lightning_wdefense.attacks.minimal.base import MinimalAttack
 from lightning_wdefense.attacks.registry import Attacks
 from lightning_wdefense.attacks.steps.inspection import needs_whole_batches
 from lightning_wdefense.attacks.steps.sites import InputSite
@@ -37,6 +38,8 @@ def evaluate(
     attacks: Attacks = ("pgd",),
     *,
     epsilons: Sequence[float] | None = None,
+    distances: str | MinimalAttack | None = None,
+    p: float = 2.0,
     max_batches: int | None = None,
     independent: bool = False,
     ignore_index: int | None = None,
@@ -66,7 +69,11 @@ def evaluate(
         attacks: names, attacks, or a mapping from your own names to attacks. They run in this order, each only on the samples that
             are still classified correctly. A claim of robustness needs at least ``"autoattack"``.
         epsilons: values of eps (data units) for the accuracy curve. Each value costs one run of all attacks on the samples that are
-            still classified correctly.
+            still classified correctly, unless ``distances`` is given.
+        distances: a minimum-norm attack, such as ``"fmn"``. One run of it gives the distance of each sample to the decision boundary,
+            and with it the whole accuracy curve (at ``epsilons``, or at 21 values up to eps), the median distance and the
+            distributional accuracy. What the attacks found counts as well.
+        p: order of the Wasserstein distance of the distributional accuracy, from 1 to infinity.
         max_batches: attack only the first ``max_batches`` batches (of each rank).
         independent: run each attack on every sample that is classified correctly on clean inputs. Then ``robust_acc_{attack}`` does
             not depend on the other attacks.
@@ -113,6 +120,8 @@ def evaluate(
         independent=independent,
         ignore_index=ignore_index,
         features=subject.layer(features),
+        distances=distances,
+        p=p,
     )
     place = subject.device if device is None else torch.device(device)
     evaluation = _Evaluation(subject, protocol, BatchReader(inputs, labels), outputs, place, seed)
@@ -198,7 +207,7 @@ class _Evaluation:
         """The values of all ranks, and the accuracy curve."""
         # Every rank takes part in the reduction, even a rank without data.
         measures = self._measures or self._protocol.new_measures(self._device or torch.device("cpu"))
-        values, curve = measures.compute()
+        values, curve = self._protocol.compute(measures)
         return values, None if curve is None else AccuracyCurve(*(each.cpu() for each in curve))
 
     def _attack(self, index: int, batch: Any, bar: TqdmProgress) -> Samples:
@@ -221,7 +230,7 @@ class _Evaluation:
         def show(attack: str, left: Tensor) -> None:
             bar.advance(status(attack, left))
 
-        return samples_of(protocol.measure(self._measures, attacked, noise, show))
+        return samples_of(*protocol.measure(self._measures, attacked, noise, show))
 
     def _usable(self, tensor: Tensor) -> Tensor:
         tensor = tensor if self._device is None else tensor.to(self._device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from torchmetrics import SumMetric
 
 from lightning_wdefense.attacks.labels import IGNORED
+from lightning_wdefense.evaluation.distances import SampleDistances
 from lightning_wdefense.metrics import (
     AccuracyCurve,
     AttackSuccessRate,
@@ -30,6 +31,7 @@ class Measures:
         success: success rate of the attacks.
         curve: accuracy by eps, or ``None``.
         shift: transport shift of the features, or ``None``.
+        distances: distances of the samples, or ``None``.
         losses: losses of the step, summed over samples; for batches whose labels are not classes.
         classified: number of samples whose labels are classes.
         attacked: number of samples for which the step's loss was attacked.
@@ -39,13 +41,16 @@ class Measures:
     success: AttackSuccessRate
     curve: RobustAccuracyCurve | None
     shift: TransportShift | None
+    distances: SampleDistances | None
     losses: dict[str, SumMetric]
     classified: SumMetric
     attacked: SumMetric
 
     @classmethod
-    def of(cls, attacks: Sequence[str], epsilons: Sequence[float] | None, *, shift: bool) -> Measures:
-        """New, empty metrics for these attacks and values of eps."""
+    def of(
+        cls, attacks: Sequence[str], epsilons: Sequence[float] | None, *, shift: bool, distances: bool = False
+    ) -> Measures:
+        """New, empty metrics for these attacks and values of eps. With distances, the accuracy curve follows from them."""
         names = ("clean_loss", "robust_loss", *(f"robust_loss_{attack}" for attack in attacks))
         # A loss that is NaN shows in the sum. "disable" says the same, but only from torchmetrics 1.7.
         losses = {name: SumMetric(nan_strategy=math.nan) for name in names}
@@ -55,8 +60,9 @@ class Measures:
         return cls(
             RobustAccuracy(attacks, ignore_index=IGNORED),
             AttackSuccessRate(ignore_index=IGNORED),
-            None if epsilons is None else RobustAccuracyCurve(epsilons, ignore_index=IGNORED),
+            None if epsilons is None or distances else RobustAccuracyCurve(epsilons, ignore_index=IGNORED),
             TransportShift() if shift else None,
+            SampleDistances() if distances else None,
             losses,
             classified,
             attacked,
@@ -69,6 +75,7 @@ class Measures:
             self.success,
             self.curve,
             self.shift,
+            self.distances,
             *self.losses.values(),
             self.classified,
             self.attacked,
@@ -86,8 +93,13 @@ class Measures:
         if finite.any():
             self.shift.update(clean[finite], attacked[finite])
 
-    def compute(self) -> tuple[dict[str, float], AccuracyCurve | None]:
+    def compute(
+        self, summary: Callable[[Tensor], tuple[dict[str, Tensor], AccuracyCurve]] | None = None
+    ) -> tuple[dict[str, float], AccuracyCurve | None]:
         """Values by the names under which they are logged, and the accuracy curve.
+
+        Args:
+            summary: what follows from the distances of all samples; with distances only.
 
         If the labels are classes the values are accuracies, otherwise losses. Every rank reports the same kind, even a rank without
         batches.
@@ -101,6 +113,9 @@ class Measures:
             values |= {f"robust_acc_{attack}": value for attack, value in accuracy.items()}
             values["attack_success"] = self.success.compute()
             curve = None if self.curve is None else self.curve.compute()
+            if self.distances is not None and summary is not None:
+                found, curve = summary(self.distances.compute())
+                values |= found
             if curve is not None:
                 values["auac"] = curve.auac
         if self.shift is not None:

@@ -4,19 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_wdefense.attacks import Attack, ThreatModel, WorstCase, worst_case
+from lightning_wdefense.attacks import Attack, MinimalAttack, ThreatModel, WorstCase, worst_case
 from lightning_wdefense.attacks.registry import Attacks, evaluation_attacks
 from lightning_wdefense.evaluation.attacked_batch import AttackedBatch
+from lightning_wdefense.evaluation.distances import POINTS, DistanceProtocol, summary
 from lightning_wdefense.evaluation.measures import Measures
+from lightning_wdefense.metrics import AccuracyCurve
 from lightning_wdefense.modules.recording import PENULTIMATE
 
 Noise = Callable[[], torch.Generator]
 """Creates the random generator of a batch, with the same state at every call."""
+
+
+class Measurement(NamedTuple):
+    """What was measured of a batch.
+
+    Attributes:
+        worst_case: the worst case of each sample at the threat model's eps.
+        distances: distances of the samples ``(N,)`` in data units, if they are measured.
+    """
+
+    worst_case: WorstCase
+    distances: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -30,6 +45,7 @@ class EvaluationProtocol:
         independent: run each attack on every sample that is classified correctly on clean inputs.
         ignore_index: label of elements that are left out, besides -100.
         features: where the transport shift is measured; ``None`` for no transport shift.
+        distances: how the distances of the samples are measured, from which the curve then follows; ``None`` for no distances.
 
     Raises:
         TypeError: if the name of an attack is not a string.
@@ -42,6 +58,7 @@ class EvaluationProtocol:
     independent: bool = False
     ignore_index: int | None = None
     features: str | None = PENULTIMATE
+    distances: DistanceProtocol | None = None
 
     def __post_init__(self) -> None:
         self.new_measures(torch.device("cpu"))  # checks the names and the values of eps now, not after the first batch
@@ -56,8 +73,12 @@ class EvaluationProtocol:
         independent: bool,
         ignore_index: int | None,
         features: str | None,
+        distances: str | MinimalAttack | None,
+        p: float,
     ) -> EvaluationProtocol:
         """The protocol that a user's arguments describe: attacks by name, and values of eps in any order, without 0.
+
+        With distances, the default values of eps are 21 from 0 to the threat model's eps.
 
         Raises:
             TypeError: if something is neither a name nor an attack, or ``threat`` is not a threat model.
@@ -66,20 +87,32 @@ class EvaluationProtocol:
         """
         found = evaluation_attacks(attacks, threat)
         budgets = None if epsilons is None else (0.0, *sorted({float(eps) for eps in epsilons} - {0.0}))
-        return cls(threat, found, budgets, independent, ignore_index, features)
+        search = None if distances is None else DistanceProtocol.of(distances, threat, p)
+        if search is not None and budgets is None:
+            budgets = tuple(threat.eps * index / (POINTS - 1) for index in range(POINTS))
+        return cls(threat, found, budgets, independent, ignore_index, features, search)
 
     @property
     def attacks_a_batch(self) -> int:
         """Number of attacks on each batch, for a progress bar."""
+        if self.distances is not None:
+            return len(self.attacks) + 1
         return len(self.attacks) * (1 + len(set(self.epsilons or ()) - {0.0, self.threat.eps}))
 
     def new_measures(self, device: torch.device) -> Measures:
         """New, empty metrics for one dataloader."""
-        return Measures.of(tuple(self.attacks), self.epsilons, shift=self.features is not None).to(device)
+        kinds = {"shift": self.features is not None, "distances": self.distances is not None}
+        return Measures.of(tuple(self.attacks), self.epsilons, **kinds).to(device)
+
+    def compute(self, measures: Measures) -> tuple[dict[str, float], AccuracyCurve | None]:
+        """Values of the metrics by the names under which they are logged, and the accuracy curve."""
+        if self.distances is None or self.epsilons is None:
+            return measures.compute()
+        return measures.compute(partial(summary, threat=self.threat, p=self.distances.p, epsilons=self.epsilons))
 
     def measure(
         self, measures: Measures, batch: AttackedBatch, noise: Noise, on_attack: Callable[[str, Tensor], None]
-    ) -> WorstCase:
+    ) -> Measurement:
         """Attack a batch whose labels are classes, and update the metrics.
 
         Args:
@@ -89,7 +122,7 @@ class EvaluationProtocol:
             on_attack: called after each attack with its name and the mask ``(N,)`` of the samples that remain.
 
         Returns:
-            The worst case of each sample at the threat model's eps.
+            The worst case of each sample at the threat model's eps, and the distances.
         """
 
         def run(attacks: Mapping[str, Attack], **options: Any) -> WorstCase:
@@ -109,7 +142,12 @@ class EvaluationProtocol:
             # The whole batch, because not every model accepts a part of a batch.
             (_, clean), (_, moved) = batch.observe(self.features, batch.inputs, result.inputs)
             measures.add_shift(clean[result.attacked], moved[result.attacked])
-        return result
+        found = None
+        if self.distances is not None and measures.distances is not None:
+            found = self.distances.measure(batch, result, noise())
+            measures.distances.update(found)
+            on_attack(self.distances.attack.name, found > self.threat.eps)
+        return Measurement(result, found)
 
     def _curve(self, run: Callable[..., WorstCase], result: WorstCase) -> list[Tensor]:
         """Predicted classes at every eps. Each eps attacks only the samples that are correct at all smaller ones."""

@@ -25,12 +25,13 @@ class EvaluationResult:
 
     Attributes:
         values: the values by the names under which :class:`~lightning_wdefense.RobustnessMonitor` logs them, without the stage:
-            ``clean_acc``, ``robust_acc``, ``robust_acc_{attack}``, ``attack_success``, with ``epsilons`` ``auac``, and
-            ``transport_shift``. All but the last are shares in [0, 1].
+            ``clean_acc``, ``robust_acc``, ``robust_acc_{attack}``, ``attack_success``, with ``epsilons`` ``auac``, with
+            ``distances`` ``auac``, ``median_distance`` (data units) and ``distributional_acc``, and ``transport_shift``. All but the
+            distance and the last are shares in [0, 1].
         samples: what happened to each sample: columns ``(N,)`` on the CPU, in the order of the loader, see below.
         threat: the threat model.
         attacks: names of the attacks, in the order in which they ran.
-        curve: with ``epsilons``, accuracy by eps, on the CPU.
+        curve: with ``epsilons`` or ``distances``, accuracy by eps, on the CPU.
 
     **Columns of the samples.**
 
@@ -41,6 +42,8 @@ class EvaluationResult:
       every attack. With one label for each sample it is 0 or 1; it is NaN if no label counts;
     - ``broken_by``: index in ``attacks`` of the first attack that turned a label wrong; -1 if none did, -2 if no label was right on
       the clean input;
+    - ``distance``: with ``distances``, the distance to the decision boundary in data units, 0 where the clean input is
+      misclassified, infinite where nothing was found. It is an upper bound, which a better attack may lower;
     - ``rank``: with several processes, the process that evaluated the sample.
 
     Example:

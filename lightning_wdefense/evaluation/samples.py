@@ -20,7 +20,7 @@ WITHOUT_ATTACK = -2
 """In ``broken_by``: no label of the sample was right on the clean input."""
 
 
-def samples_of(result: WorstCase) -> Samples:
+def samples_of(result: WorstCase, distances: Tensor | None = None) -> Samples:
     """The samples of a batch: the columns that :class:`~lightning_wdefense.evaluation.result.EvaluationResult` lists."""
     labels = result.labels
     counted = _by_sample(not_ignored(labels)).sum(1)
@@ -39,6 +39,8 @@ def samples_of(result: WorstCase) -> Samples:
         "robust_right": _by_sample(left).sum(1) / counted,
         "broken_by": broken_by,
     }
+    if distances is not None:
+        columns["distance"] = distances
     return {name: column.detach().cpu() for name, column in columns.items()}
 
 

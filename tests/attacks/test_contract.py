@@ -13,15 +13,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.attacks import ATTACK_CASES, OWN_CASES, AttackCase
+from support.attacks import ATTACK_CASES, EPS_CASES, OWN_CASES, AttackCase
 from support.modules import Nasty, Snapshot, batch, classifier
 
 from lightning_wdefense.attacks import PGD, ThreatModel, WassersteinAttack, wasserstein_feasibility
 
 every_attack = pytest.mark.parametrize("case", ATTACK_CASES.values(), ids=ATTACK_CASES)
+attacks_by_eps = pytest.mark.parametrize("case", EPS_CASES.values(), ids=EPS_CASES)
 own_attacks = pytest.mark.parametrize("case", OWN_CASES.values(), ids=OWN_CASES)
 LINF = ThreatModel(norm="linf", eps=0.2)
 L2 = ThreatModel(norm="l2", eps=0.8)
+L1 = ThreatModel(norm="l1", eps=3.0)
 norms = pytest.mark.parametrize("threat", [LINF, L2], ids=["linf", "l2"])
 
 
@@ -237,6 +239,8 @@ UNITS = {
         (L2, (-1.0, 1.0), "channels"),
         (LINF, (0.0, 255.0), "channels"),
         (L2, (0.0, 255.0), "scalar"),
+        (L1, (0.0, 1.0), "channels"),
+        (L1, (-1.0, 1.0), "scalar"),
     ]
 }
 
@@ -244,7 +248,8 @@ UNITS = {
 @attacks_with(
     "threat, bounds, statistics",
     UNITS,
-    lambda case, threat, bounds, statistics: not case.transports or bounds[0] == 0,  # a pixel without mass is 0
+    # A pixel without mass is 0.
+    lambda case, threat, bounds, statistics: case.knows(threat.norm) and (not case.transports or bounds[0] == 0),
 )
 def test_never_leaves_bounds_or_ball(case, threat, bounds, statistics):
     low, span = bounds[0], bounds[1] - bounds[0]
@@ -289,7 +294,9 @@ def test_normalisation_changes_nothing(case, threat):
 
 
 @attacks_with(
-    "threat", {"linf": (LINF,), "l2": (L2,)}, lambda case, threat: case.own and not case.transports
+    "threat",
+    {"linf": (LINF,), "l2": (L2,), "l1": (L1,)},
+    lambda case, threat: case.own and not case.transports and case.knows(threat.norm),
 )  # mass is not negative
 def test_unbounded_inputs(case, threat):
     threat = ThreatModel(norm=threat.norm, eps=threat.eps, bounds=None)
@@ -304,12 +311,12 @@ def test_unbounded_inputs(case, threat):
 @given(
     shape=st.lists(st.integers(1, 4), min_size=0, max_size=4),
     eps=st.floats(1e-4, 3.0),
-    norm=st.sampled_from(["linf", "l2"]),
+    norm=st.sampled_from(["linf", "l2", "l1"]),
     bounds=st.sampled_from([(0.0, 1.0), (-3.0, 5.0), None]),
     seed=st.integers(0, 100),
 )
 def test_any_shape_and_radius(case, shape, eps, norm, bounds, seed):
-    if not case.takes(tuple(shape)) or (case.transports and bounds == (-3.0, 5.0)):
+    if not case.takes(tuple(shape)) or not case.knows(norm) or (case.transports and bounds == (-3.0, 5.0)):
         return
     threat = ThreatModel(norm=norm, eps=eps, bounds=bounds)
     inputs = torch.rand(3, *shape, generator=torch.Generator().manual_seed(seed))
@@ -413,7 +420,7 @@ def test_a_model_without_gradient(case, threat):
 # --- determinism and configuration
 
 
-@every_attack
+@attacks_by_eps
 @norms
 def test_deterministic(case, threat):
     """Its configuration and its seed or generator say what comes out, and nothing else does."""
@@ -432,7 +439,7 @@ def test_deterministic(case, threat):
     assert torch.equal(other(model, inputs, labels), first)
 
 
-@every_attack
+@attacks_by_eps
 @norms
 def test_is_plain_configuration(case, threat):
     attack = case(threat)
@@ -456,7 +463,7 @@ def test_is_plain_configuration(case, threat):
     assert pickle.dumps(smaller) == before, "a call must leave nothing in the attack"
 
 
-@every_attack
+@attacks_by_eps
 @norms
 def test_no_radius_no_change(case, threat):
     threat = ThreatModel(norm=threat.norm, eps=0.0, mean=0.3, std=0.7)

@@ -10,13 +10,17 @@ import torch
 from torch import Tensor
 
 from lightning_wdefense.attacks import (
+    DDN,
     FGSM,
+    FMN,
     PGD,
     Attack,
     AutoAttack,
     FeatureScattering,
     GibbsNoise,
     LagrangianAttack,
+    MinimalAttack,
+    MinimalEps,
     SinkhornAttack,
     SoftBallPGD,
     ThreatModel,
@@ -37,7 +41,7 @@ class AttackCase:
 
     ``noisy``: another seed gives another result. ``own``: ours, so it takes ``bounds=None``, any task and float16 gradients.
     ``differentiates``: needs gradients. ``labelled``: maximises a loss of the labels. ``scaled``: moves as far however small the
-    gradient. ``transports``: moves the mass of images, under the Wasserstein norm whichever is asked for.
+    gradient. ``searches``: looks for the closest adversarial inputs, whatever eps is. ``transports``: moves the mass of images, under the Wasserstein norm whichever is asked for.
     """
 
     build: Callable[[ThreatModel], Attack]
@@ -47,6 +51,7 @@ class AttackCase:
     labelled: bool = True
     scaled: bool = True
     transports: bool = False
+    searches: bool = False
 
     def __call__(self, threat: ThreatModel) -> Attack:
         return self.build(self.threat(threat))
@@ -59,6 +64,10 @@ class AttackCase:
         """Of inputs with about so many values that need be nothing in particular."""
         side = max(isqrt(features), 3)
         return (1, side, side) if self.transports else (features,)
+
+    def knows(self, norm: str) -> bool:
+        """Whether it works in this norm."""
+        return norm != "l1" or (self.own and not self.transports)
 
     def takes(self, shape: tuple[int, ...]) -> bool:
         """Whether inputs of this shape are for it."""
@@ -100,4 +109,36 @@ ATTACK_CASES = {
     "autoattack": AttackCase(lambda threat: AutoAttack(threat, steps=3, queries=10), own=False),
 }
 
+
+@dataclass(frozen=True)
+class FoundInputs:
+    """A minimum-norm attack as an attack: it returns the adversarial inputs alone."""
+
+    attack: MinimalAttack
+    bounded = False
+
+    @property
+    def threat(self) -> ThreatModel:
+        return self.attack.threat
+
+    def __call__(self, *arguments, **options) -> Tensor:
+        return self.attack(*arguments, **options).inputs
+
+
+ATTACK_CASES |= {
+    "fmn": AttackCase(
+        lambda threat: FoundInputs(FMN(threat, steps=4, tightening=2)), noisy=False, scaled=False, searches=True
+    ),
+    "ddn": AttackCase(
+        lambda threat: FoundInputs(DDN(replace(threat, norm="l2"), steps=4, tightening=2)),
+        noisy=False,
+        scaled=False,
+        searches=True,
+    ),
+    "minimal-pgd": AttackCase(
+        lambda threat: FoundInputs(MinimalEps(PGD(threat, steps=3), tolerance=0.5)), scaled=False, searches=True
+    ),
+}
+
 OWN_CASES = {name: case for name, case in ATTACK_CASES.items() if case.own}
+EPS_CASES = {name: case for name, case in ATTACK_CASES.items() if not case.searches}

@@ -81,7 +81,7 @@ class FeatureScattering(Attack):
         problem = problem.with_clean_outputs()
         data = problem.box.clamp(problem.data + ball.uniform(problem.data, eps, problem.generator))
         for index in range(self.steps):
-            data = problem.project(data + step * ball.steepest(self._gradient(problem, data, check=index == 0)))
+            data = problem.project(data + problem.step(self._gradient(problem, data, check=index == 0), data, step))
         return data
 
     def _gradient(self, problem: Problem, data: Tensor, *, check: bool) -> Tensor:

@@ -79,5 +79,5 @@ class FGSM(Attack):
         start = problem.data
         if self.noise > 0:
             start = problem.box.clamp(start + ball.uniform(start, self.noise * eps, problem.generator))
-        stepped = start + eps * problem.steepest(problem.gradient(start, self.loss, check=True), start)
+        stepped = start + problem.step(problem.gradient(start, self.loss, check=True), start, eps)
         return problem.project(stepped) if self.bounded else stepped

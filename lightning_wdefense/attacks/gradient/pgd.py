@@ -138,7 +138,7 @@ class PGD(Attack):
 
     def _move(self, problem: Problem, data: Tensor, gradient: Tensor) -> Tensor:
         """One step of ascent and the projection into the ball and the box; may overwrite the gradient."""
-        return problem.project_(problem.steepest(gradient, data).mul_(self._step).add_(data))
+        return problem.project_(problem.step(gradient, data, self._step).add_(data))
 
     def _start(self, problem: Problem) -> Tensor:
         clean, threat = problem.data, self.threat

@@ -110,7 +110,7 @@ class SinkhornAttack(Attack):
             for index in range(self.steps):
                 fooled, gradient = self._fooled_and_ascent(problem, forward, clean, data, check=index == 0)
                 found, ever = torch.where(per_sample(fooled, data), data, found), ever | fooled
-                data = problem.project_(ball.steepest(gradient).mul_(step).add_(data))
+                data = problem.project_(problem.step(gradient, data, step).add_(data))
             latest = self._fooled(problem, problem.outputs(data)) | ~ever
             return torch.where(per_sample(latest, data), data, found)
 

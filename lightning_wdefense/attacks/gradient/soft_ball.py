@@ -91,6 +91,6 @@ class SoftBallPGD(PGD, LearnedAttack):
         if self.multiplier >= 1:
             return super()._move(problem, data, gradient)
         ball = self.threat.ball
-        delta = problem.steepest(gradient, data).mul_(self._step).add_(data).sub_(problem.data)
+        delta = problem.step(gradient, data, self._step).add_(data).sub_(problem.data)
         pulled = delta.lerp(ball.project(delta, self.threat.eps), self.multiplier)
         return problem.box.clamp_(pulled.add_(problem.data))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from lightning_wdefense.attacks.problem import Model, Problem, posed
 from lightning_wdefense.attacks.threat import ThreatModel, check_threat
 from lightning_wdefense.modules.execution import Execution
 from lightning_wdefense.modules.outputs import predictions
+
+MinimalAttackT = TypeVar("MinimalAttackT", bound="MinimalAttack")
 
 
 class MinimalPerturbation(NamedTuple):
@@ -70,6 +73,10 @@ class MinimalAttack(ABC):
                 f"{unknown_name('norm', self.threat.norm, self.norms)} {type(self).__name__} finds minimal perturbations in these norms only; "
                 "for others use MinimalEps with an attack of that norm."
             )
+
+    def with_threat(self: MinimalAttackT, threat: ThreatModel) -> MinimalAttackT:
+        """The same attack for another threat model."""
+        return self if threat == self.threat else replace(self, threat=threat)  # type: ignore[type-var]
 
     @abstractmethod
     def search(self, problem: Problem) -> tuple[Tensor, Tensor]:
@@ -162,9 +169,8 @@ class Closest:
         It is the shortest way to a flat boundary. The cost is a backward pass and so many forward passes.
         """
         problem = self.problem
-        reached = per_sample(self.distances.nan_to_num(posinf=0.0), self.data)
-        direction = problem.steepest(problem.gradient(self.data, "margin"), problem.data)
-        self._bisect(problem.box.clamp(problem.data + reached * direction), passes)
+        gradient, reached = problem.gradient(self.data, "margin"), self.distances.nan_to_num(posinf=0.0)
+        self._bisect(problem.box.clamp(problem.step(gradient, problem.data, reached).add_(problem.data)), passes)
 
     def _bisect(self, far: Tensor, passes: int) -> None:
         """Bisect between the clean inputs and others, and keep what fools the model."""

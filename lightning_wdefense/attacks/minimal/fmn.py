@@ -79,12 +79,11 @@ class FMN(MinimalAttack):
             wider = torch.where(closest.distances.isfinite(), radius, torch.maximum(linear, radius)) * (1 + share)
             radius = torch.where(fooled, torch.minimum(radius, closest.distances) * (1 - share), wider)
             length = radius * cosine(step, self.steps, self.step_size, self.step_size / 100)
-            moved = self._direction(problem, gradient, data).mul_(per_sample(length, data)).add_(data)
+            if threat.norm == "l1":  # the projection makes the perturbation sparse, the steps need not
+                moved = BALLS["l2"].steepest(gradient).mul_(per_sample(length, data)).add_(data)
+            else:
+                moved = problem.step(gradient, data, length).add_(data)
             data = threat.project_(moved, problem.data, problem.box, radius)
         closest.keep(data, problem.fooled(problem.outputs(data)))
         closest.tighten(self.tightening)
         return closest.data, closest.distances
-
-    def _direction(self, problem: Problem, gradient: Tensor, data: Tensor) -> Tensor:
-        # The steepest direction in L1 moves too few coordinates: the projection makes the perturbation sparse.
-        return BALLS["l2"].steepest(gradient) if self.threat.norm == "l1" else problem.steepest(gradient, data)

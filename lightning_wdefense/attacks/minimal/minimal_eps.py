@@ -93,6 +93,11 @@ class MinimalEps(MinimalAttack):
         """The attack's threat model."""
         return self.attack.threat
 
+    def with_threat(self, threat: ThreatModel) -> MinimalEps:
+        """The same search with an attack for another threat model, whose eps is not used."""
+        threat = threat.with_eps(self.threat.eps)
+        return self if threat == self.threat else replace(self, attack=replace(self.attack, threat=threat))  # type: ignore[type-var]
+
     def search(self, problem: Problem) -> tuple[Tensor, Tensor]:
         """The closest adversarial inputs and their distances, in data units."""
         largest, ratio = self._largest(problem.data), math.log1p(self.tolerance)
