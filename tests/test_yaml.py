@@ -31,7 +31,9 @@ from lightning_wdefense import (
     WassersteinDefense,
 )
 from lightning_wdefense.attacks import (
+    DDN,
     FGSM,
+    FMN,
     PGD,
     Attack,
     AutoAttack,
@@ -40,6 +42,9 @@ from lightning_wdefense.attacks import (
     GibbsNoise,
     LagrangianAttack,
     LearnedAttack,
+    MinimalAttack,
+    MinimalEps,
+    MinimalPerturbation,
     Perturb,
     SinkhornAttack,
     SoftBallPGD,
@@ -143,6 +148,9 @@ SAMPLES: dict[type, dict[str, Any]] = {
     GibbsNoise: {"threat": THREAT, "spread": 0.2, "loss": LOSS, "copies": 3},
     SinkhornAttack: {"threat": THREAT, "step_size": 0.1, "loss": LOSS, "divergence": by_path(SinkhornDivergence)},
     WassersteinAttack: {"threat": PIXELS, "methods": ["projected"], "loss": "ce", "neighbourhood": 3},
+    FMN: {"threat": THREAT, "steps": 30, "step_size": 1},
+    DDN: {"threat": THREAT, "steps": 30},
+    MinimalEps: {"attack": ATTACK, "max_eps": 3, "tolerance": 0.1},
     AutoAttack: {"threat": {"eps": 0.1}, "steps": 20},
     TorchAttack: {"attack": "PGD", "threat": {"eps": 0.1}, "seed": 3, "dict_kwargs": {"steps": 4, "alpha": 0.02}},
     WassersteinDefense: {
@@ -150,7 +158,7 @@ SAMPLES: dict[type, dict[str, Any]] = {
         "perturb": {"path": "embedding", "padding": 0}, "model": "net", **PLACES, "ignore_index": 255, "name": "second",
     },
     RobustnessMonitor: {
-        "threat": THREAT, "attacks": ["fgsm", ATTACK], "max_batches": 2, "epsilons": [0.1, 0.5], "features": None, "through": "auto",
+        "threat": THREAT, "attacks": ["fgsm", ATTACK], "max_batches": 2, "epsilons": [0.1, 0.5], "distances": by_path(FMN, threat=THREAT, steps=30), "p": 1, "features": None, "through": "auto",
         "perturb": {"path": "embedding", "by": "token"}, "model": "net", **PLACES, "dataloaders": [0, 2], "ignore_index": 255,
         "name": "second",
     },
@@ -206,6 +214,7 @@ RESULT = "a result, which is computed and not configured"
 ABSTRACT = "an abstract base class"
 EXCLUDED: dict[type, str] = {
     Attack: ABSTRACT,
+    MinimalAttack: ABSTRACT,
     LearnedAttack: ABSTRACT,
     Detector: ABSTRACT,
     RandomizedSmoothing: ABSTRACT,
@@ -216,6 +225,7 @@ EXCLUDED: dict[type, str] = {
         (
             DefenseOutput,
             WorstCase,
+            MinimalPerturbation,
             Certificate,
             TwoSampleResult,
             AUROC,

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lightning_wdefense.attacks import Attack, Execution, ThreatModel
+from lightning_wdefense.attacks import Attack, Execution, MinimalAttack, ThreatModel
 from lightning_wdefense.defenses.critic import CriticDiscrepancy
 from lightning_wdefense.defenses.discrepancies import DISCREPANCIES, SlicedTransport, Transport
 from lightning_wdefense.defenses.recipe import Recipe
@@ -22,7 +22,7 @@ PACKAGE = __name__.split(".")[0]
 
 def configuration_classes() -> list[type]:
     """This package's classes that hold settings only: threat models, all attacks, recipes, and the objects in them."""
-    ours = [cls for cls in _below(Attack) if cls.__module__.split(".")[0] == PACKAGE]
+    ours = [cls for base in (Attack, MinimalAttack) for cls in _below(base) if cls.__module__.split(".")[0] == PACKAGE]
     discrepancies = [type(it) for it in DISCREPANCIES.values() if type(it).__module__.split(".")[0] == PACKAGE]
     settings = [SinkhornDivergence, SinkhornOptions, SlicedWasserstein, SlicedOptions, Transport, SlicedTransport]
     return list(

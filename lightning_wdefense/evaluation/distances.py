@@ -111,20 +111,21 @@ def summary(
         p: order of the Wasserstein distance.
         epsilons: values of eps for the curve, from 0.
     """
-    budgets = torch.tensor(epsilons, dtype=distances.dtype, device=distances.device)
+    # In the precision of the distances: one of exactly eps has fallen at eps.
+    *budgets, radius = torch.tensor([*epsilons, threat.eps], dtype=distances.dtype).tolist()
+    places = torch.tensor(budgets, dtype=distances.dtype, device=distances.device)
     if not len(distances) or bool(distances.isinf().all()):
         if len(distances):
             rank_zero_warn(
                 "The minimum-norm attack found no adversarial input at all, which says more about the attack than about the model, so the "
                 "values of distances= are NaN: take more steps, or look for vanishing gradients."
             )
-        nothing = torch.full_like(budgets, torch.nan)
-        unknown = budgets.new_tensor(torch.nan)
-        return {"median_distance": unknown, "distributional_acc": unknown}, AccuracyCurve(budgets, nothing, unknown)
+        unknown = distances.new_tensor(torch.nan)
+        curve = AccuracyCurve(places, torch.full_like(places, torch.nan), unknown)
+        return {"median_distance": unknown, "distributional_acc": unknown}, curve
     # With the whole budget for each sample, the distributional accuracy is the pointwise one.
-    accuracies = distributional_accuracy(distances, epsilons, p=torch.inf).accuracies
-    curve = AccuracyCurve(budgets, accuracies, area_under_accuracy_curve(epsilons, accuracies))
+    accuracies = distributional_accuracy(distances, budgets, p=torch.inf).accuracies
     return {
         "median_distance": distances.median(),
-        "distributional_acc": distributional_accuracy(distances, [threat.eps], p=p).accuracies[0],
-    }, curve
+        "distributional_acc": distributional_accuracy(distances, [radius], p=p).accuracies[0],
+    }, AccuracyCurve(places, accuracies, area_under_accuracy_curve(budgets, accuracies))

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
 from lightning_wdefense import RobustnessMonitor, ThreatModel, evaluate
-from lightning_wdefense.attacks import FGSM, PGD
+from lightning_wdefense.attacks import FGSM, FMN, PGD
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -58,6 +58,7 @@ def same(result, expected) -> None:
         {"epsilons": [0.2, 0.05], "max_batches": 3},
         {"independent": True, "seed": 7},
         {"features": "outputs", "epsilons": [0.1]},
+        {"distances": FMN(THREAT, steps=10), "p": 1, "max_batches": 2},
         {"features": None},
     ],
     ids=str,
@@ -66,7 +67,7 @@ def test_values_are_those_of_the_monitor_to_the_bit(format, options):
     expected, monitor = monitored(digits_loaders(format=format)[1], **options)
     result = evaluated(digits_loaders(format=format)[1], **options)
     assert result.values == expected
-    assert (result.curve is None) == ("epsilons" not in options)
+    assert (result.curve is None) == options.keys().isdisjoint({"epsilons", "distances"})
     if result.curve is not None:
         for ours, theirs in zip(result.curve, monitor.curves["val/robustness_curve"], strict=True):
             assert torch.equal(ours, theirs)
