@@ -88,6 +88,16 @@ class Attack(ABC):
         """The same attack for a model that returns losses ``(N,)`` instead of outputs; ``None`` if the attack needs outputs."""
         return None
 
+    def ranks_for(self, model: Model) -> Ranks:
+        """The ranks that must call the attack together: all for a sharded model, otherwise this one alone."""
+        return lockstep(model)
+
+    def take_part(self, inputs: Tensor) -> None:
+        """Called in training, instead of the attack, on a rank that has no samples, with its empty ``inputs`` ``(0, ...)``.
+
+        An attack that communicates with the other ranks does so here as often as in a call.
+        """
+
     @abstractmethod
     def perturb(self, problem: Problem) -> Tensor:
         """Compute adversarial inputs in data units.
@@ -151,7 +161,7 @@ class Attack(ABC):
                 f"The inputs have an empty dimension, so there is nothing to attack: shape {tuple(inputs.shape)}."
             )
         samples = None if samples is None else _indices(samples, len(inputs)).to(inputs.device)
-        execution, ranks = execution or Execution(), lockstep(model)
+        execution, ranks = execution or Execution(), self.ranks_for(model)
         if ranks.size > 1 and not self.runs_in_lockstep:
             raise ValueError(out_of_step(self))
         with isolated(model, inputs.device), execution.prepared(model, inputs.device) as run:
