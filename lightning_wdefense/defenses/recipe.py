@@ -216,9 +216,7 @@ RECIPES: dict[str, Callable[[ThreatModel], Recipe]] = {
     ),
     "mmd": lambda threat: Recipe(_training_attack(threat), discrepancy="mmd", weight=1.0),
     "coral": lambda threat: Recipe(_training_attack(threat), discrepancy="coral", weight=1.0),
-    "otjr": lambda threat: Recipe(
-        _training_attack(threat), discrepancy="sliced", weight=10.0, jacobian_weight=0.01
-    ),
+    "otjr": lambda threat: Recipe(_training_attack(threat), discrepancy="sliced", weight=10.0, jacobian_weight=0.01),
     "distributional-at": lambda threat: Recipe(SharedBudgetPGD(threat)),
     "distributional-trades": lambda threat: Recipe(
         SharedBudgetPGD(threat, loss="kl", random_start="gaussian"), "clean", "kl", 6.0

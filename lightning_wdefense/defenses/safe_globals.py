@@ -27,7 +27,9 @@ def configuration_classes() -> list[type]:
     discrepancies = [type(it) for it in DISCREPANCIES.values() if type(it).__module__.split(".")[0] == PACKAGE]
     settings = [SinkhornDivergence, SinkhornOptions, SlicedWasserstein, SlicedOptions, Transport, SlicedTransport]
     return list(
-        dict.fromkeys([ThreatModel, Execution, Recipe, CriticDiscrepancy, SampleReweighting, *ours, *discrepancies, *settings]),
+        dict.fromkeys(
+            [ThreatModel, Execution, Recipe, CriticDiscrepancy, SampleReweighting, *ours, *discrepancies, *settings]
+        ),
     )
 
 

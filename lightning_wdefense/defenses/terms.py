@@ -130,7 +130,12 @@ class Terms:
         by_divergence = self.weight > 0 and self.discrepancy in ("kl", "weighted-kl")
         by_attack = self.attack is not None and self.attack.of_losses() is None
         by_weights = self.reweighting is not None and self.reweighting.loss is None
-        return by_divergence or by_weights or self.margin_weight > 0 or (by_attack and getattr(self.attack, "loss", None) in LOSSES)
+        return (
+            by_divergence
+            or by_weights
+            or self.margin_weight > 0
+            or (by_attack and getattr(self.attack, "loss", None) in LOSSES)
+        )
 
     def attack_at(self, radius: float) -> Attack:
         """The attack with its eps multiplied by ``radius``, from 0 to 1 (the warm-up); with ``ramp_steps`` its steps as well."""

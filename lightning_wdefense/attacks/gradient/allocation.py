@@ -27,7 +27,9 @@ def first_order_shares(slopes: Tensor, p: float) -> Tensor:
         tensor([0.8485, 1.1314], dtype=torch.float64)
     """
     largest = slopes.amax()
-    relative = slopes / largest.clamp_min(torch.finfo(slopes.dtype).tiny)  # powers of slopes would overflow or underflow
+    relative = slopes / largest.clamp_min(
+        torch.finfo(slopes.dtype).tiny
+    )  # powers of slopes would overflow or underflow
     if p == 1:
         top = (relative == 1).to(slopes.dtype)
         shares = top / top.mean().clamp_min(1 / len(slopes))
