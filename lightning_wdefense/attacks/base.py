@@ -97,6 +97,7 @@ class Attack(ABC):
 
         An attack that communicates with the other ranks does so here as often as in a call.
         """
+        del inputs
 
     @abstractmethod
     def perturb(self, problem: Problem) -> Tensor:

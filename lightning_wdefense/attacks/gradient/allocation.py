@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+NEARLY_POINTWISE = 1.1
+"""Below this ratio of the farthest that one sample can go to eps, the budget is nearly one of each sample."""
+
 
 def first_order_shares(slopes: Tensor, p: float) -> Tensor:
     """The lengths that raise a linear loss the most, if the mean of their p-th powers is 1.
@@ -46,8 +49,8 @@ def within_budget(lengths: Tensor, eps: float, p: float) -> Tensor:
     - ``p = 1``: the nearest lengths inside of the budget. The same amount is subtracted from each, down to 0 (soft thresholding).
     - ``p > 1``: all are multiplied by one factor. For ``p = 2`` this is the nearest point, and for any ``p`` it is the nearest in the
       Wasserstein distance of that order. It keeps the ratios, which :func:`first_order_shares` made optimal.
-    - ``p > 2``: before that, lengths above ``eps N^(1/p)`` are cut to it, because no sample could go farther with the whole
-      budget to itself. So for a large ``p`` each length is cut to ``eps``, as in PGD.
+    - Very large ``p``: with the whole budget to itself a sample can go ``eps N^(1/p)``. If that is less than ``1.1 eps``, lengths above it
+      are cut to it before. So in the limit each length is cut to ``eps``, as in PGD.
 
     Args:
         lengths: ``(N,)``, not negative, in float64.
@@ -62,8 +65,9 @@ def within_budget(lengths: Tensor, eps: float, p: float) -> Tensor:
     """
     if p == 1:
         return _soft_threshold(lengths, eps)
-    if p > 2:
-        lengths = lengths.clamp_max(eps * len(lengths) ** (1 / p))
+    farthest = len(lengths) ** (1 / p)
+    if farthest < NEARLY_POINTWISE:
+        lengths = lengths.clamp_max(eps * farthest)
     largest = lengths.amax().clamp_min(torch.finfo(lengths.dtype).tiny)
     mean = largest * (lengths / largest).pow(p).mean().pow(1 / p)
     return lengths * (eps / mean.clamp_min(torch.finfo(lengths.dtype).tiny)).clamp_max(1.0)

@@ -40,8 +40,8 @@ class SharedBudgetPGD(Attack):
 
     Args:
         threat: the threat model (any norm but ``wasserstein``); ``eps`` is the radius of the Wasserstein ball, in data units.
-        p: order of the Wasserstein distance, ``1 <= p < inf``. With 1 the budget is spent on few samples; a large ``p`` is close to
-            :class:`PGD`.
+        p: order of the Wasserstein distance, ``1 <= p < inf``. With 1 each step moves the samples with the largest slope alone, so
+            the budget is spent on few samples, and ``steps`` limits on how many. A large ``p`` is close to :class:`PGD`.
         steps: number of gradient steps.
         step_size: length of a step in data units, in the mean of order ``p`` over the samples; ``None`` for ``2.5 * eps / steps``.
         loss: ``"ce"``, ``"margin"``, ``"kl"``, or a callable ``(outputs, labels) -> per-sample loss``.
@@ -137,7 +137,7 @@ class SharedBudgetPGD(Attack):
         for index in range(self.steps):
             gradient = self._gradient(problem, data, check=index == 0)
             direction = ball.steepest(gradient.clone())
-            slopes = (gradient * direction).flatten(1).sum(1)  # the dual norm
+            slopes = (gradient * direction).reshape(len(gradient), -1).sum(1)  # the dual norm
             shares = samples.together(slopes, lambda all_: first_order_shares(all_, self.p))
             delta = direction.mul_(per_sample(size * shares, direction)).add_(data).sub_(clean)
             lengths = ball.length(delta)
