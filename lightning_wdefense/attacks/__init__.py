@@ -6,6 +6,7 @@ from lightning_wdefense.attacks.gradient.fgsm import FGSM
 from lightning_wdefense.attacks.gradient.gibbs_noise import GibbsNoise
 from lightning_wdefense.attacks.gradient.lagrangian import LagrangianAttack
 from lightning_wdefense.attacks.gradient.pgd import PGD
+from lightning_wdefense.attacks.gradient.shared_budget import SharedBudgetPGD
 from lightning_wdefense.attacks.gradient.sinkhorn import SinkhornAttack
 from lightning_wdefense.attacks.gradient.soft_ball import SoftBallPGD
 from lightning_wdefense.attacks.minimal.base import MinimalAttack, MinimalPerturbation
@@ -42,6 +43,7 @@ __all__ = [
     "MinimalEps",
     "MinimalPerturbation",
     "Perturb",
+    "SharedBudgetPGD",
     "SinkhornAttack",
     "SoftBallPGD",
     "ThreatModel",

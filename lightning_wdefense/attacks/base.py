@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from lightning_wdefense._ranks import Ranks
 from lightning_wdefense.attacks.problem import Model, Problem, posed
 from lightning_wdefense.attacks.threat import ThreatModel, check_threat
 from lightning_wdefense.modules.execution import Execution
+from lightning_wdefense.modules.parallel import lockstep
 
 AttackT = TypeVar("AttackT", bound="Attack")
 
@@ -71,6 +73,17 @@ class Attack(ABC):
         """The same attack for a model that returns losses ``(N,)`` instead of outputs; ``None`` if the attack needs outputs."""
         return None
 
+    def ranks_for(self, model: Model) -> Ranks:
+        """The ranks that must call the attack together: all for a sharded model, otherwise this one alone."""
+        return lockstep(model)
+
+    def take_part(self, inputs: Tensor) -> None:
+        """Called in training, instead of the attack, on a rank that has no samples, with its empty ``inputs`` ``(0, ...)``.
+
+        An attack that communicates with the other ranks does so here as often as in a call.
+        """
+        del inputs
+
     @abstractmethod
     def perturb(self, problem: Problem) -> Tensor:
         """Compute adversarial inputs in data units.
@@ -123,7 +136,7 @@ class Attack(ABC):
             ValueError: if the inputs do not fit the threat model, the labels do not fit the outputs, ``samples`` does
                 not fit the inputs, or the device does not support autocast.
         """
-        with posed(self, model, inputs, labels, generator, execution) as problem:
+        with posed(self, model, inputs, labels, generator, execution, self.ranks_for(model)) as problem:
             chosen = None if samples is None else _indices(samples, len(inputs)).to(inputs.device)
             clean = inputs.detach().clone()
             if (self.threat.eps == 0 and self.bounded) or not problem.anywhere(chosen is None or len(chosen) > 0):

@@ -250,6 +250,7 @@ def posed(
     labels: Any,
     generator: torch.Generator | None = None,
     execution: Execution | None = None,
+    ranks: Ranks | None = None,
 ) -> Iterator[Problem]:
     """The problem that an attack solves for a batch, while the model is isolated: afterwards it is as it was.
 
@@ -260,6 +261,7 @@ def posed(
         labels: labels of the batch.
         generator: random generator for all noise; ``None`` for one seeded with the attack's ``seed``.
         execution: how the model is run; ``None`` for unchanged.
+        ranks: the ranks that attack together; ``None`` for all if the model is sharded, otherwise this one alone.
 
     Raises:
         TypeError: if the inputs are not floating point, or ``execution`` compiles something that is not a module.
@@ -275,7 +277,7 @@ def posed(
         raise ValueError(
             f"The inputs have an empty dimension, so there is nothing to attack: shape {tuple(inputs.shape)}."
         )
-    execution, ranks = execution or Execution(), lockstep(model)
+    execution, ranks = execution or Execution(), lockstep(model) if ranks is None else ranks
     if ranks.size > 1 and not attack.runs_in_lockstep:
         raise ValueError(out_of_step(attack))
     with isolated(model, inputs.device), execution.prepared(model, inputs.device) as run:

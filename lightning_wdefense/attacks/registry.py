@@ -13,6 +13,7 @@ from lightning_wdefense.attacks.gradient.fgsm import FGSM
 from lightning_wdefense.attacks.gradient.gibbs_noise import GibbsNoise
 from lightning_wdefense.attacks.gradient.lagrangian import LagrangianAttack
 from lightning_wdefense.attacks.gradient.pgd import PGD
+from lightning_wdefense.attacks.gradient.shared_budget import SharedBudgetPGD
 from lightning_wdefense.attacks.gradient.sinkhorn import SinkhornAttack
 from lightning_wdefense.attacks.gradient.soft_ball import SoftBallPGD
 from lightning_wdefense.attacks.minimal.registry import MINIMAL_ATTACKS
@@ -28,6 +29,7 @@ ATTACKS: dict[str, Callable[..., Attack]] = {
     "n-fgsm": lambda threat, **options: FGSM(threat, **{"noise": 2.0} | options),
     "pgd": PGD,
     "soft-ball-pgd": SoftBallPGD,
+    "shared-budget-pgd": SharedBudgetPGD,
     "lagrangian": LagrangianAttack,
     "feature-scattering": FeatureScattering,
     "gibbs-noise": GibbsNoise,

@@ -13,6 +13,7 @@ from lightning_wdefense.defenses.discrepancies import (
     paired_l2,
     weighted_kl,
 )
+from lightning_wdefense.defenses.losses.reweighting import SampleReweighting, kl_ball_weights
 from lightning_wdefense.defenses.purifier.classifier import PurifiedClassifier
 from lightning_wdefense.defenses.purifier.generators import ResidualGenerator
 from lightning_wdefense.defenses.purifier.purifier import WassersteinPurifier
@@ -33,6 +34,7 @@ __all__ = [
     "RandomizedSmoothing",
     "Recipe",
     "ResidualGenerator",
+    "SampleReweighting",
     "SlicedTransport",
     "Transport",
     "WassersteinPurifier",
@@ -41,6 +43,7 @@ __all__ = [
     "coral",
     "get_discrepancy",
     "kl",
+    "kl_ball_weights",
     "mmd",
     "paired_l2",
     "weighted_kl",

@@ -16,11 +16,13 @@ class Branch(NamedTuple):
         outputs: the model's return value.
         features: ``(N, ...)``; ``(N, 0)`` if the recipe compares no features.
         loss: the loss of the user's own step; ``None`` after a plain forward pass.
+        values: the values ``(N, ...)`` that the pass was over, if it can be differentiated in them; otherwise ``None``.
     """
 
     outputs: Any
     features: Tensor
     loss: Tensor | None = None
+    values: Tensor | None = None
 
     @property
     def finite(self) -> bool:

@@ -22,14 +22,22 @@ from lightning_wdefense.defenses.branch import Branch, Compared
 from lightning_wdefense.defenses.critic import CriticDiscrepancy, OnlineCritic
 from lightning_wdefense.defenses.discrepancies import Transport, get_discrepancy
 from lightning_wdefense.defenses.forward_passes import ForwardPasses, ModelForwardPasses
+from lightning_wdefense.defenses.losses.jacobian import (
+    check_double_backward,
+    random_directions,
+    slopes_along,
+    squared_slope,
+    transport_directions,
+)
 from lightning_wdefense.defenses.objective import combine
 from lightning_wdefense.defenses.step import DefenseOutput, StepSettings
 from lightning_wdefense.defenses.terms import Terms
 from lightning_wdefense.defenses.weight_perturbation import WeightPerturbation
 from lightning_wdefense.modules.attachments import Attachment
-from lightning_wdefense.modules.outputs import predictions, tensor_of
+from lightning_wdefense.modules.outputs import float32_or_better, predictions, tensor_of
 from lightning_wdefense.modules.parallel import is_sharded, synchronise_buffers, unwrapped
 from lightning_wdefense.modules.recording import ForwardRecorder, trial_pass
+from lightning_wdefense.modules.state.isolation import eager
 from lightning_wdefense.transport.sharing import rows_shared
 
 UNTRAINED: dict[str, Any] = {"batches": 0, "warmup": None, "multiplier": None, "critic": None}
@@ -83,6 +91,7 @@ class Defense(Attachment):
         self._counted: tuple[int, int] | None = None
         self._before: tuple[dict[str, Any], Callable[[], bool]] | None = None
         self._said_alone = False
+        self._doubly = False  # whether the model is known to support double backward
         self.multiplier: float | None = None
         self.critic: OnlineCritic | None = None
         self._discrepancy = None if recipe.discrepancy is None else get_discrepancy(recipe.discrepancy)
@@ -200,7 +209,7 @@ class Defense(Attachment):
         recipe, ranks = self.recipe, settings.ranks
         adversarial = self.adversarial(passes, settings) if recipe.active else passes.values
         measured = self.measure(passes, adversarial) if settings.measure else {}
-        with self.perturbed_weights(passes, adversarial, ranks, task_loss) as until_backward:
+        with self.perturbed_weights(passes, adversarial, ranks, task_loss, settings.generator) as until_backward:
             sees_clean = recipe.sees == "clean"
             result = step(passes.values if sees_clean else adversarial)
             if result is None:
@@ -208,11 +217,11 @@ class Defense(Attachment):
             task, seen = result
             other: Branch | None = None
             if recipe.needs("adversarial" if sees_clean else "clean"):
-                other = passes.run(adversarial if sees_clean else passes.values)
+                other = passes.run(adversarial) if sees_clean else self._clean_pass(passes)
             clean, attacked = (seen, other) if sees_clean else (other, seen)
             compared = self._compared(clean, attacked, ranks)
             measured |= self.learn(compared, passes.classes(seen), settings)
-            loss, logs = self.combine(task, clean, attacked, passes, compared)
+            loss, logs = self.combine(task, clean, attacked, passes, compared, settings.generator)
             until_backward(loss)
         return DefenseOutput(
             loss,
@@ -306,6 +315,8 @@ class Defense(Attachment):
         adversarial = passes.values  # of a rank that has no samples
         if len(passes.values):
             adversarial = passes.attack(attack, generator=settings.generator, execution=self.recipe.execution)
+        else:
+            attack.take_part(passes.values)
         if isinstance(attack, LearnedAttack):
             displacement = attack.displacement(passes.values, adversarial)
             displacement = settings.ranks.mean_of_samples(displacement, len(adversarial))
@@ -371,6 +382,7 @@ class Defense(Attachment):
         adversarial: Tensor,
         ranks: Ranks,
         task_loss: Callable[[Any, Any], Tensor] | None = None,
+        generator: torch.Generator | None = None,
     ) -> Iterator[Callable[[Tensor], None]]:
         """Context in which the weights are perturbed to increase the recipe's loss, if the recipe has ``awp``.
 
@@ -383,6 +395,7 @@ class Defense(Attachment):
             ranks: the ranks that train the model together.
             task_loss: ``(outputs, labels) -> scalar``, the loss on the inputs of ``training_step``. Not used if the passes go through
                 the step, which has its own loss. ``None`` for the recipe's task loss.
+            generator: random generator of the recipe's noise.
 
         Yields:
             A function to call with the step's loss; the weights are then restored at the end of the loss's backward pass. Without
@@ -400,7 +413,7 @@ class Defense(Attachment):
             if recipe.awp > 0:
                 perturbation.undo()
                 with passes.without_side_effects(evaluation=False):
-                    clean = passes.run(passes.values) if recipe.needs("clean") else None
+                    clean = self._clean_pass(passes) if recipe.needs("clean") else None
                     attacked = passes.run(adversarial) if recipe.needs("adversarial") else None
                     seen = clean if recipe.sees == "clean" else attacked
                     assert seen is not None
@@ -408,7 +421,7 @@ class Defense(Attachment):
                     if loss is None:
                         loss = (task_loss or recipe.task_loss)(seen.outputs, passes.labels)
                     compared = self._compared(clean, attacked, ranks)
-                    loss, _ = self.combine(loss, clean, attacked, passes, compared)
+                    loss, _ = self.combine(loss, clean, attacked, passes, compared, generator)
                     steps = perturbation.ascent_steps(loss, ranks)
                 perturbation.apply(steps)  # outside of that context, which would restore the weights
             yield until_backward
@@ -426,6 +439,7 @@ class Defense(Attachment):
         adversarial: Branch | None,
         passes: ForwardPasses,
         compared: Compared,
+        generator: torch.Generator | None = None,
     ) -> tuple[Tensor, dict[str, Any]]:
         """The training loss and its parts, see :func:`~lightning_wdefense.defenses.objective.combine`."""
         seen = clean if clean is not None else adversarial
@@ -437,7 +451,41 @@ class Defense(Attachment):
             adversarial,
             passes.labels,
             lambda *_: self._discrepancy_of(compared, classes),
+            slope=lambda one, other, found: self._slope(passes, one, other, found, generator),
+            ranks=compared.ranks,
         )
+
+    def _clean_pass(self, passes: ForwardPasses) -> Branch:
+        """A forward pass over the clean inputs, which can be differentiated in them if the recipe has a Jacobian term."""
+        if not self.recipe.jacobian_weight:
+            return passes.run(passes.values)
+        values = passes.values.detach().clone().requires_grad_()
+        with eager():  # compiled code has no double backward
+            return passes.run(values.clone())._replace(values=values)  # a copy, because the model may work in place
+
+    def _slope(
+        self,
+        passes: ForwardPasses,
+        clean: Branch,
+        adversarial: Branch,
+        discrepancy: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """The recipe's Jacobian term, in features per data unit."""
+        threat, features = passes.threat or self.recipe.threat, float32_or_better(clean.features)
+        assert clean.values is not None
+        assert threat is not None
+        if self.recipe.jacobian_directions == "transport" and discrepancy is not None:
+            directions = transport_directions(discrepancy, adversarial.features)
+        else:
+            generator = generator or seeded_generator(features.device, self.seed)
+            directions = random_directions(features, generator)
+        slopes = slopes_along(features, clean.values, directions)
+        value = squared_slope(replace(threat, mean=None).to_model(slopes), features)
+        if not self._doubly:
+            check_double_backward(value, [each for each in self.model.parameters() if each.requires_grad])
+            self._doubly = True
+        return value
 
     def _compared(self, clean: Branch | None, adversarial: Branch | None, ranks: Ranks) -> Compared:
         """This rank's samples, or with ``gather`` the samples of all ranks."""

@@ -15,6 +15,7 @@ from lightning_wdefense.attacks.base import Attack
 from lightning_wdefense.attacks.steps.inspection import StepInspection
 from lightning_wdefense.attacks.steps.sites import PerturbationSite
 from lightning_wdefense.attacks.steps.step_attack import attack_step, required_loss
+from lightning_wdefense.attacks.threat import ThreatModel
 from lightning_wdefense.defenses.branch import Branch
 from lightning_wdefense.modules.execution import Execution
 from lightning_wdefense.modules.outputs import PickedOutputModel, tensor_of
@@ -58,6 +59,11 @@ class ForwardPasses(ABC):
     def classifies(self) -> bool:
         """Whether the outputs are logits of the labels."""
         return True
+
+    @property
+    def threat(self) -> ThreatModel | None:
+        """The threat model in whose units the values are; ``None`` for that of the attack."""
+        return None
 
     def classes(self, branch: Branch) -> Any:
         """The labels for a discrepancy between features of this branch, one per row of the features."""
@@ -214,6 +220,11 @@ class StepForwardPasses(ForwardPasses):
             generator=generator,
             execution=execution,
         )
+
+    @property
+    def threat(self) -> ThreatModel | None:
+        """The threat model of the place that is attacked."""
+        return self._site.threat
 
     def perturbed(self, values: Tensor) -> contextlib.AbstractContextManager[Any]:
         """The batch with these values."""

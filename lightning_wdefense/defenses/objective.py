@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_wdefense._ranks import ALONE, Ranks
 from lightning_wdefense.attacks.labels import class_labels, hard_labels, not_ignored
 from lightning_wdefense.defenses.branch import Branch
 from lightning_wdefense.defenses.terms import Terms
@@ -39,8 +40,14 @@ def combine(
     adversarial: Branch | None,
     labels: Any,
     discrepancy: Callable[[Branch, Branch, Any], Tensor],
+    *,
+    slope: Callable[[Branch, Branch, Tensor | None], Tensor] | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The training loss, ``task_loss + other_weight * task(other) + margin_weight * margin_loss + weight * discrepancy``.
+    """The training loss: the task loss and, with their weights, the other terms of the recipe.
+
+    It is ``task_loss + reweighting + other_weight * task(other) + margin_weight * margin_loss + weight * discrepancy +
+    jacobian_weight * jacobian``.
 
     Args:
         recipe: the recipe, which gives the weights.
@@ -49,16 +56,23 @@ def combine(
         adversarial: outputs and features of the adversarial inputs; may be ``None`` if no term needs them.
         labels: labels of the batch.
         discrepancy: the recipe's discrepancy, ``(clean, adversarial, labels) -> scalar``.
+        slope: ``(clean, adversarial, discrepancy or None) -> scalar``, the Jacobian term, if the recipe has one.
+        ranks: the ranks that train the model together, whose samples are reweighted together.
 
     Returns:
-        The loss, and its detached parts: ``loss`` (the sum), ``task_loss``, and ``other_loss``, ``margin_loss`` and
-        ``discrepancy`` (without weights) if the recipe has them.
+        The loss, and its detached parts: ``loss`` (the sum), ``task_loss``, and ``other_loss``, ``margin_loss``, ``discrepancy``,
+        ``jacobian`` (without weights) and ``reweighting`` if the recipe has them; with reweighting, also measurements of the weights.
 
     Raises:
         FloatingPointError: if a part is NaN or infinite; the message names the part.
     """
     parts = {"task_loss": task_loss}
     loss = task_loss
+    measured: dict[str, Tensor] = {}
+    if recipe.reweighting is not None:
+        seen = clean if recipe.sees == "clean" else adversarial
+        parts["reweighting"], measured = recipe.reweighting.added(None if seen is None else seen.outputs, labels, ranks)
+        loss = loss + parts["reweighting"]
     if recipe.other_weight > 0:
         other = clean if recipe.sees == "adversarial" else adversarial
         assert other is not None
@@ -73,9 +87,15 @@ def combine(
         assert adversarial is not None
         parts["margin_loss"] = mart_margin_loss(adversarial.outputs, labels)
         loss = loss + recipe.margin_weight * parts["margin_loss"]
+    if recipe.jacobian_weight > 0:
+        assert clean is not None
+        assert adversarial is not None
+        assert slope is not None
+        parts["jacobian"] = slope(clean, adversarial, parts.get("discrepancy"))
+        loss = loss + recipe.jacobian_weight * parts["jacobian"]
     if not bool(torch.isfinite(loss).all()):
         _raise_not_finite(recipe, parts)
-    return loss, {name: part.detach() for name, part in ({"loss": loss} | parts).items()}
+    return loss, {name: part.detach() for name, part in ({"loss": loss} | parts | measured).items()}
 
 
 def _raise_not_finite(recipe: Terms, parts: dict[str, Tensor]) -> None:
@@ -84,6 +104,8 @@ def _raise_not_finite(recipe: Terms, parts: dict[str, Tensor]) -> None:
     advice = {
         "task_loss": "task_loss is the training_step's own loss: lower the learning rate, clip gradients, or check the data",
         "other_loss": "other_loss is the task loss on the other branch's outputs: check that the labels fit the task loss",
+        "reweighting": "reweighting are the losses of the samples: look for one that is not finite",
+        "jacobian": f"lower jacobian_weight={recipe.jacobian_weight}",
         "margin_loss": f"lower margin_weight={recipe.margin_weight}",
         "discrepancy": f"lower weight={recipe.weight}, or choose other features than {recipe.features!r}",
     }

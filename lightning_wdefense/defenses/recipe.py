@@ -18,6 +18,7 @@ from lightning_wdefense.attacks import (
     FeatureScattering,
     GibbsNoise,
     LagrangianAttack,
+    SharedBudgetPGD,
     SoftBallPGD,
     ThreatModel,
     WassersteinAttack,
@@ -52,6 +53,11 @@ class Recipe(Terms):
             paper uses 0.005 to 0.01. The gradient of the training step is taken at the perturbed weights. This costs about as much
             as one more training step without the attack. The perturbation uses ``task_loss`` instead of the loss of
             ``training_step``, which runs only once.
+        reweighting: :class:`SampleReweighting`, which gives samples with a large loss a larger weight; ``None`` for equal weights.
+        jacobian_weight: weight of the squared slope of the features in the clean inputs, in data units, for one direction of the features
+            for each sample. It needs ``sees="adversarial"``, and differentiates the model twice.
+        jacobian_directions: ``"transport"`` for the direction in which the discrepancy moves the adversarial features of the sample,
+            ``"random"`` for a random one, whose expected squared slope is the squared Frobenius norm of the Jacobian.
         execution: how the attack runs the model, such as ``Execution(precision="bf16")``; ``None`` for no change.
         gather: under several processes (DDP, FSDP2), compare the samples of all of them, so that the discrepancy and its gradient are
             those of one process with the whole batch. Otherwise each process compares its own samples. See
@@ -89,6 +95,10 @@ class Recipe(Terms):
         ``critic``             ``CE(f(x'), y) + 0.1 W_1`` of each class's penultimate features, by a critic (as in WGAN)
         ``mmd``                ``CE(f(x'), y) + 1 MMD^2`` of logits, five Gaussian kernels (as in Song et al., 2019)
         ``coral``              ``CE(f(x'), y) + 1 |difference of covariances|^2 / 4D^2`` of logits (as in Song et al., 2019)
+        ``otjr``               ``CE(f(x'), y) + 10 sliced transport`` of logits ``+ 0.01`` their squared slope along it (as in Le et al.,
+                               2024)
+        ``distributional-at``  ``CE(f(x'), y)``, ``x'`` with a budget that the batch shares, ``W_2`` (Bai et al., 2023)
+        ``distributional-trades`` ``CE(f(x), y) + 6 KL(f(x) || f(x'))``, ``x'`` likewise (as in Bai et al., 2025)
         ``udr``                ``CE(f(x'), y)``, ``x'`` from a soft ball with a learned multiplier (Bui et al., 2022)
         ``wrm``                ``CE(f(x'), y)``, ``x'`` maximises ``CE - gamma |x' - x|^2`` (Sinha et al., 2018)
         ``sinkhorn-dro``       ``T log mean_m exp(CE(f(x + noise_m), y) / T)``, no attack (Wang et al., 2021)
@@ -100,7 +110,8 @@ class Recipe(Terms):
         transport cost of the identity coupling. So each ``alp`` recipe is the ablation of a ``sat`` recipe.
 
         The attack is PGD with 10 steps. For the Wasserstein norm it is :class:`WassersteinAttack` with 5 steps of projected gradient
-        ascent; ``fast-at``, ``udr``, ``wrm``, ``sinkhorn-dro`` and ``feature-scattering`` do not support this norm.
+        ascent; ``fast-at``, ``udr``, ``wrm``, ``sinkhorn-dro``, ``feature-scattering`` and the ``distributional`` ones do not
+        support this norm.
 
         Args:
             name: one of the names above.
@@ -205,6 +216,11 @@ RECIPES: dict[str, Callable[[ThreatModel], Recipe]] = {
     ),
     "mmd": lambda threat: Recipe(_training_attack(threat), discrepancy="mmd", weight=1.0),
     "coral": lambda threat: Recipe(_training_attack(threat), discrepancy="coral", weight=1.0),
+    "otjr": lambda threat: Recipe(_training_attack(threat), discrepancy="sliced", weight=10.0, jacobian_weight=0.01),
+    "distributional-at": lambda threat: Recipe(SharedBudgetPGD(threat)),
+    "distributional-trades": lambda threat: Recipe(
+        SharedBudgetPGD(threat, loss="kl", random_start="gaussian"), "clean", "kl", 6.0
+    ),
     "udr": lambda threat: Recipe(SoftBallPGD(threat)),
     "wrm": lambda threat: Recipe(LagrangianAttack(threat)),
     "sinkhorn-dro": lambda threat: Recipe(GibbsNoise(threat)),

@@ -11,6 +11,7 @@ import torch
 from lightning_wdefense.attacks import Attack, Execution, MinimalAttack, ThreatModel
 from lightning_wdefense.defenses.critic import CriticDiscrepancy
 from lightning_wdefense.defenses.discrepancies import DISCREPANCIES, SlicedTransport, Transport
+from lightning_wdefense.defenses.losses.reweighting import SampleReweighting
 from lightning_wdefense.defenses.recipe import Recipe
 from lightning_wdefense.defenses.terms import mean_cross_entropy
 from lightning_wdefense.transport import SinkhornDivergence, SlicedWasserstein
@@ -26,7 +27,9 @@ def configuration_classes() -> list[type]:
     discrepancies = [type(it) for it in DISCREPANCIES.values() if type(it).__module__.split(".")[0] == PACKAGE]
     settings = [SinkhornDivergence, SinkhornOptions, SlicedWasserstein, SlicedOptions, Transport, SlicedTransport]
     return list(
-        dict.fromkeys([ThreatModel, Execution, Recipe, CriticDiscrepancy, *ours, *discrepancies, *settings]),
+        dict.fromkeys(
+            [ThreatModel, Execution, Recipe, CriticDiscrepancy, SampleReweighting, *ours, *discrepancies, *settings]
+        ),
     )
 
 

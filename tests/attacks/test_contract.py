@@ -351,7 +351,7 @@ SHAPES = {
 @attacks_with(
     "threat, shape",
     {f"{shape}-{threat.norm}": (threat, shape) for shape in SHAPES for threat in (LINF, L2)},
-    lambda case, threat, shape: case.takes(shape[1:]) and (SHAPES[shape] is threat or case in FOREIGN),
+    lambda case, threat, shape: case.takes(shape[1:], shape[0]) and (SHAPES[shape] is threat or case in FOREIGN),
 )
 def test_inputs_of_any_shape(case, threat, shape):
     """Neither they nor the labels are written to, shared, or made part of a graph."""

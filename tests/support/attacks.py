@@ -21,6 +21,7 @@ from lightning_wdefense.attacks import (
     LagrangianAttack,
     MinimalAttack,
     MinimalEps,
+    SharedBudgetPGD,
     SinkhornAttack,
     SoftBallPGD,
     ThreatModel,
@@ -41,7 +42,8 @@ class AttackCase:
 
     ``noisy``: another seed gives another result. ``own``: ours, so it takes ``bounds=None``, any task and float16 gradients.
     ``differentiates``: needs gradients. ``labelled``: maximises a loss of the labels. ``scaled``: moves as far however small the
-    gradient. ``searches``: looks for the closest adversarial inputs, whatever eps is. ``transports``: moves the mass of images, under the Wasserstein norm whichever is asked for.
+    gradient. ``searches``: looks for the closest adversarial inputs, whatever eps is. ``transports``: moves the mass of images, under
+    the Wasserstein norm whichever is asked for. ``shares``: has one budget for the batch, so it needs two samples.
     """
 
     build: Callable[[ThreatModel], Attack]
@@ -52,6 +54,7 @@ class AttackCase:
     scaled: bool = True
     transports: bool = False
     searches: bool = False
+    shares: bool = False
 
     def __call__(self, threat: ThreatModel) -> Attack:
         return self.build(self.threat(threat))
@@ -69,8 +72,10 @@ class AttackCase:
         """Whether it works in this norm."""
         return norm != "l1" or (self.own and not self.transports)
 
-    def takes(self, shape: tuple[int, ...]) -> bool:
-        """Whether inputs of this shape are for it."""
+    def takes(self, shape: tuple[int, ...], samples: int = 2) -> bool:
+        """Whether inputs of this shape, each, are for it, and so many of them."""
+        if self.shares and samples < 2:
+            return False
         return not self.transports or (len(shape) == 3 and min(shape[1:]) >= 3)
 
 
@@ -85,6 +90,17 @@ ATTACK_CASES = {
     "pgd-callable": AttackCase(lambda threat: PGD(threat, steps=3, loss=square_error, restarts=2)),
     "soft-ball-pgd": AttackCase(lambda threat: SoftBallPGD(threat, steps=3, multiplier=0.5)),
     "lagrangian": AttackCase(lambda threat: LagrangianAttack(threat, steps=3), noisy=False, scaled=False),
+    "shared-budget-pgd": AttackCase(lambda threat: SharedBudgetPGD(threat, steps=3), shares=True),
+    "shared-budget-pgd-clip": AttackCase(
+        lambda threat: SharedBudgetPGD(threat, steps=5, loss="margin", clip=0.1, random_start=False),
+        noisy=False,
+        shares=True,
+    ),
+    "shared-budget-pgd-kl": AttackCase(
+        lambda threat: SharedBudgetPGD(threat, p=3, steps=3, loss="kl", random_start="gaussian"),
+        labelled=False,
+        shares=True,
+    ),
     "feature-scattering": AttackCase(FeatureScattering, labelled=False),
     "gibbs-noise": AttackCase(lambda threat: GibbsNoise(threat, temperature=0.01), differentiates=False),
     "sinkhorn": AttackCase(lambda threat: SinkhornAttack(threat, steps=3)),
