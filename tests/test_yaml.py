@@ -46,6 +46,7 @@ from lightning_wdefense.attacks import (
     MinimalEps,
     MinimalPerturbation,
     Perturb,
+    SharedBudgetPGD,
     SinkhornAttack,
     SoftBallPGD,
     TorchAttack,
@@ -61,6 +62,7 @@ from lightning_wdefense.defenses import (
     PurifiedClassifier,
     RandomizedSmoothing,
     ResidualGenerator,
+    SampleReweighting,
     SlicedTransport,
     Transport,
     WassersteinPurifier,
@@ -143,6 +145,7 @@ SAMPLES: dict[type, dict[str, Any]] = {
     FGSM: {"threat": UNBOUNDED, "noise": 2, "loss": LOSS},
     PGD: {"threat": THREAT, "step_size": 0.1, "random_start": "gaussian", "loss": LOSS},
     SoftBallPGD: {"threat": THREAT, "step_size": 0.1, "random_start": False, "loss": "margin", "multiplier": 0.5},
+    SharedBudgetPGD: {"threat": THREAT, "p": 1.5, "step_size": 0.1, "loss": LOSS, "clip": 0.5, "all_ranks": False},
     LagrangianAttack: {"threat": THREAT, "gamma": 0.7, "step_size": 0.1, "loss": "margin"},
     FeatureScattering: {"threat": THREAT, "step_size": 0.1, "divergence": by_path(SinkhornDivergence, blur=0.3)},
     GibbsNoise: {"threat": THREAT, "spread": 0.2, "loss": LOSS, "copies": 3},
@@ -170,9 +173,11 @@ SAMPLES: dict[type, dict[str, Any]] = {
         "through": "step", "perturb": "embedding", "model": "net", **PLACES, "dataloaders": [1], "name": "second",
     },
     Recipe: {
-        "attack": by_path(PGD, threat=UNBOUNDED, steps=3, loss=LOSS), "sees": "clean", "discrepancy": by_path(SlicedWasserstein, p=1),
+        "attack": by_path(PGD, threat=UNBOUNDED, steps=3, loss=LOSS), "sees": "adversarial", "discrepancy": by_path(SlicedWasserstein, p=1),
         "weight": 0.3, "task_loss": "torch.nn.functional.mse_loss", "execution": {"precision": "bf16"}, "ramp_steps": True,
+        "reweighting": {"radius": 0.1}, "jacobian_weight": 0.01, "jacobian_directions": "random",
     },
+    SampleReweighting: {"temperature": 0.5, "loss": LOSS},
     CriticDiscrepancy: {
         "lipschitz": "one-sided-penalty", "width": 32, "by_class": False, "network": "support.configurations.small_critic",
     },
@@ -290,7 +295,13 @@ def is_function(spec: Any) -> bool:
     return isinstance(spec, str) and spec.startswith(("support.", "torch.nn.functional."))
 
 
-TYPED = {"threat": ThreatModel, "execution": Execution, "critic": CriticDiscrepancy, "perturb": Perturb}
+TYPED = {
+    "threat": ThreatModel,
+    "execution": Execution,
+    "critic": CriticDiscrepancy,
+    "perturb": Perturb,
+    "reweighting": SampleReweighting,
+}
 """Arguments whose class jsonargparse knows from the type hint, so that their fields alone will do in YAML."""
 
 

@@ -32,7 +32,14 @@ from lightning_wdefense import Recipe, ThreatModel, WassersteinDefense
 from lightning_wdefense.attacks import FGSM, PGD, Execution
 from lightning_wdefense.callbacks.schedule import noise_generator
 from lightning_wdefense.defenses import RECIPES, CriticDiscrepancy
-from lightning_wdefense.transport import CriticTraining, WassersteinCritic, sinkhorn, sinkhorn_divergence
+from lightning_wdefense.transport import (
+    CriticTraining,
+    WassersteinCritic,
+    sinkhorn,
+    sinkhorn_divergence,
+    sliced_wasserstein,
+)
+from lightning_wdefense.transport.sliced.directions import orthogonal_directions
 
 THREAT = ThreatModel(eps=0.2)
 ACTIVE = [name for name in RECIPES if name != "standard"]
@@ -249,6 +256,17 @@ def mmd_by_hand(z, za):
     return sum(signs @ torch.exp(-distances / (c * scale)) @ signs for c in (0.25, 0.5, 1, 2, 4)) / 5
 
 
+def squared_slope_by_hand(net, x, z, za):
+    """From the whole Jacobian, and the displacement along each projection to the sample of the same rank."""
+    directions = orthogonal_directions(64, 10, torch.Generator().manual_seed(0)).to(z)
+    lines, moved = (logits.detach() @ directions.T for logits in (z, za))
+    matched = lines.sort(0).values.gather(0, moved.argsort(0).argsort(0))
+    movement = (moved - matched) @ directions
+    movement = movement / movement.norm(dim=1, keepdim=True)
+    jacobian = torch.func.vmap(torch.func.jacrev(lambda one: net(one[None])[0]))(x).flatten(2)
+    return 10 * torch.einsum("nk,nkd->nd", movement, jacobian).square().sum(1).mean()
+
+
 class TestLoss:
     """The same training written by hand, with the formulas from the papers."""
 
@@ -271,9 +289,13 @@ class TestLoss:
             F.cross_entropy(za, y) + (torch.cov(z.T) - torch.cov(za.T)).pow(2).sum() / (4 * 10**2)
         ),
         **dict.fromkeys(
-            ["fast-at", "udr", "wrm", "sinkhorn-dro", "feature-scattering", "critic"],
+            ["fast-at", "udr", "wrm", "sinkhorn-dro", "feature-scattering", "critic", "distributional-at"],
             lambda z, za, h, ha, y: F.cross_entropy(za, y),
         ),
+        "distributional-trades": lambda z, za, h, ha, y: (
+            F.cross_entropy(z, y) + 6 * F.kl_div(F.log_softmax(za, 1), F.softmax(z, 1), reduction="batchmean")
+        ),
+        "otjr": lambda z, za, h, ha, y: F.cross_entropy(za, y) + 5 * sliced_wasserstein(z, za).square(),
     }
 
     @pytest.mark.parametrize("recipe", ACTIVE)
@@ -294,6 +316,8 @@ class TestLoss:
                 features = [self.net[:-1](inputs) for inputs in (x, adversarial)]
                 logits = [self.net[-1](feature) for feature in features]
                 loss = TestLoss.FORMULAS[recipe](*logits, *features, y)
+                if recipe == "otjr":
+                    loss = loss + 0.01 * squared_slope_by_hand(self.net, x, *logits)
                 if recipe == "critic":
                     self.critic = self.critic or CriticTraining(WassersteinCritic(32, classes=10).double())
                     self.critic.update(*features, y)

@@ -15,6 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_wdefense import Recipe, ThreatModel
 from lightning_wdefense._ranks import Ranks, rows_of
+from lightning_wdefense.attacks import SharedBudgetPGD
+from lightning_wdefense.defenses import SampleReweighting
+from lightning_wdefense.defenses.step import StepSettings
 
 THREAT = ThreatModel(eps=0.2)
 STEPS = 3
@@ -23,7 +26,9 @@ SPLITS = {"even": {1: [24], 2: [12, 12], 3: [8, 8, 8]}, "uneven": {1: [24], 2: [
 
 def recipe_of(case):
     name, *changes = case.split("+")
-    recipe = Recipe.named(name, THREAT, gather="gather" in changes, awp=0.01 if "awp" in changes else 0.0)
+    reweighting = SampleReweighting(radius=0.2) if "reweighting" in changes else None
+    awp = 0.01 if "awp" in changes else 0.0
+    recipe = Recipe.named(name, THREAT, gather="gather" in changes, awp=awp, reweighting=reweighting)
     # Noise differs by rank, so that it cannot be that of one process.
     quiet = {} if name == "wrm" else {"random_start": False, "loss": "ce"}
     return replace(recipe, attack=replace(recipe.attack, **quiet))
@@ -76,6 +81,24 @@ def discrepancies(recipe, ranks, split):
     return {"value": value.detach(), "clean": clean.grad / ranks.size, "moved": moved.grad / ranks.size}
 
 
+def shared(what, ranks):
+    """Rows of this rank, of what the samples of all ranks share, and what it adds to this rank's loss."""
+    images, labels = digits()
+    own = rows_of(ranks.rank, SPLITS["uneven"][ranks.size])
+    torch.manual_seed(0)
+    model = DigitsClassifier()
+    if what == "reweighting":
+        losses = torch.rand(24, generator=torch.Generator().manual_seed(0))[own]
+        reweighting = SampleReweighting(radius=0.2, loss=lambda outputs, labels: outputs)
+        added, _ = reweighting.added(losses, None, ranks)
+        return {"rows": losses, "value": float(added)}
+    attack = SharedBudgetPGD(THREAT, p=1 if what == "order-1" else 2, random_start=False)
+    defense = Recipe(attack, warmup_epochs=0).bind(model)
+    found = defense.adversarial(defense.passes(images[:24][own], labels[:24][own]), StepSettings(ranks=ranks))
+    lengths = THREAT.ball.length(found - images[:24][own]) if len(found) else torch.zeros(0)
+    return {"rows": found, "value": float(lengths.sum()) * ranks.size}
+
+
 def main(folder, world, *cases):
     if int(world) > 1:
         dist.init_process_group("gloo")
@@ -85,6 +108,8 @@ def main(folder, world, *cases):
         if case.startswith("only:"):
             name, split = case.removeprefix("only:").split("+")
             results[case] = discrepancies(recipe_of(f"{name}+gather"), ranks, split)
+        elif case.startswith("shared:"):
+            results[case] = shared(case.removeprefix("shared:"), ranks)
         else:
             results[case] = train(case, ranks)
     torch.save(results, f"{folder}/{ranks.rank}.pt")

@@ -11,7 +11,8 @@ from support.processes import run_ranks
 SCRIPT = Path(__file__).with_name("loop_script.py")
 
 BY_SAMPLE = ["pgd-at", "trades", "mart", "alp", "alp-features", "udr", "wrm", "pgd-at+awp", "trades+awp"]
-"""Recipes whose loss is a mean over samples: they need no ``gather``."""
+BY_SAMPLE += ["distributional-at", "distributional-trades", "pgd-at+reweighting", "trades+reweighting+awp"]
+"""Recipes whose loss is a mean over samples, or whose ranks share a budget or weights by themselves: they need no ``gather``."""
 
 COMPARING = ["sat", "sat-label", "sat-features", "class-transport", "mmd", "coral", "critic"]
 GATHERED = [
@@ -19,6 +20,7 @@ GATHERED = [
     "trades+gather",
     "class-transport+gather+awp",
     "critic+gather+accumulate",
+    "otjr+gather",
 ]
 
 HALVES = ["sat", "class-transport"]
@@ -26,7 +28,9 @@ HALVES = ["sat", "class-transport"]
 
 ALONE = ["alp", "sat", "sat-label", "class-transport", "mmd", "coral"]
 ONLY = [f"only:{name}+{split}" for name in ALONE for split in ("even", "uneven")]
-EVERYWHERE = [*BY_SAMPLE, *GATHERED, *ONLY]
+SHARED = ["shared:budget", "shared:order-1", "shared:reweighting"]
+"""Attacks and weights of samples that are split unevenly, so that one of three ranks has none."""
+EVERYWHERE = [*BY_SAMPLE, *GATHERED, *ONLY, *SHARED]
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +82,8 @@ def test_ranks_train_as_one(found):
             # Also where a rank has fewer samples than others, or none.
             torch.testing.assert_close(torch.cat(clean), alone[case]["clean"], rtol=1e-5, atol=1e-7)
             torch.testing.assert_close(torch.cat(moved), alone[case]["moved"], rtol=1e-5, atol=1e-7)
+    for case in SHARED:
+        for n in (2, 3):
+            everyone = torch.cat([rank[case]["rows"] for rank in found[n]])
+            torch.testing.assert_close(everyone, alone[case]["rows"], rtol=1e-5, atol=1e-6, msg=f"{case} on {n} ranks: ".__add__)
+            assert sum(rank[case]["value"] for rank in found[n]) / n == pytest.approx(alone[case]["value"], rel=1e-5)
