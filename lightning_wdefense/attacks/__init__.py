@@ -10,7 +10,10 @@ from lightning_wdefense.attacks.gradient.sinkhorn import SinkhornAttack
 from lightning_wdefense.attacks.gradient.soft_ball import SoftBallPGD
 from lightning_wdefense.attacks.multiplier import LearnedAttack
 from lightning_wdefense.attacks.registry import ATTACKS, get_attack
+from lightning_wdefense.attacks.standard.apgd import APGD
 from lightning_wdefense.attacks.standard.autoattack import AutoAttack
+from lightning_wdefense.attacks.standard.fab import FAB
+from lightning_wdefense.attacks.standard.square import Square
 from lightning_wdefense.attacks.standard.torchattack import TorchAttack
 from lightning_wdefense.attacks.steps.sites import Perturb
 from lightning_wdefense.attacks.threat import ThreatModel
@@ -20,7 +23,9 @@ from lightning_wdefense.attacks.worst_case import WorstCase, worst_case
 from lightning_wdefense.modules.execution import Execution
 
 __all__ = [
+    "APGD",
     "ATTACKS",
+    "FAB",
     "FGSM",
     "PGD",
     "Attack",
@@ -33,6 +38,7 @@ __all__ = [
     "Perturb",
     "SinkhornAttack",
     "SoftBallPGD",
+    "Square",
     "ThreatModel",
     "TorchAttack",
     "WassersteinAttack",

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_wdefense.attacks import (
+    APGD,
+    FAB,
     FGSM,
     PGD,
     Attack,
@@ -19,6 +21,7 @@ from lightning_wdefense.attacks import (
     LagrangianAttack,
     SinkhornAttack,
     SoftBallPGD,
+    Square,
     ThreatModel,
     TorchAttack,
     WassersteinAttack,
@@ -93,11 +96,11 @@ ATTACK_CASES = {
     "torchattacks-pgd": AttackCase(
         lambda threat: TorchAttack("PGDL2" if threat.norm == "l2" else "PGD", threat, steps=3), own=False
     ),
-    "apgd-ce": AttackCase(lambda threat: get_attack("apgd-ce", threat, steps=3), own=False),
-    "apgd-t": AttackCase(lambda threat: get_attack("apgd-t", threat, steps=3), own=False),
-    "fab-t": AttackCase(lambda threat: get_attack("fab-t", threat, steps=2), noisy=False, own=False),
-    "square": AttackCase(lambda threat: get_attack("square", threat, n_queries=10), own=False, differentiates=False),
-    "autoattack": AttackCase(lambda threat: AutoAttack(threat, steps=3, queries=10), own=False),
+    "apgd-ce": AttackCase(lambda threat: APGD(threat, steps=3)),
+    "apgd-t": AttackCase(lambda threat: APGD(threat, steps=3, loss="dlr-targeted")),
+    "fab-t": AttackCase(lambda threat: FAB(threat, steps=2), noisy=False),
+    "square": AttackCase(lambda threat: Square(threat, queries=10), differentiates=False),
+    "autoattack": AttackCase(lambda threat: AutoAttack(threat, steps=3, queries=10)),
 }
 
 OWN_CASES = {name: case for name, case in ATTACK_CASES.items() if case.own}
