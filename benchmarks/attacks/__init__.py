@@ -1,0 +1,1 @@
+"""Benchmarks of single attacks; each is a folder of its own."""
