@@ -10,6 +10,8 @@ from lightning_wdefense.attacks.threat import Box
 
 NEWTON_STEPS = 30
 """Most of Newton's steps; a handful are usual, because the function is piecewise linear."""
+ROUNDING = 1e-4
+"""The last of Newton's steps is no longer than this share of the way: what another would add is far below FAB's overshoot."""
 
 
 def shortest_move(points: Tensor, normal: Tensor, gap: Tensor, box: Box, norm: str) -> Tensor:
@@ -29,30 +31,32 @@ def shortest_move(points: Tensor, normal: Tensor, gap: Tensor, box: Box, norm: s
     Returns:
         The moves; where the hyperplane does not meet the box, the move as far towards it as the box allows.
     """
-    # Divided by its largest entry: squares of tiny gradients would underflow.
-    largest = normal.reshape(len(normal), -1).abs().amax(1).clamp_min(torch.finfo(normal.dtype).tiny)
-    normal = normal / per_sample(largest, normal)
-    normal = torch.where(per_sample(gap < 0, normal), -normal, normal)
+    largest = _flat(normal).abs().amax(1).clamp_min(torch.finfo(normal.dtype).tiny)
+    # Divided by its largest entry, because squares of tiny gradients would underflow; and turned, so that the gap is not negative.
+    normal = normal * per_sample(torch.where(gap < 0, -1, 1) / largest, normal)
     gap, weight, sign = gap.abs() / largest, normal.abs(), normal.sign()
-    room = None
-    if box.low is not None and box.high is not None:
-        room = torch.where(normal > 0, box.high - points, points - box.low)
-    time = torch.zeros_like(gap)
+    rate = sign.abs() if norm == "linf" else weight
+    speed, time = weight * rate, torch.zeros_like(gap)
+    if box.low is None or box.high is None:
+        return sign * rate * per_sample(_quotient(gap, _flat(speed).sum(1)), normal)
+    room = torch.maximum((box.high - points) * sign, (box.low - points) * sign)
+    free = torch.empty_like(room)
     for _ in range(NEWTON_STEPS):
-        way = per_sample(time, normal) if norm == "linf" else per_sample(time, normal) * weight
-        free = weight if room is None else weight * (way < room)
-        moved = way if room is None else torch.minimum(way, room)
-        slope = _sum(free if norm == "linf" else free * weight)
-        rest = gap - _sum(weight * moved)
-        forward = torch.where(slope > 0, rest / slope, 0).clamp_min(0)
-        if not bool((forward > 1e-6 * time).any()):
-            break
+        way = rate * per_sample(time, rate)
+        rest = gap - (_flat(weight) * _flat(torch.minimum(way, room))).sum(1)
+        # As numbers: on a CPU, operations on boolean tensors cost many times as much.
+        slope = _flat(torch.gt(room, way, out=free).mul_(speed)).sum(1)
+        forward = _quotient(rest, slope).clamp_min(0)
         time = time + forward
-        if room is None:
+        if not bool((forward > ROUNDING * time).any()):
             break
-    moved = per_sample(time, normal) if norm == "linf" else per_sample(time, normal) * weight
-    return sign * (moved if room is None else torch.minimum(moved, room))
+    return sign * torch.minimum(rate * per_sample(time, rate), room)
 
 
-def _sum(values: Tensor) -> Tensor:
-    return values.reshape(len(values), -1).sum(1)
+def _flat(values: Tensor) -> Tensor:
+    return values.reshape(len(values), -1)
+
+
+def _quotient(number: Tensor, divisor: Tensor) -> Tensor:
+    """The quotient; 0 where there is nothing to divide by."""
+    return torch.where(divisor > 0, number / divisor, 0)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from lightning_wdefense.attacks.base import Problem
-from lightning_wdefense.attacks.norms import per_sample
 from lightning_wdefense.attacks.standard.found import Found, StandardAttack, check_norm, wrong_elements
 from lightning_wdefense.attacks.standard.windows import MOVES, window_size
 from lightning_wdefense.attacks.threat import ThreatModel
@@ -103,8 +102,8 @@ class Square(StandardAttack):
             loss = problem.loss(outputs, "margin").to(level.dtype)
             wrong = wrong_elements(outputs, found.labels[index])
             better = (wrong > most) | (loss > level)
-            best = tried if query == 0 else torch.where(per_sample(better, best), tried, best)
-            most, level = torch.where(better, wrong, most), torch.where(better, loss, level)
+            rows = better.nonzero().squeeze(1)  # few: most tries are in vain
+            best[rows], most[rows], level[rows] = tried[rows], wrong[rows], loss[rows]
             stay = (most < found.elements[index]).nonzero().squeeze(1)
             if len(stay) < len(index) or query == self.queries:
                 found.keep(index, best.reshape(problem.data.shape), most, level)
