@@ -36,7 +36,6 @@ class Binary(nn.Module):
         return z[:, None] if self.column else z
 
 
-@pytest.mark.filterwarnings("ignore:AutoAttack leaves APGD-T out")
 @pytest.mark.parametrize("case", FEW_CLASSES.values(), ids=FEW_CLASSES)
 @pytest.mark.parametrize("column", [True, False], ids=["(N, 1)", "(N,)"])
 def test_one_logit_is_two(case, column):

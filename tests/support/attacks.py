@@ -96,9 +96,14 @@ ATTACK_CASES = {
     "torchattacks-pgd": AttackCase(
         lambda threat: TorchAttack("PGDL2" if threat.norm == "l2" else "PGD", threat, steps=3), own=False
     ),
+    "torchattacks-apgd": AttackCase(lambda threat: TorchAttack("APGD", threat, steps=3), own=False),
+    "torchattacks-square": AttackCase(
+        lambda threat: TorchAttack("Square", threat, n_queries=10), own=False, differentiates=False
+    ),
     "apgd-ce": AttackCase(lambda threat: APGD(threat, steps=3)),
     "apgd-t": AttackCase(lambda threat: APGD(threat, steps=3, loss="dlr-targeted")),
     "fab-t": AttackCase(lambda threat: FAB(threat, steps=2), noisy=False),
+    "apgd-dlr": AttackCase(lambda threat: APGD(threat, steps=2, loss="dlr", restarts=2)),
     "square": AttackCase(lambda threat: Square(threat, queries=10), differentiates=False),
     "autoattack": AttackCase(lambda threat: AutoAttack(threat, steps=3, queries=10)),
 }
