@@ -103,7 +103,7 @@ ATTACK_CASES = {
     "apgd-ce": AttackCase(lambda threat: APGD(threat, steps=3)),
     "apgd-t": AttackCase(lambda threat: APGD(threat, steps=3, loss="dlr-targeted")),
     "fab-t": AttackCase(lambda threat: FAB(threat, steps=2), noisy=False),
-    "apgd-dlr": AttackCase(lambda threat: APGD(threat, steps=2, loss="dlr", restarts=2)),
+    "apgd-dlr": AttackCase(lambda threat: APGD(threat, steps=5, loss="dlr", restarts=2)),
     "square": AttackCase(lambda threat: Square(threat, queries=10), differentiates=False),
     "autoattack": AttackCase(lambda threat: AutoAttack(threat, steps=3, queries=10)),
 }

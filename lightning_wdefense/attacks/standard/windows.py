@@ -173,11 +173,12 @@ class Waves(Moves):
         n, channels, height, width = self.shape
         window, other = (Window.random(size, (height, width), (numbers[k], numbers[k + 1])) for k in (0, 2))
         delta = images - self.clean
-        energy, before = _energy(delta), window.of(delta).clone()
+        unused = (self.eps**2 - _energy(delta).sum(1, keepdim=True)).clamp_min(0) / channels
+        before = window.of(delta).clone()
         window.of(delta).zero_()
+        # Of the second window without what the first has of it.
+        length = (unused + _energy(before) + _energy(other.of(delta))).sqrt()
         other.of(delta).zero_()
-        unused = (self.eps**2 - energy.sum(1, keepdim=True)).clamp_min(0) / channels
-        length = (unused + (energy - _energy(delta)).clamp_min(0)).sqrt()
         new = self._wave(size, numbers[4] < 0.5) * self._signs(n, channels, 1, 1)
         new = new + before / _energy(before).sqrt().clamp_min(1e-12)
         window.of(delta).copy_(new / _energy(new).sqrt().clamp_min(1e-12) * length)
