@@ -17,7 +17,17 @@ if not hasattr(torch.distributed.fsdp, "fully_shard"):
 SCRIPT = Path(__file__).with_name("fsdp_script.py")
 
 QUICK = ["pgd-at+autoattack", "class-transport+gather"]
-REST = ["pgd-at", "class-transport", "trades", "mart", "critic", "udr", "sinkhorn-dro", "pgd-at+step", "class-transport+step"]
+REST = [
+    "pgd-at",
+    "class-transport",
+    "trades",
+    "mart",
+    "critic",
+    "udr",
+    "sinkhorn-dro",
+    "pgd-at+step",
+    "class-transport+step",
+]
 
 REFUSED = {
     "awp": "ValueError: awp=0.01 perturbs weights by their own gradients",

@@ -51,7 +51,9 @@ def measured(name: str, sides: dict[str, Side], work: Path, options: argparse.Na
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.attacks.autoattack", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.attacks.autoattack", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--data", type=Path, help="folder of mnist.npz; the digits alone if absent")
     parser.add_argument("--official", type=Path, help="checkout of github.com/fra31/auto-attack")
     parser.add_argument("--work", type=Path, help="folder in which trained models are kept")

@@ -24,8 +24,14 @@ def report(result: dict[str, Any]) -> str:
             lines.append(
                 f"| {row['model']} ({row['images']} images) | {side} | {row['clean']} | {' | '.join(map(str, shown))} | {ratio} |"
             )
-    lines += ["\nCPU seconds of each part:\n", "| model | side | APGD-CE | APGD-T | FAB-T | Square |", "| --- " * 6 + "|"]
+    lines += [
+        "\nCPU seconds of each part:\n",
+        "| model | side | APGD-CE | APGD-T | FAB-T | Square |",
+        "| --- " * 6 + "|",
+    ]
     for row in result["models"]:
         for side, each in row["sides"].items():
-            lines.append(f"| {row['model']} | {side} | {' | '.join(str(p['cpu_s']) for p in each['seconds'].values())} |")
+            lines.append(
+                f"| {row['model']} | {side} | {' | '.join(str(p['cpu_s']) for p in each['seconds'].values())} |"
+            )
     return "\n".join(lines) + "\n"

@@ -100,7 +100,9 @@ def check_norm(attack: str, threat: ThreatModel) -> None:
     """
     if threat.norm not in NORMS:
         other = ' For "wasserstein" use WassersteinAttack, by name "wasserstein".' * (threat.norm == "wasserstein")
-        raise ValueError(f"{attack} attacks in norm {' or '.join(map(repr, NORMS))}, not in norm {threat.norm!r}.{other}")
+        raise ValueError(
+            f"{attack} attacks in norm {' or '.join(map(repr, NORMS))}, not in norm {threat.norm!r}.{other}"
+        )
 
 
 def wrong_elements(outputs: Any, labels: Tensor) -> Tensor:

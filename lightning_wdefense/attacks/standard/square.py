@@ -110,5 +110,11 @@ class Square(StandardAttack):
             if not problem.anywhere(len(stay) > 0):
                 return
             if len(stay) < len(index):
-                problem, index, best, most, level = problem.select(stay), index[stay], best[stay], most[stay], level[stay]
+                problem, index, best, most, level = (
+                    problem.select(stay),
+                    index[stay],
+                    best[stay],
+                    most[stay],
+                    level[stay],
+                )
                 moves = make(problem)

@@ -160,7 +160,8 @@ class Waves(Moves):
         delta = torch.zeros_like(self.clean)
         size = max(height // TILES, 1), max(width // TILES, 1)
         tops, lefts = (
-            range((whole % side) // 2, whole - side + 1, side) for whole, side in zip((height, width), size, strict=True)
+            range((whole % side) // 2, whole - side + 1, side)
+            for whole, side in zip((height, width), size, strict=True)
         )
         upright = self._signs(len(tops) * len(lefts)).tolist()
         for index, (top, left) in enumerate((top, left) for top in tops for left in lefts):

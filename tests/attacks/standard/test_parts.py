@@ -56,7 +56,9 @@ def test_apgd_solves_a_linear_model(norm):
     model = nn.Linear(20, 2, bias=False)
     x = torch.rand(6, 20)
     y = model(x).argmax(1)
-    threat = ThreatModel(norm, 0.001, bounds=None)  # too small to fool, so that the point of the largest loss is returned
+    threat = ThreatModel(
+        norm, 0.001, bounds=None
+    )  # too small to fool, so that the point of the largest loss is returned
     found = APGD(threat, steps=20)(model, x, y)
     normal = model.weight[1 - y] - model.weight[y]
     gain = ((found - x) * normal).sum(1)
@@ -88,7 +90,11 @@ def test_a_step_costs_one_pass(digits_cnn):
     _, robust, inputs, labels = digits_cnn
     right = (robust(inputs).argmax(1) == labels).nonzero().squeeze(1)[:4]
     tiny = ThreatModel(eps=1e-4)
-    for attack, passes in ((APGD(tiny, steps=9), 11), (Square(tiny, queries=9), 11), (FAB(tiny, steps=9, targets=1), 20)):
+    for attack, passes in (
+        (APGD(tiny, steps=9), 11),
+        (Square(tiny, queries=9), 11),
+        (FAB(tiny, steps=9, targets=1), 20),
+    ):
         run, seen = counting(robust)
         attack(run, inputs[right], labels[right])
         assert len(seen) == passes, attack
@@ -137,7 +143,9 @@ def test_fab_leaves_what_torchattacks_leaves(digits_cnn, norm):
     _, robust, inputs, labels = digits_cnn
     x, y = inputs[:60], labels[:60]
     threat = THREATS[norm]
-    theirs = torchattacks.FAB(robust, norm=NAMES[norm], eps=threat.eps, steps=15, multi_targeted=True, n_classes=10)(x, y)
+    theirs = torchattacks.FAB(robust, norm=NAMES[norm], eps=threat.eps, steps=15, multi_targeted=True, n_classes=10)(
+        x, y
+    )
     ours = FAB(threat, steps=15)(robust, x, y)
     left = [(robust(each).argmax(1) == y).sum() for each in (ours, theirs)]
     assert abs(left[0] - left[1]) <= 2
@@ -174,7 +182,9 @@ def test_square_finds_what_a_random_search_can(digits_cnn, norm):
     plain, _, inputs, labels = digits_cnn
     x, y = inputs[:60], labels[:60]
     threat = THREATS[norm]
-    theirs = torchattacks.Square(plain, norm=NAMES[norm], eps=threat.eps, n_queries=200, resc_schedule=False, seed=0)(x, y)
+    theirs = torchattacks.Square(plain, norm=NAMES[norm], eps=threat.eps, n_queries=200, resc_schedule=False, seed=0)(
+        x, y
+    )
     ours = Square(threat, queries=200)(plain, x, y)
     left = [(plain(each).argmax(1) == y).float().mean() for each in (ours, theirs)]
     assert left[0] <= left[1] + 0.08
