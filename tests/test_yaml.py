@@ -31,12 +31,11 @@ from lightning_wdefense import (
     WassersteinDefense,
 )
 from lightning_wdefense.attacks import (
+    APGD,
+    FAB,
     FGSM,
     PGD,
     Attack,
-    APGD,
-    FAB,
-    Square,
     AutoAttack,
     Execution,
     FeatureScattering,
@@ -46,6 +45,7 @@ from lightning_wdefense.attacks import (
     Perturb,
     SinkhornAttack,
     SoftBallPGD,
+    Square,
     TorchAttack,
     WassersteinAttack,
     WorstCase,

@@ -51,7 +51,7 @@ def ours(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, steps: int
 
 
 def of_torchattacks(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, steps: int, queries: int) -> Any:
-    """torchattacks' parts at the same settings, called as its users call them."""
+    """Torchattacks' parts at the same settings, called as its users call them."""
     common = {"norm": {"linf": "Linf", "l2": "L2"}[threat.norm], "eps": threat.eps, "seed": 0}
     parts = {
         "apgd-ce": torchattacks.APGD(model, loss="ce", steps=steps, **common),
