@@ -176,10 +176,10 @@ FAULTS = [
         (f"{PARTS}test_fab_finds_the_closest_point_of_a_linear_model",),
     ),
     Fault(
-        "FAB's moves end at the box too early",
+        "FAB's moves leave the box",
         "attacks/standard/hyperplane.py",
-        "torch.gt(room, way, out=free).mul_(speed)",
-        "speed",
+        "return sign * torch.minimum(rate * per_sample(time, rate), room)",
+        "return sign * rate * per_sample(time, rate)",
         (f"{PARTS}test_the_shortest_move_is_the_shortest",),
     ),
     Fault(
@@ -190,10 +190,10 @@ FAULTS = [
         (f"{PARTS}test_squares_windows_shrink_by_the_schedule",),
     ),
     Fault(
-        "a later part of AutoAttack overwrites what an earlier one broke",
-        "attacks/standard/found.py",
-        "better = (wrong > before) | ((wrong == before) & (loss >= level))",
-        "better = loss >= level",
+        "what AutoAttack's parts find is lost",
+        "attacks/standard/autoattack.py",
+        "part.run(problem, found)",
+        "part.run(problem, Found(problem))",
         ("tests/attacks/standard/test_autoattack.py::test_leaves_no_more_than_any_of_its_parts",),
     ),
     Fault(

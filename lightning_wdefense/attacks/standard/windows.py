@@ -122,7 +122,8 @@ class Corners(Moves):
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
         low, high = problem.box.around(problem.data, self.eps)
-        assert low is not None and high is not None
+        assert low is not None
+        assert high is not None
         self._low, self._high = low.reshape(self.shape), high.reshape(self.shape)
 
     def start(self) -> Tensor:
