@@ -31,7 +31,9 @@ from lightning_wdefense import (
     WassersteinDefense,
 )
 from lightning_wdefense.attacks import (
+    APGD,
     DDN,
+    FAB,
     FGSM,
     FMN,
     PGD,
@@ -49,6 +51,7 @@ from lightning_wdefense.attacks import (
     SharedBudgetPGD,
     SinkhornAttack,
     SoftBallPGD,
+    Square,
     TorchAttack,
     WassersteinAttack,
     WorstCase,
@@ -154,6 +157,9 @@ SAMPLES: dict[type, dict[str, Any]] = {
     FMN: {"threat": THREAT, "steps": 30, "step_size": 1},
     DDN: {"threat": THREAT, "steps": 30},
     MinimalEps: {"attack": ATTACK, "max_eps": 3, "tolerance": 0.1},
+    APGD: {"threat": THREAT, "steps": 20, "loss": "dlr-targeted", "targets": 3, "rho": 0.5},
+    FAB: {"threat": UNBOUNDED, "steps": 20, "early_exit": False},
+    Square: {"threat": {"eps": 0.1}, "queries": 20, "rescale_schedule": True},
     AutoAttack: {"threat": {"eps": 0.1}, "steps": 20},
     TorchAttack: {"attack": "PGD", "threat": {"eps": 0.1}, "seed": 3, "dict_kwargs": {"steps": 4, "alpha": 0.02}},
     WassersteinDefense: {

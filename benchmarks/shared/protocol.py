@@ -70,7 +70,7 @@ class Protocol:
         """The attack of a stage on the test images; of the first two parts of AutoAttack also in tuning."""
         if stage == "pgd":
             return PGD(self.threat, steps=self.pgd_steps, restarts=self.pgd_restarts)
-        length = {"n_queries": self.queries} if stage == "square" else {"steps": self.attack_steps}
+        length = {"queries": self.queries} if stage == "square" else {"steps": self.attack_steps}
         return get_attack(stage, self.threat, **length)
 
     def first_epoch(self, warmup_epochs: float) -> int:

@@ -16,7 +16,10 @@ from lightning_wdefense.attacks.minimal.minimal_eps import MinimalEps
 from lightning_wdefense.attacks.minimal.registry import MINIMAL_ATTACKS, get_minimal_attack
 from lightning_wdefense.attacks.multiplier import LearnedAttack
 from lightning_wdefense.attacks.registry import ATTACKS, get_attack
+from lightning_wdefense.attacks.standard.apgd import APGD
 from lightning_wdefense.attacks.standard.autoattack import AutoAttack
+from lightning_wdefense.attacks.standard.fab import FAB
+from lightning_wdefense.attacks.standard.square import Square
 from lightning_wdefense.attacks.standard.torchattack import TorchAttack
 from lightning_wdefense.attacks.steps.sites import Perturb
 from lightning_wdefense.attacks.threat import ThreatModel
@@ -26,8 +29,10 @@ from lightning_wdefense.attacks.worst_case import WorstCase, worst_case
 from lightning_wdefense.modules.execution import Execution
 
 __all__ = [
+    "APGD",
     "ATTACKS",
     "DDN",
+    "FAB",
     "FGSM",
     "FMN",
     "MINIMAL_ATTACKS",
@@ -46,6 +51,7 @@ __all__ = [
     "SharedBudgetPGD",
     "SinkhornAttack",
     "SoftBallPGD",
+    "Square",
     "ThreatModel",
     "TorchAttack",
     "WassersteinAttack",

@@ -17,7 +17,10 @@ from lightning_wdefense.attacks.gradient.shared_budget import SharedBudgetPGD
 from lightning_wdefense.attacks.gradient.sinkhorn import SinkhornAttack
 from lightning_wdefense.attacks.gradient.soft_ball import SoftBallPGD
 from lightning_wdefense.attacks.minimal.registry import MINIMAL_ATTACKS
-from lightning_wdefense.attacks.standard.autoattack import PARTS, AutoAttack, autoattack_part
+from lightning_wdefense.attacks.standard.apgd import APGD
+from lightning_wdefense.attacks.standard.autoattack import AutoAttack
+from lightning_wdefense.attacks.standard.fab import FAB
+from lightning_wdefense.attacks.standard.square import Square
 from lightning_wdefense.attacks.threat import ThreatModel, check_threat
 from lightning_wdefense.attacks.wasserstein.attack import WassersteinAttack
 
@@ -36,7 +39,13 @@ ATTACKS: dict[str, Callable[..., Attack]] = {
     "sinkhorn": SinkhornAttack,
     "wasserstein": WassersteinAttack,
     "autoattack": AutoAttack,
-    **{part: partial(autoattack_part, part) for part in PARTS},
+    "apgd": APGD,
+    "apgd-ce": partial(APGD, loss="ce"),
+    "apgd-dlr": partial(APGD, loss="dlr"),
+    "apgd-t": partial(APGD, loss="dlr-targeted"),
+    "fab": FAB,
+    "fab-t": FAB,
+    "square": Square,
 }
 """All attacks by name; each is called with the threat model and the attack's own options."""
 

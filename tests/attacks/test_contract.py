@@ -329,9 +329,8 @@ def test_any_shape_and_radius(case, shape, eps, norm, bounds, seed):
 
 # --- shapes, dtypes, aliasing
 
-# Of a batch. Our own attacks do the same in each norm with any shape; those of others have code of their own for both. AutoAttack is the others
-# one after the other.
-FOREIGN = [case for name, case in ATTACK_CASES.items() if not case.own and name != "autoattack"]
+# Of a batch. Our own attacks do the same in each norm with any shape; those of others have code of their own for both.
+FOREIGN = [case for case in ATTACK_CASES.values() if not case.own]
 SHAPES = {
     (4,): L2,
     (4, 1): LINF,

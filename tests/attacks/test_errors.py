@@ -18,6 +18,8 @@ from lightning_wdefense import (
     WassersteinDefense,
 )
 from lightning_wdefense.attacks import (
+    APGD,
+    FAB,
     FGSM,
     PGD,
     Attack,
@@ -27,6 +29,7 @@ from lightning_wdefense.attacks import (
     LagrangianAttack,
     SinkhornAttack,
     SoftBallPGD,
+    Square,
     ThreatModel,
     TorchAttack,
     WassersteinAttack,
@@ -62,12 +65,19 @@ CONFIGURATIONS = {
     "PGD with l2": (lambda: TorchAttack("PGD", L2), "PGD cannot attack in norm 'l2'"),
     "MIFGSM with l2": (lambda: TorchAttack("MIFGSM", L2), "MIFGSM cannot attack in norm 'l2'"),
     "no bounds": (lambda: TorchAttack("APGD", UNBOUNDED), 'APGD needs a bounded input range.*"pgd"'),
-    "AutoAttack without bounds": (lambda: AutoAttack(UNBOUNDED), "AutoAttack needs a bounded input range"),
-    "part without bounds": (lambda: get_attack("square", UNBOUNDED), "needs a bounded input range"),
     "pgd wasserstein": (lambda: PGD(WASSERSTEIN), "'wasserstein' has no ball in pixel space"),
     "fgsm wasserstein": (lambda: FGSM(WASSERSTEIN), "'wasserstein' has no ball in pixel space"),
     "torchattacks wasserstein": (lambda: TorchAttack("APGD", WASSERSTEIN), "'wasserstein' has no ball"),
-    "autoattack wasserstein": (lambda: AutoAttack(WASSERSTEIN), "'wasserstein' has no ball"),
+    "autoattack wasserstein": (lambda: AutoAttack(WASSERSTEIN), "not in norm 'wasserstein'.*WassersteinAttack"),
+    "apgd wasserstein": (lambda: APGD(WASSERSTEIN), "APGD attacks in norm 'linf' or 'l2', not in norm 'wasserstein'"),
+    "fab wasserstein": (lambda: FAB(WASSERSTEIN), "FAB attacks in norm"),
+    "square wasserstein": (lambda: get_attack("square", WASSERSTEIN), "Square attacks in norm"),
+    "apgd loss": (lambda: APGD(LINF, loss="dlr-target"), "no loss of APGD 'dlr-target'. Did you mean 'dlr-targeted'"),
+    "apgd rho": (lambda: APGD(LINF, rho=0.0), "rho must lie between 0 and 1, got 0.0"),
+    "apgd targets": (lambda: APGD(LINF, targets=0), "targets must be at least 1, got 0"),
+    "fab steps": (lambda: FAB(LINF, steps=0), "steps must be at least 1, got 0"),
+    "square p": (lambda: Square(LINF, p_init=1.5), "p_init must lie between 0 and 1, got 1.5"),
+    "square queries": (lambda: Square(LINF, queries=0), "queries must be at least 1, got 0"),
     "steps 0": (lambda: PGD(LINF, steps=0), "steps must be at least 1, got 0"),
     "restarts 0": (lambda: PGD(LINF, restarts=0), "restarts must be at least 1"),
     "step size 0": (lambda: PGD(LINF, step_size=0.0), "step_size must be positive"),
@@ -146,7 +156,7 @@ NEED_A_THREAT = {
         for cls in (FGSM, PGD, SoftBallPGD, LagrangianAttack, FeatureScattering, SinkhornAttack, GibbsNoise)
     },
     "WassersteinAttack": WassersteinAttack,
-    "AutoAttack": AutoAttack,
+    **{cls.__name__: cls for cls in (APGD, FAB, Square, AutoAttack)},
     "TorchAttack": lambda threat: TorchAttack("PGD", threat),
     "get_attack": lambda threat: get_attack("pgd", threat),
     "feasibility": lambda threat: wasserstein_feasibility(FULL, FULL, threat),
@@ -404,7 +414,7 @@ def test_callable_loss_without_gradient():
 
 
 TOO_FEW_CLASSES = {
-    "apgd-t": (get_attack("apgd-t", LINF), 3, "APGDT needs at least 4 classes, this model has 3.*autoattack"),
+    "apgd-t": (TorchAttack("APGDT", LINF), 3, "APGDT needs at least 4 classes, this model has 3.*autoattack"),
     "AutoAttack preset": (TorchAttack("AutoAttack", LINF), 3, "AutoAttack needs at least 4 classes"),
     "dlr": (TorchAttack("APGD", LINF, loss="dlr"), 2, "APGD needs at least 3 classes"),
 }
@@ -418,16 +428,18 @@ def test_too_few_classes(attack, classes, message):
 
 def test_segmentation_is_not_for_torchattacks():
     model = torch.nn.Conv2d(3, 4, 1)
-    for name in ("apgd-ce", "autoattack"):
-        with pytest.raises(ValueError, match="one label per sample"):
-            get_attack(name, LINF)(model, X, torch.zeros(8, 4, 4, dtype=torch.long))
+    labels = torch.zeros(8, 4, 4, dtype=torch.long)
+    with pytest.raises(ValueError, match="one label per sample"):
+        TorchAttack("APGD", LINF)(model, X, labels)
+    with pytest.raises(ValueError, match=r"FAB looks for.*one label per element .*\(8, 4, 4, 4\).*APGD"):
+        FAB(LINF)(model, X, labels)
 
 
 def test_without_torchattacks(monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "torchattacks", None)
-    for build in (lambda: TorchAttack("PGD", LINF), lambda: AutoAttack(LINF), lambda: get_attack("square", LINF)):
-        with pytest.raises(ImportError, match=r'pip install "lightning-wdefense\[torchattacks\]"'):
-            build()
-    assert isinstance(get_attack("pgd", LINF), Attack)
+    with pytest.raises(ImportError, match=r'pip install "lightning-wdefense\[torchattacks\]"'):
+        TorchAttack("PGD", LINF)
+    for name in ("pgd", "apgd", "apgd-t", "fab-t", "square", "autoattack"):
+        assert isinstance(get_attack(name, LINF), Attack)

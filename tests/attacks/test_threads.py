@@ -34,7 +34,7 @@ OF_EACH_KIND = {
     "sinkhorn": SinkhornAttack(LINF, steps=2, features="penultimate"),
     "wasserstein": ATTACK_CASES["wasserstein-kl"](LINF),
     "apgd-ce": get_attack("apgd-ce", LINF, steps=2),
-    "square": get_attack("square", LINF, n_queries=8),
+    "square": get_attack("square", LINF, queries=8),
 }
 
 

@@ -179,8 +179,12 @@ def test_without_the_extras():
         trainer = quiet_trainer(callbacks=callbacks, limit_train_batches=2, log_every_n_steps=1)
         trainer.fit(DigitsClassifier(), *digits_loaders(val_size=32))
         print(sorted(trainer.callback_metrics))
+        from lightning_wdefense.attacks import AutoAttack, TorchAttack
+        module, (inputs, labels) = DigitsClassifier().eval(), next(iter(digits_loaders()[1]))
+        AutoAttack(threat, steps=2, queries=3)(module, inputs[:8], labels[:8])
+        RobustnessMonitor(threat, ["autoattack"])
         try:
-            RobustnessMonitor(threat, ["autoattack"])
+            TorchAttack("PGD", threat)
         except ImportError as error:
             print(error)
         """

@@ -22,7 +22,7 @@ THREAT = ThreatModel(eps=0.1)
 
 
 def monitors() -> list[L.Callback]:
-    noisy = {"fgsm": "fgsm", "pgd": "pgd", "square": get_attack("square", THREAT, n_queries=10)}
+    noisy = {"fgsm": "fgsm", "pgd": "pgd", "square": get_attack("square", THREAT, queries=10)}
     return [
         RobustnessMonitor(THREAT, noisy, epsilons=[0.05]),
         DetectionMonitor(THREAT, detectors=list(DETECTORS)[:-1]),  # all but the critic

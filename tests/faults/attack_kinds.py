@@ -8,6 +8,7 @@ OPTIMAL = "tests/attacks/wasserstein/test_optimal.py::"
 TRAINING = "tests/attacks/gradient/test_training_attacks.py::"
 WORST_CASE = ("tests/attacks/test_worst_case.py",)
 LOCAL = "tests/attacks/wasserstein/test_local_transport.py::"
+PARTS = "tests/attacks/standard/test_parts.py::"
 
 FAULTS = [
     # ------------------------------------------------------------------------------------- PGD and FGSM
@@ -133,17 +134,66 @@ FAULTS = [
         WORST_CASE,
     ),
     Fault(
-        "FAB aims at no target",
-        "attacks/standard/autoattack.py",
-        '{"multi_targeted": True, "steps": 100}',
-        '{"steps": 100}',
-        ("tests/attacks/standard/test_autoattack.py::test_the_parts_are_the_published_ones",),
+        "APGD-T aims at a class too few",
+        "attacks/standard/dlr.py",
+        "min(count, logits.shape[1] - 1)",
+        "min(count, logits.shape[1] - 2)",
+        (f"{PARTS}test_fab_finds_the_closest_point_of_a_linear_model",),
     ),
     Fault(
-        "a later part of AutoAttack overwrites what an earlier one broke",
+        "the targeted ratio divides by the distance to the third logit",
+        "attacks/standard/dlr.py",
+        "top[:, 2:].mean(1)",
+        "top[:, 2]",
+        (f"{PARTS}test_dlr_does_not_heed_shift_and_scale",),
+    ),
+    Fault(
+        "APGD's momentum points backwards",
+        "attacks/standard/apgd.py",
+        ".sub_(run.previous, alpha=momentum)",
+        ".add_(run.previous, alpha=momentum)",
+        (f"{PARTS}test_apgd_solves_a_linear_model", f"{PARTS}test_apgd_leaves_what_torchattacks_leaves"),
+    ),
+    Fault(
+        "APGD's checkpoints do not come closer",
+        "attacks/standard/apgd.py",
+        "period = max(period - shorter, least)",
+        "period = max(period, least)",
+        (f"{PARTS}test_the_checkpoints_are_the_published_ones",),
+    ),
+    Fault(
+        "lost samples stay in APGD's passes",
+        "attacks/standard/apgd.py",
+        "stay = (wrong < run.elements).nonzero().squeeze(1)",
+        "stay = (wrong <= run.elements).nonzero().squeeze(1)",
+        (f"{PARTS}test_a_lost_sample_leaves_and_the_rest_go_on",),
+    ),
+    Fault(
+        "FAB keeps the farthest input",
+        "attacks/standard/fab.py",
+        "fooled & (distance < self.distance)",
+        "fooled & ((distance > self.distance) | self.distance.isinf())",
+        (f"{PARTS}test_fab_finds_the_closest_point_of_a_linear_model",),
+    ),
+    Fault(
+        "FAB's moves leave the box",
+        "attacks/standard/hyperplane.py",
+        "return sign * torch.minimum(rate * per_sample(time, rate), room)",
+        "return sign * rate * per_sample(time, rate)",
+        (f"{PARTS}test_the_shortest_move_is_the_shortest",),
+    ),
+    Fault(
+        "Square's windows do not shrink",
+        "attacks/standard/square.py",
+        "self.p_init / 2 ** sum(",
+        "self.p_init / 1 ** sum(",
+        (f"{PARTS}test_squares_windows_shrink_by_the_schedule",),
+    ),
+    Fault(
+        "what AutoAttack's parts find is lost",
         "attacks/standard/autoattack.py",
-        "fooled[open_] = rest.fooled(rest.outputs(adversarial[open_]))",
-        "rest.fooled(rest.outputs(adversarial[open_]))",
+        "part.run(problem, found)",
+        "part.run(problem, Found(problem))",
         ("tests/attacks/standard/test_autoattack.py::test_leaves_no_more_than_any_of_its_parts",),
     ),
     Fault(

@@ -13,16 +13,17 @@ from support.processes import group_ends
 from torch import nn
 
 from lightning_wdefense import AdversarialExampleLogger, Recipe, RobustnessMonitor, ThreatModel, WassersteinDefense
-from lightning_wdefense.attacks import PGD
+from lightning_wdefense.attacks import PGD, AutoAttack, TorchAttack
 
 THREAT = ThreatModel(eps=0.2)
 SMALL = ThreatModel(eps=0.05)
+SMALL_L2 = ThreatModel(norm="l2", eps=0.3)
 EARLY = PGD(SMALL, steps=3, restarts=3, early_exit=True)
 """Of which ranks would run different numbers of passes."""
 
 REFUSED = {
     "awp": lambda: WassersteinDefense(Recipe.named("pgd-at", THREAT, awp=0.01)),
-    "autoattack": lambda: RobustnessMonitor(THREAT, ["autoattack"], max_batches=1),
+    "torchattacks": lambda: RobustnessMonitor(THREAT, [TorchAttack("PGD", THREAT)], max_batches=1),
     "pictures": lambda: AdversarialExampleLogger(THREAT),
 }
 
@@ -77,7 +78,9 @@ def train(case, kind):
     module = (Accuracy if through_step else Classifier)()
     recipe = Recipe.named(name, THREAT, gather="gather" in how, awp=0.01 * ("awp" in how), warmup_epochs=1)
     defense = WassersteinDefense(recipe)
-    monitor = RobustnessMonitor(SMALL, [EARLY], epsilons=[0.02])
+    # In L2, whose lengths a rank without samples cannot compute.
+    attacks = [AutoAttack(SMALL_L2, steps=3, queries=6, targets=2)] if "autoattack" in how else [EARLY]
+    monitor = RobustnessMonitor(attacks[0].threat, attacks, epsilons=[0.02])
     trainer = quiet_trainer(
         strategy=strategy(kind),
         devices=2,

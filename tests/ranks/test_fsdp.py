@@ -16,12 +16,22 @@ if not hasattr(torch.distributed.fsdp, "fully_shard"):
 
 SCRIPT = Path(__file__).with_name("fsdp_script.py")
 
-QUICK = ["pgd-at", "class-transport+gather"]
-REST = ["class-transport", "trades", "mart", "critic", "udr", "sinkhorn-dro", "pgd-at+step", "class-transport+step"]
+QUICK = ["pgd-at+autoattack", "class-transport+gather"]
+REST = [
+    "pgd-at",
+    "class-transport",
+    "trades",
+    "mart",
+    "critic",
+    "udr",
+    "sinkhorn-dro",
+    "pgd-at+step",
+    "class-transport+step",
+]
 
 REFUSED = {
     "awp": "ValueError: awp=0.01 perturbs weights by their own gradients",
-    "autoattack": "MisconfigurationException: RobustnessMonitor cannot run under FSDP2: AutoAttack decides by itself.*Use an attack such as PGD",
+    "torchattacks": "MisconfigurationException: RobustnessMonitor cannot run under FSDP2: TorchAttack decides by itself.*Use an attack such as PGD",
     "pictures": "MisconfigurationException: AdversarialExampleLogger runs the model on one rank only",
 }
 

@@ -85,5 +85,7 @@ def test_ranks_train_as_one(found):
     for case in SHARED:
         for n in (2, 3):
             everyone = torch.cat([rank[case]["rows"] for rank in found[n]])
-            torch.testing.assert_close(everyone, alone[case]["rows"], rtol=1e-5, atol=1e-6, msg=f"{case} on {n} ranks: ".__add__)
+            torch.testing.assert_close(
+                everyone, alone[case]["rows"], rtol=1e-5, atol=1e-6, msg=f"{case} on {n} ranks: ".__add__
+            )
             assert sum(rank[case]["value"] for rank in found[n]) / n == pytest.approx(alone[case]["value"], rel=1e-5)

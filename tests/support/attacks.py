@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from lightning_wdefense.attacks import (
+    APGD,
     DDN,
+    FAB,
     FGSM,
     FMN,
     PGD,
@@ -24,6 +26,7 @@ from lightning_wdefense.attacks import (
     SharedBudgetPGD,
     SinkhornAttack,
     SoftBallPGD,
+    Square,
     ThreatModel,
     TorchAttack,
     WassersteinAttack,
@@ -44,6 +47,7 @@ class AttackCase:
     ``differentiates``: needs gradients. ``labelled``: maximises a loss of the labels. ``scaled``: moves as far however small the
     gradient. ``searches``: looks for the closest adversarial inputs, whatever eps is. ``transports``: moves the mass of images, under
     the Wasserstein norm whichever is asked for. ``shares``: has one budget for the batch, so it needs two samples.
+    ``l1``: works in that norm too.
     """
 
     build: Callable[[ThreatModel], Attack]
@@ -54,6 +58,7 @@ class AttackCase:
     scaled: bool = True
     transports: bool = False
     searches: bool = False
+    l1: bool = True
     shares: bool = False
 
     def __call__(self, threat: ThreatModel) -> Attack:
@@ -70,7 +75,7 @@ class AttackCase:
 
     def knows(self, norm: str) -> bool:
         """Whether it works in this norm."""
-        return norm != "l1" or (self.own and not self.transports)
+        return norm != "l1" or (self.own and self.l1 and not self.transports)
 
     def takes(self, shape: tuple[int, ...], samples: int = 2) -> bool:
         """Whether inputs of this shape, each, are for it, and so many of them."""
@@ -118,11 +123,16 @@ ATTACK_CASES = {
     "torchattacks-pgd": AttackCase(
         lambda threat: TorchAttack("PGDL2" if threat.norm == "l2" else "PGD", threat, steps=3), own=False
     ),
-    "apgd-ce": AttackCase(lambda threat: get_attack("apgd-ce", threat, steps=3), own=False),
-    "apgd-t": AttackCase(lambda threat: get_attack("apgd-t", threat, steps=3), own=False),
-    "fab-t": AttackCase(lambda threat: get_attack("fab-t", threat, steps=2), noisy=False, own=False),
-    "square": AttackCase(lambda threat: get_attack("square", threat, n_queries=10), own=False, differentiates=False),
-    "autoattack": AttackCase(lambda threat: AutoAttack(threat, steps=3, queries=10), own=False),
+    "torchattacks-apgd": AttackCase(lambda threat: TorchAttack("APGD", threat, steps=3), own=False),
+    "torchattacks-square": AttackCase(
+        lambda threat: TorchAttack("Square", threat, n_queries=10), own=False, differentiates=False
+    ),
+    "apgd-ce": AttackCase(lambda threat: APGD(threat, steps=3), l1=False),
+    "apgd-t": AttackCase(lambda threat: APGD(threat, steps=3, loss="dlr-targeted"), l1=False),
+    "fab-t": AttackCase(lambda threat: FAB(threat, steps=2), noisy=False, l1=False),
+    "apgd-dlr": AttackCase(lambda threat: APGD(threat, steps=5, loss="dlr", restarts=2), l1=False),
+    "square": AttackCase(lambda threat: Square(threat, queries=10), differentiates=False, l1=False),
+    "autoattack": AttackCase(lambda threat: AutoAttack(threat, steps=3, queries=10), l1=False),
 }
 
 

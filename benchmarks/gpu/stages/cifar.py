@@ -22,8 +22,7 @@ from benchmarks.gpu.classifier import Classifier, Clock, OnCard, network, traine
 from benchmarks.gpu.context import Context
 from benchmarks.shared.variants import Variant
 from lightning_wdefense import ThreatModel, WassersteinDefense
-from lightning_wdefense.attacks import PGD, Execution, worst_case
-from lightning_wdefense.attacks.standard.autoattack import autoattack_part
+from lightning_wdefense.attacks import PGD, Execution, get_attack, worst_case
 
 EPS = 8 / 255
 BATCH = 256
@@ -124,7 +123,7 @@ def evaluated(module: Classifier, data: Images, context: Context) -> Row:
     steps = 2 if context.rehearse else 100
     start = time.perf_counter()
     pgd = worst_case(module, {"pgd": PGD(threat, steps=2 if context.rehearse else 20)}, x, y)
-    strong = {part: autoattack_part(part, threat, steps=steps) for part in ("apgd-ce", "apgd-t")}
+    strong = {part: get_attack(part, threat, steps=steps) for part in ("apgd-ce", "apgd-t")}
     found = worst_case(module, strong, x, y)
     robust = int(found.robust.sum())
     return {

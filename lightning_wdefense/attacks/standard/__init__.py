@@ -1,1 +1,1 @@
-"""Attacks of the torchattacks library as :class:`Attack` objects, and AutoAttack with its published settings."""
+"""The attacks that robustness claims are judged by (APGD, FAB, Square and AutoAttack), and those of the torchattacks library."""

@@ -4,59 +4,40 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from torch import Tensor
-
-from lightning_wdefense.attacks.base import Attack
 from lightning_wdefense.attacks.problem import Problem
-from lightning_wdefense.attacks.standard.torchattack import (
-    MIN_CLASSES,
-    TorchAttack,
-    UnitImages,
-    _require_bounds,
-    _torchattacks,
-)
+from lightning_wdefense.attacks.standard.apgd import APGD
+from lightning_wdefense.attacks.standard.fab import FAB
+from lightning_wdefense.attacks.standard.found import Found, StandardAttack, check_norm
+from lightning_wdefense.attacks.standard.square import Square
 from lightning_wdefense.attacks.threat import ThreatModel
 
-_PARTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "apgd-ce": ("APGD", {"loss": "ce", "steps": 100}),
-    "apgd-t": ("APGDT", {"steps": 100}),
-    "fab-t": ("FAB", {"multi_targeted": True, "steps": 100}),
-    "square": ("Square", {"n_queries": 5000}),
-}
-
-PARTS = tuple(_PARTS)
+PARTS = ("apgd-ce", "apgd-t", "fab-t", "square")
 """Names of AutoAttack's component attacks, in their order."""
 
 
-def autoattack_part(part: str, threat: ThreatModel, **options: Any) -> TorchAttack:
-    """One component attack of AutoAttack with its published settings, by its name in ``PARTS``; options override them."""
-    attack, standard = _PARTS[part]
-    found = TorchAttack(attack, threat, **standard | options)
-    found._name = part
-    return found
-
-
 @dataclass(frozen=True)
-class AutoAttack(Attack):
+class AutoAttack(StandardAttack):
     """The standard ensemble: APGD-CE, targeted APGD-DLR, targeted FAB (100 steps each) and Square (5000 queries).
 
-    The component attacks are those of torchattacks, with a fixed seed. Each one attacks only the samples that are still
-    classified correctly. torchattacks' own preset runs 10 steps and finds fewer adversarial inputs. The targeted
-    attacks aim at the 9 most likely wrong classes, or at all if there are fewer. APGD-T needs at least 4 classes; for
-    fewer classes it is left out, with a warning.
+    The component attacks are :class:`APGD`, :class:`FAB` and :class:`Square`. Each one attacks only the samples that are
+    still classified correctly, and leaves each of them as soon as it is misclassified. The targeted attacks aim at the 9
+    most likely wrong classes, or at all if there are fewer. Below four classes the loss of the targeted APGD has another
+    divisor than the published one.
+
+    With dense labels (segmentation) FAB is left out, with a warning, and a sample keeps the input with the most
+    misclassified elements.
 
     Args:
-        threat: the threat model (norm ``linf`` or ``l2``, with bounds).
-        steps: number of gradient steps of APGD-CE, APGD-T and FAB-T; the standard is 100.
+        threat: the threat model (norm ``linf`` or ``l2``).
+        steps: number of gradient steps of APGD-CE, and of APGD-T and FAB-T for each target; the standard is 100.
         queries: number of queries of Square; the standard is 5000.
+        targets: number of target classes of APGD-T and FAB-T; the standard is 9.
         seed: seeds all noise of calls without a generator.
 
     Raises:
-        ImportError: if torchattacks is not installed.
-        ValueError: if the threat model has no bounds or the norm ``wasserstein``, or ``steps`` or ``queries`` is below
-            1.
+        ValueError: for another norm, or numbers below 1.
 
     References:
         Croce and Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free
@@ -71,48 +52,38 @@ class AutoAttack(Attack):
     """
 
     name: ClassVar[str] = "autoattack"
-    runs_in_lockstep = False
 
     threat: ThreatModel
     steps: int = 100
     queries: int = 5000
+    targets: int = 9
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _torchattacks()
-        _require_bounds("AutoAttack", self.threat)
-        _ = self.threat.ball
-        for name in ("steps", "queries"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        check_norm("AutoAttack", self.threat)
+        self._check_counts("steps", "queries", "targets")
 
-    def parts(self, classes: int) -> list[TorchAttack]:
-        """The component attacks for a model with this number of classes, in order; without APGD-T below 4 classes."""
-        parts = [
-            autoattack_part(
-                part, self.threat, **({"n_queries": self.queries} if part == "square" else {"steps": self.steps})
-            )
-            for part in PARTS
-        ]
-        if classes < MIN_CLASSES["APGDT"]:
-            warnings.warn(
-                f"AutoAttack leaves APGD-T out: its loss needs at least {MIN_CLASSES['APGDT']} classes, this model has "
-                f"{classes}.",
-                stacklevel=2,
-            )
-            del parts[1]
-        return parts
+    @property
+    def parts(self) -> tuple[StandardAttack, ...]:
+        """The component attacks, in order."""
+        threat, steps, targets = self.threat, self.steps, self.targets
+        return (
+            APGD(threat, steps),
+            APGD(threat, steps, "dlr-targeted", targets=targets),
+            FAB(threat, steps, targets),
+            Square(threat, self.queries),
+        )
 
-    def perturb(self, problem: Problem) -> Tensor:
-        """The adversarial inputs, in data units; for samples that no component fooled, those of the last component."""
-        adversarial = problem.data.clone()
-        fooled = problem.fooled(problem.outputs(problem.data))
-        for part in self.parts(UnitImages(problem).classes):
-            open_ = (~fooled).nonzero().squeeze(1)
-            if len(open_) == 0:
-                break
-            rest = problem.select(open_)
-            adversarial[open_] = part.perturb(rest)
-            fooled[open_] = rest.fooled(rest.outputs(adversarial[open_]))
-        return adversarial
+    def run(self, problem: Problem, found: Found) -> None:
+        """Attack the samples that are not lost, and note in ``found`` what comes of it."""
+        for part in self.parts:
+            if found.dense and isinstance(part, FAB):
+                warnings.warn(
+                    "AutoAttack leaves FAB-T out: it needs one label per sample, this model has one per element.",
+                    stacklevel=2,
+                )
+                continue
+            if not problem.anywhere(len(found.open) > 0):
+                return
+            part.run(problem, found)

@@ -40,7 +40,8 @@ class TorchAttack(Attack):
     attack without a perturbation budget (CW, DeepFool) succeeds only if the projected result is misclassified.
 
     ``TorchAttack("AutoAttack", ...)`` is torchattacks' preset of 10 steps. For numbers that others can compare, use
-    ``"autoattack"`` (:class:`~lightning_wdefense.attacks.AutoAttack`), the published standard of 100 steps.
+    ``"autoattack"`` (:class:`~lightning_wdefense.attacks.AutoAttack`), the published standard of 100 steps, which does
+    not need torchattacks. So do ``"apgd-ce"``, ``"apgd-t"``, ``"fab-t"`` and ``"square"`` for this class's APGD, APGDT, FAB and Square.
 
     Args:
         attack: name of the class in torchattacks, such as ``"PGD"``, ``"APGD"`` or ``"Square"``.
@@ -83,12 +84,11 @@ class TorchAttack(Attack):
                 f"torchattacks' {attack} cannot attack in norm {threat.norm!r}: use PGD for 'linf' and PGDL2 for 'l2'."
             )
         self.attack, self.threat, self.seed, self.options = attack, threat, seed, options
-        self._name = attack.lower()
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        """The attack's name in lower case; for a component of AutoAttack the name of the component."""
-        return self._name
+        """The attack's name in lower case."""
+        return self.attack.lower()
 
     def with_eps(self, eps: float) -> TorchAttack:
         """The same attack with another perturbation budget ``eps`` (data units); a given step size is scaled in proportion."""
@@ -113,7 +113,7 @@ class TorchAttack(Attack):
         if classes < needed:
             raise ValueError(
                 f"torchattacks' {self.attack} needs at least {needed} classes, this model has {classes}: use "
-                '"autoattack", which leaves this attack out.'
+                '"apgd-t" or "autoattack", which need two.'
             )
         cls = _attack_classes()[self.attack]
         low, high = self.threat.bounds or (0.0, 1.0)
@@ -257,7 +257,7 @@ def _torchattacks() -> ModuleType:
         import torchattacks
     except ImportError as error:
         raise ImportError(
-            'This attack needs torchattacks: pip install "lightning-wdefense[torchattacks]". "pgd" and "fgsm" do not need it.'
+            'This attack needs torchattacks: pip install "lightning-wdefense[torchattacks]". "pgd", "autoattack" and all other names of attacks do not need it.'
         ) from error
     return torchattacks
 
