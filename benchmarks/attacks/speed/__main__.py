@@ -1,6 +1,6 @@
 """What PGD-10 costs beside its bare passes, here, in torchattacks and in Foolbox; and what runs it faster, at what price.
 
-    python -m benchmarks.attack_speed --output benchmarks/results
+    python -m benchmarks.attacks.speed --output benchmarks/results
 
 Times: every side attacks the same batch with the same model, steps and step size, in turns within one run. "Bare passes" are 10
 forward passes and as many backward passes to the inputs, and nothing else. Quality: a model trained adversarially on scikit-learn's
@@ -256,7 +256,7 @@ def report(result: dict[str, Any]) -> str:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.attack_speed", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.attacks.speed", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="cores that every side may use")
     parser.add_argument("--rounds", type=int, default=25, help="timed calls of each side")
@@ -289,7 +289,7 @@ def main() -> None:
     robust, _ = train("plain", data[:2], data[4], 0, options.epochs)
     result = {
         "environment": {
-            "command": f"python -m benchmarks.attack_speed --device {options.device} --threads {options.threads}",
+            "command": f"python -m benchmarks.attacks.speed --device {options.device} --threads {options.threads}",
             "hardware": hardware(options.device),
             "torch": torch.__version__,
             "torchattacks": torchattacks.__version__,
