@@ -148,7 +148,7 @@ SAMPLES: dict[type, dict[str, Any]] = {
     FGSM: {"threat": UNBOUNDED, "noise": 2, "loss": LOSS},
     PGD: {"threat": THREAT, "step_size": 0.1, "random_start": "gaussian", "loss": LOSS},
     SoftBallPGD: {"threat": THREAT, "step_size": 0.1, "random_start": False, "loss": "margin", "multiplier": 0.5},
-    SharedBudgetPGD: {"threat": THREAT, "p": 1.5, "step_size": 0.1, "loss": LOSS, "clip": 0.5, "all_ranks": False},
+    SharedBudgetPGD: {"threat": THREAT, "p": 1.5, "step_size": 0.1, "loss": LOSS, "clip": 0.5, "random_start": "gaussian", "all_ranks": False},
     LagrangianAttack: {"threat": THREAT, "gamma": 0.7, "step_size": 0.1, "loss": "margin"},
     FeatureScattering: {"threat": THREAT, "step_size": 0.1, "divergence": by_path(SinkhornDivergence, blur=0.3)},
     GibbsNoise: {"threat": THREAT, "spread": 0.2, "loss": LOSS, "copies": 3},
@@ -183,7 +183,7 @@ SAMPLES: dict[type, dict[str, Any]] = {
         "weight": 0.3, "task_loss": "torch.nn.functional.mse_loss", "execution": {"precision": "bf16"}, "ramp_steps": True,
         "reweighting": {"radius": 0.1}, "jacobian_weight": 0.01, "jacobian_directions": "random",
     },
-    SampleReweighting: {"temperature": 0.5, "loss": LOSS},
+    SampleReweighting: {"radius": None, "temperature": 0.5, "loss": LOSS},
     CriticDiscrepancy: {
         "lipschitz": "one-sided-penalty", "width": 32, "by_class": False, "network": "support.configurations.small_critic",
     },

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from lightning_wdefense._names import unknown_name
 from lightning_wdefense.attacks.norms import BALLS, Ball, l1_project
 from lightning_wdefense.modules.outputs import float32_or_better
 
+PACKAGE = __name__.split(".")[0]
 Norm = Literal["linf", "l2", "l1", "wasserstein"]
 
 MAX_STRAYS = 0.01
@@ -208,7 +210,7 @@ class ThreatModel:
             warnings.warn(
                 f"A few input values lie outside the threat model's bounds {self.bounds}, perhaps because of augmentation. The "
                 "bounds are widened for these values only.",
-                stacklevel=5,
+                stacklevel=_callers_level(),
             )
             return
         units = (
@@ -236,6 +238,14 @@ class ThreatModel:
                 f"does not have {len(values)} entries: give one value, or one per channel."
             )
         return _broadcastable(values, inputs.device, inputs.dtype, inputs.ndim)
+
+
+def _callers_level() -> int:
+    """The ``stacklevel`` at which a warning points at the code that called this package."""
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in (PACKAGE, "contextlib"):
+        level, frame = level + 1, frame.f_back
+    return level - 1
 
 
 def check_threat(threat: object, user: str) -> None:

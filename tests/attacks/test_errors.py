@@ -54,7 +54,7 @@ CONFIGURATIONS = {
     "std zero": (lambda: ThreatModel(std=(0.5, 0.0)), "std must be positive"),
     "std negative": (lambda: ThreatModel(std=-1.0), "std must be positive"),
     "norm unknown": (lambda: ThreatModel(norm="Linf"), "no norm 'Linf'. Did you mean 'linf'"),
-    "norm l1": (lambda: ThreatModel(norm="l1"), "no norm 'l1'.*'l2'"),
+    "norm l3": (lambda: ThreatModel(norm="l3"), "no norm 'l3'.*'l2'"),
     "attack unknown": (lambda: get_attack("auto-attack", LINF), "no attack 'auto-attack'. Did you mean 'autoattack'"),
     "torchattack unknown": (lambda: TorchAttack("APDG", LINF), "no torchattacks attack 'APDG'. Did you mean .*'APGD'"),
     "torchattack option": (lambda: TorchAttack("PGD", LINF, stepz=3), "no option of PGD 'stepz'. Did you mean 'steps'"),

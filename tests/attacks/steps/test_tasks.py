@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import accuracy_score
-from support.attacks import OWN_CASES
+from support.attacks import EPS_CASES, OWN_CASES
 from support.modules import batch, classifier
 from torch import nn
 
@@ -280,7 +280,9 @@ class Fixed(nn.Module):
 
 
 PARTIAL = {
-    **{name: case.build for name, case in OWN_CASES.items() if case.labelled and not case.transports},
+    **{
+        name: case.build for name, case in OWN_CASES.items() if case.labelled and not (case.transports or case.searches)
+    },
     "restarts": lambda threat: PGD(threat, steps=2, restarts=4),
     "autoattack": lambda threat: AutoAttack(threat, steps=2, queries=20),
 }
@@ -322,7 +324,10 @@ def test_a_model_that_squeezes(independent):
 # --- which samples
 
 
-@pytest.mark.parametrize("case", OWN_CASES.values(), ids=OWN_CASES)
+BY_EPS = {name: case for name, case in EPS_CASES.items() if case.own}
+
+
+@pytest.mark.parametrize("case", BY_EPS.values(), ids=BY_EPS)
 @pytest.mark.parametrize("none", [torch.zeros(4, dtype=torch.bool), torch.tensor([], dtype=torch.long)])
 def test_no_sample_is_chosen(case, none):
     x, y = batch(1, 6, 6, n=4)
