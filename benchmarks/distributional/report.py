@@ -13,7 +13,7 @@ from benchmarks.shared.statistics import Estimate, estimate, paired
 from lightning_wdefense.metrics import distributional_accuracy
 
 EPSILONS = (0.5, 1.0, 1.5, 2.0)
-FRONTIER = ("standard", "pgd-at 1", "pgd-at 1.5", "pgd-at 2")
+FRONTIER = ("pgd-at 1", "pgd-at 1.5", "pgd-at 2")
 """Models of PGD training at growing radii, between which an accuracy is interpolated at a given clean accuracy."""
 CONTROL = "pgd-at 1.5"
 
@@ -100,7 +100,7 @@ def markdown(rows: list[dict[str, Any]], sure: list[dict[str, Any]], attacked: M
     for against, text in (
         (
             "frontier",
-            "Minus PGD training at the same clean accuracy (interpolated between standard training and PGD training at radii 1, 1.5 and 2), in points",
+            "Minus PGD training at the same clean accuracy (interpolated between its radii 1, 1.5 and 2), in points",
         ),
         ("control", f"Minus `{CONTROL}`, whatever the clean accuracy, in points"),
     ):
@@ -149,11 +149,18 @@ def plot(runs: Runs, path: Any) -> None:
         ("each image: L2 eps", "all images: W_2 radius"),
         strict=True,
     ):
-        for label, by in runs.items():
+        for index, (label, by) in enumerate(runs.items()):
             curves = [
                 distributional_accuracy(torch.tensor(run["l2"]), places, p).accuracies.numpy() for run in by.values()
             ]
-            axes.plot(places, np.mean(curves, axis=0), label=label, linewidth=1.4)
+            axes.plot(
+                places,
+                np.mean(curves, axis=0),
+                label=label,
+                linewidth=1.4,
+                color=f"C{index % 10}",
+                linestyle="-" if index < 10 else "--",
+            )
         axes.set(xlabel=title, ylim=(0, 1.02), xlim=(0, 2.5))
         axes.grid(True, alpha=0.3)
     figure.axes[0].set_ylabel("accuracy left")

@@ -1,0 +1,1 @@
+"""Benchmark: reweighting where adversarial training overfits."""
