@@ -1,14 +1,19 @@
-"""What docs/tasks.md says of a task is what the matrix of pipelines shows."""
+"""What docs/tasks.md says of a task is what the matrix of pipelines shows, and the code of pages runs."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+import matplotlib
 import pytest
+from matplotlib import pyplot
 from pipelines.runs import require
 from pipelines.table import PIPELINES
 from pipelines.test_defended import defended
+from support.modules import batch, classifier
+
+matplotlib.use("Agg")
 
 TASKS = (Path(__file__).parents[1] / "docs" / "tasks.md").read_text()
 BY_NAME = {pipeline.name: pipeline for pipeline in PIPELINES}
@@ -82,6 +87,19 @@ def test_a_refusal_says_what_the_page_says(row):
 @pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", TASKS, re.DOTALL))
 def test_the_code_runs(code):
     exec(compile(code, "docs/tasks.md", "exec"), {})
+
+
+def test_the_code_of_the_distributional_page_runs():
+    """Its blocks go on from each other, with a model and a loader of the reader's."""
+    page = (Path(__file__).parents[1] / "docs" / "distributional.md").read_text()
+    images, labels = batch(1, 4, 4, n=12)
+    names = {"model": classifier(1, 4, 4), "loader": [(images[:8], labels[:8]), (images[8:], labels[8:])]}
+    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(code.replace("samples=1000", "samples=100"), "docs/distributional.md", "exec"), names)
+    upper, lower = (names[name].compute().accuracies for name in ("metric", "lower"))
+    assert upper.shape == lower.shape == (3,)
+    assert names["sensitivity"].compute() > 0
+    pyplot.close("all")
 
 
 def test_all_code_is_python():

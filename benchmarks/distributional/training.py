@@ -63,6 +63,8 @@ MODELS = {
         Model("pgd-at 1.5", "pgd-at", 1.5, ATTACKED),
         Model("pgd-at 1", "pgd-at", 1.0, ATTACKED),
         Model("pgd-at 2", "pgd-at", 2.0, ATTACKED),
+        Model("pgd-at 2.5", "pgd-at", 2.5, ATTACKED),
+        Model("pgd-at 3", "pgd-at", 3.0, ATTACKED),
         Model("trades", "trades", 1.5, ATTACKED),
         # The preset starts as PGD and its multiplier hardly moves in so few batches: UDR would be pgd-at by another name.
         Model("udr", "udr", 1.5, {**ATTACKED, "attack.multiplier": 0.5, "attack.multiplier_rate": 0.02}),
@@ -70,6 +72,7 @@ MODELS = {
         Model("wrm 0.1", "wrm", 1.5, {**ATTACKED, "attack.gamma": 0.1}),
         Model("class-transport", "class-transport", 1.5, ATTACKED),
         Model("distributional-at", "distributional-at", 1.5, ATTACKED),
+        Model("distributional-at 1", "distributional-at", 1.0, ATTACKED),
         Model("gaussian-noise", "standard", noise=SIGMA),
     )
 }
@@ -100,6 +103,7 @@ def available(model: Model) -> bool:
 
 
 def place(work: Path, label: str, seed: int) -> Path:
+    """Of a network's weights."""
     return work / f"{label.replace(' ', '-')}-seed{seed}.pt"
 
 

@@ -178,11 +178,12 @@ class DistributionalAccuracy(Metric):
 
 
 def _curve(distances: Tensor, weights: Tensor, radii: tuple[float, ...], p: float) -> DistributionalCurve:
-    # On the CPU: not every device has float64.
-    left = _accuracies(distances.cpu().double(), weights.cpu().double(), (0.0, *radii), p)
-    places = torch.tensor((0.0, *radii), dtype=left.dtype)
-    area = torch.trapezoid(left, places) / places[-1]
     dtype = torch.float64 if distances.dtype == torch.float64 else torch.float32
+    # In the precision of the distances: with p = inf, one of exactly 0.1 falls at 0.1.
+    places = torch.tensor((0.0, *radii), dtype=dtype).double()
+    # On the CPU: not every device has float64.
+    left = _accuracies(distances.cpu().double(), weights.cpu().double(), places.tolist(), p)
+    area = torch.trapezoid(left, places) / places[-1]
     places, left, area = (value.to(distances.device, dtype) for value in (places[1:], left[1:], area))
     return DistributionalCurve(places, left, area, p)
 

@@ -7,6 +7,8 @@ from faults.fault import Fault
 ALL = "tests/metrics/test_all_metrics.py::"
 ACCURACY = "tests/metrics/test_accuracy.py::"
 CURVE = "tests/metrics/test_curve.py::"
+DISTRIBUTIONAL = "tests/metrics/test_distributional.py::"
+SENSITIVITY = "tests/metrics/test_sensitivity.py::"
 DETECTABILITY = "tests/metrics/test_detectability.py::"
 
 FAULTS = [
@@ -100,5 +102,58 @@ FAULTS = [
         "room = self.max_samples - held",
         "room = self.max_samples",
         ("tests/metrics/test_shift.py::test_keeps_the_first_pairs_only",),
+    ),
+    Fault(
+        "the distributional adversary starts with the dearest samples",
+        "metrics/distributional.py",
+        "distances, order = distances.sort()",
+        "distances, order = distances.sort(descending=True)",
+        (f"{DISTRIBUTIONAL}test_is_the_optimum_of_the_linear_program",),
+    ),
+    Fault(
+        "no sample is split",
+        "metrics/distributional.py",
+        "fooled = fooled + torch.minimum(rest / costs[whole], weights[whole])",
+        "pass",
+        (f"{DISTRIBUTIONAL}test_the_last_sample_is_split",),
+    ),
+    Fault(
+        "weights stay behind when distances are sorted",
+        "metrics/distributional.py",
+        "weights = weights[order] / weights.sum()",
+        "weights = weights / weights.sum()",
+        (f"{DISTRIBUTIONAL}test_is_the_optimum_of_the_linear_program",),
+    ),
+    Fault(
+        "powers are taken in data units",
+        "metrics/distributional.py",
+        """    costs = (distances / radius).pow(p)
+    spent = (weights * costs).cumsum(0)
+    whole = int((spent <= 1).sum())""",
+        """    costs = distances.pow(p) / radius**p
+    spent = (weights * costs).cumsum(0)
+    whole = int((spent <= 1).sum())""",
+        (f"{DISTRIBUTIONAL}test_a_huge_order_is_the_pointwise_accuracy",),
+    ),
+    Fault(
+        "the metric ignores its weights",
+        "metrics/distributional.py",
+        "self.weights.append(weights.to(torch.float32, copy=True))",
+        "self.weights.append(torch.ones_like(distances, dtype=torch.float32))",
+        (f"{DISTRIBUTIONAL}test_weights_are_1_where_none_are_given",),
+    ),
+    Fault(
+        "the sensitivity measures gradients in the norm of the perturbations",
+        "metrics/sensitivity.py",
+        '{"l1": math.inf, "l2": 2.0, "linf": 1.0}',
+        '{"l1": 1.0, "l2": 2.0, "linf": math.inf}',
+        (f"{SENSITIVITY}test_is_exact_for_a_linear_loss",),
+    ),
+    Fault(
+        "the sensitivity takes the order of the ball for its conjugate",
+        "metrics/sensitivity.py",
+        "else p / (p - 1)",
+        "else p",
+        (f"{SENSITIVITY}test_is_exact_for_a_linear_loss",),
     ),
 ]

@@ -84,6 +84,13 @@ def test_the_last_sample_is_split():
     assert curve.accuracies.tolist() == pytest.approx([0.5, 0.25])  # half of the second sample's mass costs 4 / 4
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_distance_of_exactly_the_radius_falls(dtype):
+    radii = [0.1, 0.3, 0.7]
+    curve = distributional_accuracy(torch.tensor(radii, dtype=dtype), radii, math.inf)
+    assert curve.accuracies.tolist() == pytest.approx([2 / 3, 1 / 3, 0])
+
+
 def test_float32_loses_nothing_in_large_sums():
     distances = torch.full((300_000,), 0.1)
     curve = distributional_accuracy(distances, [0.05], p=1)
