@@ -10,13 +10,72 @@ WORST_CASE = ("tests/attacks/test_worst_case.py",)
 LOCAL = "tests/attacks/wasserstein/test_local_transport.py::"
 PARTS = "tests/attacks/standard/test_parts.py::"
 
+DISTANCES = "tests/attacks/minimal/test_distances.py::"
+
 FAULTS = [
+    # ------------------------------------------------------------------------------------- minimum-norm attacks and L1
+    Fault(
+        "the L1 projection forgets the box",
+        "attacks/norms.py",
+        "room = torch.where(delta > 0, high, -low).reshape(size.shape).clamp_min(0).double()",
+        "room = torch.full_like(size, torch.inf)",
+        (f"{DISTANCES}test_projection_onto_the_l1_ball_and_the_box",),
+    ),
+    Fault(
+        "steps in L1 do not see the box",
+        "attacks/problem.py",
+        "return l1_step(gradient, length, self.box.low - data, self.box.high - data)",
+        "return l1_step(gradient, length)",
+        (f"{DISTANCES}test_pgd_in_l1_reaches_the_optimum_of_a_linear_model",),
+    ),
+    Fault(
+        "the last adversarial input is kept, not the closest",
+        "attacks/minimal/base.py",
+        "closer = fooled & (lengths < self.distances[chosen])",
+        "closer = fooled",
+        (f"{DISTANCES}test_linear_model",),
+    ),
+    Fault(
+        "a misclassified sample is searched for",
+        "attacks/minimal/base.py",
+        "right = (~problem.fooled(outputs)).nonzero().squeeze(1)",
+        "right = torch.arange(len(inputs))",
+        (f"{DISTANCES}test_linear_model",),
+    ),
+    Fault(
+        "the closest input is not tightened",
+        "attacks/minimal/base.py",
+        "low, high = torch.where(fooled, low, middle), torch.where(fooled, middle, high)",
+        "low, high = low, high",
+        (f"{DISTANCES}test_linear_model",),
+    ),
+    Fault(
+        "the radius of a boundary that was not found does not grow",
+        "attacks/minimal/fmn.py",
+        "torch.maximum(linear, radius)) * (1 + share)",
+        "linear)",
+        (f"{DISTANCES}test_linear_model", f"{DISTANCES}test_linear_model_in_a_box", f"{DISTANCES}test_network"),
+    ),
+    Fault(
+        "bisection ends early",
+        "attacks/minimal/minimal_eps.py",
+        "(fails - enough > 1)",
+        "(fails - enough > 40)",
+        (f"{DISTANCES}test_no_sample_is_asked_more_than_bisection_needs", f"{DISTANCES}test_the_wasserstein_norm"),
+    ),
+    Fault(
+        "every sample is asked at every eps",
+        "attacks/minimal/minimal_eps.py",
+        "chosen = (open_ & (trial == index)).nonzero().squeeze(1)",
+        "chosen = torch.arange(len(trial))",
+        (f"{DISTANCES}test_no_sample_is_asked_more_than_bisection_needs",),
+    ),
     # ------------------------------------------------------------------------------------- PGD and FGSM
     Fault(
         "PGD does not project into the ball",
         "attacks/gradient/pgd.py",
-        "problem.project_(self.threat.ball.steepest(gradient).mul_(self._step).add_(data))",
-        "problem.box.clamp_(self.threat.ball.steepest(gradient).mul_(self._step).add_(data))",
+        "problem.project_(problem.step(gradient, data, self._step).add_(data))",
+        "problem.box.clamp_(problem.step(gradient, data, self._step).add_(data))",
         (f"{OPTIMAL}test_reaches_the_optimum_of_a_linear_model",),
     ),
     Fault(

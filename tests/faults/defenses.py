@@ -23,8 +23,8 @@ FAULTS = [
     Fault(
         "TRADES weighs its divergence 1",
         "defenses/recipe.py",
-        '"clean", "kl", 6.0',
-        '"clean", "kl", 1.0',
+        '_training_attack(threat, "kl"), "clean", "kl", 6.0',
+        '_training_attack(threat, "kl"), "clean", "kl", 1.0',
         formula("trades"),
     ),
     Fault(
@@ -199,9 +199,9 @@ FAULTS = [
     ),
     Fault(
         "a sharded model runs parts of batches",
-        "attacks/base.py",
-        "whole=execution.whole or ranks.size > 1 or not",
-        "whole=execution.whole or not",
+        "attacks/problem.py",
+        "whole = execution.whole or ranks.size > 1 or not",
+        "whole = execution.whole or not",
         (f"{RANKS}test_fsdp.py::test_as_ddp[quick]",),
         survives="FSDP2 accepts any batch size; whole batches only keep an empty part from failing in the user's model.",
     ),

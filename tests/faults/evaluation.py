@@ -8,7 +8,31 @@ MONITOR = "tests/callbacks/test_monitor.py::"
 EVALUATE = "tests/evaluation/test_evaluate.py::"
 RESULT = "tests/evaluation/test_result.py::"
 
+DISTANCES = "tests/evaluation/test_distances.py::"
+
 FAULTS = [
+    # ------------------------------------------------------------------------------ distances
+    Fault(
+        "what the attacks found does not count as a distance",
+        "evaluation/distances.py",
+        "torch.where(fooled, torch.minimum(found, moved.clamp_max(threat.eps)), found)",
+        "found",
+        (f"{DISTANCES}test_curve_agrees_with_the_attacks_at_eps",),
+    ),
+    Fault(
+        "the distributional accuracy is the pointwise one",
+        "evaluation/distances.py",
+        "distributional_accuracy(distances, [radius], p=p)",
+        "distributional_accuracy(distances, [radius], p=torch.inf)",
+        (f"{DISTANCES}test_values_by_hand",),
+    ),
+    Fault(
+        "a distance of exactly eps stands at eps",
+        "evaluation/distances.py",
+        "torch.tensor([*epsilons, threat.eps], dtype=distances.dtype).tolist()",
+        "[*epsilons, threat.eps]",
+        (f"{DISTANCES}test_curve_agrees_with_the_attacks_at_eps",),
+    ),
     # ------------------------------------------------------------------------------ what both measure by
     Fault(
         "the curve attacks what has fallen",
