@@ -188,5 +188,5 @@ def plot(runs: Runs, path: Any) -> None:
         axes.set(xlabel=title, ylim=(0, 1.02), xlim=(0, 2.5))
         axes.grid(True, alpha=0.3)
     figure.axes[0].set_ylabel("accuracy left")
-    figure.axes[1].legend(fontsize=8)
+    figure.legend(*figure.axes[1].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=110)

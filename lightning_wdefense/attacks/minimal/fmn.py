@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from lightning_wdefense.attacks.labels import class_labels, hard_labels
+from lightning_wdefense.attacks.losses import AttackLoss
 from lightning_wdefense.attacks.minimal.base import Closest, MinimalAttack
 from lightning_wdefense.attacks.minimal.radius import check_search, cosine, linear_distance
 from lightning_wdefense.attacks.norms import BALLS, per_sample
 from lightning_wdefense.attacks.problem import Problem
 from lightning_wdefense.attacks.threat import ThreatModel
+from lightning_wdefense.modules.outputs import float32_or_better, logits_of
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,8 @@ class FMN(MinimalAttack):
         step_size: length of the first step as a multiple of the radius; it falls by a cosine to a hundredth. In L1 it is an L2 length.
         shrinkage: share by which a radius changes in the first step; it falls by a cosine to ``final_shrinkage``.
         final_shrinkage: the same in the last step.
+        targets: number of further runs, each of which aims at another of the likeliest wrong classes. One run may end at the boundary of
+            a class that is not the nearest. For claims; 9 is AutoAttack's number.
         tightening: number of forward passes that bisect between the clean and the adversarial input at the end.
         seed: not used, the attack draws no noise.
 
@@ -54,27 +60,42 @@ class FMN(MinimalAttack):
     step_size: float = 2.0
     shrinkage: float = 0.05
     final_shrinkage: float = 0.001
+    targets: int = 0
     tightening: int = 12
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_search(self.steps, self.step_size, self.tightening)
+        if self.targets < 0:
+            raise ValueError(f"targets must not be negative, got {self.targets}.")
         for name in ("shrinkage", "final_shrinkage"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}.")
 
     def search(self, problem: Problem) -> tuple[Tensor, Tensor]:
         """The closest adversarial inputs and their distances, in data units."""
+        closest = self._run(problem, "margin")
+        if self.targets:
+            logits = logits_of(problem.outputs(problem.data))
+            right = hard_labels(class_labels(problem.labels, logits)).unsqueeze(1)
+            wrong = logits.scatter(1, right, -torch.inf).topk(min(self.targets, logits.shape[1] - 1), dim=1).indices
+            for target in wrong.unbind(1):
+                found = self._run(problem, partial(_lead, target.unsqueeze(1), right))
+                closest.keep(found.data, found.distances.isfinite(), found.distances)
+        return closest.data, closest.distances
+
+    def _run(self, problem: Problem, loss: AttackLoss) -> Closest:
+        """One run, which climbs a loss whose zero is the boundary."""
         threat, ball = self.threat, self.threat.ball
         closest, data = Closest(problem), problem.data.clone()
         radius = torch.zeros_like(closest.distances)
         for step in range(self.steps):
-            outputs, gradient = problem.outputs_and_gradient(data, "margin")
+            outputs, gradient = problem.outputs_and_gradient(data, loss)
             fooled = problem.fooled(outputs)
             closest.keep(data, fooled)
             share = cosine(step, self.steps, self.shrinkage, self.final_shrinkage)
-            linear = ball.length(data - problem.data) + linear_distance(problem, outputs, gradient)
+            linear = ball.length(data - problem.data) + linear_distance(problem, outputs, gradient, loss)
             # A little beyond the boundary, where rounding does not decide; and growing, for the linearised model may be wrong.
             wider = torch.where(closest.distances.isfinite(), radius, torch.maximum(linear, radius)) * (1 + share)
             radius = torch.where(fooled, torch.minimum(radius, closest.distances) * (1 - share), wider)
@@ -86,4 +107,10 @@ class FMN(MinimalAttack):
             data = threat.project_(moved, problem.data, problem.box, radius)
         closest.keep(data, problem.fooled(problem.outputs(data)))
         closest.tighten(self.tightening)
-        return closest.data, closest.distances
+        return closest
+
+
+def _lead(target: Tensor, right: Tensor, outputs: Any, labels: Any) -> Tensor:
+    """The lead of a wrong class over the right one, ``(N,)``; both classes ``(N, 1)``."""
+    logits = float32_or_better(logits_of(outputs))
+    return (logits.gather(1, target) - logits.gather(1, right)).squeeze(1)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_wdefense.attacks.losses import AttackLoss
 from lightning_wdefense.attacks.problem import Problem
 
 
@@ -16,16 +17,17 @@ def cosine(step: int, steps: int, first: float, last: float) -> float:
     return last + (first - last) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
-def linear_distance(problem: Problem, outputs: Any, gradient: Tensor) -> Tensor:
+def linear_distance(problem: Problem, outputs: Any, gradient: Tensor, loss: AttackLoss = "margin") -> Tensor:
     """Distance to the boundary of the linearised model, ``(N,)``, in data units: at most the diameter of the box, 0 without a gradient.
 
     Args:
         problem: the batch.
         outputs: the model's outputs.
-        gradient: the gradient ``(N, ...)`` of their margins.
+        gradient: the gradient ``(N, ...)`` of their losses.
+        loss: a loss that is 0 at the boundary.
     """
     ball = problem.threat.ball
-    margins, slopes = problem.loss(outputs, "margin").detach().abs().to(gradient.dtype), ball.dual(gradient)
+    margins, slopes = problem.loss(outputs, loss).detach().abs().to(gradient.dtype), ball.dual(gradient)
     distances = torch.where(slopes > 0, margins / slopes, 0.0)
     if problem.box.low is None or problem.box.high is None:
         return distances
