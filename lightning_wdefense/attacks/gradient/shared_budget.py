@@ -118,7 +118,10 @@ class SharedBudgetPGD(Attack):
     def take_part(self, inputs: Tensor) -> None:
         """Share the budget of the other ranks without a sample of one's own."""
         ranks = Ranks.current() if self.all_ranks else ALONE
-        if ranks.size > 1 and self.threat.eps > 0:
+        if ranks.size == 1:
+            return
+        ranks.any(False, inputs.device)  # a call asks first whether any rank attacks
+        if self.threat.eps > 0:
             nothing = float32_or_better(inputs).new_zeros(0)
             lengths = _Samples(ranks, nothing)
             for _ in range(self.steps):
