@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from scipy.optimize import minimize
 from support.modules import batch, classifier
 
+from lightning_wdefense._ranks import Ranks
 from lightning_wdefense.attacks import PGD, SharedBudgetPGD, ThreatModel, get_attack
 from lightning_wdefense.attacks.gradient.allocation import first_order_shares, within_budget
 from lightning_wdefense.attacks.registry import evaluation_attacks
@@ -161,6 +163,33 @@ def test_the_budget_is_of_the_attacked_samples():
     alone = attack(model, inputs[chosen], labels[chosen])
     torch.testing.assert_close(found[chosen], alone, atol=1e-5, rtol=0)
     assert torch.equal(found[[0, 2, 3]], inputs[[0, 2, 3]])
+
+
+class Together(Ranks):
+    """Two ranks, of which the other one has these lengths or slopes, without processes."""
+
+    other = torch.tensor([0.0, 0.0])
+
+    def row_counts(self, rows):
+        return [len(rows), 2]
+
+    def any(self, condition, device=None):
+        return True
+
+    def gather(self, rows, sizes):
+        return torch.cat([rows, self.other.to(rows)])
+
+
+def test_all_ranks_share(monkeypatch):
+    """Two samples of another rank that stay where they are leave their part of the budget to this rank's."""
+    monkeypatch.setattr(Ranks, "current", classmethod(lambda cls: Together(2, 0)))
+    weights = torch.tensor([[3.0], [4.0]])
+    attack = SharedBudgetPGD(FREE["l2"], loss=lambda outputs, _: outputs, random_start=False)
+    found, alone = (
+        each(lambda x: (weights * x).sum(1), torch.zeros(2, 1)) for each in (attack, replace(attack, all_ranks=False))
+    )
+    torch.testing.assert_close(alone.flatten(), 0.5 * torch.tensor([3.0, 4.0]) / 12.5**0.5)
+    torch.testing.assert_close(found, alone * 2**0.5)
 
 
 def test_errors():

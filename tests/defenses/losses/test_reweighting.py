@@ -13,7 +13,7 @@ from support.lightning_modules import DigitsClassifier, digits, digits_loaders, 
 from torch import nn
 
 from lightning_wdefense import Recipe, ThreatModel, WassersteinDefense
-from lightning_wdefense._ranks import ALONE
+from lightning_wdefense._ranks import ALONE, Ranks
 from lightning_wdefense.attacks import PGD
 from lightning_wdefense.defenses import SampleReweighting, kl_ball_weights
 
@@ -129,6 +129,28 @@ def test_regression_with_losses_of_ones_own():
     output = recipe.bind(model)(IMAGES, targets)
     losses = (output.adversarial_outputs[:, 0] - targets).square()
     torch.testing.assert_close(output.loss, (kl_ball_weights(losses, 0.2).float() * losses).sum())
+
+
+class Together(Ranks):
+    """Two ranks, of which the other one has these losses, without processes."""
+
+    other = torch.tensor([1.0, 4.0, 2.0])
+
+    def row_counts(self, rows):
+        return [len(rows), 3]
+
+    def gather(self, rows, sizes):
+        return torch.cat([rows, self.other.to(rows)])
+
+
+def test_all_ranks_share():
+    losses = torch.tensor([3.0, 0.5])
+    reweighting = SampleReweighting(radius=0.3, loss=lambda outputs, labels: outputs)
+    added, measured = reweighting.added(losses, None, Together(2, 0))
+    weights = kl_ball_weights(torch.cat([losses, Together.other]), 0.3)
+    # Data-parallel training averages the ranks' losses.
+    assert float(added) / 2 == pytest.approx(float(((weights - 0.2)[:2] * losses).sum()), rel=1e-5)
+    assert float(measured["max_weight"]) == pytest.approx(5 * float(weights.max()))
 
 
 class Regressor(DigitsClassifier):
