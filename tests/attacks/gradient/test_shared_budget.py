@@ -17,7 +17,7 @@ from lightning_wdefense.attacks.gradient.allocation import first_order_shares, w
 from lightning_wdefense.attacks.registry import evaluation_attacks
 
 L2 = ThreatModel(norm="l2", eps=0.8)
-FREE = {norm: ThreatModel(norm=norm, eps=0.5, bounds=None) for norm in ("linf", "l2")}
+FREE = {norm: ThreatModel(norm=norm, eps=0.5, bounds=None) for norm in ("linf", "l2", "l1")}
 SLOPES = torch.tensor([3.0, 0.5, 1.0, 2.0], dtype=torch.float64)
 
 
@@ -92,16 +92,16 @@ def test_linear_losses_are_solved(norm, p, steps):
     weights = torch.randn(6, 5, generator=generator, dtype=torch.float64)
     attack = SharedBudgetPGD(FREE[norm], p, steps=steps, loss=lambda outputs, _: outputs, random_start=False)
     found = attack(lambda x: (weights * x).sum(1), torch.zeros(6, 5, dtype=torch.float64))
-    dual = weights.norm(p=1 if norm == "linf" else 2, dim=1)
+    dual = weights.norm(p={"linf": 1, "l2": 2, "l1": torch.inf}[norm], dim=1)
     q = math.inf if p == 1 else p / (p - 1)
     gain = dual.max() if p == 1 else dual.pow(q).mean() ** (1 / q)  # Hoelder's inequality
     assert float((weights * found).sum(1).mean()) == pytest.approx(0.5 * float(gain), rel=1e-6)
     assert mean_of_order(FREE[norm].ball.length(found), p) == pytest.approx(0.5, abs=1e-6)
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_a_large_order_is_pgd(norm):
-    threat = ThreatModel(norm=norm, eps=0.2 if norm == "linf" else 0.8)
+    threat = ThreatModel(norm=norm, eps={"linf": 0.2, "l2": 0.8, "l1": 2.0}[norm])
     model = classifier(1, 6, 6)
     inputs, labels = batch(1, 6, 6, n=16)
     expected = PGD(threat)(model, inputs, labels)
@@ -114,10 +114,10 @@ def test_a_large_order_is_pgd(norm):
     assert equal(2) < 0.5
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 @pytest.mark.parametrize("p", [1, 1.5, 2, 4])
 def test_the_budget_holds_and_the_box(norm, p):
-    threat = ThreatModel(norm=norm, eps=0.2 if norm == "linf" else 0.8)
+    threat = ThreatModel(norm=norm, eps={"linf": 0.2, "l2": 0.8, "l1": 2.0}[norm])
     model = classifier(1, 6, 6)
     inputs, labels = batch(1, 6, 6, n=32)
     for options in ({}, {"loss": "margin", "clip": 0.0}, {"random_start": False}, {"step_size": 5.0}):
