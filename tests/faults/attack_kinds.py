@@ -6,6 +6,7 @@ from faults.fault import Fault
 
 OPTIMAL = "tests/attacks/wasserstein/test_optimal.py::"
 TRAINING = "tests/attacks/gradient/test_training_attacks.py::"
+SHARED = "tests/attacks/gradient/test_shared_budget.py::"
 WORST_CASE = ("tests/attacks/test_worst_case.py",)
 LOCAL = "tests/attacks/wasserstein/test_local_transport.py::"
 PARTS = "tests/attacks/standard/test_parts.py::"
@@ -169,6 +170,35 @@ FAULTS = [
         "weights[-1] = -self.weight * len(data)",
         "weights[-1] = self.weight * len(data)",
         ("tests/attacks/gradient/test_sinkhorn.py::test_takes_its_step_along_the_gradient",),
+    ),
+    # ------------------------------------------------------------------------------------ a budget that samples share
+    Fault(
+        "lengths grow with the power of the gain, not of the slope",
+        "attacks/gradient/allocation.py",
+        "relative.pow(q - 1)",
+        "relative.pow(q)",
+        (f"{SHARED}test_shares_maximise_a_linear_loss",),
+    ),
+    Fault(
+        "the threshold is that of all samples, the short ones too",
+        "attacks/gradient/allocation.py",
+        "(excess / counts).amax()",
+        "(excess / counts)[-1]",
+        (f"{SHARED}test_lengths_go_to_the_nearest_in_the_budget[1]",),
+    ),
+    Fault(
+        "what is lost already goes on being moved",
+        "attacks/gradient/shared_budget.py",
+        ".clamp_max(self.clip)",
+        "",
+        (f"{SHARED}test_what_counts_no_more_is_left_to_the_others",),
+    ),
+    Fault(
+        "each rank has the whole budget",
+        "attacks/gradient/shared_budget.py",
+        "_Samples(problem.ranks if self.all_ranks else ALONE, clean)",
+        "_Samples(ALONE, clean)",
+        (f"{SHARED}test_all_ranks_share",),
     ),
     # ------------------------------------------------------------------------------------ several attacks
     Fault(

@@ -6,6 +6,8 @@ from faults.fault import Fault
 
 DEFENSE = "tests/callbacks/test_defense.py::"
 DISCREPANCIES = "tests/defenses/test_discrepancies.py::"
+REWEIGHTING = "tests/defenses/losses/test_reweighting.py::"
+JACOBIAN = "tests/defenses/losses/test_jacobian.py::"
 BIND = "tests/defenses/test_bind.py::"
 RANKS = "tests/ranks/"
 DDP = "tests/callbacks/test_ddp.py::"
@@ -388,5 +390,48 @@ FAULTS = [
         "certificate.radii > eps)",
         "certificate.radii >= eps)",
         (f"{SMOOTHING}test_certified_accuracy",),
+    ),
+    # ------------------------------------------------------------------------------- reweighting and the Jacobian
+    Fault(
+        "the mean is counted twice",
+        "defenses/losses/reweighting.py",
+        "weights - 1 / len(weights)",
+        "weights",
+        (f"{REWEIGHTING}test_the_step_minimises_the_reweighted_cross_entropy",),
+    ),
+    Fault(
+        "the bisection begins above the temperature",
+        "defenses/losses/reweighting.py",
+        "math.sqrt(8 * radius)",
+        "math.sqrt(80 * radius)",
+        (f"{REWEIGHTING}test_the_radius_is_spent_and_units_do_not_matter",),
+    ),
+    Fault(
+        "the weighted loss is averaged over ranks",
+        "defenses/losses/reweighting.py",
+        "added = ranks.size * ",
+        "added = 1.0 * ",
+        (f"{REWEIGHTING}test_all_ranks_share",),
+    ),
+    Fault(
+        "the Jacobian is a constant",
+        "defenses/losses/jacobian.py",
+        "create_graph=True",
+        "retain_graph=True",
+        (f"{JACOBIAN}test_the_gradient_in_the_weights_is_that_of_the_whole_jacobian",),
+    ),
+    Fault(
+        "the slope is not that of all directions",
+        "defenses/losses/jacobian.py",
+        "features[0].numel() / len(features)",
+        "1 / len(features)",
+        (f"{JACOBIAN}test_random_directions_estimate_the_frobenius_norm",),
+    ),
+    Fault(
+        "the slope is in the pipeline's units",
+        "defenses/defense.py",
+        "replace(threat, mean=None).to_model(slopes)",
+        "slopes",
+        (f"{JACOBIAN}test_it_is_in_data_units",),
     ),
 ]

@@ -15,7 +15,7 @@ from lightning_wdefense.attacks.base import Attack
 from lightning_wdefense.attacks.gradient.allocation import first_order_shares, within_budget
 from lightning_wdefense.attacks.gradient.pgd import GAUSSIAN_START
 from lightning_wdefense.attacks.losses import AttackLoss, check_loss, outputs_as_losses
-from lightning_wdefense.attacks.norms import per_sample, random_normal
+from lightning_wdefense.attacks.norms import random_normal
 from lightning_wdefense.attacks.problem import Model, Problem
 from lightning_wdefense.attacks.threat import ThreatModel
 from lightning_wdefense.modules.outputs import float32_or_better
@@ -118,7 +118,10 @@ class SharedBudgetPGD(Attack):
     def take_part(self, inputs: Tensor) -> None:
         """Share the budget of the other ranks without a sample of one's own."""
         ranks = Ranks.current() if self.all_ranks else ALONE
-        if ranks.size > 1 and self.threat.eps > 0:
+        if ranks.size == 1:
+            return
+        ranks.any(False, inputs.device)  # a call asks first whether any rank attacks
+        if self.threat.eps > 0:
             nothing = float32_or_better(inputs).new_zeros(0)
             lengths = _Samples(ranks, nothing)
             for _ in range(self.steps):
@@ -137,16 +140,10 @@ class SharedBudgetPGD(Attack):
         data = self._start(problem)
         for index in range(self.steps):
             gradient = self._gradient(problem, data, check=index == 0)
-            direction = ball.steepest(gradient.clone())
-            slopes = (gradient * direction).reshape(len(gradient), -1).sum(1)  # the dual norm
-            shares = samples.together(slopes, lambda all_: first_order_shares(all_, self.p))
-            delta = direction.mul_(per_sample(size * shares, direction)).add_(data).sub_(clean)
-            lengths = ball.length(delta)
-            legal = samples.together(lengths, lambda all_: within_budget(all_, threat.eps, self.p))
-            # Each sample's own ball: its displacement in multiples of the new length, in the unit ball.
-            unit = per_sample(legal.where(legal > 0, 1), delta)
-            shorter = ball.project(delta / unit, 1.0).mul_(per_sample(legal, delta))
-            data = problem.box.clamp(shorter.where(per_sample(legal < lengths, delta), delta).add_(clean))
+            shares = samples.together(ball.dual(gradient), lambda all_: first_order_shares(all_, self.p))
+            moved = problem.step(gradient, data, size * shares).add_(data)
+            lengths = samples.together(ball.length(moved - clean), lambda all_: within_budget(all_, threat.eps, self.p))
+            data = threat.project_(moved, clean, problem.box, lengths)
         return data
 
     def _gradient(self, problem: Problem, data: Tensor, *, check: bool) -> Tensor:

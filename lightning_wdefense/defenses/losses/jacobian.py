@@ -80,11 +80,19 @@ def squared_slope(slopes: Tensor, features: Tensor) -> Tensor:
 def check_double_backward(slope: Tensor, parameters: list[Tensor]) -> None:
     """Differentiate the slope once, for a clear error in place of one from inside of the training's backward pass.
 
+    Args:
+        slope: the term, a scalar with a graph.
+        parameters: the parameters that are trained.
+
     Raises:
         JacobianError: if the model does not support double backward.
     """
     if not slope.requires_grad:  # linear in the inputs, with frozen weights
         return
+    # Gradients in given tensors leave out the nodes that raise in a whole backward pass, because these lead nowhere.
+    missing = _operations(slope) & {"NotImplemented", "DelayedError", "Error"}
+    if missing:
+        raise JacobianError(_unsupported("the derivative of one of its gradients is not implemented."))
     try:
         gradients(slope, parameters, retain_graph=True)
     except RuntimeError as error:
@@ -117,7 +125,18 @@ def _normalised(vectors: Tensor) -> Tensor:
     return F.normalize(vectors / largest.where(largest > 0, 1), dim=1)
 
 
-def _unsupported(error: RuntimeError) -> str:
+def _operations(value: Tensor) -> set[str]:
+    """The names of all operations in the graph of a tensor."""
+    seen, left = set(), [value.grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            left += [each for each, _ in node.next_functions]
+    return {node.name().split("::")[-1] for node in seen}
+
+
+def _unsupported(error: object) -> str:
     return (
         f"jacobian_weight= differentiates a gradient (double backward), which this model does not support: {error} Replace the operation "
         "(cuDNN's recurrent layers, fused attention and functions of your own with once_differentiable are known cases; for attention "

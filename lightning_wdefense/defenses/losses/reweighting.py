@@ -179,7 +179,7 @@ class SampleReweighting:
 
     def _losses(self, outputs: Any, labels: Any) -> Tensor:
         losses = _cross_entropies(outputs, labels) if self.loss is None else self.loss(outputs, labels)
-        if not isinstance(losses, Tensor) or losses.ndim != 1 or len(losses) == 0:
+        if not isinstance(losses, Tensor) or losses.ndim != 1:  # a rank may have no samples
             found = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise ValueError(
                 f"Reweighting needs one loss for each sample, shape (N,), got {found}. Give SampleReweighting(loss=...) a callable "

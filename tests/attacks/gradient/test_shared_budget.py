@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,12 +11,13 @@ import torch
 from scipy.optimize import minimize
 from support.modules import batch, classifier
 
+from lightning_wdefense._ranks import Ranks
 from lightning_wdefense.attacks import PGD, SharedBudgetPGD, ThreatModel, get_attack
 from lightning_wdefense.attacks.gradient.allocation import first_order_shares, within_budget
 from lightning_wdefense.attacks.registry import evaluation_attacks
 
 L2 = ThreatModel(norm="l2", eps=0.8)
-FREE = {norm: ThreatModel(norm=norm, eps=0.5, bounds=None) for norm in ("linf", "l2")}
+FREE = {norm: ThreatModel(norm=norm, eps=0.5, bounds=None) for norm in ("linf", "l2", "l1")}
 SLOPES = torch.tensor([3.0, 0.5, 1.0, 2.0], dtype=torch.float64)
 
 
@@ -90,16 +92,16 @@ def test_linear_losses_are_solved(norm, p, steps):
     weights = torch.randn(6, 5, generator=generator, dtype=torch.float64)
     attack = SharedBudgetPGD(FREE[norm], p, steps=steps, loss=lambda outputs, _: outputs, random_start=False)
     found = attack(lambda x: (weights * x).sum(1), torch.zeros(6, 5, dtype=torch.float64))
-    dual = weights.norm(p=1 if norm == "linf" else 2, dim=1)
+    dual = weights.norm(p={"linf": 1, "l2": 2, "l1": torch.inf}[norm], dim=1)
     q = math.inf if p == 1 else p / (p - 1)
     gain = dual.max() if p == 1 else dual.pow(q).mean() ** (1 / q)  # Hoelder's inequality
     assert float((weights * found).sum(1).mean()) == pytest.approx(0.5 * float(gain), rel=1e-6)
     assert mean_of_order(FREE[norm].ball.length(found), p) == pytest.approx(0.5, abs=1e-6)
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_a_large_order_is_pgd(norm):
-    threat = ThreatModel(norm=norm, eps=0.2 if norm == "linf" else 0.8)
+    threat = ThreatModel(norm=norm, eps={"linf": 0.2, "l2": 0.8, "l1": 2.0}[norm])
     model = classifier(1, 6, 6)
     inputs, labels = batch(1, 6, 6, n=16)
     expected = PGD(threat)(model, inputs, labels)
@@ -112,10 +114,10 @@ def test_a_large_order_is_pgd(norm):
     assert equal(2) < 0.5
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 @pytest.mark.parametrize("p", [1, 1.5, 2, 4])
 def test_the_budget_holds_and_the_box(norm, p):
-    threat = ThreatModel(norm=norm, eps=0.2 if norm == "linf" else 0.8)
+    threat = ThreatModel(norm=norm, eps={"linf": 0.2, "l2": 0.8, "l1": 2.0}[norm])
     model = classifier(1, 6, 6)
     inputs, labels = batch(1, 6, 6, n=32)
     for options in ({}, {"loss": "margin", "clip": 0.0}, {"random_start": False}, {"step_size": 5.0}):
@@ -161,6 +163,33 @@ def test_the_budget_is_of_the_attacked_samples():
     alone = attack(model, inputs[chosen], labels[chosen])
     torch.testing.assert_close(found[chosen], alone, atol=1e-5, rtol=0)
     assert torch.equal(found[[0, 2, 3]], inputs[[0, 2, 3]])
+
+
+class Together(Ranks):
+    """Two ranks, of which the other one has these lengths or slopes, without processes."""
+
+    other = torch.tensor([0.0, 0.0])
+
+    def row_counts(self, rows):
+        return [len(rows), 2]
+
+    def any(self, condition, device=None):
+        return True
+
+    def gather(self, rows, sizes):
+        return torch.cat([rows, self.other.to(rows)])
+
+
+def test_all_ranks_share(monkeypatch):
+    """Two samples of another rank that stay where they are leave their part of the budget to this rank's."""
+    monkeypatch.setattr(Ranks, "current", classmethod(lambda cls: Together(2, 0)))
+    weights = torch.tensor([[3.0], [4.0]])
+    attack = SharedBudgetPGD(FREE["l2"], loss=lambda outputs, _: outputs, random_start=False)
+    found, alone = (
+        each(lambda x: (weights * x).sum(1), torch.zeros(2, 1)) for each in (attack, replace(attack, all_ranks=False))
+    )
+    torch.testing.assert_close(alone.flatten(), 0.5 * torch.tensor([3.0, 4.0]) / 12.5**0.5)
+    torch.testing.assert_close(found, alone * 2**0.5)
 
 
 def test_errors():
