@@ -499,6 +499,8 @@ class TestLogging:
             expected += row.get("defense/margin_loss", 0.0)
             if "defense/discrepancy" in row:
                 expected += RECIPES[recipe](THREAT).weight * row["defense/discrepancy"]
+            if "defense/jacobian" in row:
+                expected += RECIPES[recipe](THREAT).jacobian_weight * row["defense/jacobian"]
             assert row["defense/loss"] == pytest.approx(expected, rel=1e-4)
             assert row["defense/eps"] == pytest.approx(0.2)
             for share in ("clean_acc", "adversarial_acc", "attack_success"):

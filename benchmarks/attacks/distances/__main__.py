@@ -116,7 +116,11 @@ def markdown(results: dict[str, Any], head: str) -> str:
     for name, row in results.items():
         if "curve" in row:
             it = row["curve"]
-            lines += ["", f"**{name}**: per cent left, FMN with {TARGETS} targets once, and AutoAttack at each radius.", ""]
+            lines += [
+                "",
+                f"**{name}**: per cent left, FMN with {TARGETS} targets once, and AutoAttack at each radius.",
+                "",
+            ]
             lines += [f"| | {' | '.join(f'eps {eps:g}' for eps in it['epsilons'])} |", "|---" * 9 + "|"]
             lines += [
                 f"| {side} | {' | '.join(f'{100 * v:.1f}' for v in it[side])} |" for side in ("fmn", "autoattack")

@@ -109,7 +109,8 @@ def transport_directions(discrepancy: Tensor, features: Tensor) -> Tensor:
         discrepancy: the discrepancy, a scalar with a graph to ``features``.
         features: adversarial features ``(N, ...)``.
     """
-    (moves,) = gradients(discrepancy, [features], retain_graph=True)
+    # Without a graph the discrepancy is NaN, because training diverged: another error says so.
+    moves = gradients(discrepancy, [features], retain_graph=True)[0] if discrepancy.requires_grad else None
     if moves is None:
         return torch.zeros_like(features.detach()).flatten(1)
     return _normalised(moves.reshape(len(moves), -1))
