@@ -111,9 +111,7 @@ def summary(
         p: order of the Wasserstein distance.
         epsilons: values of eps for the curve, from 0.
     """
-    # In the precision of the distances: one of exactly eps has fallen at eps.
-    *budgets, radius = torch.tensor([*epsilons, threat.eps], dtype=distances.dtype).tolist()
-    places = torch.tensor(budgets, dtype=distances.dtype, device=distances.device)
+    places = torch.tensor(epsilons, dtype=distances.dtype, device=distances.device)
     if not len(distances) or bool(distances.isinf().all()):
         if len(distances):
             rank_zero_warn(
@@ -124,8 +122,8 @@ def summary(
         curve = AccuracyCurve(places, torch.full_like(places, torch.nan), unknown)
         return {"median_distance": unknown, "distributional_acc": unknown}, curve
     # With the whole budget for each sample, the distributional accuracy is the pointwise one.
-    accuracies = distributional_accuracy(distances, budgets, p=torch.inf).accuracies
+    accuracies = distributional_accuracy(distances, epsilons, p=torch.inf).accuracies
     return {
         "median_distance": distances.median(),
-        "distributional_acc": distributional_accuracy(distances, [radius], p=p).accuracies[0],
-    }, AccuracyCurve(places, accuracies, area_under_accuracy_curve(budgets, accuracies))
+        "distributional_acc": distributional_accuracy(distances, [threat.eps], p=p).accuracies[0],
+    }, AccuracyCurve(places, accuracies, area_under_accuracy_curve(epsilons, accuracies))

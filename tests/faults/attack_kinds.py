@@ -34,7 +34,7 @@ FAULTS = [
         "attacks/minimal/base.py",
         "closer = fooled & (lengths < self.distances[chosen])",
         "closer = fooled",
-        (f"{DISTANCES}test_linear_model",),
+        (f"{DISTANCES}test_the_closest_of_all_steps_is_kept",),
     ),
     Fault(
         "a misclassified sample is searched for",

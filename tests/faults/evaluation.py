@@ -22,15 +22,15 @@ FAULTS = [
     Fault(
         "the distributional accuracy is the pointwise one",
         "evaluation/distances.py",
-        "distributional_accuracy(distances, [radius], p=p)",
-        "distributional_accuracy(distances, [radius], p=torch.inf)",
+        "distributional_accuracy(distances, [threat.eps], p=p)",
+        "distributional_accuracy(distances, [threat.eps], p=torch.inf)",
         (f"{DISTANCES}test_values_by_hand",),
     ),
     Fault(
         "a distance of exactly eps stands at eps",
-        "evaluation/distances.py",
-        "torch.tensor([*epsilons, threat.eps], dtype=distances.dtype).tolist()",
-        "[*epsilons, threat.eps]",
+        "metrics/distributional.py",
+        "places = torch.tensor((0.0, *radii), dtype=dtype).double()",
+        "places = torch.tensor((0.0, *radii), dtype=torch.float64)",
         (f"{DISTANCES}test_curve_agrees_with_the_attacks_at_eps",),
     ),
     # ------------------------------------------------------------------------------ what both measure by

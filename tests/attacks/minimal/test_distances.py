@@ -26,6 +26,7 @@ from lightning_wdefense.attacks.norms import BALLS, l1_project
 # A new minimum-norm attack joins by a line.
 SEARCHES = {
     "fmn": FMN,
+    "fmn-targets": lambda threat: FMN(threat, targets=2),
     "ddn": DDN,
     "minimal-pgd": lambda threat: MinimalEps(PGD(threat, steps=20)),
     "minimal-pgd-margin": lambda threat: MinimalEps(PGD(threat, steps=20, loss="margin", random_start=False)),
@@ -168,6 +169,27 @@ def test_no_sample_is_asked_more_than_bisection_needs():
     assert sum(asked) <= 8 * (1 + 2 * 11)
 
 
+def test_the_closest_of_all_steps_is_kept():
+    """Radii of 1.5, 0.75, 1.125, 0.5625, 0.84 and 1.27 times the distance: the third is the closest that suffices."""
+    attack = DDN(ThreatModel(norm="l2", bounds=None), steps=7, shrinkage=0.5, tightening=0)
+    found = attack(lambda x: torch.cat([x, -x], 1), torch.tensor([[2.0]]), torch.tensor([0]))
+    torch.testing.assert_close(found.distances, torch.tensor([2.25]))
+    torch.testing.assert_close(found.inputs, torch.tensor([[-0.25]]))
+
+
+def test_targets_find_a_nearer_class():
+    """Untargeted, the margin climbs towards the class with the best logit, which here is not the nearest."""
+
+    def model(x):
+        return torch.stack([4.0 + 0 * x[:, 0], 3.0 + 0.1 * x[:, 0], 2.0 - 2 * x[:, 0]], 1)
+
+    threat, inputs, labels = ThreatModel(norm="l2", bounds=None), torch.zeros(1, 1), torch.tensor([0])
+    untargeted = FMN(threat)(model, inputs, labels).distances
+    targeted = FMN(threat, targets=2)(model, inputs, labels).distances
+    torch.testing.assert_close(untargeted, torch.tensor([10.0]), rtol=1e-3, atol=0)
+    torch.testing.assert_close(targeted, torch.tensor([1.0]), rtol=1e-3, atol=0)
+
+
 def test_of_a_sample_that_cannot_fall():
     for attack in (FMN(ThreatModel()), DDN(ThreatModel(norm="l2")), MinimalEps(PGD(ThreatModel()))):
         found = attack(
@@ -213,6 +235,7 @@ ERRORS = {
     "step size": (lambda: DDN(L2, step_size=0.0), ValueError, "step_size must be positive"),
     "shrinkage": (lambda: FMN(L2, shrinkage=1.0), ValueError, "shrinkage must be between 0 and 1, got 1.0"),
     "ddn shrinkage": (lambda: DDN(L2, shrinkage=0.0), ValueError, "shrinkage must be between 0 and 1, got 0.0"),
+    "targets": (lambda: FMN(L2, targets=-1), ValueError, "targets must not be negative, got -1"),
     "tightening": (lambda: FMN(L2, tightening=-1), ValueError, "tightening must not be negative, got -1"),
     "no attack": (lambda: MinimalEps("pgd"), TypeError, "needs an attack, such as PGD.*'pgd'"),
     "unbounded attack": (lambda: MinimalEps(get_attack("n-fgsm", L2)), ValueError, "leaves the threat model's ball"),
