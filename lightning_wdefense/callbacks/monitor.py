@@ -57,9 +57,9 @@ class RobustnessMonitor(EvaluationMonitor[Measures]):
         max_batches: attack only the first ``max_batches`` batches of each dataloader.
         epsilons: values of eps (data units) for the accuracy curve. Each value costs one run of all attacks on the samples that are
             still classified correctly, unless ``distances`` is given.
-        distances: a minimum-norm attack, such as ``"fmn"``, or ``FMN(threat, targets=4)`` for claims. One run of it gives the distance of each sample to the decision boundary,
-            and with it the whole accuracy curve (at ``epsilons``, or at 21 values up to eps), the median distance and the
-            distributional accuracy. What the attacks found counts as well.
+        distances: a minimum-norm attack, such as ``"fmn"``, or ``FMN(threat, targets=4)`` for claims. One run of it gives the distance
+            of each sample to the decision boundary, and with it the whole accuracy curve (at ``epsilons``, or at 21 values up to eps),
+            the median distance and the distributional accuracy. What the attacks found counts as well.
         p: order of the Wasserstein distance of the distributional accuracy, from 1 to infinity.
         independent: run each attack on every sample that is classified correctly on clean inputs. Then ``robust_acc_{attack}``
             does not depend on the other attacks.

@@ -70,9 +70,9 @@ def evaluate(
             are still classified correctly. A claim of robustness needs at least ``"autoattack"``.
         epsilons: values of eps (data units) for the accuracy curve. Each value costs one run of all attacks on the samples that are
             still classified correctly, unless ``distances`` is given.
-        distances: a minimum-norm attack, such as ``"fmn"``, or ``FMN(threat, targets=4)`` for claims. One run of it gives the distance of each sample to the decision boundary,
-            and with it the whole accuracy curve (at ``epsilons``, or at 21 values up to eps), the median distance and the
-            distributional accuracy. What the attacks found counts as well.
+        distances: a minimum-norm attack, such as ``"fmn"``, or ``FMN(threat, targets=4)`` for claims. One run of it gives the distance
+            of each sample to the decision boundary, and with it the whole accuracy curve (at ``epsilons``, or at 21 values up to eps),
+            the median distance and the distributional accuracy. What the attacks found counts as well.
         p: order of the Wasserstein distance of the distributional accuracy, from 1 to infinity.
         max_batches: attack only the first ``max_batches`` batches (of each rank).
         independent: run each attack on every sample that is classified correctly on clean inputs. Then ``robust_acc_{attack}`` does
