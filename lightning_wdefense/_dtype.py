@@ -1,4 +1,4 @@
-"""Set PyTorch's default dtype for a while, safely among threads."""
+"""Dtypes: the widest of a device, and PyTorch's default for a while, safely among threads."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ from collections.abc import Iterator
 import torch
 
 from lightning_wdefense._locks import locked
+
+NO_FLOAT64 = frozenset({"mps"})
+"""Devices on which there are no tensors in float64."""
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """float64, or float32 on a device without it."""
+    return torch.float32 if device.type in NO_FLOAT64 else torch.float64
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_wdefense.modules.outputs import has_one_output, logits_of
@@ -38,6 +39,12 @@ def replace_ignore_index(labels: Any, ignore_index: int | None) -> Any:
 def not_ignored(labels: Tensor) -> Tensor:
     """Boolean mask of the hard labels that are not :data:`IGNORED`."""
     return labels != IGNORED
+
+
+def likeliest_wrong(logits: Tensor, labels: Tensor, count: int) -> Tensor:
+    """The ``count`` likeliest wrong classes in order, or all if there are fewer: ``(N, count, ...)`` for labels ``(N, ...)``."""
+    others = logits.scatter(1, labels.clamp_min(0).unsqueeze(1), -torch.inf)
+    return others.topk(min(count, logits.shape[1] - 1), dim=1).indices
 
 
 def class_labels(labels: Any, outputs: Any, *, check_values: bool = False) -> Tensor:

@@ -9,8 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_wdefense._dtype import widest
+
 Radius = float | Tensor
 """A radius for all samples, or one each, ``(N,)``; in data units."""
+
+
+def rows(values: Tensor) -> Tensor:
+    """``(N, ...)`` as a matrix with a row for each sample, ``(N, D)``, also for N = 0, as a rank may have it."""
+    return values.reshape(len(values), math.prod(values.shape[1:]))
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
@@ -44,11 +51,11 @@ def _linf_project(delta: Tensor, eps: Radius) -> Tensor:
 
 
 def _linf_length(delta: Tensor) -> Tensor:
-    return delta.reshape(len(delta), -1).abs().amax(1)
+    return rows(delta).abs().amax(1)
 
 
 def _l2_length(delta: Tensor) -> Tensor:
-    return delta.reshape(len(delta), -1).norm(dim=1)
+    return rows(delta).norm(dim=1)
 
 
 def _l2_uniform(like: Tensor, eps: float, generator: torch.Generator) -> Tensor:
@@ -78,7 +85,7 @@ REACH = 10
 
 
 def _l1_length(delta: Tensor) -> Tensor:
-    return delta.reshape(len(delta), -1).abs().sum(1)
+    return rows(delta).abs().sum(1)
 
 
 def _l1_uniform(like: Tensor, eps: float, generator: torch.Generator) -> Tensor:
@@ -103,18 +110,18 @@ def l1_step(gradient: Tensor, length: Radius, low: Tensor | None = None, high: T
         low: the way to the lower limits ``(N, ...)``, not positive; ``None`` for no limit.
         high: the way to the upper limits ``(N, ...)``, not negative; ``None`` for no limit.
     """
-    rows = gradient.reshape(len(gradient), -1)
-    spread = max(1, round(L1_SHARE * rows.shape[1]))
+    slopes = rows(gradient)
+    spread = max(1, round(L1_SHARE * slopes.shape[1]))
     if low is None or high is None:
-        room = torch.full_like(rows, torch.inf)
+        room = torch.full_like(slopes, torch.inf)
     else:
-        room = torch.where(gradient > 0, high, -low).reshape(rows.shape).clamp_min(0)
-    worth = rows.abs() * (room > 0)
-    slopes, order = worth.topk(min(REACH * spread, rows.shape[1]), dim=1)
-    total = (length.unsqueeze(1) if isinstance(length, Tensor) else rows.new_full((1, 1), length)).to(rows.dtype)
-    most = torch.minimum(room.gather(1, order), total / spread) * (slopes > 0)
+        room = torch.where(gradient > 0, high, -low).reshape(slopes.shape).clamp_min(0)
+    worth = slopes.abs() * (room > 0)
+    steepest, order = worth.topk(min(REACH * spread, slopes.shape[1]), dim=1)
+    total = (length.unsqueeze(1) if isinstance(length, Tensor) else slopes.new_full((1, 1), length)).to(slopes.dtype)
+    most = torch.minimum(room.gather(1, order), total / spread) * (steepest > 0)
     moved = torch.minimum(most, (total - (most.cumsum(1) - most)).clamp_min(0))
-    return torch.zeros_like(rows).scatter(1, order, moved * rows.gather(1, order).sign()).reshape(gradient.shape)
+    return torch.zeros_like(slopes).scatter(1, order, moved * slopes.gather(1, order).sign()).reshape(gradient.shape)
 
 
 def l1_project(delta: Tensor, eps: Radius, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
@@ -132,10 +139,10 @@ def l1_project(delta: Tensor, eps: Radius, low: Tensor | None = None, high: Tens
     References:
         Croce and Hein, "Mind the box: l1-APGD for sparse adversarial attacks on image classifiers", ICML 2021.
     """
-    size = delta.reshape(len(delta), -1).abs().double()
+    size = rows(delta).abs().to(widest(delta.device))
     room = torch.full_like(size, torch.inf)
     if low is not None and high is not None:
-        room = torch.where(delta > 0, high, -low).reshape(size.shape).clamp_min(0).double()
+        room = torch.where(delta > 0, high, -low).reshape(size.shape).clamp_min(0).to(size.dtype)
     radius = torch.as_tensor(eps, dtype=size.dtype, device=size.device).expand(len(size))
     far = (torch.minimum(size, room).sum(1) > radius).nonzero().squeeze(1)
     shift = size.new_zeros(len(size))

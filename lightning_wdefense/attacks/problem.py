@@ -102,6 +102,10 @@ class Problem:
             return self._limits.clamp_(data)
         return self.threat.project_(data, self.data, self.box)
 
+    def random_point(self, radius: float) -> Tensor:
+        """Uniform noise in the ball of this radius (data units) around the clean inputs, clamped into the box."""
+        return self.box.clamp(self.data + self.threat.ball.uniform(self.data, radius, self.generator))
+
     def step(self, gradient: Tensor, data: Tensor, length: Radius) -> Tensor:
         """A step of steepest ascent from ``data``, of this length (data units); may overwrite the gradient.
 

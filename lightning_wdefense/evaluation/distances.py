@@ -14,6 +14,7 @@ from lightning_wdefense._compat import rank_zero_warn
 from lightning_wdefense.attacks import MinimalAttack, ThreatModel, WorstCase, get_minimal_attack
 from lightning_wdefense.evaluation.attacked_batch import AttackedBatch
 from lightning_wdefense.metrics import AccuracyCurve, area_under_accuracy_curve, distributional_accuracy
+from lightning_wdefense.metrics._order import check_order
 
 POINTS = 21
 """Number of values of eps of an accuracy curve from distances, unless the user names them."""
@@ -51,9 +52,7 @@ class DistanceProtocol(NamedTuple):
             )
         if not threat.eps > 0:
             raise ValueError("distances= needs a positive eps, the radius at which distributional_acc is measured.")
-        if not p >= 1:
-            raise ValueError(f"p, the order of the Wasserstein distance, must be from 1 to inf, got {p}.")
-        return cls(found, float(p))
+        return cls(found, check_order(p))
 
     def measure(self, batch: AttackedBatch, result: WorstCase, generator: torch.Generator) -> Tensor:
         """Distances of a batch ``(N,)`` in data units; what the attacks of the evaluation found counts as well.

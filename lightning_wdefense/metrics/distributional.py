@@ -11,6 +11,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from lightning_wdefense.metrics._order import check_order
 from lightning_wdefense.metrics._plot import draw_curve
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def distributional_accuracy(
         >>> distributional_accuracy(distances, [0.5, 1.0], p=torch.inf).accuracies
         tensor([0.7500, 0.5000])
     """
-    radii, p = _check_radii(radii), _check_order(p)
+    radii, p = _check_radii(radii), check_order(p)
     distances, weights = _read(distances, weights)
     return _curve(distances, weights, radii, p)
 
@@ -145,7 +146,7 @@ class DistributionalAccuracy(Metric):
 
     def __init__(self, radii: Sequence[float] | Tensor, p: float = 2.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.radii, self.p = _check_radii(radii), _check_order(p)
+        self.radii, self.p = _check_radii(radii), check_order(p)
         for state in ("distances", "weights"):
             self.add_state(state, [], dist_reduce_fx="cat")
 
@@ -261,13 +262,6 @@ def _read(distances: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
             f"`weights` should be finite and 0 or more, got {bad[0].item()} ({len(bad)} of {len(weights)})."
         )
     return distances, weights
-
-
-def _check_order(p: float) -> float:
-    p = float(p)
-    if not p >= 1:
-        raise ValueError(f"`p`, the order of the Wasserstein distance, should be from 1 to inf, got {p}.")
-    return p
 
 
 def _check_radii(radii: Sequence[float] | Tensor) -> tuple[float, ...]:

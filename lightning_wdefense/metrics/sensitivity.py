@@ -9,6 +9,8 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from lightning_wdefense._names import unknown_name
+from lightning_wdefense.attacks.norms import BALLS
+from lightning_wdefense.metrics._order import check_order
 from lightning_wdefense.metrics._plot import plot_values
 from lightning_wdefense.modules.outputs import float32_or_better
 
@@ -17,8 +19,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 GroundNorm = Literal["l1", "l2", "linf"]
-DUAL_ORDERS: dict[str, float] = {"l1": math.inf, "l2": 2.0, "linf": 1.0}
-"""Order of the norm of the gradients that is dual to the norm of the perturbations."""
 
 
 def sensitivity(gradients: Tensor, p: float = 2.0, norm: GroundNorm = "l2") -> Tensor:
@@ -140,14 +140,11 @@ def _dual_norms(gradients: Tensor, norm: str) -> Tensor:
         raise ValueError(
             "`gradients` holds NaN or infinite values: check whether the loss is finite, or scale it in half precision."
         )
-    rows = float32_or_better(gradients.detach()).reshape(len(gradients), gradients.shape[1:].numel())
-    return torch.linalg.vector_norm(rows, DUAL_ORDERS[norm], dim=1)
+    return BALLS[norm].dual(float32_or_better(gradients.detach()))
 
 
 def _check(p: float, norm: str) -> float:
-    p = float(p)
-    if not p >= 1:
-        raise ValueError(f"`p`, the order of the Wasserstein distance, should be from 1 to inf, got {p}.")
+    p = check_order(p)
     if norm not in get_args(GroundNorm):
         raise ValueError(unknown_name("norm", norm, get_args(GroundNorm)))
     return p

@@ -56,6 +56,10 @@ CONFIGURATIONS = {
     "norm unknown": (lambda: ThreatModel(norm="Linf"), "no norm 'Linf'. Did you mean 'linf'"),
     "norm l3": (lambda: ThreatModel(norm="l3"), "no norm 'l3'.*'l2'"),
     "attack unknown": (lambda: get_attack("auto-attack", LINF), "no attack 'auto-attack'. Did you mean 'autoattack'"),
+    "torchattack in l1": (
+        lambda: TorchAttack("PGD", ThreatModel(norm="l1")),
+        "in norm 'linf' or 'l2', not in norm 'l1'",
+    ),
     "torchattack unknown": (lambda: TorchAttack("APDG", LINF), "no torchattacks attack 'APDG'. Did you mean .*'APGD'"),
     "torchattack option": (lambda: TorchAttack("PGD", LINF, stepz=3), "no option of PGD 'stepz'. Did you mean 'steps'"),
     "torchattack eps": (lambda: TorchAttack("PGD", LINF, eps=0.3), "taken from the threat model"),

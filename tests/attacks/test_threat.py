@@ -12,6 +12,7 @@ import torch
 from support.modules import batch, classifier
 
 from lightning_wdefense.attacks import FGSM, PGD, ThreatModel
+from lightning_wdefense.attacks.norms import BALLS
 
 MEAN, STD = (0.2, 0.5, 0.6), (0.2, 0.3, 0.25)
 
@@ -23,6 +24,21 @@ def test_units_round_trip(shape):
     mean, std = (torch.tensor(s, dtype=torch.float64).view(1, 3, *[1] * (len(shape) - 2)) for s in (MEAN, STD))
     torch.testing.assert_close(threat.to_model(data), (data - mean) / std)
     torch.testing.assert_close(threat.to_data(threat.to_model(data)), data)
+
+
+@pytest.mark.parametrize("norm", BALLS)
+@pytest.mark.parametrize("shape", [(0,), (0, 5), (0, 2, 3)])
+def test_balls_of_no_samples(norm, shape):
+    """A rank of a sharded model may have none left, and goes on with the others."""
+    ball, nothing = BALLS[norm], torch.zeros(shape)
+    assert ball.length(nothing).shape == ball.dual(nothing).shape == (0,)
+    for found in (
+        ball.steepest(nothing.clone()),
+        ball.project(nothing, 1.0),
+        ball.project(nothing, torch.zeros(0)),
+        ball.uniform(nothing, 1.0, torch.Generator()),
+    ):
+        assert found.shape == shape
 
 
 @pytest.mark.parametrize("shape", [(4,), (4, 1), (4, 7), (4, 2, 5)])

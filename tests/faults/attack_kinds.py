@@ -18,9 +18,16 @@ FAULTS = [
     Fault(
         "the L1 projection forgets the box",
         "attacks/norms.py",
-        "room = torch.where(delta > 0, high, -low).reshape(size.shape).clamp_min(0).double()",
+        "room = torch.where(delta > 0, high, -low).reshape(size.shape).clamp_min(0).to(size.dtype)",
         "room = torch.full_like(size, torch.inf)",
         (f"{DISTANCES}test_projection_onto_the_l1_ball_and_the_box",),
+    ),
+    Fault(
+        "the rows of no samples have no shape",
+        "attacks/norms.py",
+        "values.reshape(len(values), math.prod(values.shape[1:]))",
+        "values.reshape(len(values), -1)",
+        ("tests/attacks/test_threat.py::test_balls_of_no_samples",),
     ),
     Fault(
         "steps in L1 do not see the box",
@@ -95,7 +102,7 @@ FAULTS = [
     ),
     Fault(
         "the Gaussian start does not know the data's range",
-        "attacks/gradient/pgd.py",
+        "attacks/gradient/start.py",
         "GAUSSIAN_START * spread *",
         "GAUSSIAN_START *",
         (f"{OPTIMAL}test_gaussian_start_has_the_deviation_of_trades",),
@@ -117,8 +124,8 @@ FAULTS = [
     Fault(
         "N-FGSM's noise is not in units of eps",
         "attacks/gradient/fgsm.py",
-        "self.noise * eps, problem.generator",
-        "self.noise, problem.generator",
+        "problem.random_point(self.noise * eps)",
+        "problem.random_point(self.noise)",
         (f"{OPTIMAL}test_n_fgsm_is_its_formula",),
     ),
     # -------------------------------------------------------------------------------- attacks for training
@@ -224,7 +231,7 @@ FAULTS = [
     ),
     Fault(
         "APGD-T aims at a class too few",
-        "attacks/standard/dlr.py",
+        "attacks/labels.py",
         "min(count, logits.shape[1] - 1)",
         "min(count, logits.shape[1] - 2)",
         (f"{PARTS}test_fab_finds_the_closest_point_of_a_linear_model",),

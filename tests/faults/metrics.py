@@ -145,8 +145,8 @@ FAULTS = [
     Fault(
         "the sensitivity measures gradients in the norm of the perturbations",
         "metrics/sensitivity.py",
-        '{"l1": math.inf, "l2": 2.0, "linf": 1.0}',
-        '{"l1": 1.0, "l2": 2.0, "linf": math.inf}',
+        "BALLS[norm].dual(",
+        "BALLS[norm].length(",
         (f"{SENSITIVITY}test_is_exact_for_a_linear_loss",),
     ),
     Fault(

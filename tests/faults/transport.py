@@ -237,8 +237,8 @@ FAULTS = [
     Fault(
         "levels of weights are summed in float32",
         "transport/sliced/one_dimensional.py",
-        'torch.float32 if a.device.type == "mps" else torch.float64',
-        "torch.float32",
+        "dtype = widest(a.device)",
+        "dtype = torch.float32",
         (f"{SLICED}test_levels_are_not_rounded",),
     ),
     Fault(

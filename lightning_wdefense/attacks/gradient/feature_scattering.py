@@ -17,6 +17,7 @@ from lightning_wdefense._typing import TensorResult
 from lightning_wdefense.attacks.base import Attack
 from lightning_wdefense.attacks.losses import check_divergence, divergence_of
 from lightning_wdefense.attacks.problem import Problem
+from lightning_wdefense.attacks.settings import check_counts
 from lightning_wdefense.attacks.threat import ThreatModel
 from lightning_wdefense.modules.outputs import check_logits, logit_rows
 from lightning_wdefense.transport import sinkhorn_divergence
@@ -68,18 +69,17 @@ class FeatureScattering(Attack):
     def __post_init__(self) -> None:
         super().__post_init__()
         _ = self.threat.ball
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}.")
+        check_counts(self, "steps")
         if self.step_size is not None and not self.step_size > 0:
             raise ValueError(f"step_size must be positive (data units), got {self.step_size}.")
         check_divergence(self.divergence)
 
     def perturb(self, problem: Problem) -> Tensor:
         """The adversarial inputs, in data units."""
-        ball, eps = self.threat.ball, self.threat.eps
+        eps = self.threat.eps
         step = self.step_size or (eps if self.steps == 1 else 2.5 * eps / self.steps)
         problem = problem.with_clean_outputs()
-        data = problem.box.clamp(problem.data + ball.uniform(problem.data, eps, problem.generator))
+        data = problem.random_point(eps)
         for index in range(self.steps):
             data = problem.project(data + problem.step(self._gradient(problem, data, check=index == 0), data, step))
         return data

@@ -73,11 +73,11 @@ class FGSM(Attack):
 
     def perturb(self, problem: Problem) -> Tensor:
         """The adversarial inputs, in data units."""
-        ball, eps = self.threat.ball, self.threat.eps
+        eps = self.threat.eps
         if self.loss == "kl":
             problem = problem.with_clean_outputs()
         start = problem.data
         if self.noise > 0:
-            start = problem.box.clamp(start + ball.uniform(start, self.noise * eps, problem.generator))
+            start = problem.random_point(self.noise * eps)
         stepped = start + problem.step(problem.gradient(start, self.loss, check=True), start, eps)
         return problem.project(stepped) if self.bounded else stepped

@@ -13,6 +13,7 @@ from lightning_wdefense.attacks.base import Attack
 from lightning_wdefense.attacks.losses import AttackLoss, check_loss
 from lightning_wdefense.attacks.norms import per_sample, random_normal, random_uniform
 from lightning_wdefense.attacks.problem import Problem
+from lightning_wdefense.attacks.settings import check_counts
 from lightning_wdefense.attacks.threat import ThreatModel
 from lightning_wdefense.modules.outputs import float32_or_better
 
@@ -71,8 +72,7 @@ class GibbsNoise(Attack):
             raise ValueError(f"spread must be finite and not negative (data units) or None, got {self.spread}.")
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be positive and finite (units of the loss), got {self.temperature}.")
-        if self.copies < 1:
-            raise ValueError(f"copies must be at least 1, got {self.copies}.")
+        check_counts(self, "copies")
 
     @property
     def bounded(self) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_wdefense.attacks.base import Attack
 from lightning_wdefense.attacks.losses import AttackLoss, check_loss, outputs_as_losses
 from lightning_wdefense.attacks.problem import Problem
+from lightning_wdefense.attacks.settings import check_counts
 from lightning_wdefense.attacks.threat import ThreatModel
 
 
@@ -67,8 +68,7 @@ class LagrangianAttack(Attack):
         super().__post_init__()
         check_loss(self.loss)
         _ = self.threat.ball
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}.")
+        check_counts(self, "steps")
         for name, unit in (("gamma", "loss per squared data unit"), ("step_size", "squared data units per loss")):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lightning_wdefense.attacks.base import Attack
+from lightning_wdefense.attacks.gradient.start import RandomStart, check_start, start
 from lightning_wdefense.attacks.losses import AttackLoss, check_loss, outputs_as_losses
-from lightning_wdefense.attacks.norms import random_normal
 from lightning_wdefense.attacks.problem import Problem
+from lightning_wdefense.attacks.settings import check_counts
 from lightning_wdefense.attacks.threat import ThreatModel
-
-GAUSSIAN_START = 0.001
-"""Standard deviation of the ``"gaussian"`` start, as in TRADES, as a fraction of the range of the bounds."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ class PGD(Attack):
     threat: ThreatModel
     steps: int = 10
     step_size: float | None = None
-    random_start: bool | Literal["gaussian"] = True
+    random_start: RandomStart = True
     restarts: int = 1
     loss: AttackLoss = "ce"
     early_exit: bool = False
@@ -72,15 +70,10 @@ class PGD(Attack):
         super().__post_init__()
         check_loss(self.loss)
         _ = self.threat.ball
-        for name in ("steps", "restarts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        check_counts(self, "steps", "restarts")
         if self.step_size is not None and not self.step_size > 0:
             raise ValueError(f"step_size must be positive (data units), got {self.step_size}.")
-        if self.random_start not in (True, False, "gaussian"):
-            raise ValueError(f'random_start must be True, False or "gaussian", got {self.random_start!r}.')
-        if self.loss == "kl" and not self.random_start:
-            raise ValueError('loss="kl" has zero gradient at the clean inputs: use random_start=True or "gaussian".')
+        check_start(self.random_start, self.loss)
         if self.early_exit and self.loss not in ("ce", "margin"):
             raise ValueError(
                 f'early_exit=True stops at the first misclassification, which loss={self.loss!r} does not define: use loss="ce" or '
@@ -111,7 +104,7 @@ class PGD(Attack):
         return adversarial
 
     def _ascend(self, problem: Problem) -> Tensor:
-        data = self._start(problem)
+        data = start(problem, self.random_start)
         if self.early_exit:
             return self._ascend_until_fooled(problem, data)
         for index in range(self.steps):
@@ -139,15 +132,6 @@ class PGD(Attack):
     def _move(self, problem: Problem, data: Tensor, gradient: Tensor) -> Tensor:
         """One step of ascent and the projection into the ball and the box; may overwrite the gradient."""
         return problem.project_(problem.step(gradient, data, self._step).add_(data))
-
-    def _start(self, problem: Problem) -> Tensor:
-        clean, threat = problem.data, self.threat
-        if self.random_start == "gaussian":
-            spread = 1.0 if threat.bounds is None else threat.bounds[1] - threat.bounds[0]
-            return problem.project(clean + GAUSSIAN_START * spread * random_normal(clean, problem.generator))
-        if self.random_start:
-            return problem.box.clamp(clean + threat.ball.uniform(clean, threat.eps, problem.generator))
-        return clean
 
     def _fooled_and_loss(self, problem: Problem, adversarial: Tensor) -> tuple[Tensor, Tensor]:
         """Which samples are misclassified (none for a loss that does not define it), and the loss of each sample."""

@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from lightning_wdefense._dtype import widest
 from lightning_wdefense._ranks import ALONE, Ranks, rows_of
 from lightning_wdefense.attacks.base import Attack
 from lightning_wdefense.attacks.gradient.allocation import first_order_shares, within_budget
-from lightning_wdefense.attacks.gradient.pgd import GAUSSIAN_START
+from lightning_wdefense.attacks.gradient.start import RandomStart, check_start, start
 from lightning_wdefense.attacks.losses import AttackLoss, check_loss, outputs_as_losses
-from lightning_wdefense.attacks.norms import random_normal
 from lightning_wdefense.attacks.problem import Model, Problem
+from lightning_wdefense.attacks.settings import check_counts
 from lightning_wdefense.attacks.threat import ThreatModel
 from lightning_wdefense.modules.outputs import float32_or_better
 from lightning_wdefense.modules.parallel import lockstep
@@ -78,7 +79,7 @@ class SharedBudgetPGD(Attack):
     step_size: float | None = None
     loss: AttackLoss = "ce"
     clip: float | None = None
-    random_start: bool | Literal["gaussian"] = True
+    random_start: RandomStart = True
     all_ranks: bool = True
     seed: int = 0
 
@@ -90,16 +91,12 @@ class SharedBudgetPGD(Attack):
             raise ValueError(
                 f"p must be at least 1 and finite, got {self.p}. Without a shared budget (p = inf) the attack is PGD."
             )
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}.")
+        check_counts(self, "steps")
         if self.step_size is not None and not self.step_size > 0:
             raise ValueError(f"step_size must be positive (data units), got {self.step_size}.")
         if self.clip is not None and not math.isfinite(self.clip):
             raise ValueError(f"clip must be finite, or None for no limit, got {self.clip}.")
-        if self.random_start not in (True, False, "gaussian"):
-            raise ValueError(f'random_start must be True, False or "gaussian", got {self.random_start!r}.')
-        if self.loss == "kl" and not self.random_start:
-            raise ValueError('loss="kl" has zero gradient at the clean inputs: use random_start=True or "gaussian".')
+        check_start(self.random_start, self.loss)
 
     @property
     def bounded(self) -> bool:
@@ -137,7 +134,7 @@ class SharedBudgetPGD(Attack):
         if self.loss == "kl":
             problem = problem.with_clean_outputs()
         size = 2.5 * threat.eps / self.steps if self.step_size is None else self.step_size
-        data = self._start(problem)
+        data = start(problem, self.random_start)
         for index in range(self.steps):
             gradient = self._gradient(problem, data, check=index == 0)
             shares = samples.together(ball.dual(gradient), lambda all_: first_order_shares(all_, self.p))
@@ -152,15 +149,6 @@ class SharedBudgetPGD(Attack):
         point = data.detach().requires_grad_()
         values = problem.loss(problem.forward(point), self.loss, check=check).clamp_max(self.clip)
         return problem.differentiate(values, point, torch.ones_like(values))
-
-    def _start(self, problem: Problem) -> Tensor:
-        clean, threat = problem.data, self.threat
-        if self.random_start == "gaussian":
-            spread = 1.0 if threat.bounds is None else threat.bounds[1] - threat.bounds[0]
-            return problem.project(clean + GAUSSIAN_START * spread * random_normal(clean, problem.generator))
-        if self.random_start:
-            return problem.box.clamp(clean + threat.ball.uniform(clean, threat.eps, problem.generator))
-        return clean
 
 
 class _Samples:
@@ -185,5 +173,4 @@ class _Samples:
     def together(self, values: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
         """This rank's part of what ``compute`` makes of a value ``(N,)`` of each sample of all ranks, in float64."""
         everyone = self._ranks.gather(values, self._sizes)
-        precise = everyone if everyone.device.type == "mps" else everyone.double()  # MPS has no float64
-        return compute(precise)[rows_of(self._ranks.rank, self._sizes)].to(values.dtype)
+        return compute(everyone.to(widest(everyone.device)))[rows_of(self._ranks.rank, self._sizes)].to(values.dtype)

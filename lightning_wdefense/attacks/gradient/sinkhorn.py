@@ -16,6 +16,7 @@ from lightning_wdefense.attacks.base import Attack
 from lightning_wdefense.attacks.losses import AttackLoss, check_divergence, check_loss, divergence_of
 from lightning_wdefense.attacks.norms import per_sample
 from lightning_wdefense.attacks.problem import Problem
+from lightning_wdefense.attacks.settings import check_counts
 from lightning_wdefense.attacks.threat import ThreatModel
 from lightning_wdefense.modules.outputs import float32_or_better, logit_rows
 from lightning_wdefense.modules.recording import OUTPUTS, ForwardRecorder
@@ -86,8 +87,7 @@ class SinkhornAttack(Attack):
         super().__post_init__()
         check_loss(self.loss)
         _ = self.threat.ball
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}.")
+        check_counts(self, "steps")
         if self.step_size is not None and not self.step_size > 0:
             raise ValueError(f"step_size must be positive (data units), got {self.step_size}.")
         if not 0 <= self.weight < math.inf:
@@ -100,12 +100,12 @@ class SinkhornAttack(Attack):
 
     def perturb(self, problem: Problem) -> Tensor:
         """The adversarial inputs, in data units."""
-        ball, eps = self.threat.ball, self.threat.eps
+        eps = self.threat.eps
         step = self.step_size if self.step_size is not None else 2.5 * eps / self.steps
         with self._feature_forward(problem) as forward:
             with torch.no_grad():
                 clean = forward(problem.data)[1]
-            data = problem.box.clamp(problem.data + ball.uniform(problem.data, eps, problem.generator))
+            data = problem.random_point(eps)
             found, ever = data.clone(), torch.zeros(len(data), dtype=torch.bool, device=data.device)
             for index in range(self.steps):
                 fooled, gradient = self._fooled_and_ascent(problem, forward, clean, data, check=index == 0)

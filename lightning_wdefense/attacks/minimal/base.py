@@ -141,7 +141,7 @@ class Closest:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.data = problem.data.clone()
-        self.distances = torch.full_like(problem.data.reshape(len(problem.data), -1)[:, 0], torch.inf)
+        self.distances = problem.data.new_full((len(problem.data),), torch.inf)
 
     def keep(self, data: Tensor, fooled: Tensor, lengths: Tensor | None = None, index: Tensor | None = None) -> None:
         """Compare other inputs, of which some fool the model, with the closest so far, and keep the closer ones.

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_wdefense.attacks.labels import class_labels, hard_labels
+from lightning_wdefense.attacks.labels import class_labels, hard_labels, likeliest_wrong
 from lightning_wdefense.attacks.losses import AttackLoss
 from lightning_wdefense.attacks.minimal.base import Closest, MinimalAttack
 from lightning_wdefense.attacks.minimal.radius import check_search, cosine, linear_distance
@@ -78,10 +78,9 @@ class FMN(MinimalAttack):
         closest = self._run(problem, "margin")
         if self.targets:
             logits = logits_of(problem.outputs(problem.data))
-            right = hard_labels(class_labels(problem.labels, logits)).unsqueeze(1)
-            wrong = logits.scatter(1, right, -torch.inf).topk(min(self.targets, logits.shape[1] - 1), dim=1).indices
-            for target in wrong.unbind(1):
-                found = self._run(problem, partial(_lead, target.unsqueeze(1), right))
+            right = hard_labels(class_labels(problem.labels, logits))
+            for target in likeliest_wrong(logits, right, self.targets).unbind(1):
+                found = self._run(problem, partial(_lead, torch.stack([right, target], 1)))
                 closest.keep(found.data, found.distances.isfinite(), found.distances)
         return closest.data, closest.distances
 
@@ -110,7 +109,7 @@ class FMN(MinimalAttack):
         return closest
 
 
-def _lead(target: Tensor, right: Tensor, outputs: Any, labels: Any) -> Tensor:
-    """The lead of a wrong class over the right one, ``(N,)``; both classes ``(N, 1)``."""
-    logits = float32_or_better(logits_of(outputs))
-    return (logits.gather(1, target) - logits.gather(1, right)).squeeze(1)
+def _lead(classes: Tensor, outputs: Any, labels: Any) -> Tensor:
+    """The lead ``(N,)`` of the second of two classes ``(N, 2)`` over the first."""
+    pair = float32_or_better(logits_of(outputs)).gather(1, classes)
+    return pair[:, 1] - pair[:, 0]

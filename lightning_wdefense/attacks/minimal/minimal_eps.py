@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lightning_wdefense._dtype import widest
 from lightning_wdefense.attacks.base import Attack
 from lightning_wdefense.attacks.minimal.base import Closest, MinimalAttack
 from lightning_wdefense.attacks.norms import BALLS
@@ -115,7 +116,9 @@ class MinimalEps(MinimalAttack):
                 chosen = (open_ & (trial == index)).nonzero().squeeze(1)
                 data, fooled, lengths = self._attacked(problem.select(chosen), largest * math.exp(-ratio * index))
                 closest.keep(data, fooled, lengths, chosen)
-                reached = (torch.log(largest / lengths.double()) / ratio).floor().clamp(index, last).long()
+                reached = (
+                    (torch.log(largest / lengths.to(widest(lengths.device))) / ratio).floor().clamp(index, last).long()
+                )
                 enough[chosen] = torch.where(fooled, torch.maximum(enough[chosen], reached), enough[chosen])
                 fails[chosen] = torch.where(fooled, fails[chosen], index)
             open_ = (fails - enough > 1) & (fails > 0) & (enough < last)

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from lightning_wdefense._names import unknown_name
+from lightning_wdefense.attacks.labels import likeliest_wrong
 from lightning_wdefense.attacks.norms import per_sample
 from lightning_wdefense.attacks.problem import Problem
-from lightning_wdefense.attacks.standard.dlr import dlr, likeliest_wrong, targeted_dlr
+from lightning_wdefense.attacks.settings import check_counts
+from lightning_wdefense.attacks.standard.dlr import dlr, targeted_dlr
 from lightning_wdefense.attacks.standard.found import Found, StandardAttack, check_norm, wrong_elements
 from lightning_wdefense.attacks.threat import ThreatModel
 from lightning_wdefense.modules.outputs import float32_or_better, logits_of
@@ -79,7 +81,7 @@ class APGD(StandardAttack):
         check_norm("APGD", self.threat)
         if self.loss not in get_args(APGDLoss):
             raise ValueError(unknown_name("loss of APGD", self.loss, get_args(APGDLoss)))
-        self._check_counts("steps", "restarts", "targets")
+        check_counts(self, "steps", "restarts", "targets")
         if not 0 < self.rho <= 1:
             raise ValueError(f"rho must lie between 0 and 1, got {self.rho}.")
 
@@ -104,7 +106,10 @@ class APGD(StandardAttack):
 
     def _ascend(self, problem: Problem, found: Found, index: Tensor, targets: Tensor) -> None:
         """One run on the samples ``index``, which ``problem`` consists of."""
-        run, checks = _Run.of(found, index, targets, self._start(problem), self.threat.eps), checkpoints(self.steps)
+        run, checks = (
+            _Run.of(found, index, targets, problem.random_point(self.threat.eps), self.threat.eps),
+            checkpoints(self.steps),
+        )
         for step in range(self.steps + 1):
             last = step == self.steps
             point = run.data.detach().requires_grad_(not last)
@@ -128,12 +133,6 @@ class APGD(StandardAttack):
         if not found.dense:  # of lost samples, which are here if the last step lost them, the lost input is kept
             found.keep(run.index, run.best, torch.zeros_like(run.index), run.best_level)
 
-    def _start(self, problem: Problem) -> Tensor:
-        data = problem.data
-        # Of no samples, as a rank may have, norms cannot be computed.
-        noise = self.threat.ball.uniform(data, self.threat.eps, problem.generator) if len(data) else 0
-        return problem.box.clamp(data + noise)
-
     def _losses(self, problem: Problem, outputs: Any, run: _Run) -> Tensor:
         if self.loss == "ce":
             return problem.loss(outputs, "ce")
@@ -142,10 +141,7 @@ class APGD(StandardAttack):
 
     def _move(self, problem: Problem, run: _Run, momentum: float) -> None:
         """One step of ascent, averaged with the last move; overwrites the gradient."""
-        if len(run.index) == 0:
-            return
-        steps = self.threat.ball.steepest(run.gradient).mul_(per_sample(run.step, run.data))
-        data = problem.project_(steps.add_(run.data))
+        data = problem.project_(problem.step(run.gradient, run.data, run.step).add_(run.data))
         if momentum:
             data.mul_(1 - momentum).add_(run.data, alpha=2 * momentum).sub_(run.previous, alpha=momentum)
             data = problem.project_(data)

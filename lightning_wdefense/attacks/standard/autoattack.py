@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from lightning_wdefense.attacks.problem import Problem
+from lightning_wdefense.attacks.settings import check_counts
 from lightning_wdefense.attacks.standard.apgd import APGD
 from lightning_wdefense.attacks.standard.fab import FAB
 from lightning_wdefense.attacks.standard.found import Found, StandardAttack, check_norm
@@ -62,7 +63,7 @@ class AutoAttack(StandardAttack):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_norm("AutoAttack", self.threat)
-        self._check_counts("steps", "queries", "targets")
+        check_counts(self, "steps", "queries", "targets")
 
     @property
     def parts(self) -> tuple[StandardAttack, ...]:

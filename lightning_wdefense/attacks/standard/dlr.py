@@ -1,4 +1,4 @@
-"""The difference of logits ratio, which no scaling or shift of the logits changes, and the classes that targeted attacks aim at."""
+"""The difference of logits ratio, which no scaling or shift of the logits changes."""
 
 from __future__ import annotations
 
@@ -47,12 +47,6 @@ def targeted_dlr(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
         top = logits.topk(min(4, logits.shape[1]), dim=1).values
         difference = difference / (top[:, 0] - top[:, 2:].mean(1) + 1e-12)
     return _by_sample(difference, labels)
-
-
-def likeliest_wrong(logits: Tensor, labels: Tensor, count: int) -> Tensor:
-    """The ``count`` likeliest wrong classes in order, or all if there are fewer: ``(N, count, ...)`` for labels ``(N, ...)``."""
-    others = logits.scatter(1, labels.clamp_min(0).unsqueeze(1), -torch.inf)
-    return others.topk(min(count, logits.shape[1] - 1), dim=1).indices
 
 
 def _by_sample(losses: Tensor, labels: Tensor) -> Tensor:

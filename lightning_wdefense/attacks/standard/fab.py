@@ -8,9 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_wdefense.attacks.norms import per_sample
+from lightning_wdefense.attacks.labels import likeliest_wrong
+from lightning_wdefense.attacks.norms import per_sample, rows
 from lightning_wdefense.attacks.problem import Problem
-from lightning_wdefense.attacks.standard.dlr import likeliest_wrong
+from lightning_wdefense.attacks.settings import check_counts
 from lightning_wdefense.attacks.standard.found import Found, StandardAttack, check_norm, wrong_elements
 from lightning_wdefense.attacks.standard.hyperplane import shortest_move
 from lightning_wdefense.attacks.threat import Box, ThreatModel
@@ -72,7 +73,7 @@ class FAB(StandardAttack):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_norm("FAB", self.threat)
-        self._check_counts("steps", "targets", "restarts")
+        check_counts(self, "steps", "targets", "restarts")
 
     def run(self, problem: Problem, found: Found) -> None:
         """Attack the samples that are not lost, and note in ``found`` what comes of it."""
@@ -103,7 +104,7 @@ class FAB(StandardAttack):
         run = _Run(
             index,
             torch.stack([found.labels[index], targets], dim=1),
-            problem.data if not at_random else self._random(problem),
+            problem.data if not at_random else problem.random_point(self.threat.eps / 2),
             problem.data,
             torch.full((len(index),), torch.inf, device=index.device, dtype=problem.data.dtype),
         )
@@ -114,7 +115,7 @@ class FAB(StandardAttack):
             normal = problem.differentiate(lead, point, torch.ones_like(lead))
             run.data = self._step(problem, run.data, -lead.detach().to(normal.dtype), normal)
             fooled = wrong_elements(problem.outputs(run.data), run.classes[:, 0]) > 0
-            lost = run.note(fooled, self._distance(run.data - problem.data)) <= self.threat.eps
+            lost = run.note(fooled, self.threat.ball.length(run.data - problem.data)) <= self.threat.eps
             if self.early_exit and problem.anywhere(bool(lost.any())):
                 self._keep(problem, found, run)
                 stay = (~lost).nonzero().squeeze(1)
@@ -128,9 +129,7 @@ class FAB(StandardAttack):
     def _step(self, problem: Problem, data: Tensor, gap: Tensor, normal: Tensor) -> Tensor:
         """A step from ``data`` to the hyperplane at ``<normal, x - data> = gap``, biased to its point closest to the clean inputs."""
         clean, size = problem.data, len(data)
-        if size == 0:
-            return data
-        away = ((data - clean) * normal).reshape(size, -1).sum(1)
+        away = rows((data - clean) * normal).sum(1)
         low, high = problem.box
         moves = shortest_move(
             torch.cat([data, clean]),
@@ -144,18 +143,8 @@ class FAB(StandardAttack):
         from_here, from_clean = moves[:size].mul_(OVERSHOOT).add_(data), moves[size:].mul_(OVERSHOOT).add_(clean)
         return problem.box.clamp(torch.lerp(from_here, from_clean, bias))
 
-    def _distance(self, delta: Tensor) -> Tensor:
-        return self.threat.ball.length(delta) if len(delta) else delta.new_zeros(0)
-
-    def _random(self, problem: Problem) -> Tensor:
-        data = problem.data
-        noise = self.threat.ball.uniform(data, self.threat.eps / 2, problem.generator) if len(data) else 0
-        return problem.box.clamp(data + noise)
-
     def _keep(self, problem: Problem, found: Found, run: _Run) -> None:
         """Note the closest misclassified inputs, or else the latest inputs, projected into the ball."""
-        if len(run.index) == 0:
-            return
         never = run.distance.isinf()
         closest = torch.where(per_sample(never, run.data), run.data, run.closest)
         found.keep(run.index, problem.project(closest), (run.distance <= self.threat.eps).long(), -run.distance)

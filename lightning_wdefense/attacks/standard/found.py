@@ -87,11 +87,6 @@ class StandardAttack(Attack):
         self.run(problem, found)
         return found.data
 
-    def _check_counts(self, *names: str) -> None:
-        for name in names:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-
 
 def check_norm(attack: str, threat: ThreatModel) -> None:
     """Refuse a norm that APGD, FAB and Square do not know.

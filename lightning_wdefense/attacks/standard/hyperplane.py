@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_wdefense.attacks.norms import per_sample
+from lightning_wdefense.attacks.norms import per_sample, rows
 from lightning_wdefense.attacks.threat import Box
 
 NEWTON_STEPS = 30
@@ -31,30 +31,26 @@ def shortest_move(points: Tensor, normal: Tensor, gap: Tensor, box: Box, norm: s
     Returns:
         The moves; where the hyperplane does not meet the box, the move as far towards it as the box allows.
     """
-    largest = _flat(normal).abs().amax(1).clamp_min(torch.finfo(normal.dtype).tiny)
+    largest = rows(normal).abs().amax(1).clamp_min(torch.finfo(normal.dtype).tiny)
     # Divided by its largest entry, because squares of tiny gradients would underflow; and turned, so that the gap is not negative.
     normal = normal * per_sample(torch.where(gap < 0, -1, 1) / largest, normal)
     gap, weight, sign = gap.abs() / largest, normal.abs(), normal.sign()
     rate = sign.abs() if norm == "linf" else weight
     speed, time = weight * rate, torch.zeros_like(gap)
     if box.low is None or box.high is None:
-        return sign * rate * per_sample(_quotient(gap, _flat(speed).sum(1)), normal)
+        return sign * rate * per_sample(_quotient(gap, rows(speed).sum(1)), normal)
     room = torch.maximum((box.high - points) * sign, (box.low - points) * sign)
     free = torch.empty_like(room)
     for _ in range(NEWTON_STEPS):
         way = rate * per_sample(time, rate)
-        rest = gap - (_flat(weight) * _flat(torch.minimum(way, room))).sum(1)
+        rest = gap - (rows(weight) * rows(torch.minimum(way, room))).sum(1)
         # As numbers: on a CPU, operations on boolean tensors cost many times as much.
-        slope = _flat(torch.gt(room, way, out=free).mul_(speed)).sum(1)
+        slope = rows(torch.gt(room, way, out=free).mul_(speed)).sum(1)
         forward = _quotient(rest, slope).clamp_min(0)
         time = time + forward
         if not bool((forward > ROUNDING * time).any()):
             break
     return sign * torch.minimum(rate * per_sample(time, rate), room)
-
-
-def _flat(values: Tensor) -> Tensor:
-    return values.reshape(len(values), -1)
 
 
 def _quotient(number: Tensor, divisor: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_wdefense.attacks.problem import Problem
+from lightning_wdefense.attacks.settings import check_counts
 from lightning_wdefense.attacks.standard.found import Found, StandardAttack, check_norm, wrong_elements
 from lightning_wdefense.attacks.standard.windows import MOVES, window_size
 from lightning_wdefense.attacks.threat import ThreatModel
@@ -67,7 +68,7 @@ class Square(StandardAttack):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_norm("Square", self.threat)
-        self._check_counts("queries", "restarts")
+        check_counts(self, "queries", "restarts")
         if not 0 < self.p_init <= 1:
             raise ValueError(f"p_init must lie between 0 and 1, got {self.p_init}.")
 

@@ -73,6 +73,10 @@ class TorchAttack(Attack):
             raise ValueError(unknown_name("torchattacks attack", attack, known))
         _require_bounds(attack, threat)
         _ = threat.ball
+        if threat.norm not in _NORMS:
+            raise ValueError(
+                f"TorchAttack attacks in norm {' or '.join(map(repr, _NORMS))}, not in norm {threat.norm!r}: use PGD."
+            )
         accepted = inspect.signature(known[attack]).parameters
         for option in options:
             if option not in accepted or option in ("model", "eps", "norm"):

@@ -14,6 +14,7 @@ from lightning_wdefense.attacks.base import Attack
 from lightning_wdefense.attacks.losses import AttackLoss, check_loss, outputs_as_losses
 from lightning_wdefense.attacks.norms import per_sample, random_normal, random_uniform
 from lightning_wdefense.attacks.problem import Problem
+from lightning_wdefense.attacks.settings import check_counts
 from lightning_wdefense.attacks.threat import ThreatModel, check_threat
 from lightning_wdefense.attacks.wasserstein.ascent import ASCENTS, Ascent, Method
 from lightning_wdefense.attacks.wasserstein.linear_oracle import best_plan
@@ -99,9 +100,7 @@ class WassersteinAttack(Attack):
                 raise ValueError(unknown_name("method", method, get_args(Method)))
         if not self.methods:
             raise ValueError(f"methods= is empty: name at least one of {', '.join(get_args(Method))}.")
-        for name in ("steps", "restarts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        check_counts(self, "steps", "restarts")
         if self.early_exit and not self._loss_defines_misclassified:
             raise ValueError(
                 f'early_exit=True stops at the first misclassification, which loss={self.loss!r} does not define: use loss=None, "ce" '

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_wdefense.attacks.norms import random_normal
+from lightning_wdefense.attacks.norms import random_normal, rows
 from lightning_wdefense.modules.autograd import gradients
 
 Directions = Literal["transport", "random"]
@@ -42,9 +42,8 @@ def slopes_along(features: Tensor, values: Tensor, directions: Tensor) -> Tensor
         tensor([[1., 0., 0.],
                 [0., 2., 0.]])
     """
-    rows = features.reshape(len(features), -1)
     try:
-        (slope,) = gradients((rows * directions.detach()).sum(), [values], create_graph=True)
+        (slope,) = gradients((rows(features) * directions.detach()).sum(), [values], create_graph=True)
     except RuntimeError as error:
         raise JacobianError(_unsupported(error)) from error
     if slope is None:
@@ -112,13 +111,13 @@ def transport_directions(discrepancy: Tensor, features: Tensor) -> Tensor:
     # Without a graph the discrepancy is NaN, because training diverged: another error says so.
     moves = gradients(discrepancy, [features], retain_graph=True)[0] if discrepancy.requires_grad else None
     if moves is None:
-        return torch.zeros_like(features.detach()).flatten(1)
-    return _normalised(moves.reshape(len(moves), -1))
+        return torch.zeros_like(rows(features.detach()))
+    return _normalised(rows(moves))
 
 
 def random_directions(features: Tensor, generator: torch.Generator) -> Tensor:
     """Directions that are uniform on the sphere, ``(N, D)``."""
-    return _normalised(random_normal(features.detach().reshape(len(features), -1), generator))
+    return _normalised(random_normal(rows(features.detach()), generator))
 
 
 def _normalised(vectors: Tensor) -> Tensor:

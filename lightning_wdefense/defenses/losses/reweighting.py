@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_wdefense._dtype import widest
 from lightning_wdefense._ranks import Ranks, rows_of
 from lightning_wdefense._typing import TensorResult
 from lightning_wdefense.attacks.labels import class_labels, not_ignored
@@ -53,7 +54,7 @@ def kl_ball_weights(losses: Tensor, radius: float) -> Tensor:
         raise ValueError(f"losses must have shape (N,) with N at least 1, got {tuple(losses.shape)}.")
     if not radius >= 0:
         raise ValueError(f"radius must not be negative, got {radius}.")
-    losses = _precise(losses.detach())
+    losses = losses.detach().to(widest(losses.device))
     below = losses - losses.amax()
     if radius == 0:
         return (0 * below).softmax(0)
@@ -85,11 +86,7 @@ def penalty_weights(losses: Tensor, temperature: float) -> Tensor:
         >>> penalty_weights(torch.tensor([0.0, 0.0]), 1.0)
         tensor([0.5000, 0.5000], dtype=torch.float64)
     """
-    return (_precise(losses.detach()) / temperature).softmax(0)
-
-
-def _precise(losses: Tensor) -> Tensor:
-    return losses.float() if losses.device.type == "mps" else losses.double()  # MPS has no float64
+    return (losses.detach().to(widest(losses.device)) / temperature).softmax(0)
 
 
 def _divergence(losses: Tensor, sharpness: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lightning_wdefense.attacks.settings import check_counts
 from lightning_wdefense.attacks.threat import ThreatModel
 from lightning_wdefense.defenses.smoothing.binomial import lower_bound, two_sided_p_value
 from lightning_wdefense.defenses.smoothing.certificate import ABSTAIN, Certificate
@@ -53,9 +54,7 @@ class RandomizedSmoothing(ABC):
     def __post_init__(self) -> None:
         if not 0 < self.sigma < math.inf:
             raise ValueError(f"sigma must be positive and finite ({self.unit}), got {self.sigma}.")
-        for name in ("samples", "selection", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        check_counts(self, "samples", "selection", "batch_size")
         if not 0 < self.alpha < 1:
             raise ValueError(f"alpha must be between 0 and 1, such as 0.05, got {self.alpha}.")
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lightning_wdefense.attacks.norms import random_normal
 from lightning_wdefense.defenses.smoothing.base import RandomizedSmoothing
 
 
@@ -70,5 +71,4 @@ class GaussianSmoothing(RandomizedSmoothing):
             raise ValueError("The inputs hold NaN or infinite values, which cannot be smoothed.")
 
     def _perturb(self, data: Tensor, generator: torch.Generator) -> Tensor:
-        noise = torch.empty(data.shape, dtype=data.dtype, device=generator.device).normal_(generator=generator)
-        return data + self.sigma * noise.to(data.device)
+        return data + self.sigma * random_normal(data, generator)

@@ -11,9 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-NO_FLOAT64 = frozenset({"mps"})
-"""Devices on which there are no tensors in float64."""
-
 _lock = threading.Lock()
 _users = 0
 _allowed: _Setting | None = None

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_wdefense._dtype import widest
 from lightning_wdefense.transport.clouds.measures import check_device, check_finite, check_float, usable
 
 
@@ -24,8 +25,8 @@ def orthogonal_directions(n: int, dim: int, generator: torch.Generator) -> Tenso
 
 
 def _gaussians(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    # In one dtype, so that float32 and float64 clouds get the same directions; MPS has no float64.
-    dtype = torch.float32 if generator.device.type == "mps" else torch.float64
+    # In one dtype, so that float32 and float64 clouds get the same directions.
+    dtype = widest(generator.device)
     return torch.randn(shape, generator=generator, dtype=dtype, device=generator.device).to("cpu", torch.float64)
 
 

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_wdefense._dtype import widest
+
 
 class Coupling(NamedTuple):
     """A coupling in one dimension: ``S`` pieces of mass for each line, in the order of the quantiles.
@@ -72,7 +74,7 @@ def _weighted(a: Tensor, b: Tensor) -> Coupling:
     """
     n, m = a.shape[-1], b.shape[-1]
     # In float32, levels that should be equal differ by 1e-7; the square root of that would be visible for equal clouds.
-    dtype = torch.float32 if a.device.type == "mps" else torch.float64
+    dtype = widest(a.device)
     levels_x, levels_y = a.cumsum(-1, dtype=dtype), b.cumsum(-1, dtype=dtype)
     levels_y = levels_y * (levels_x[..., -1:] / levels_y[..., -1:])
     levels, order = torch.sort(torch.cat([levels_x, levels_y], -1), dim=-1, stable=True)

@@ -11,8 +11,9 @@ from support.modules import batch, classifier
 from torch import nn
 
 from lightning_wdefense.attacks import APGD, FAB, Square, ThreatModel
+from lightning_wdefense.attacks.labels import likeliest_wrong
 from lightning_wdefense.attacks.standard.apgd import checkpoints
-from lightning_wdefense.attacks.standard.dlr import dlr, likeliest_wrong, targeted_dlr
+from lightning_wdefense.attacks.standard.dlr import dlr, targeted_dlr
 from lightning_wdefense.attacks.standard.hyperplane import shortest_move
 from lightning_wdefense.attacks.standard.windows import wave, window_size
 from lightning_wdefense.attacks.threat import Box

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_wdefense.transport.clouds import precision
+from lightning_wdefense._dtype import widest
 from lightning_wdefense.transport.clouds.measures import Measure
 from lightning_wdefense.transport.entropic.options import Cost
 from lightning_wdefense.transport.entropic.problem.workspace import Workspace
@@ -118,7 +118,7 @@ def half_squared_distance(source: Measure, target: Measure, eps: float) -> Groun
     x, y = source.points, target.points
     dtype, shape = x.dtype, (*x.shape[:-1], y.shape[-2])
     row, column = half_squares(x), half_squares(y)
-    if dtype == torch.float32 and x.device.type not in precision.NO_FLOAT64:
+    if dtype == torch.float32 and widest(x.device) != dtype:
         weighty = torch.where(source.weights > 0, row, 0), torch.where(target.weights > 0, column, 0)
         largest = max(float(squares.max()) if squares.numel() else 0.0 for squares in weighty)
         if torch.finfo(dtype).eps * largest > ROUNDING * eps:

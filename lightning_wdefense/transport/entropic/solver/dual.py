@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_wdefense.transport.clouds.precision import NO_FLOAT64
+from lightning_wdefense._dtype import widest
 
 
 def density(potential: Tensor, rho: float | None) -> Tensor:
@@ -23,7 +23,7 @@ def semi_dual(f: Tensor, g: Tensor, a: Tensor, b: Tensor, eps: float | Tensor, r
 
     In float64, where the device has it: its error is the square of that of the potentials. ``eps`` is a number, or ``(...)``.
     """
-    dtype = a.dtype if a.device.type in NO_FLOAT64 else torch.float64
+    dtype = widest(a.device)
     wide_a, wide_b = a.to(dtype), b.to(dtype)
     mass = transported = wide_a.sum(-1)
     if rho is not None:
