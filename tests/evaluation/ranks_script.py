@@ -13,7 +13,7 @@ from support.processes import group_ends
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_wdefense import ThreatModel, evaluate
-from lightning_wdefense.attacks import PGD
+from lightning_wdefense.attacks import FMN, PGD
 
 THREAT = ThreatModel(eps=0.1)
 SHARES = {"unequal": ([0, 1, 2], [3]), "none": ([0, 1, 2, 3], [])}
@@ -34,6 +34,11 @@ def measured(model, batches):
     """With an attack without noise, so that it does not matter which rank has which batch."""
     attacks = {"fgsm": "fgsm", "pgd": PGD(THREAT, steps=3, random_start=False)}
     return evaluate(model, batches, THREAT, attacks, epsilons=[0.05], progress=False)
+
+
+def by_distance(model, batches):
+    result = evaluate(model, batches, THREAT, ["fgsm"], distances=FMN(THREAT, steps=5), features=None, progress=False)
+    return result.values, tuple(result.curve), result.samples["distance"]
 
 
 def error_of(run: Callable[[], object]) -> str:
@@ -59,6 +64,7 @@ def main(folder: str) -> None:
     for share, indices in SHARES.items():
         result = measured(wrapped, [batches[index] for index in indices[rank]])
         found[share] = {"values": result.values, "samples": result.samples, "curve": tuple(result.curve)}
+        found[share]["distances"] = by_distance(wrapped, [batches[index] for index in indices[rank]])
     fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp")
     fabric.launch()
     set_up = fabric.setup(model())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from evaluation.ranks_script import SHARES, measured
+from evaluation.ranks_script import SHARES, by_distance, measured
 from support.lightning_modules import digits_loaders, trained_classifier
 from support.processes import run_pair
 
@@ -42,6 +42,11 @@ def test_two_processes(ranks):
         for samples in (first[share]["samples"], second[share]["samples"]):
             assert samples.keys() == expected.keys()
             assert all(torch.equal(samples[name], column) for name, column in expected.items())
+        values, curve, lengths = by_distance(trained_classifier(batch_norm=True).net, list(digits_loaders()[1]))
+        for each in (first[share]["distances"], second[share]["distances"]):
+            assert each[0] == pytest.approx(values, rel=1e-6)
+            assert all(map(torch.equal, each[1], curve))
+            assert torch.equal(each[2], lengths)
     assert first["wrapped"]
     assert first["fabric"] == second["fabric"] == first["unequal"]["values"]
     assert not torch.equal(first["perturbations"], second["perturbations"])

@@ -13,7 +13,7 @@ from support.processes import group_ends
 from torch import nn
 
 from lightning_wdefense import AdversarialExampleLogger, Recipe, RobustnessMonitor, ThreatModel, WassersteinDefense
-from lightning_wdefense.attacks import PGD, AutoAttack, TorchAttack
+from lightning_wdefense.attacks import FMN, PGD, AutoAttack, TorchAttack
 
 THREAT = ThreatModel(eps=0.2)
 SMALL = ThreatModel(eps=0.05)
@@ -78,9 +78,9 @@ def train(case, kind):
     module = (Accuracy if through_step else Classifier)()
     recipe = Recipe.named(name, THREAT, gather="gather" in how, awp=0.01 * ("awp" in how), warmup_epochs=1)
     defense = WassersteinDefense(recipe)
-    # In L2, whose lengths a rank without samples cannot compute.
     attacks = [AutoAttack(SMALL_L2, steps=3, queries=6, targets=2)] if "autoattack" in how else [EARLY]
-    monitor = RobustnessMonitor(attacks[0].threat, attacks, epsilons=[0.02])
+    distances = FMN(SMALL, steps=3, tightening=2) if "distances" in how else None
+    monitor = RobustnessMonitor(attacks[0].threat, attacks, epsilons=[0.02], distances=distances)
     trainer = quiet_trainer(
         strategy=strategy(kind),
         devices=2,

@@ -18,6 +18,7 @@ SCRIPT = Path(__file__).with_name("fsdp_script.py")
 
 QUICK = ["pgd-at+autoattack", "class-transport+gather"]
 REST = [
+    "pgd-at+distances",
     "pgd-at",
     "class-transport",
     "trades",
