@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 
 from lightning_wdefense._compat import rank_zero_warn
 from lightning_wdefense.attacks import MinimalAttack, ThreatModel, WorstCase, get_minimal_attack
 from lightning_wdefense.evaluation.attacked_batch import AttackedBatch
 from lightning_wdefense.metrics import AccuracyCurve, area_under_accuracy_curve, distributional_accuracy
 from lightning_wdefense.metrics._order import check_order
+from lightning_wdefense.metrics._states import concatenated
+from lightning_wdefense.modules.outputs import float32_or_better
 
 POINTS = 21
 """Number of values of eps of an accuracy curve from distances, unless the user names them."""
@@ -74,7 +75,9 @@ class DistanceProtocol(NamedTuple):
         found = self.attack.with_threat(threat)(batch.model, batch.inputs, batch.labels, generator=generator).distances
         fooled = (result.clean == result.labels) & (result.worst != result.labels)
         if threat.norm != "wasserstein":
-            moved = threat.ball.length(threat.to_data(result.inputs.float()) - threat.to_data(batch.inputs.float()))
+            moved = threat.ball.length(
+                threat.to_data(float32_or_better(result.inputs)) - threat.to_data(float32_or_better(batch.inputs))
+            )
         else:
             moved = torch.full_like(found, threat.eps)
         return torch.where(fooled, torch.minimum(found, moved.clamp_max(threat.eps)), found)
@@ -95,8 +98,8 @@ class SampleDistances(Metric):
         self.distances.append(distances.detach().float())
 
     def compute(self) -> Tensor:
-        """All distances, in float32."""
-        return dim_zero_cat(self.distances)
+        """All distances, in float32; empty before any update."""
+        return concatenated(self.distances, self.device)
 
 
 def summary(

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.functional.classification import binary_auroc
-from torchmetrics.utilities import dim_zero_cat
 
 from lightning_wdefense.metrics._plot import get_axes
+from lightning_wdefense.metrics._states import concatenated
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -144,10 +144,7 @@ class Detectability(Metric):
 
     def compute(self) -> AUROC:
         """Return the area and its interval."""
-        sides = [
-            dim_zero_cat(side) if len(side) else torch.empty(0, device=self.device)
-            for side in (self.clean, self.adversarial)
-        ]
+        sides = [concatenated(side, self.device) for side in (self.clean, self.adversarial)]
         return detectability(*sides, resamples=self.resamples, confidence=self.confidence, seed=self.seed)
 
     def plot(self, val: AUROC | Sequence[AUROC] | None = None, ax: "Axes | None" = None) -> tuple["Figure", "Axes"]:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 
 from lightning_wdefense.metrics._order import check_order
 from lightning_wdefense.metrics._plot import draw_curve
+from lightning_wdefense.metrics._states import concatenated
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -158,8 +158,7 @@ class DistributionalAccuracy(Metric):
 
     def compute(self) -> DistributionalCurve:
         """Return the curve over all samples."""
-        empty = torch.empty(0, device=self.device)
-        distances, weights = (dim_zero_cat(part) if len(part) else empty for part in (self.distances, self.weights))
+        distances, weights = (concatenated(parts, self.device) for parts in (self.distances, self.weights))
         return _curve(distances, weights, self.radii, self.p)
 
     def plot(

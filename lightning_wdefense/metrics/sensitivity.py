@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 
 from lightning_wdefense._names import unknown_name
 from lightning_wdefense.attacks.norms import BALLS
 from lightning_wdefense.metrics._order import check_order
 from lightning_wdefense.metrics._plot import plot_values
+from lightning_wdefense.metrics._states import concatenated
 from lightning_wdefense.modules.outputs import float32_or_better
 
 if TYPE_CHECKING:
@@ -107,8 +107,7 @@ class Sensitivity(Metric):
 
     def compute(self) -> Tensor:
         """Return the sensitivity over all samples, a scalar."""
-        norms = dim_zero_cat(self.norms) if len(self.norms) else torch.empty(0, device=self.device)
-        return _power_mean(norms, self.p)
+        return _power_mean(concatenated(self.norms, self.device), self.p)
 
     def plot(self, val: Any = None, ax: "Axes | None" = None) -> tuple["Figure", "Axes"]:
         """Plot ``val``, a result or a list of results over steps (by default what ``compute`` returns), on ``ax``."""

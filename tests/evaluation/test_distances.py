@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_wdefense import RobustnessMonitor, ThreatModel, evaluate
 from lightning_wdefense.attacks import DDN, FMN, PGD, MinimalEps, WassersteinAttack
+from lightning_wdefense.evaluation.protocol import EvaluationProtocol
 from lightning_wdefense.metrics import distributional_accuracy
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning")
@@ -111,6 +112,16 @@ def test_nothing_found_is_said():
         result = evaluate(Constant(), points(*PLACES), LINEAR, distances="fmn", features=None)
     assert result.clean_acc == result.robust_acc == 1
     assert all(torch.tensor(result.values[name]).isnan() for name in ("median_distance", "distributional_acc", "auac"))
+
+
+def test_no_sample_is_no_error():
+    """A monitor whose loader gave nothing to attack."""
+    protocol = EvaluationProtocol.of(
+        LINEAR, ["pgd"], epsilons=None, independent=False, ignore_index=None, features=None, distances="fmn", p=2.0
+    )
+    with pytest.warns(UserWarning, match="was called before"):
+        values, curve = protocol.compute(protocol.new_measures(torch.device("cpu")))
+    assert torch.tensor([values["median_distance"], values["distributional_acc"], float(curve.auac)]).isnan().all()
 
 
 ERRORS = {
