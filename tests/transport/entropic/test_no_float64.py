@@ -5,10 +5,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lightning_wdefense import _dtype
 from lightning_wdefense.transport import sinkhorn_divergence
-from lightning_wdefense.transport.clouds import precision
 from lightning_wdefense.transport.entropic.newton import problem as small
-from lightning_wdefense.transport.entropic.solver import arrays, dual
+from lightning_wdefense.transport.entropic.solver import arrays
 
 
 class NoFloat64(TorchDispatchMode):
@@ -23,9 +23,7 @@ class NoFloat64(TorchDispatchMode):
 def test_divergence(options, monkeypatch):
     x, y = torch.randn(40, 5), torch.randn(30, 5) + 0.5
     expected = sinkhorn_divergence(x, y, **options)
-    without = frozenset({"mps", "cpu"})
-    monkeypatch.setattr(precision, "NO_FLOAT64", without)
-    monkeypatch.setattr(dual, "NO_FLOAT64", without)
+    monkeypatch.setattr(_dtype, "NO_FLOAT64", frozenset({"mps", "cpu"}))
     monkeypatch.setattr(small, "SMALL", 0)  # which is for CPUs alone
     monkeypatch.setattr(arrays, "SMALL", 0)
     moved = x.clone().requires_grad_()
