@@ -19,7 +19,7 @@ PAGE = ROOT / "docs" / "architecture.md"
 
 HELPERS = "_*.py"
 LAYERS = (
-    "__init__.py", "cli", "mixin.py", "callbacks", "evaluation", "defenses", "detection", "metrics", "attacks", "modules", "transport", HELPERS,
+    "__init__.py", "cli", "mixin.py", "callbacks", "audit", "evaluation", "defenses", "detection", "metrics", "attacks", "modules", "transport", HELPERS,
 )  # fmt: skip
 """The rooms of the package from top to bottom: imports point down only. A new room takes its place here."""
 
