@@ -21,7 +21,7 @@ from lightning_wdefense.audit.views.noise import Averaged
 from lightning_wdefense.evaluation.progress import TqdmProgress
 from lightning_wdefense.evaluation.subject import Subject
 from lightning_wdefense.modules.batches import BatchReader, Inputs, Labels
-from lightning_wdefense.modules.outputs import Pick, PickedOutputModel, output_picker
+from lightning_wdefense.modules.outputs import Pick, PickedOutputModel, output_picker, tensor_of
 from lightning_wdefense.modules.paths import map_tensors
 from lightning_wdefense.modules.state.isolation import isolated
 from lightning_wdefense.modules.state.random_state import RandomState
@@ -164,21 +164,21 @@ def _case(
     """The case: how the model answers, before anything attacks it."""
     module, pick = subject.module, output_picker(outputs)
     threat.read(data)  # its errors say more than those of a model that gets the wrong inputs
-    whole = needs_whole_batches(module, data[:size], pick or (lambda found: found))
-    model = PickedOutputModel(module, pick, accepts_partial_batches=not whole)
+    first = data[:size]
     with isolated(module, data.device):
-        first = data[:size].clone().requires_grad_()
-        found = model(first.clone())
-        base = Logits(model, activation_of(found))
-        labels = hard_labels(class_labels(given[:size], found, check_values=True))
+        found = PickedOutputModel(module, pick)(first.clone().requires_grad_().clone())
+        activation = activation_of(found)
+        shape = tensor_of(found)[:1].expand(len(given), *tensor_of(found).shape[1:])
+        labels = hard_labels(class_labels(given, shape, check_values=True))
         if labels.ndim != 1:
             raise ValueError(
                 f"An audit needs one class for each sample, got labels of shape {tuple(labels.shape)}: for masks measure with evaluate."
             )
-        labels = hard_labels(class_labels(given, base(data), check_values=True))
-        once, again = base(data[:size].clone()), base(data[:size].clone())
-    spread = once.std().clamp_min(1e-12)
-    random = not float((once - again).abs().max() / spread) < 1e-3 and bool(once.isfinite().all())
+        base = Logits(PickedOutputModel(module, pick), activation)
+        once, again = base(first.clone()), base(first.clone())
+    random = bool(once.isfinite().all()) and float((once - again).abs().max()) > 1e-3 * float(once.std())
+    if not random and needs_whole_batches(module, first, pick or (lambda found: found)):
+        base = Logits(PickedOutputModel(module, pick, accepts_partial_batches=False), activation)
     other = None if twin is None else Logits(PickedOutputModel(Subject.of(twin).module, pick))
     view = Averaged(base, DRAWS) if random else base
     return Case(module, base, view, data, labels, threat, attacks, other, random, size, seed)

@@ -47,7 +47,8 @@ def finite_differences(case: Case) -> Finding:
     name = "finite-differences"
     view = FixedNoise(case.base, case.seed) if case.random else case.base
     data, slope = _slopes(case, view)
-    ball, length = (BALLS["l2"], 0.05) if case.threat.norm not in BALLS else (case.threat.ball, 0.1 * case.threat.eps)
+    ball = BALLS.get(case.threat.norm, BALLS["l2"])
+    length = max(0.1 * case.threat.eps, 1e-3) if case.threat.norm in BALLS else 0.05  # below, differences are rounding
     clean = case.threat.to_data(case.inputs)
     moved = case.threat.box(clean).clamp(data + length * ball.steepest(slope.clone()))
     predicted = rows(slope * (moved - data)).sum(1)

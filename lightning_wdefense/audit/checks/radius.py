@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 
 from lightning_wdefense.attacks import Attack, AutoAttack
+from lightning_wdefense.attacks.losses import margin
 from lightning_wdefense.audit.case import FAIL, WARN, Case
 from lightning_wdefense.audit.findings import Finding, Verdict
 
@@ -15,13 +16,15 @@ FACTORS = (0.25, 0.5, 1.0, 2.0)
 def growing_eps(case: Case) -> Finding:
     """Whether accuracy falls as eps grows, each radius attacked for itself."""
     attack = _attack(case)
-    shares = [_left(case, attack, factor * case.threat.eps) for factor in FACTORS]
+    found = [_attacked(case, attack, factor * case.threat.eps) for factor in FACTORS]
+    shares, margins = zip(*found, strict=True)
     rise = max(later - min(shares[: index + 1]) for index, later in enumerate(shares[1:]))
     written = ", ".join(
         f"{share:.1%} at {factor * case.threat.eps:.3g}" for share, factor in zip(shares, FACTORS, strict=True)
     )
-    falls, moves = rise < WARN, shares[0] - shares[-1] >= WARN or shares[0] == 0
-    verdict: Verdict = "pass" if falls and moves else "fail" if rise >= FAIL or not moves else "warn"
+    # At a small eps accuracy may stay, but the margin does not.
+    moves = shares[-1] < shares[0] or margins[-1] > margins[0] or not bool(case.right.any())
+    verdict: Verdict = "fail" if rise >= FAIL or not moves else "warn" if rise >= WARN else "pass"
     return Finding(
         "growing-eps",
         verdict,
@@ -47,7 +50,7 @@ def unbounded(case: Case) -> Finding:
     spread = (threat.bounds[1] - threat.bounds[0]) if threat.bounds else 100 * threat.eps
     width = case.inputs[0].numel()
     eps = spread * {"linf": 1.0, "l2": width**0.5, "l1": float(width)}[threat.norm]
-    left = _left(case, _attack(case), max(eps, threat.eps))
+    left, _ = _attacked(case, _attack(case), max(eps, threat.eps))
     verdict: Verdict = "pass" if left < WARN else "warn" if left < 0.05 else "fail"
     return Finding(
         "unbounded",
@@ -68,8 +71,10 @@ def _attack(case: Case) -> Attack:
     return next(iter(case.strong_attacks().values())) if isinstance(first, AutoAttack) else first
 
 
-def _left(case: Case, attack: Attack, eps: float) -> float:
+def _attacked(case: Case, attack: Attack, eps: float) -> tuple[float, float]:
+    """The accuracy that is left at another eps, and the mean margin of the samples that are right on clean inputs."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "eps=.* is larger than the whole range")
         inputs = case.adversarial(attack.with_eps(eps), None, case.right)
-    return case.accuracy((case.classes(inputs) == case.labels) & case.right)
+    left = (case.classes(inputs) == case.labels) & case.right
+    return case.accuracy(left), float(margin(case.logits(inputs), case.labels)[case.right].double().mean())

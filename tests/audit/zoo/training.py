@@ -34,15 +34,23 @@ def network(activation: type[nn.Module] = nn.ReLU, dropout: float = 0.0) -> nn.S
     )  # fmt: skip
 
 
-def fitted(model: nn.Module, recipe: str = "standard", epochs: int = 8, threat: ThreatModel = THREAT, noise: float = 0.0, smoothing: float = 0.0):
+def fitted(
+    model: nn.Module,
+    recipe: str = "standard",
+    epochs: int = 8,
+    threat: ThreatModel = THREAT,
+    noise: float = 0.0,
+    smoothing: float = 0.0,
+    seed: int = 0,
+):
     """The model after a plain loop with one of our recipes; ``noise`` is added to the inputs, ``smoothing`` to the labels."""
     images, labels = digits()
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     steps = TRAIN // 64 + 1
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*fails under AutoAttack.*")
-        defense = Recipe.named(recipe, threat).bind(model, seed=0, warmup_steps=2 * steps)
+        defense = Recipe.named(recipe, threat).bind(model, seed=seed, warmup_steps=2 * steps)
     model.train()
     for step in range(epochs * steps):
         if step % steps == 0:
@@ -60,7 +68,7 @@ def fitted(model: nn.Module, recipe: str = "standard", epochs: int = 8, threat: 
 
 
 @functools.cache
-def trained(recipe: str = "standard", **options) -> nn.Module:
+def trained(recipe: str = "standard", seed: int = 0, make=network, **options) -> nn.Module:
     with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return fitted(network(), recipe, **options)
+        torch.manual_seed(seed)
+        return fitted(make(), recipe, seed=seed, **options)
