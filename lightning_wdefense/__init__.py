@@ -1,9 +1,11 @@
 """Adversarial robustness with optimal transport for PyTorch Lightning."""
 
 from lightning_wdefense.attacks import ThreatModel
+from lightning_wdefense.audit import audit
 from lightning_wdefense.callbacks import (
     AdversarialExampleLogger,
     DetectionMonitor,
+    RobustnessAudit,
     RobustnessMonitor,
     WassersteinDefense,
 )
@@ -23,9 +25,11 @@ __all__ = [
     "DetectionMonitor",
     "EvaluationResult",
     "Recipe",
+    "RobustnessAudit",
     "RobustnessMonitor",
     "ThreatModel",
     "WassersteinDefense",
     "WassersteinDefenseMixin",
+    "audit",
     "evaluate",
 ]

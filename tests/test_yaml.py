@@ -26,6 +26,7 @@ from lightning_wdefense import (
     AdversarialExampleLogger,
     DetectionMonitor,
     Recipe,
+    RobustnessAudit,
     RobustnessMonitor,
     ThreatModel,
     WassersteinDefense,
@@ -170,6 +171,9 @@ SAMPLES: dict[type, dict[str, Any]] = {
         "threat": THREAT, "attacks": ["fgsm", ATTACK], "max_batches": 2, "epsilons": [0.1, 0.5], "distances": by_path(FMN, threat=THREAT, steps=30), "p": 1, "features": None, "through": "auto",
         "perturb": {"path": "embedding", "by": "token"}, "model": "net", **PLACES, "dataloaders": [0, 2], "ignore_index": 255,
         "name": "second",
+    },
+    RobustnessAudit: {
+        "threat": THREAT, "attacks": ["fgsm", ATTACK], "samples": 50, "twin": LINEAR, "path": "audit.json", "model": "net", "through": "model", **PLACES,
     },
     AdversarialExampleLogger: {
         "threat": THREAT, "attack": ATTACK, "class_names": ["cat", "dog"], "through": "step", "model": "net", **PLACES,
@@ -598,7 +602,7 @@ def test_hydra_builds_a_class(cls, convert):
     hydra = pytest.importorskip("hydra.utils")
     from omegaconf import OmegaConf
 
-    if convert is None and cls is RobustnessMonitor:
+    if convert is None and cls in (RobustnessMonitor, RobustnessAudit):
         pytest.skip(
             "OmegaConf takes an attack in a list for a dataclass to read, and refuses its types: needs _convert_"
         )

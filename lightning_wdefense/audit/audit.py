@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from lightning_wdefense.attacks.labels import class_labels, hard_labels
-from lightning_wdefense.attacks.registry import Attacks, evaluation_attacks
+from lightning_wdefense.attacks.registry import Attacks
 from lightning_wdefense.attacks.steps.inspection import needs_whole_batches
 from lightning_wdefense.attacks.threat import ThreatModel
-from lightning_wdefense.audit.case import Case, strong_attacks
+from lightning_wdefense.audit.case import Case, claimed_attacks
 from lightning_wdefense.audit.checks import CHECKS
 from lightning_wdefense.audit.findings import AuditReport, Finding
 from lightning_wdefense.audit.views.base import Logits, activation_of
@@ -91,13 +91,8 @@ def audit(
     """
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}.")
-    if not getattr(threat, "eps", 1) > 0:
-        raise ValueError("An audit needs a positive eps: with eps 0 there is nothing to attack.")
     begin = time.perf_counter()
-    chosen = strong_attacks(threat) if attacks is None and isinstance(threat, ThreatModel) else attacks
-    claim = evaluation_attacks(chosen or (), threat)
-    if not claim:
-        raise ValueError("An audit needs at least one attack that the claim rests on, or attacks=None.")
+    claim = claimed_attacks(attacks, threat)
     subject = Subject.of(model)
     place = subject.device if device is None else torch.device(device)
     before = RandomState(torch.device("cpu") if place is None else place)
@@ -175,7 +170,7 @@ def _case(
                 f"An audit needs one class for each sample, got labels of shape {tuple(labels.shape)}: for masks measure with evaluate."
             )
         base = Logits(PickedOutputModel(module, pick), activation)
-        once, again = base(first.clone()), base(first.clone())
+        once, again = base(first), base(first)
     random = bool(once.isfinite().all()) and float((once - again).abs().max()) > 1e-3 * float(once.std())
     if not random and needs_whole_batches(module, first, pick or (lambda found: found)):
         base = Logits(PickedOutputModel(module, pick, accepts_partial_batches=False), activation)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from lightning_wdefense._seeding import seeded_generator
 from lightning_wdefense.attacks import APGD, PGD, Attack, ThreatModel, WassersteinAttack
+from lightning_wdefense.attacks.registry import Attacks, evaluation_attacks
+from lightning_wdefense.attacks.threat import check_threat
 from lightning_wdefense.audit.findings import Finding, Verdict
 from lightning_wdefense.audit.views.base import View
 from lightning_wdefense.audit.views.noise import Averaged
@@ -75,7 +77,7 @@ class Case:
         """The logits ``(N, K)`` of a view, by default of the one that is attacked, without a graph."""
         view = view or self.view
         with self.running(), torch.no_grad():
-            return torch.cat([view(part.clone()) for part in inputs.split(self._size(view))])
+            return torch.cat([view(part) for part in inputs.split(self._size(view))])
 
     def classes(self, inputs: Tensor, view: View | None = None) -> Tensor:
         """The model's classes ``(N,)``; if it draws random numbers, those of the mean over many draws."""
@@ -167,6 +169,24 @@ def strong_attacks(threat: ThreatModel) -> dict[str, Attack]:
             "pgd-margin": PGD(threat, steps=100, restarts=2, loss="margin"),
         }
     return {"apgd-ce": APGD(threat), "apgd-t": APGD(threat, loss="dlr-targeted")}
+
+
+def claimed_attacks(attacks: Attacks | None, threat: ThreatModel) -> dict[str, Attack]:
+    """The attacks that a claim rests on, by name; ``None`` stands for :func:`strong_attacks`.
+
+    Raises:
+        TypeError: if something is neither a name nor an attack, or ``threat`` is not a threat model.
+        ValueError: if there is no attack, or one is unknown, unbounded or made for another threat model, or eps is 0.
+    """
+    check_threat(threat, "An audit")
+    if threat.eps == 0:
+        raise ValueError("An audit needs a positive eps: with eps 0 there is nothing to attack.")
+    found = evaluation_attacks(strong_attacks(threat) if attacks is None else attacks, threat)
+    if not found:
+        raise ValueError(
+            "An audit needs at least one attack that the claim rests on; attacks=None stands for the strongest."
+        )
+    return found
 
 
 def changed(attack: Attack, **changes: Any) -> Attack:

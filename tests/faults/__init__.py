@@ -1,11 +1,12 @@
 """The table of planted faults, a module or two for each folder of the package; read by ``planted_faults.py``."""
 
-from faults import attack_kinds, attacks, callbacks, defenses, detection, evaluation, metrics, steps, transport
+from faults import attack_kinds, attacks, audit, callbacks, defenses, detection, evaluation, metrics, steps, transport
 from faults.fault import Fault
 
 FAULTS: list[Fault] = [
     *attacks.FAULTS,
     *attack_kinds.FAULTS,
+    *audit.FAULTS,
     *callbacks.FAULTS,
     *defenses.FAULTS,
     *detection.FAULTS,

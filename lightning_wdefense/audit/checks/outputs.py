@@ -48,7 +48,7 @@ def training_mode(case: Case) -> Finding:
     found = []
     for evaluation in (True, False):
         with isolated(case.module, device, evaluation=evaluation), torch.no_grad():
-            found.append(FixedNoise(case.base, case.seed)(some.clone()))
+            found.append(FixedNoise(case.base, case.seed)(some))
     training = [module for module in case.module.modules() if module.training]
     spread = found[0].std().clamp_min(1e-12)
     if not training or float((found[0] - found[1]).abs().max() / spread) < 1e-3:

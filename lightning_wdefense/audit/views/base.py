@@ -59,7 +59,7 @@ class Logits(View):
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """The logits ``(N, K)``."""
-        values = float32_or_better(tensor_of(self.inner(inputs)))
+        values = float32_or_better(tensor_of(self.inner(inputs.clone())))  # the model may work in place
         if self.activation is not None:
             tiny = torch.finfo(values.dtype).tiny
             log = values.clamp_min(tiny).log()

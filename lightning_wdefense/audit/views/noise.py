@@ -33,7 +33,7 @@ class Averaged(View):
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """The logits ``(N, K)`` of the mean."""
-        return _mean([self.inner(inputs.clone()) for _ in range(self.draws)])
+        return _mean([self.inner(inputs) for _ in range(self.draws)])
 
 
 class FixedNoise(View):

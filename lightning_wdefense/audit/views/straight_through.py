@@ -46,7 +46,7 @@ class StraightThrough(View):
             return self.inner(inputs)  # type: ignore[no-any-return]
         if self._integers:
             try:
-                return self._run(inputs.clone())
+                return self._run(inputs)
             except Exception:  # whatever the model does with its integers, such as indexing, cannot be done with floats
                 self._integers = False
         return self._run(inputs)

@@ -72,3 +72,11 @@ def trained(recipe: str = "standard", seed: int = 0, make=network, **options) ->
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return fitted(make(), recipe, seed=seed, **options)
+
+
+def linear() -> nn.Sequential:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+
+def linear_model(seed: int = 0) -> nn.Module:
+    return trained(seed=seed, make=linear)
