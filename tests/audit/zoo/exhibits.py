@@ -115,5 +115,5 @@ HONEST = (
     Exhibit("undefended, L2", lambda seed: trained(seed=seed), threat=ThreatModel("l2", 0.8)),
     Exhibit("pgd-at, L1", lambda seed: trained("pgd-at", seed=seed), threat=ThreatModel("l1", 3.0)),
     Exhibit("batch normalisation, trained for long", lambda seed: trained(seed=seed, make=with_batch_norm, epochs=30)),
-    Exhibit("pgd-at, watched by PGD", lambda seed: trained("pgd-at", seed=seed), attacks={"pgd": PGD(THREAT, steps=40, restarts=2)}),
+    Exhibit("pgd-at, claimed by AutoAttack", lambda seed: trained("pgd-at", seed=seed), attacks=["autoattack"]),
 )  # fmt: skip
