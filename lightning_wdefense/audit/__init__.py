@@ -1,5 +1,8 @@
 """Is a robustness claim to be believed? Checks of the model and of the attacks, and reports for people."""
 
 from lightning_wdefense.audit.findings import AuditReport, Finding, Verdict
+from lightning_wdefense.audit.report.comparison import Comparison, Difference, compare
+from lightning_wdefense.audit.report.paired import PairedDifference
+from lightning_wdefense.audit.report.report import Report
 
-__all__ = ["AuditReport", "Finding", "Verdict"]
+__all__ = ["AuditReport", "Comparison", "Difference", "Finding", "PairedDifference", "Report", "Verdict", "compare"]

@@ -31,8 +31,9 @@ def class_plan(clean: Tensor, adversarial: Tensor, labels: Tensor, classes: int)
         The plan ``(classes, classes)`` in float32: rows for the clean, columns for the adversarial samples. Its sum is 1.
 
     Example:
+        >>> import torch
         >>> features = torch.tensor([[0.0], [1.0], [10.0], [11.0]])
-        >>> class_plan(features, features + 0.1, torch.tensor([0, 0, 1, 1]), 2)
+        >>> class_plan(features, features + 0.1, torch.tensor([0, 0, 1, 1]), 2).round(decimals=4)
         tensor([[0.5000, 0.0000],
                 [0.0000, 0.5000]])
     """
