@@ -101,15 +101,18 @@ def write_files(folder: str | Path, texts: Mapping[str, str]) -> list[Path]:
 
 def _example_to_dict(example: Example) -> dict[str, Any]:
     numbers = {name: value for name, value in example._asdict().items() if not isinstance(value, Tensor)}
-    packed = zlib.compress(torch.stack([example.inputs, example.attacked]).float().numpy().astype("<f4").tobytes())
+    packed = zlib.compress(example.pair.float().numpy().astype("<f4").tobytes())
     return plain(numbers) | {"shape": list(example.inputs.shape), "inputs": base64.b64encode(packed).decode()}
 
 
 def _example_from_dict(values: Mapping[str, Any]) -> Example:
     shape = values["shape"]
     data = numpy.frombuffer(zlib.decompress(base64.b64decode(values["inputs"])), "<f4").astype("float32")
-    numbers = (values[name] for name in ("index", "label", "adversarial", "broken_by"))
-    return Example(*numbers, float(values["distance"]), *torch.from_numpy(data).view(2, *shape))
+    sample, label, adversarial, broken_by = (
+        int(values[name]) for name in ("sample", "label", "adversarial", "broken_by")
+    )
+    pair = torch.from_numpy(data).view(2, *shape)
+    return Example(sample, label, adversarial, broken_by, float(values["distance"]), pair)
 
 
 def _column(values: list[Any]) -> Tensor:

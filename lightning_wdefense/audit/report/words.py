@@ -28,14 +28,15 @@ def threat_in_words(threat: ThreatModel) -> str:
     )
     units = ""
     if threat.mean is not None or threat.std is not None:
-        units = f" The pipeline normalises the data with mean {_numbers(threat.mean, 0)} and std {_numbers(threat.std, 1)}; eps counts before that."
+        units = f" The pipeline normalises the data with mean {_numbers(threat.mean, 0)} and std {_numbers(threat.std, 1)}; eps counts in the units before that."
     return f"The attacker knows the model and may {may}, in units of the data. {bounds}{units}"
 
 
 def eps_in_words(threat: ThreatModel) -> str:
-    """The budget, as grey levels where it is a number of them: ``"8/255"``."""
+    """The budget, as grey levels where it is a number of them and no short decimal: ``"8/255"``."""
     levels = threat.eps * GREY_LEVELS
-    if threat.norm == "linf" and threat.bounds == (0.0, 1.0) and round(levels) and abs(levels - round(levels)) < 1e-4:
+    whole = round(levels) and abs(levels - round(levels)) < 1e-4 and float(f"{threat.eps:.3g}") != threat.eps
+    if threat.norm == "linf" and threat.bounds == (0.0, 1.0) and whole:
         return f"{round(levels)}/{GREY_LEVELS}"
     return f"{threat.eps:.4g}"
 

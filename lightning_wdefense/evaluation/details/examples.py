@@ -23,27 +23,35 @@ class Example(NamedTuple):
     """A sample that is classified correctly on its clean input.
 
     Attributes:
-        index: its row in the samples of the result.
+        sample: its row in the samples of the result.
         label: its label, which is also the clean prediction.
         adversarial: the class that is predicted on the adversarial input; -1 if the outputs are NaN or infinite.
         broken_by: index of the attack that made it wrong; -1 if none did.
         distance: its distance to the decision boundary in data units; NaN if distances are not measured.
-        inputs: the clean input in data units, on the CPU.
-        attacked: the adversarial input in data units, on the CPU. If no attack made the sample wrong, the result of the last one.
+        pair: its clean and its adversarial input ``(2, ...)`` in data units, on the CPU.
     """
 
-    index: int
+    sample: int
     label: int
     adversarial: int
     broken_by: int
     distance: float
-    inputs: Tensor
-    attacked: Tensor
+    pair: Tensor
 
     @property
     def clean(self) -> int:
         """The class that is predicted on the clean input."""
         return self.label
+
+    @property
+    def inputs(self) -> Tensor:
+        """The clean input in data units."""
+        return self.pair[0]
+
+    @property
+    def attacked(self) -> Tensor:
+        """The adversarial input in data units. If no attack made the sample wrong, the result of the last one."""
+        return self.pair[1]
 
 
 class Examples(NamedTuple):
@@ -136,8 +144,8 @@ class ExampleRanking(Metric):
         for row in _ends(ranks, self.count).tolist():
             place, label, adversarial, broken_by = facts[row].tolist()
             distance = float(ranks[row, 0]) if self.by_distance else math.nan
-            images = (each.cpu().clone() for each in inputs[row])
-            found.append(Example(place + int(before[row]), label, adversarial, broken_by, distance, *images))
+            pair = inputs[row].cpu().clone()  # the state would be kept with a view of it
+            found.append(Example(place + int(before[row]), label, adversarial, broken_by, distance, pair))
         return Examples(tuple(found[: self.count]), tuple(reversed(found[self.count :])))
 
     def _keep(self, ranks: Tensor, facts: Tensor, inputs: Tensor) -> None:

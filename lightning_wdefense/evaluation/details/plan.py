@@ -62,7 +62,6 @@ class ClassPlan(TransportShift):
     """
 
     is_differentiable = False
-    higher_is_better = None
 
     classes: Tensor
 

@@ -33,9 +33,9 @@ def headline(result: EvaluationResult) -> Figures:
     if "distributional_acc" in values:
         items.append(
             (
-                "Distributional accuracy",
+                "Distributional",
                 percent(values["distributional_acc"]),
-                "if the whole distribution may move by eps",
+                "accuracy left if the distribution of inputs moves by eps",
             )
         )
     return Figures(tuple(items))
@@ -50,8 +50,8 @@ def meaning(result: EvaluationResult) -> Iterator[Text]:
         else ""
     )
     yield Text(
-        f"What this means: of {result.count} samples, {percent(result.robust_acc)} stayed right under {attacks}. That is an upper bound of "
-        "the robust accuracy: a stronger attack may leave less, and none can leave more. The interval says how well these samples stand for "
+        f"What this means: of {result.count} samples, {percent(result.robust_acc)} are classified correctly before and after {attacks}. That is an upper "
+        "bound of the robust accuracy: a stronger attack may leave less. The interval says how well these samples stand for "
         f"others of their kind; it says nothing of stronger attacks, other threats or other data.{masks}"
     )
     if not any(STANDARD in name for name in result.attacks):
@@ -95,7 +95,7 @@ def accuracy_curve(results: list[tuple[str, EvaluationResult]], threat: ThreatMo
         f"eps ({threat.norm}, data units)",
         threat.eps,
         f"eps {eps_in_words(threat)}",
-        "The band is the 95% interval at each eps. A curve that does not fall to 0 at some eps would be a sign of attacks that fail.",
+        "The band is the 95% interval at each eps. As eps grows, accuracy must fall to that of a guess: where it does not, the attacks fail.",
     )
 
 
@@ -108,7 +108,7 @@ def distance_section(result: EvaluationResult) -> Section | None:
     found, lost = right[right.isfinite()], int((~right.isfinite()).sum())
     never = f" For {lost} samples no adversarial input was found at all; they are not drawn." if lost else ""
     caption = (
-        f"{len(right)} samples that are right on their clean input. A distance is an upper bound: a better attack may find a nearer "
+        f"{len(right)} samples that are right on their clean input; those within eps are drawn in orange. A distance is an upper bound: a better attack may find a nearer "
         f"adversarial input.{never}"
     )
     blocks: list[Block] = []

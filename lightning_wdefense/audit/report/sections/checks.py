@@ -36,8 +36,8 @@ def audit_section(audit: AuditReport | None) -> Section:
                 )
     rest = [found for found in audit.findings if found.verdict not in OPEN]
     if rest:
-        rows = [(found.check, mark_of(found.verdict), found.figure, found.meaning) for found in rest]
-        blocks.append(Table(("Check", "Verdict", "Figure", "Meaning"), rows, numbers=False))
+        rows = [(found.check, mark_of(found.verdict), f"{found.figure.rstrip('.')}. {found.meaning}") for found in rest]
+        blocks.append(Table(("Check", "Verdict", "What was found"), rows, numbers=False))
     blocks.append(Text(f"The audit took {duration(audit.seconds)}.", note=True))
     return Section("Audit", tuple(blocks))
 

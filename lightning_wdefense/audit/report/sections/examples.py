@@ -19,7 +19,7 @@ def example_section(result: EvaluationResult, names: Sequence[str]) -> Section |
     order = (
         "by their distance to the decision boundary"
         if "distance" in result.samples
-        else "by the attack that broke them, the first being the weakest sign of robustness, and then by the margin of their logits under attack"
+        else "by the attack that broke them, those that fell to the first attack first, and then by the margin of their logits under attack"
     )
     blocks: list[Block] = [Text(f"Of the samples that are right on their clean input, ordered {order}.", note=True)]
     groups = {"Least robust": result.examples.least, "Most robust": result.examples.most}
@@ -39,7 +39,7 @@ def example_section(result: EvaluationResult, names: Sequence[str]) -> Section |
 
 
 def _caption(example: Example, result: EvaluationResult, names: Sequence[str]) -> str:
-    label = f"Sample {example.index}, label {named(example.label, names)}"
+    label = f"Sample {example.sample}, label {named(example.label, names)}"
     fell = (
         "withstood all attacks"
         if example.broken_by < 0
@@ -57,4 +57,4 @@ def _distance(example: Example) -> str:
 def _row(example: Example, result: EvaluationResult, names: Sequence[str]) -> tuple[str, ...]:
     broken_by = "none" if example.broken_by < 0 else result.attacks[example.broken_by]
     change = f"{float((example.attacked - example.inputs).abs().max()):.3g}"
-    return str(example.index), named(example.label, names), named(example.adversarial, names), broken_by, change
+    return str(example.sample), named(example.label, names), named(example.adversarial, names), broken_by, change

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_wdefense.audit.findings import AuditReport
-from lightning_wdefense.audit.report.pages.charts.bars import interval, percent
-from lightning_wdefense.audit.report.pages.page import Block, Cell, Page, Section, Table, Text
+from lightning_wdefense.audit.report.pages.charts.bars import Bar, bars, interval, percent
+from lightning_wdefense.audit.report.pages.charts.drawing import COLOURS
+from lightning_wdefense.audit.report.pages.page import Block, Cell, Chart, Page, Section, Table, Text
 from lightning_wdefense.audit.report.sections.accuracy import accuracy_curve
 from lightning_wdefense.audit.report.sections.checks import mark_of
 from lightning_wdefense.audit.report.words import duration, eps_in_words, listed, points, threat_in_words
@@ -27,7 +28,7 @@ def comparison_page(models: Sequence[Model], differences: Sequence[Any]) -> Page
     """
     first = models[0][1]
     threat, count = first.threat, len(first.samples["broken_by"])
-    blocks: list[Block] = [_accuracies(models)]
+    blocks: list[Block] = [_accuracies(models), _bars(models)]
     if any(result.curve is not None for _, result, _, _ in models):
         blocks.append(accuracy_curve([(name, result) for name, result, _, _ in models], threat))
     sections = [
@@ -57,7 +58,7 @@ def _accuracies(models: Sequence[Model]) -> Table:
     rows: list[tuple[Cell, ...]] = []
     for name, result, audit, _ in models:
         row: list[Cell] = [name]
-        for key in (CLEAN, ROBUST):
+        for key in (ROBUST, CLEAN):
             row += [percent(result.values[key]), interval(*result.intervals[key])]
         for key in shown:
             value = result.values.get(key, math.nan)
@@ -79,6 +80,14 @@ def _accuracies(models: Sequence[Model]) -> Table:
     return Table(head, rows)
 
 
+def _bars(models: Sequence[Model]) -> Chart:
+    rows = [
+        Bar(name, result.robust_acc, *result.intervals[ROBUST], index % COLOURS)
+        for index, (name, result, *_) in enumerate(models)
+    ]
+    return bars("Robust accuracy", rows, "Lines are Wilson 95% intervals.")
+
+
 def _differences(differences: Sequence[Any]) -> list[Block]:
     blocks: list[Block] = []
     for title, kind in (("Robust accuracy", "robust"), ("Clean accuracy", "clean")):
@@ -90,8 +99,8 @@ def _differences(differences: Sequence[Any]) -> list[Block]:
             )
             ends = "–" if math.isnan(found.low) else f"{points(found.low)} to {points(found.high)}"
             row = (f"{each.first} − {each.second}", points(found.difference), ends)
-            rows.append((*row, f"{found.only_first}", f"{found.only_second}", p_value))
-        blocks.append(Table((title, "Points", "95% interval", "Only first right", "Only second right", "p"), rows))
+            rows.append((*row, p_value, f"{found.only_first}", f"{found.only_second}"))
+        blocks.append(Table((title, "Points", "95% interval", "p", "Only 1st right", "Only 2nd right"), rows))
     return blocks
 
 

@@ -9,14 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_wdefense.audit.report.pages.charts.drawing import WIDTH, box, line, path, shortened, svg, text, ticks
+from lightning_wdefense.audit.report.pages.charts.drawing import WIDTH, beside, box, line, shortened, svg, text, ticks
 from lightning_wdefense.audit.report.pages.page import Chart, Table
 
 ROW, VALUE = 42.0, 150.0
 """Height of a bar with its name above it, and the width kept for its number."""
 
-BINS = 24
-LEFT, RIGHT, TOP, HEIGHT, BOTTOM = 34.0, 10.0, 22.0, 170.0, 42.0
+BINS, MOST_BINS = 24, 48
+
+LEFT, RIGHT, TOP, HEIGHT, BOTTOM = 34.0, 10.0, 24.0, 170.0, 42.0
 """Margins and height of a histogram."""
 
 
@@ -59,9 +60,9 @@ def bars(title: str, rows: Sequence[Bar], caption: str = "") -> Chart:
 
 
 def histogram(title: str, values: Tensor, mark: float, mark_name: str, xlabel: str, caption: str = "") -> Chart:
-    """How often values ``(N,)`` from 0 up occur, with a line at ``mark``."""
-    high = max(float(values.max()) if len(values) else 0.0, mark) * 1.02 or 1.0
-    counts = torch.histc(values.double(), BINS, 0, high).long().tolist()
+    """How often values ``(N,)`` from 0 up occur: those up to ``mark`` in one colour, those above it in another."""
+    bins, high = _bins(float(values.max()) if len(values) else 0.0, mark)
+    counts = torch.histc(values.double(), bins, 0, high).long().tolist()
     tallest, width, bottom = max(max(counts), 1), WIDTH - LEFT - RIGHT, TOP + HEIGHT
     parts = []
     for tick in ticks(tallest, 4):
@@ -71,22 +72,30 @@ def histogram(title: str, values: Tensor, mark: float, mark_name: str, xlabel: s
                 line(LEFT, y, WIDTH - RIGHT, y, "grid"),
                 text(LEFT - 6, y + 4, f"{tick:g}", anchor="end", kind="soft"),
             ]
+    edges = [high * index / bins for index in range(bins + 1)]
     for index, count in enumerate(counts):
-        x, height = LEFT + width * index / BINS, HEIGHT * count / tallest
-        parts.append(f'<g class="c0">{box(x + 0.5, bottom - height, width / BINS - 1, height, "fill")}</g>')
+        height, colour = HEIGHT * count / tallest, 1 if edges[index + 1] <= mark * (1 + 1e-9) else 0
+        field = box(LEFT + width * index / bins + 0.5, bottom - height, width / bins - 1, height, "fill")
+        parts.append(f'<g class="c{colour}">{field}</g>')
     for tick in ticks(high):
         parts.append(text(LEFT + width * tick / high, bottom + 16, f"{tick:g}", anchor="middle", kind="soft"))
     x = LEFT + width * mark / high
-    end = "end" if x > WIDTH / 2 else "start"
     parts += [
         line(LEFT, bottom, WIDTH - RIGHT, bottom, "axis"),
-        f'<g class="c1">{path([(x, TOP - 4), (x, bottom)], "line dash1")}</g>',
-        text(x + (-5 if end == "end" else 5), TOP - 8, mark_name, anchor=end),
+        line(x, TOP - 6, x, bottom, "axis dash2"),
+        beside(x, TOP - 9, mark_name),
         text(LEFT + width / 2, bottom + 36, xlabel, anchor="middle", kind="soft"),
     ]
-    edges = [high * index / BINS for index in range(BINS + 1)]
     rows = [(f"{low:.4g} to {up:.4g}", f"{count}") for low, up, count in zip(edges, edges[1:], counts, strict=False)]
     return Chart(title, svg(bottom + BOTTOM, parts, title), Table((xlabel, "Samples"), rows), caption)
+
+
+def _bins(largest: float, mark: float) -> tuple[int, float]:
+    """Number of bins, and where the last one ends: past the largest value and the mark, with the mark between two bins."""
+    high = max(largest, mark) or 1.0
+    below = max(1, round(BINS * mark / high))
+    bins = math.ceil(high * (1 + 1e-9) / (mark / below)) if mark > 0 else MOST_BINS + 1
+    return (bins, bins * mark / below) if bins <= MOST_BINS else (BINS, high)
 
 
 def percent(share: float, digits: int = 1) -> str:

@@ -11,6 +11,7 @@ from lightning_wdefense.audit.report.pages.charts.drawing import (
     COLOURS,
     DASHES,
     WIDTH,
+    beside,
     line,
     path,
     shortened,
@@ -20,7 +21,7 @@ from lightning_wdefense.audit.report.pages.charts.drawing import (
 )
 from lightning_wdefense.audit.report.pages.page import Chart, Table
 
-LEFT, RIGHT, TOP, HEIGHT, BOTTOM, LEGEND = 44.0, 12.0, 8.0, 220.0, 44.0, 20.0
+LEFT, RIGHT, TOP, HEIGHT, BOTTOM, LEGEND = 44.0, 12.0, 24.0, 220.0, 44.0, 20.0
 """Margins and height of the field, and height of a line of the legend."""
 
 
@@ -61,9 +62,8 @@ def curves(
         parts.append(text(place(tick, 0)[0], TOP + HEIGHT + 16, f"{tick:g}", anchor="middle", kind="soft"))
     if mark is not None and mark <= high:
         x = place(mark, 0)[0]
-        end = "end" if x > WIDTH / 2 else "start"
-        parts.append(line(x, TOP, x, TOP + HEIGHT, "axis dash2"))
-        parts.append(text(x + (-5 if end == "end" else 5), TOP + 12, mark_name, anchor=end, kind="soft"))
+        parts.append(line(x, TOP - 6, x, TOP + HEIGHT, "axis dash2"))
+        parts.append(beside(x, TOP - 9, mark_name))
     for index, curve in enumerate(drawn):
         parts.append(f'<g class="c{index % COLOURS}">{_drawn(curve, place, f"line dash{index % DASHES}")}</g>')
     parts.append(line(LEFT, TOP + HEIGHT, WIDTH - RIGHT, TOP + HEIGHT, "axis"))

@@ -29,6 +29,12 @@ def text(x: float, y: float, words: str, *, anchor: str = "start", kind: str = "
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{styled}{turned}>{escape(words)}</text>'
 
 
+def beside(x: float, y: float, words: str) -> str:
+    """Words above a vertical line at ``x``, on the side where there is room."""
+    half = len(words) * CHARACTER / 2
+    return text(min(max(x, half), WIDTH - half), y, words, anchor="middle", kind="soft")
+
+
 def line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
     """A straight line."""
     return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{kind}"/>'

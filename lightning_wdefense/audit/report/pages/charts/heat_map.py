@@ -15,6 +15,9 @@ NUMBERED = 12
 NAME = 80.0
 """Largest width of the name of a class."""
 
+FAINTEST, STRONGEST = 0.05, 0.65
+"""Opacity of the cells of shares 0 and 1, on which numbers stay readable."""
+
 SIDE = 18.0
 """Width of the name of an axis."""
 
@@ -53,8 +56,7 @@ def heat_map(
 
 
 def _cell(x: float, y: float, size: float, share: float, colour: int, count: int) -> str:
-    field = box(x + 0.5, y + 0.5, size - 1, size - 1, "fill", 0.05 + 0.95 * share)
+    field = box(x + 0.5, y + 0.5, size - 1, size - 1, "fill", FAINTEST + (STRONGEST - FAINTEST) * share)
     words = "" if share == 0 else "<1" if share < 0.005 else f"{100 * share:.0f}"
-    kind = "onfill" if share > 0.5 else ""
-    number = text(x + size / 2, y + size / 2 + 4, words, anchor="middle", kind=f"small {kind}".strip()) if words else ""
+    number = text(x + size / 2, y + size / 2 + 4, words, anchor="middle", kind="small") if words else ""
     return f'<g class="c{colour}">{field}{number if count <= NUMBERED else ""}</g>'
