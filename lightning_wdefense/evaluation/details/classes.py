@@ -44,8 +44,20 @@ class ClassAccuracies(NamedTuple):
         return cls(classes, counts, clean / counts, robust / counts)
 
 
+class ClassCount(NamedTuple):
+    """What :class:`ClassCounts` counted.
+
+    Attributes:
+        accuracies: the accuracies of each class.
+        samples: number of samples with a label that counts.
+    """
+
+    accuracies: ClassAccuracies
+    samples: int
+
+
 class ClassCounts(Metric):
-    """Counts right labels by class, also where the number of classes is not known. ``compute`` returns :class:`ClassAccuracies`.
+    """Counts right labels by class, also where the number of classes is not known. ``compute`` returns a :class:`ClassCount`.
 
     Args:
         kwargs: keyword arguments of :class:`torchmetrics.Metric`.
@@ -53,10 +65,12 @@ class ClassCounts(Metric):
 
     full_state_update = True
 
+    samples: Tensor
     rows: list[Tensor]
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.add_state("samples", torch.tensor(0), dist_reduce_fx="sum")
         # Flat, because a process without data takes part in gathering them with an empty vector.
         self.add_state("rows", [], dist_reduce_fx="cat")
 
@@ -64,13 +78,15 @@ class ClassCounts(Metric):
         """Add a batch."""
         counted = not_ignored(result.labels)
         labels = result.labels[counted]
+        self.samples = self.samples + counted.unsqueeze(1).flatten(1).any(1).sum()
         right = (mask[counted].long() for mask in (result.clean == result.labels, result.robust))
         found = _counts(labels, torch.ones_like(labels), *right)
         self.rows = [_counts(*torch.cat([self._held(), found]).unbind(1)).flatten()]
 
-    def compute(self) -> ClassAccuracies:
-        """The accuracies of the classes of all processes."""
-        return ClassAccuracies._of_counts(_counts(*self._held().unbind(1)))
+    def compute(self) -> ClassCount:
+        """The accuracies of the classes, and the number of samples, of all processes."""
+        accuracies = ClassAccuracies._of_counts(_counts(*self._held().unbind(1)))
+        return ClassCount(accuracies, int(self.samples))
 
     def _held(self) -> Tensor:
         return concatenated(self.rows, self.device).long().view(-1, COUNTS)

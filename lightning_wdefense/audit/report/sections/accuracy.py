@@ -49,8 +49,9 @@ def meaning(result: EvaluationResult) -> Iterator[Text]:
         if "pixels" in result.samples
         else ""
     )
+    what = f"the labels of {result.count} masks" if "pixels" in result.samples else f"{result.count} samples"
     yield Text(
-        f"What this means: of {result.count} samples, {percent(result.robust_acc)} are classified correctly before and after {attacks}. That is an upper "
+        f"What this means: of {what}, {percent(result.robust_acc)} are classified correctly before and after {attacks}. That is an upper "
         "bound of the robust accuracy: a stronger attack may leave less. The interval says how well these samples stand for "
         f"others of their kind; it says nothing of stronger attacks, other threats or other data.{masks}"
     )
@@ -106,18 +107,22 @@ def distance_section(result: EvaluationResult) -> Section | None:
         return None
     right = distances[result.samples["clean_right"] > 0]
     found, lost = right[right.isfinite()], int((~right.isfinite()).sum())
-    never = f" For {lost} samples no adversarial input was found at all; they are not drawn." if lost else ""
-    caption = (
-        f"{len(right)} samples that are right on their clean input; those within eps are drawn in orange. A distance is an upper bound: a better attack may find a nearer "
-        f"adversarial input.{never}"
-    )
     blocks: list[Block] = []
     if len(found):
-        xlabel = f"distance ({result.threat.norm}, data units)"
-        name = f"eps {eps_in_words(result.threat)}"
+        caption = (
+            f"{len(found)} samples that are right on their clean input; those within eps are drawn in orange. A distance is an upper bound: a "
+            "better attack may find a nearer adversarial input."
+        )
+        xlabel, name = f"distance ({result.threat.norm}, data units)", f"eps {eps_in_words(result.threat)}"
         blocks.append(histogram("Distances to the decision boundary", found, result.threat.eps, name, xlabel, caption))
-    else:
-        blocks.append(Text(f"No distance was found. {caption}"))
+    if lost:
+        blocks.append(
+            Text(
+                f"For {lost} samples no adversarial input was found at any distance. That says as much of the attack as of the model."
+            )
+        )
+    if not len(right):
+        blocks.append(Text("No sample is right on its clean input, so all distances are 0."))
     if "distributional_acc" in result.values:
         blocks.append(
             Text(

@@ -25,7 +25,9 @@ def class_section(result: EvaluationResult, names: Sequence[str]) -> Section | N
         names: names of the classes; those without a name are called by their number.
     """
     if "label" not in result.samples:
-        return Section("Classes", (Text("The samples are masks, which have no class of their own."),))
+        return Section(
+            "Classes", (Text("The samples are masks, with several labels each, so they are not counted by class."),)
+        )
     by_class = result.by_class()
     if not len(by_class.classes):
         return None
@@ -46,16 +48,18 @@ def class_section(result: EvaluationResult, names: Sequence[str]) -> Section | N
             )
         )
     words = [named(label, names) for label in shown.tolist()]
-    blocks.append(
-        heat_map(
-            "Confusion under attack",
-            _shares(result.confusion(), shown),
-            words,
-            "label",
-            "prediction",
-            "Percent of each label's samples by their first wrong prediction, or by the label where no attack found one.",
+    confusion = result.confusion()
+    if confusion.any():
+        blocks.append(
+            heat_map(
+                "Confusion under attack",
+                _shares(confusion, shown),
+                words,
+                "label",
+                "prediction",
+                "Percent of each label's samples by their first wrong prediction, or by the label where no attack found one.",
+            )
         )
-    )
     if result.plan is not None and len(result.plan) > int(shown.max()):
         blocks.append(
             heat_map(

@@ -33,7 +33,7 @@ def example_section(result: EvaluationResult, names: Sequence[str]) -> Section |
         shape = tuple(everything[0].inputs.shape)
         blocks.append(Text(f"The inputs, of shape {shape}, are no images, so there are no pictures."))
         rows = [(title, *_row(each, result, names)) for title, group in groups.items() for each in group]
-        head = ("", "Sample", "Label", "Under attack", "Broken by", "Largest change")
+        head = ("", "Sample", "Label", "Under attack", "Broken by", "Largest change", "Distance")
         blocks.append(Table(head, rows, numbers=False))
     return Section("Least and most robust samples", tuple(blocks))
 
@@ -57,4 +57,12 @@ def _distance(example: Example) -> str:
 def _row(example: Example, result: EvaluationResult, names: Sequence[str]) -> tuple[str, ...]:
     broken_by = "none" if example.broken_by < 0 else result.attacks[example.broken_by]
     change = f"{float((example.attacked - example.inputs).abs().max()):.3g}"
-    return str(example.sample), named(example.label, names), named(example.adversarial, names), broken_by, change
+    distance = "–" if math.isnan(example.distance) else f"{example.distance:.3g}"
+    return (
+        str(example.sample),
+        named(example.label, names),
+        named(example.adversarial, names),
+        broken_by,
+        change,
+        distance,
+    )

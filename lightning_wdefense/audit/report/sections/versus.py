@@ -70,9 +70,9 @@ def _accuracies(models: Sequence[Model]) -> Table:
         rows.append(tuple(row))
     head = (
         "Model",
-        "Clean",
-        "95% interval",
         "Robust",
+        "95% interval",
+        "Clean",
         "95% interval",
         *shown.values(),
         *(["Audit"] if audited else []),
