@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning_wdefense.attacks.threat import ThreatModel
+from lightning_wdefense.audit.report.storage import plain
 
 GREY_LEVELS = 255
 
@@ -60,7 +61,7 @@ def flattened(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, 
         if isinstance(value, Mapping) and value:
             rows += flattened(value, f"{prefix}{name}.")
         else:
-            rows.append((f"{prefix}{name}", value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)))
+            rows.append((f"{prefix}{name}", value if isinstance(value, str) else json.dumps(plain(value), ensure_ascii=False)))
     return rows
 
 
