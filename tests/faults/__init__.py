@@ -1,6 +1,6 @@
 """The table of planted faults, a module or two for each folder of the package; read by ``planted_faults.py``."""
 
-from faults import attack_kinds, attacks, callbacks, defenses, detection, evaluation, metrics, steps, transport
+from faults import attack_kinds, attacks, callbacks, defenses, detection, evaluation, metrics, reports, steps, transport
 from faults.fault import Fault
 
 FAULTS: list[Fault] = [
@@ -11,6 +11,7 @@ FAULTS: list[Fault] = [
     *detection.FAULTS,
     *evaluation.FAULTS,
     *metrics.FAULTS,
+    *reports.FAULTS,
     *steps.FAULTS,
     *transport.FAULTS,
 ]

@@ -61,7 +61,9 @@ def flattened(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, 
         if isinstance(value, Mapping) and value:
             rows += flattened(value, f"{prefix}{name}.")
         else:
-            rows.append((f"{prefix}{name}", value if isinstance(value, str) else json.dumps(plain(value), ensure_ascii=False)))
+            rows.append(
+                (f"{prefix}{name}", value if isinstance(value, str) else json.dumps(plain(value), ensure_ascii=False))
+            )
     return rows
 
 
