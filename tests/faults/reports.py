@@ -37,8 +37,8 @@ FAULTS = [
     Fault(
         "rows of other processes are counted from 0",
         "evaluation/details/examples.py",
-        "before = (seen.cumsum(0) - seen).repeat_interleave(held)",
-        "before = (seen - seen).repeat_interleave(held)",
+        "(seen.cumsum(0) - seen).repeat_interleave(",
+        "(seen - seen).repeat_interleave(",
         (f"{EXAMPLES}test_several_processes_are_merged",),
     ),
     Fault(

@@ -24,14 +24,14 @@ from lightning_wdefense.metrics import AccuracyCurve
 
 def result_to_dict(result: EvaluationResult) -> dict[str, Any]:
     """A result as plain values."""
-    curve, examples = result.curve, result.examples
+    curve, examples, plan = result.curve, result.examples, result.plan
     return {
         "threat": asdict(result.threat),
         "attacks": list(result.attacks),
         "values": plain(result.values),
         "intervals": plain(result.intervals),
         "curve": None if curve is None else plain(curve._asdict()),
-        "plan": plain(result.plan),
+        "plan": None if plan is None else packed(plan),
         "seconds": plain(result.seconds),
         "samples": plain(result.samples),
         "examples": None
@@ -52,7 +52,7 @@ def result_from_dict(values: Mapping[str, Any]) -> EvaluationResult:
         examples=None
         if examples is None
         else Examples(*(tuple(map(_example_from_dict, examples[end])) for end in Examples._fields)),
-        plan=None if plan is None else _floats(plan),
+        plan=None if plan is None else unpacked(plan),
         seconds={name: float(value) for name, value in values["seconds"].items()},
     )
 
@@ -99,20 +99,24 @@ def write_files(folder: str | Path, texts: Mapping[str, str]) -> list[Path]:
     return list(temporary)
 
 
+def packed(tensor: Tensor) -> dict[str, Any]:
+    """A large tensor as its shape, and its values in float32 (little endian, compressed by zlib) in base64."""
+    values = zlib.compress(tensor.float().contiguous().numpy().astype("<f4").tobytes())
+    return {"shape": list(tensor.shape), "float32": base64.b64encode(values).decode()}
+
+
+def unpacked(values: Mapping[str, Any]) -> Tensor:
+    """The tensor that :func:`packed` packed."""
+    data = numpy.frombuffer(zlib.decompress(base64.b64decode(values["float32"])), "<f4").astype("float32")
+    return torch.from_numpy(data).view(values["shape"])
+
+
 def _example_to_dict(example: Example) -> dict[str, Any]:
-    numbers = {name: value for name, value in example._asdict().items() if not isinstance(value, Tensor)}
-    packed = zlib.compress(example.pair.float().numpy().astype("<f4").tobytes())
-    return plain(numbers) | {"shape": list(example.inputs.shape), "inputs": base64.b64encode(packed).decode()}
+    return plain(example._replace(pair=None)._asdict()) | {"pair": packed(example.pair)}  # type: ignore[arg-type]
 
 
 def _example_from_dict(values: Mapping[str, Any]) -> Example:
-    shape = values["shape"]
-    data = numpy.frombuffer(zlib.decompress(base64.b64decode(values["inputs"])), "<f4").astype("float32")
-    sample, label, adversarial, broken_by = (
-        int(values[name]) for name in ("sample", "label", "adversarial", "broken_by")
-    )
-    pair = torch.from_numpy(data).view(2, *shape)
-    return Example(sample, label, adversarial, broken_by, float(values["distance"]), pair)
+    return Example(**{**values, "distance": float(values["distance"]), "pair": unpacked(values["pair"])})
 
 
 def _column(values: list[Any]) -> Tensor:

@@ -59,7 +59,6 @@ def test_files(three, tmp_path):
 
 def test_table(three, tmp_path):
     text = three.write(tmp_path)[1].read_text()
-    rows = {line.split(" | ")[0][2:]: line.split(" | ")[1:] for line in text.splitlines() if line.startswith("| ")}
     head = next(line for line in text.splitlines() if line.startswith("| Model"))
     assert (
         head
@@ -72,7 +71,17 @@ def test_table(three, tmp_path):
     assert "not audited" in text
     assert any("one − three" in line and "+0.0" in line for line in text.splitlines())
     assert re.search(r"Newcombe.*McNemar", text)
-    assert "after pgd" in rows
+    share = f"{result.values['robust_acc_fgsm']:.1%}"
+    assert "| Model | Clean | After fgsm | After pgd | Worst case |" in text
+    assert f"| one | {result.clean_acc:.1%} | {share} | {result.robust_acc:.1%} | {result.robust_acc:.1%} |" in text
+    assert "| Model | training (s) | evaluation |" in text
+
+
+def test_many_models_have_a_short_title(tmp_path):
+    reports = [Report(f"a model with a rather long name, number {index}", measured(False)) for index in range(4)]
+    text = compare(reports).write(tmp_path)[1].read_text()
+    assert text.startswith("# 4 models\n")
+    assert sum("− a model" in line for line in text.splitlines()) == 2 * 6
 
 
 def test_read_back_from_files(tmp_path):

@@ -22,6 +22,9 @@ from lightning_wdefense.audit.report.pages.page import (
     Text,
 )
 
+LONG_NAME = 16
+"""Number of characters from which the names of rows keep a width on small screens."""
+
 DOCUMENT = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -88,7 +91,9 @@ def _(block: Text) -> str:
 
 @_block.register
 def _(block: Table) -> str:
-    kind = ' class="numbers"' if block.numbers else ""
+    longest = max((len(_cell(row[0])) for row in block.rows), default=0)
+    kinds = ["numbers"] * block.numbers + ["named"] * (longest > LONG_NAME)
+    kind = f' class="{" ".join(kinds)}"' if kinds else ""
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in block.head)
     rows = "\n".join(
         f'<tr><th scope="row">{_cell(row[0])}</th>' + "".join(f"<td>{_cell(cell)}</td>" for cell in row[1:]) + "</tr>"
@@ -134,7 +139,7 @@ def _(block: Remark) -> str:
     advice = f"<p><strong>What to do:</strong> {escape(block.advice)}</p>" if block.advice else ""
     return (
         f'<div class="remark {block.verdict.tone}"><h3>{_mark(block.verdict)} {escape(block.title)}</h3>\n'
-        f"<p><strong>{escape(block.figure)}.</strong> {escape(block.meaning)}</p>{advice}</div>"
+        f"<p><strong>{escape(block.figure)}</strong> {escape(block.meaning)}</p>{advice}</div>"
     )
 
 

@@ -67,7 +67,7 @@ def _(block: Gallery) -> str:
 
 @_block.register
 def _(block: Remark) -> str:
-    text = " ".join(_escaped(part) for part in (block.figure + ".", block.meaning, block.advice) if part)
+    text = " ".join(_escaped(part) for part in (block.figure, block.meaning, block.advice) if part)
     return f"- **{_escaped(block.title)}** ({block.verdict.word}): {text}"
 
 

@@ -32,14 +32,19 @@ def audit_section(audit: AuditReport | None) -> Section:
         for found in audit.findings:
             if found.verdict == verdict:
                 blocks.append(
-                    Remark(mark_of(verdict), found.check, found.figure.rstrip("."), found.meaning, found.advice)
+                    Remark(mark_of(verdict), found.check, _sentence(found.figure), found.meaning, found.advice)
                 )
     rest = [found for found in audit.findings if found.verdict not in OPEN]
     if rest:
-        rows = [(found.check, mark_of(found.verdict), f"{found.figure.rstrip('.')}. {found.meaning}") for found in rest]
+        rows = [(found.check, mark_of(found.verdict), f"{_sentence(found.figure)} {found.meaning}") for found in rest]
         blocks.append(Table(("Check", "Verdict", "What was found"), rows, numbers=False))
     blocks.append(Text(f"The audit took {duration(audit.seconds)}.", note=True))
     return Section("Audit", tuple(blocks))
+
+
+def _sentence(figure: str) -> str:
+    """A figure as a sentence."""
+    return f"{figure[:1].upper()}{figure[1:].rstrip('.')}."
 
 
 def _conclusion(audit: AuditReport) -> str:

@@ -16,6 +16,9 @@ from lightning_wdefense.evaluation.result import EvaluationResult
 SHOWN = 20
 """Number of classes that fit on a page. Of more, the least robust ones are shown."""
 
+LONGEST_NAME = 11
+"""Number of characters of a name of a class that a chart has room for."""
+
 
 def class_section(result: EvaluationResult, names: Sequence[str]) -> Section | None:
     """What happens to each class, for samples with one label each.
@@ -34,11 +37,14 @@ def class_section(result: EvaluationResult, names: Sequence[str]) -> Section | N
     order = by_class.robust.argsort(stable=True)[:SHOWN]
     shown = by_class.classes[order].sort().values
     few = len(shown) < len(by_class.classes)
+    # Names that are too long for the charts would be cut off, so the charts have numbers, which the table explains.
+    long = any(len(named(label, names)) > LONGEST_NAME for label in shown.tolist())
     rows = []
     for label, count, clean, robust in zip(*(column.tolist() for column in by_class), strict=True):
         if label in shown:
             ends = interval(*wilson_interval(robust, count))
-            rows.append((named(label, names), f"{count}", percent(clean), percent(robust), ends))
+            name = f"{label}: {named(label, names)}" if long else named(label, names)
+            rows.append((name, f"{count}", percent(clean), percent(robust), ends))
     blocks: list[Block] = [Table(("Class", "Samples", "Clean", "Robust", "95% interval"), rows)]
     if few:
         blocks.append(
@@ -47,7 +53,7 @@ def class_section(result: EvaluationResult, names: Sequence[str]) -> Section | N
                 note=True,
             )
         )
-    words = [named(label, names) for label in shown.tolist()]
+    words = [str(label) if long else named(label, names) for label in shown.tolist()]
     confusion = result.confusion()
     if confusion.any():
         blocks.append(

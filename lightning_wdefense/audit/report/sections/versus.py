@@ -18,6 +18,9 @@ from lightning_wdefense.evaluation.result import CLEAN, ROBUST, EvaluationResult
 Model = tuple[str, EvaluationResult, AuditReport | None, Mapping[str, float]]
 """Name, result, audit and training cost of a model."""
 
+LONGEST_TITLE = 60
+"""Number of characters up to which the names of all models are the title."""
+
 
 def comparison_page(models: Sequence[Model], differences: Sequence[Any]) -> Page:
     """The page of a comparison.
@@ -40,15 +43,18 @@ def comparison_page(models: Sequence[Model], differences: Sequence[Any]) -> Page
         Section("Paired differences", (*_differences(differences), Text(_method(differences), note=True))),
         Section("By attack", (_by_attack(models),)),
     ]
-    rows = _costs(models)
-    if rows:
-        sections.append(Section("Costs", (Table(("", *(name for name, *_ in models)), rows),)))
+    costs = _costs(models)
+    if costs is not None:
+        sections.append(Section("Costs", (costs,)))
     lead = f"Comparison of {len(models)} models: {threat.norm}, eps {eps_in_words(threat)}, {count} samples"
     opening = Text(
         "Robust accuracies are upper bounds under these attacks: a stronger attack may leave less, and change the order. The differences say how "
         "well these samples tell the models apart, and nothing of other seeds of their training."
     )
-    return Page(listed([name for name, *_ in models]), None, lead, (opening,), tuple(sections))
+    title = listed([name for name, *_ in models])
+    if len(title) > LONGEST_TITLE:
+        title = f"{len(models)} models"
+    return Page(title, None, lead, (opening,), tuple(sections))
 
 
 def _accuracies(models: Sequence[Model]) -> Table:
@@ -116,21 +122,19 @@ def _method(differences: Sequence[Any]) -> str:
 
 def _by_attack(models: Sequence[Model]) -> Table:
     attacks = models[0][1].attacks
-    keys = (
-        {CLEAN: "clean inputs"}
-        | {f"{ROBUST}_{attack}": f"after {attack}" for attack in attacks}
-        | {ROBUST: "worst case"}
-    )
-    rows = [
-        (name, *(percent(result.values.get(key, math.nan)) for _, result, _, _ in models)) for key, name in keys.items()
-    ]
-    return Table(("Accuracy", *(name for name, *_ in models)), rows)
+    keys = {CLEAN: "Clean"} | {f"{ROBUST}_{attack}": f"After {attack}" for attack in attacks} | {ROBUST: "Worst case"}
+    rows = [(name, *(percent(result.values.get(key, math.nan)) for key in keys)) for name, result, _, _ in models]
+    return Table(("Model", *keys.values()), rows)
 
 
-def _costs(models: Sequence[Model]) -> list[tuple[str, ...]]:
-    names = dict.fromkeys(key for _, _, _, cost in models for key in cost)
-    rows = [(key, *(f"{cost[key]:.4g}" if key in cost else "–" for _, _, _, cost in models)) for key in names]
-    if any(result.seconds for _, result, _, _ in models):
-        times = (duration(result.seconds["total"]) if result.seconds else "–" for _, result, _, _ in models)
-        rows.append(("evaluation", *times))
-    return rows
+def _costs(models: Sequence[Model]) -> Table | None:
+    names = tuple(dict.fromkeys(key for _, _, _, cost in models for key in cost))
+    timed = any(result.seconds for _, result, _, _ in models)
+    rows = []
+    for model, result, _, cost in models:
+        row = [f"{cost[name]:.4g}" if name in cost else "–" for name in names]
+        if timed:
+            row.append(duration(result.seconds["total"]) if result.seconds else "–")
+        rows.append((model, *row))
+    head = ("Model", *names, *(["evaluation"] if timed else []))
+    return Table(head, rows) if len(head) > 1 else None
