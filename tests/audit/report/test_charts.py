@@ -12,7 +12,7 @@ from audit.report.test_html import Checked
 from lightning_wdefense import EvaluationResult, ThreatModel
 from lightning_wdefense.audit.report.pages.charts.bars import Bar, bars, histogram
 from lightning_wdefense.audit.report.pages.charts.curves import Curve, curves
-from lightning_wdefense.audit.report.pages.charts.drawing import WIDTH, shortened, ticks
+from lightning_wdefense.audit.report.pages.charts.drawing import CHARACTER, WIDTH, shortened, ticks
 from lightning_wdefense.audit.report.pages.charts.heat_map import heat_map
 from lightning_wdefense.audit.report.pages.page import Chart, Table
 from lightning_wdefense.audit.report.sections.classes import class_section
@@ -50,6 +50,21 @@ def test_histogram_counts_everything_and_splits_at_the_mark(mark):
         below = sum(int(count) for (_, count), edge in zip(chart.table.rows, edges, strict=True) if edge < mark * 0.999)
         assert below == int((values <= mark).sum())
     Checked(chart.svg)
+
+
+@pytest.mark.parametrize("largest", [0.1, 0.25, 0.2499, 0.3, 1.25, 12.5, 100.0])
+def test_numbers_on_axes_are_inside_of_the_drawing(largest):
+    ends = [(0.0, 1.0)] * 2
+    for chart in (
+        histogram("title", torch.tensor([largest]), largest / 2, "a long name of a mark", "distance"),
+        curves("title", [Curve("a", [0, largest], [1, 0.5], ends)], "eps", largest, "a long name of a mark"),
+    ):
+        for x, anchor, words in re.findall(
+            r'<text x="([\d.]+)" y="[\d.]+" text-anchor="(\w+)"[^>]*>([^<]*)<', chart.svg
+        ):
+            start = float(x) - {"start": 0, "middle": 0.5, "end": 1}[anchor] * len(words) * CHARACTER
+            assert -1 <= start
+            assert start + len(words) * CHARACTER <= WIDTH + 1
 
 
 def test_curves_go_through_their_points():

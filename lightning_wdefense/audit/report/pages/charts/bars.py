@@ -78,7 +78,7 @@ def histogram(title: str, values: Tensor, mark: float, mark_name: str, xlabel: s
         field = box(LEFT + width * index / bins + 0.5, bottom - height, width / bins - 1, height, "fill")
         parts.append(f'<g class="c{colour}">{field}</g>')
     for tick in ticks(high):
-        parts.append(text(LEFT + width * tick / high, bottom + 16, f"{tick:g}", anchor="middle", kind="soft"))
+        parts.append(beside(LEFT + width * tick / high, bottom + 16, f"{tick:g}"))
     x = LEFT + width * mark / high
     parts += [
         line(LEFT, bottom, WIDTH - RIGHT, bottom, "axis"),

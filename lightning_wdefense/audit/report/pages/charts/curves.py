@@ -59,7 +59,7 @@ def curves(
             text(LEFT - 6, y + 4, f"{share:.0%}", anchor="end", kind="soft"),
         ]
     for tick in ticks(high):
-        parts.append(text(place(tick, 0)[0], TOP + HEIGHT + 16, f"{tick:g}", anchor="middle", kind="soft"))
+        parts.append(beside(place(tick, 0)[0], TOP + HEIGHT + 16, f"{tick:g}"))
     if mark is not None and mark <= high:
         x = place(mark, 0)[0]
         parts.append(line(x, TOP - 6, x, TOP + HEIGHT, "axis dash2"))

@@ -30,7 +30,7 @@ def text(x: float, y: float, words: str, *, anchor: str = "start", kind: str = "
 
 
 def beside(x: float, y: float, words: str) -> str:
-    """Words above a vertical line at ``x``, on the side where there is room."""
+    """Words above or below ``x``, moved to the side at the edge of the drawing."""
     half = len(words) * CHARACTER / 2
     return text(min(max(x, half), WIDTH - half), y, words, anchor="middle", kind="soft")
 
