@@ -137,8 +137,8 @@ class EvaluationProtocol:
             fitted = {name: batch.fitted(attack) for name, attack in attacks.items()}
             return worst_case(batch.model, fitted, batch.inputs, batch.labels, **options)
 
-        # The user's own metrics may be other than accuracy, so samples that are wrong on clean inputs are attacked as well.
         start = time.perf_counter()
+        # The user's own metrics may be other than accuracy, so samples that are wrong on clean inputs are attacked as well.
         by_gradient = next(iter(self.attacks.values())).of_losses() is not None
         result = run(self.attacks, independent=self.independent, everyone=by_gradient)
         measures.classified.update(len(result.labels))

@@ -63,7 +63,7 @@ def test_numbers_on_axes_are_inside_of_the_drawing(largest):
             r'<text x="([\d.]+)" y="[\d.]+" text-anchor="(\w+)"[^>]*>([^<]*)<', chart.svg
         ):
             start = float(x) - {"start": 0, "middle": 0.5, "end": 1}[anchor] * len(words) * CHARACTER
-            assert -1 <= start
+            assert start >= -1
             assert start + len(words) * CHARACTER <= WIDTH + 1
 
 

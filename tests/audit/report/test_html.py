@@ -124,7 +124,7 @@ def test_the_difference_is_amplified_around_grey():
     delta = torch.tensor([[[0.0, 0.1], [-0.1, 0.05]]])
     example = Example(0, 0, 0, -1, 0.0, torch.stack([clean, clean + delta]))
     images = images_of(example, ThreatModel(eps=0.1))
-    assert [word for _, word in images] == ["clean", "attacked", "difference × 5"]
+    assert [word for _, word in images] == ["clean", "attacked", "change × 5"]
     pixels = list(Image.open(io.BytesIO(images[2][0])).tobytes())
     assert pixels == pytest.approx([128, 255, 0, 191], abs=1)
 

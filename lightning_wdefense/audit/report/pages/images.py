@@ -34,7 +34,7 @@ def images_of(example: Example, threat: ThreatModel) -> tuple[tuple[bytes, str],
     delta = example.attacked - example.inputs
     largest = float(delta.abs().max())
     factor = span / (2 * largest) if largest > 0 else 0.0
-    named = f"difference × {factor:.2g}" if factor else "no difference"
+    named = f"change × {factor:.2g}" if factor else "no change"
     panels = ((example.inputs - low) / span, (example.attacked - low) / span, 0.5 + delta * factor / span)
     return tuple(zip(map(png, panels), ("clean", "attacked", named), strict=True))
 
