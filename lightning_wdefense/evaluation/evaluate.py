@@ -213,10 +213,12 @@ class _Evaluation:
     @torch.no_grad()
     def compute(self) -> tuple[dict[str, float], AccuracyCurve | None, Details]:
         """The values of all ranks, the accuracy curve, and what a report shows beside them."""
+        start = time.perf_counter()
         # Every rank takes part in the reduction, even a rank without data.
         measures = self._measures or self._protocol.new_measures(self._device or torch.device("cpu"))
         values, curve = self._protocol.compute(measures)
-        return values, None if curve is None else AccuracyCurve(*(each.cpu() for each in curve)), measures.details()
+        curve = None if curve is None else AccuracyCurve(*(each.cpu() for each in curve))
+        return values, curve, measures.details(start)
 
     def _attack(self, index: int, batch: Any, bar: TqdmProgress) -> Samples:
         batch = self._subject.inputs(map_tensors(batch, self._usable))

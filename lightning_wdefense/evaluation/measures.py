@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -136,11 +137,17 @@ class Measures:
             if self.plan is not None and labels is not None:
                 self.plan.update(clean[finite], attacked[finite], labels[finite], classes)
 
-    def details(self) -> Details:
-        """What a report shows beside the values, of all ranks."""
+    def details(self, since: float) -> Details:
+        """What a report shows beside the values, of all ranks.
+
+        Args:
+            since: when the computation of the values began, by ``time.perf_counter()``.
+        """
         examples = None if self.examples is None else self.examples.compute()
         plan = None if self.plan is None else self.plan.compute()
-        return Details(examples, None if plan is None else plan.cpu(), self.seconds.compute())
+        plan = None if plan is None else plan.cpu()
+        self.seconds.update(total=time.perf_counter() - since)
+        return Details(examples, plan, self.seconds.compute())
 
     def compute(
         self, summary: Callable[[Tensor], tuple[dict[str, Tensor], AccuracyCurve]] | None = None
