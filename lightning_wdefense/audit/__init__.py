@@ -2,5 +2,18 @@
 
 from lightning_wdefense.audit.audit import audit
 from lightning_wdefense.audit.findings import AuditReport, Finding, Verdict
+from lightning_wdefense.audit.report.comparison import Comparison, Difference, compare
+from lightning_wdefense.audit.report.paired import PairedDifference
+from lightning_wdefense.audit.report.report import Report
 
-__all__ = ["AuditReport", "Finding", "Verdict", "audit"]
+__all__ = [
+    "AuditReport",
+    "Comparison",
+    "Difference",
+    "Finding",
+    "PairedDifference",
+    "Report",
+    "Verdict",
+    "audit",
+    "compare",
+]

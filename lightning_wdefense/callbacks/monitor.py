@@ -13,8 +13,19 @@ from lightning_wdefense.attacks.registry import Attacks
 from lightning_wdefense.attacks.steps.sites import Perturb
 from lightning_wdefense.callbacks.evaluation.base import EvaluationMonitor
 from lightning_wdefense.callbacks.evaluation.pictures import log_curve
+from lightning_wdefense.callbacks.evaluation.tables import (
+    BY_ATTACK,
+    BY_CLASS,
+    BY_EPS,
+    log_table,
+    rows_by_attack,
+    rows_by_class,
+    rows_by_eps,
+    shows_tables,
+)
 from lightning_wdefense.callbacks.target import Through
 from lightning_wdefense.evaluation.attacked_batch import AttackedBatch, StepBatch
+from lightning_wdefense.evaluation.details.classes import ClassCount
 from lightning_wdefense.evaluation.measures import Measures
 from lightning_wdefense.evaluation.protocol import EvaluationProtocol, Noise
 from lightning_wdefense.metrics import AccuracyCurve
@@ -40,6 +51,9 @@ class RobustnessMonitor(EvaluationMonitor[Measures]):
     - ``{stage}/distributional_acc``: with ``distances``, the accuracy that is left by the best adversary who moves the distribution of
       the inputs by a Wasserstein distance of eps, see :class:`~lightning_wdefense.metrics.DistributionalAccuracy`;
     - ``{stage}/transport_shift``: Sinkhorn divergence between clean and adversarial features of the attacked samples.
+
+    W&B also gets tables, the same in every run: ``{stage}/robustness_by_attack``, ``{stage}/robustness_by_class`` and, with a curve,
+    ``{stage}/robustness_by_eps``, each with the epoch and 95% intervals. TensorBoard gets them as text.
 
     Accuracies are logged if the labels are classes of the outputs. The monitor tests this with the module's own loss, on the first
     batch (in the sanity check). Otherwise the attacks maximise the loss of the module's own step, and ``{stage}/clean_loss``,
@@ -224,9 +238,28 @@ class RobustnessMonitor(EvaluationMonitor[Measures]):
         return worst
 
     def compute(self, measures: Measures, trainer: Trainer, key: Callable[[str], str]) -> dict[str, float]:
-        """Values of the metrics; also logs the accuracy curve."""
+        """Values of the metrics; also logs the accuracy curve, and tables."""
         values, curve = self.protocol.compute(measures)
         if curve is not None:
             self.curves[key("robustness_curve")] = curve
             log_curve(trainer, key("robustness_curve"), curve)
+        if "robust_acc" in values:
+            found = measures.classes.compute()  # on every rank, since it is reduced over them
+            if shows_tables(trainer):
+                self._log_tables(trainer, key, values, curve, found)
         return values
+
+    def _log_tables(
+        self,
+        trainer: Trainer,
+        key: Callable[[str], str],
+        values: dict[str, float],
+        curve: AccuracyCurve | None,
+        found: ClassCount,
+    ) -> None:
+        epoch = trainer.current_epoch
+        by_attack = rows_by_attack(epoch, values, tuple(self.attacks), found.samples)
+        log_table(trainer, key("robustness_by_attack"), BY_ATTACK, by_attack)
+        log_table(trainer, key("robustness_by_class"), BY_CLASS, rows_by_class(epoch, found))
+        if curve is not None:
+            log_table(trainer, key("robustness_by_eps"), BY_EPS, rows_by_eps(epoch, curve, found.samples))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Any
@@ -17,9 +18,9 @@ from lightning_wdefense.attacks.steps.inspection import needs_whole_batches
 from lightning_wdefense.attacks.steps.sites import InputSite
 from lightning_wdefense.attacks.threat import ThreatModel
 from lightning_wdefense.evaluation.attacked_batch import ModelBatch
-from lightning_wdefense.evaluation.measures import Measures
+from lightning_wdefense.evaluation.measures import Details, Measures
 from lightning_wdefense.evaluation.progress import TqdmProgress, status
-from lightning_wdefense.evaluation.protocol import EvaluationProtocol, check_max_batches
+from lightning_wdefense.evaluation.protocol import EvaluationProtocol, check_examples, check_max_batches
 from lightning_wdefense.evaluation.result import EvaluationResult
 from lightning_wdefense.evaluation.samples import Samples, joined, samples_of
 from lightning_wdefense.evaluation.subject import Subject
@@ -44,6 +45,7 @@ def evaluate(
     independent: bool = False,
     ignore_index: int | None = None,
     features: str | None = PENULTIMATE,
+    examples: int = 0,
     inputs: Inputs = None,
     labels: Labels = None,
     outputs: Pick = None,
@@ -80,6 +82,8 @@ def evaluate(
         ignore_index: label of pixels that are left out, such as 255. Pixels with label -100 are always left out.
         features: where the transport shift is measured: ``"penultimate"``, ``"outputs"``, a dotted path to a submodule, or ``None``
             for no transport shift.
+        examples: number of the least and of the most robust samples whose inputs the result keeps, for a report. With them the
+            transport plan between clean and adversarial ``features`` by class is measured. For one label a sample, not for masks.
         inputs: where the inputs are in a batch: a position, key or attribute, a path (``"image.pixels"``, ``(0, 1)``), or a callable
             that gets and sets the inputs. By default they are found by convention.
         labels: the same for the labels.
@@ -122,6 +126,7 @@ def evaluate(
         features=subject.layer(features),
         distances=distances,
         p=p,
+        examples=check_examples(examples),
     )
     place = subject.device if device is None else torch.device(device)
     evaluation = _Evaluation(subject, protocol, BatchReader(inputs, labels), outputs, place, seed)
@@ -131,8 +136,8 @@ def evaluate(
     except Exception as error:
         failure = error
     samples = evaluation.gathered(failure)
-    values, curve = evaluation.compute()
-    return EvaluationResult(values, samples, threat, tuple(protocol.attacks), curve)
+    values, curve, details = evaluation.compute()
+    return EvaluationResult(values, samples, threat, tuple(protocol.attacks), curve, *details)
 
 
 class _Evaluation:
@@ -163,10 +168,13 @@ class _Evaluation:
         bar = TqdmProgress(total, progress and self._rank == 0)
         samples: list[Samples] = []
         try:
+            start = time.perf_counter()
             for index, batch in enumerate(islice(loader, max_batches)):
                 # Tensors made under inference_mode, even a metric's state, cannot be used with gradients later.
                 with torch.inference_mode(False), torch.no_grad(), self._subject.context():
                     samples.append(self._attack(index, batch, bar))
+                    assert self._measures is not None
+                    self._measures.seconds.update(total=-start + (start := time.perf_counter()))
             self._samples = joined(samples)
         finally:
             bar.close()
@@ -203,12 +211,14 @@ class _Evaluation:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def compute(self) -> tuple[dict[str, float], AccuracyCurve | None]:
-        """The values of all ranks, and the accuracy curve."""
+    def compute(self) -> tuple[dict[str, float], AccuracyCurve | None, Details]:
+        """The values of all ranks, the accuracy curve, and what a report shows beside them."""
+        start = time.perf_counter()
         # Every rank takes part in the reduction, even a rank without data.
         measures = self._measures or self._protocol.new_measures(self._device or torch.device("cpu"))
         values, curve = self._protocol.compute(measures)
-        return values, None if curve is None else AccuracyCurve(*(each.cpu() for each in curve))
+        curve = None if curve is None else AccuracyCurve(*(each.cpu() for each in curve))
+        return values, curve, measures.details(start)
 
     def _attack(self, index: int, batch: Any, bar: TqdmProgress) -> Samples:
         batch = self._subject.inputs(map_tensors(batch, self._usable))

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torchmetrics import SumMetric
 
 from lightning_wdefense.attacks.labels import IGNORED
+from lightning_wdefense.evaluation.details.classes import ClassCounts
+from lightning_wdefense.evaluation.details.cost import Seconds
+from lightning_wdefense.evaluation.details.examples import ExampleRanking, Examples
+from lightning_wdefense.evaluation.details.plan import ClassPlan
 from lightning_wdefense.evaluation.distances import SampleDistances
 from lightning_wdefense.metrics import (
     AccuracyCurve,
@@ -20,6 +25,20 @@ from lightning_wdefense.metrics import (
     RobustAccuracyCurve,
     TransportShift,
 )
+
+
+class Details(NamedTuple):
+    """What a report shows beside the values.
+
+    Attributes:
+        examples: the least and the most robust samples, or ``None``.
+        plan: the transport plan by class ``(K, K)`` on the CPU, or ``None``.
+        seconds: seconds of the attacks, and of all of the evaluation.
+    """
+
+    examples: Examples | None
+    plan: Tensor | None
+    seconds: dict[str, float]
 
 
 @dataclass
@@ -35,6 +54,10 @@ class Measures:
         losses: losses of the step, summed over samples; for batches whose labels are not classes.
         classified: number of samples whose labels are classes.
         attacked: number of samples for which the step's loss was attacked.
+        classes: accuracies by class.
+        seconds: how long the attacks and the evaluation took.
+        examples: the least and the most robust samples, or ``None``.
+        plan: the transport plan by class, or ``None``.
     """
 
     accuracy: RobustAccuracy
@@ -45,16 +68,27 @@ class Measures:
     losses: dict[str, SumMetric]
     classified: SumMetric
     attacked: SumMetric
+    classes: ClassCounts
+    seconds: Seconds
+    examples: ExampleRanking | None
+    plan: ClassPlan | None
 
     @classmethod
     def of(
-        cls, attacks: Sequence[str], epsilons: Sequence[float] | None, *, shift: bool, distances: bool = False
+        cls,
+        attacks: Sequence[str],
+        epsilons: Sequence[float] | None,
+        *,
+        shift: bool,
+        distances: bool = False,
+        examples: int = 0,
     ) -> Measures:
         """New, empty metrics for these attacks and values of eps. With distances, the accuracy curve follows from them."""
         names = ("clean_loss", "robust_loss", *(f"robust_loss_{attack}" for attack in attacks))
         # A loss that is NaN shows in the sum. "disable" says the same, but only from torchmetrics 1.7.
         losses = {name: SumMetric(nan_strategy=math.nan) for name in names}
-        classified, attacked = SumMetric(), SumMetric()
+        classified, attacked, seconds = SumMetric(), SumMetric(), Seconds()
+        seconds.update()
         for total in (*losses.values(), classified, attacked):
             total.update(0.0)  # so that a rank without batches takes part in the reduction without a warning
         return cls(
@@ -66,6 +100,10 @@ class Measures:
             losses,
             classified,
             attacked,
+            ClassCounts(),
+            seconds,
+            ExampleRanking(examples, by_distance=distances) if examples else None,
+            ClassPlan() if shift and examples else None,
         )
 
     def to(self, device: torch.device) -> Measures:
@@ -79,19 +117,37 @@ class Measures:
             *self.losses.values(),
             self.classified,
             self.attacked,
+            self.classes,
+            self.seconds,
+            self.examples,
+            self.plan,
         ):
             if metric is not None:
                 metric.to(device)
         return self
 
-    def add_shift(self, clean: Tensor, attacked: Tensor) -> None:
-        """Add features ``(N, D)`` of clean and of attacked samples to the transport shift, if it is measured."""
+    def add_shift(self, clean: Tensor, attacked: Tensor, labels: Tensor | None = None, classes: int = 0) -> None:
+        """Add features ``(N, D)`` of clean and of attacked samples to the transport shift and, with labels, to the plan, if measured."""
         # The features of a diverged model cannot be measured, but the run should go on.
         if self.shift is None or len(clean) != len(attacked):
             return
         finite = clean.isfinite().all(1) & attacked.isfinite().all(1)
         if finite.any():
             self.shift.update(clean[finite], attacked[finite])
+            if self.plan is not None and labels is not None:
+                self.plan.update(clean[finite], attacked[finite], labels[finite], classes)
+
+    def details(self, since: float) -> Details:
+        """What a report shows beside the values, of all ranks.
+
+        Args:
+            since: when the computation of the values began, by ``time.perf_counter()``.
+        """
+        examples = None if self.examples is None else self.examples.compute()
+        plan = None if self.plan is None else self.plan.compute()
+        plan = None if plan is None else plan.cpu()
+        self.seconds.update(total=time.perf_counter() - since)
+        return Details(examples, plan, self.seconds.compute())
 
     def compute(
         self, summary: Callable[[Tensor], tuple[dict[str, Tensor], AccuracyCurve]] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,10 +14,13 @@ from torch import Tensor
 from lightning_wdefense.attacks import Attack, MinimalAttack, ThreatModel, WorstCase, worst_case
 from lightning_wdefense.attacks.registry import Attacks, evaluation_attacks
 from lightning_wdefense.evaluation.attacked_batch import AttackedBatch
+from lightning_wdefense.evaluation.details.examples import margins_of
 from lightning_wdefense.evaluation.distances import POINTS, DistanceProtocol, summary
 from lightning_wdefense.evaluation.measures import Measures
+from lightning_wdefense.evaluation.samples import samples_of
 from lightning_wdefense.metrics import AccuracyCurve
-from lightning_wdefense.modules.recording import PENULTIMATE
+from lightning_wdefense.modules.outputs import float32_or_better, logits_of
+from lightning_wdefense.modules.recording import OUTPUTS, PENULTIMATE
 
 Noise = Callable[[], torch.Generator]
 """Creates the random generator of a batch, with the same state at every call."""
@@ -46,6 +50,7 @@ class EvaluationProtocol:
         ignore_index: label of elements that are left out, besides -100.
         features: where the transport shift is measured; ``None`` for no transport shift.
         distances: how the distances of the samples are measured, from which the curve then follows; ``None`` for no distances.
+        examples: number of the least and of the most robust samples to keep; with them, the transport plan by class is measured.
 
     Raises:
         TypeError: if the name of an attack is not a string.
@@ -59,6 +64,7 @@ class EvaluationProtocol:
     ignore_index: int | None = None
     features: str | None = PENULTIMATE
     distances: DistanceProtocol | None = None
+    examples: int = 0
 
     def __post_init__(self) -> None:
         self.new_measures(torch.device("cpu"))  # checks the names and the values of eps now, not after the first batch
@@ -75,6 +81,7 @@ class EvaluationProtocol:
         features: str | None,
         distances: str | MinimalAttack | None,
         p: float,
+        examples: int = 0,
     ) -> EvaluationProtocol:
         """The protocol that a user's arguments describe: attacks by name, and values of eps in any order, without 0.
 
@@ -90,7 +97,7 @@ class EvaluationProtocol:
         search = None if distances is None else DistanceProtocol.of(distances, threat, p)
         if search is not None and budgets is None:
             budgets = tuple(threat.eps * index / (POINTS - 1) for index in range(POINTS))
-        return cls(threat, found, budgets, independent, ignore_index, features, search)
+        return cls(threat, found, budgets, independent, ignore_index, features, search, examples)
 
     @property
     def attacks_a_batch(self) -> int:
@@ -102,7 +109,7 @@ class EvaluationProtocol:
     def new_measures(self, device: torch.device) -> Measures:
         """New, empty metrics for one dataloader."""
         kinds = {"shift": self.features is not None, "distances": self.distances is not None}
-        return Measures.of(tuple(self.attacks), self.epsilons, **kinds).to(device)
+        return Measures.of(tuple(self.attacks), self.epsilons, **kinds, examples=self.examples).to(device)
 
     def compute(self, measures: Measures) -> tuple[dict[str, float], AccuracyCurve | None]:
         """Values of the metrics by the names under which they are logged, and the accuracy curve."""
@@ -130,6 +137,7 @@ class EvaluationProtocol:
             fitted = {name: batch.fitted(attack) for name, attack in attacks.items()}
             return worst_case(batch.model, fitted, batch.inputs, batch.labels, **options)
 
+        start = time.perf_counter()
         # The user's own metrics may be other than accuracy, so samples that are wrong on clean inputs are attacked as well.
         by_gradient = next(iter(self.attacks.values())).of_losses() is not None
         result = run(self.attacks, independent=self.independent, everyone=by_gradient)
@@ -138,16 +146,36 @@ class EvaluationProtocol:
         measures.success.update(result.clean, result.worst, result.labels)
         if measures.curve is not None:
             measures.curve.update(self._curve(run, result), result.labels)
-        if self.features is not None and batch.ranks.any(bool(result.attacked.any()), batch.inputs.device):
-            # The whole batch, because not every model accepts a part of a batch.
-            (_, clean), (_, moved) = batch.observe(self.features, batch.inputs, result.inputs)
-            measures.add_shift(clean[result.attacked], moved[result.attacked])
+        measures.classes.update(result)
         found = None
         if self.distances is not None and measures.distances is not None:
             found = self.distances.measure(batch, result, noise())
             measures.distances.update(found)
             on_attack(self.distances.attack.name, found > self.threat.eps)
-        return Measurement(result, found)
+        measures.seconds.update(attacks=time.perf_counter() - start)
+        measurement = Measurement(result, found)
+        wanted = self.features is not None or measures.examples is not None
+        if wanted and batch.ranks.any(bool(result.attacked.any()), batch.inputs.device):
+            self._observe(measures, batch, measurement)
+        elif measures.examples is not None:
+            measures.examples.skip(len(result.labels))
+        return measurement
+
+    def _observe(self, measures: Measures, batch: AttackedBatch, measurement: Measurement) -> None:
+        """Update what is measured of the features and outputs on the adversarial inputs."""
+        result, threat = measurement.worst_case, batch.site.threat
+        right = result.attacked
+        # The whole batch, because not every model accepts a part of a batch.
+        observed = batch.observe(OUTPUTS if self.features is None else self.features, batch.inputs, result.inputs)
+        (_, clean), (outputs, moved) = observed
+        if measures.examples is None or result.labels.ndim > 1:
+            measures.add_shift(clean[right], moved[right])
+            return
+        logits = logits_of(outputs)
+        measures.add_shift(clean[right], moved[right], result.labels[right], logits.shape[1])
+        pair = (threat.to_data(float32_or_better(inputs)) for inputs in (batch.inputs.detach(), result.inputs))
+        margins = margins_of(logits, result.labels)
+        measures.examples.update(samples_of(*measurement), right, margins, *pair)
 
     def _curve(self, run: Callable[..., WorstCase], result: WorstCase) -> list[Tensor]:
         """Predicted classes at every eps. Each eps attacks only the samples that are correct at all smaller ones."""
@@ -172,3 +200,17 @@ def check_max_batches(max_batches: int | None) -> None:
     """
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"max_batches must be at least 1, or None for all, got {max_batches}.")
+
+
+def check_examples(examples: int) -> int:
+    """A number of examples.
+
+    Raises:
+        TypeError: if it is not an integer.
+        ValueError: if it is negative.
+    """
+    if isinstance(examples, bool) or not isinstance(examples, int):
+        raise TypeError(f"examples must be an integer, such as 4, got a {type(examples).__name__}: {examples!r}.")
+    if examples < 0:
+        raise ValueError(f"examples must be 0 (none) or more, got {examples}.")
+    return examples

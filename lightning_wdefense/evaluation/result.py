@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from lightning_wdefense.attacks.threat import ThreatModel
+from lightning_wdefense.evaluation.details.classes import ClassAccuracies, accuracies_by_class, confusion_of
+from lightning_wdefense.evaluation.details.examples import Examples
 from lightning_wdefense.evaluation.intervals import wilson_interval
 from lightning_wdefense.evaluation.samples import NO_ATTACK, WITHOUT_ATTACK, Samples
 from lightning_wdefense.metrics import AccuracyCurve
@@ -32,6 +36,11 @@ class EvaluationResult:
         threat: the threat model.
         attacks: names of the attacks, in the order in which they ran.
         curve: with ``epsilons`` or ``distances``, accuracy by eps, on the CPU.
+        examples: with ``examples``, the least and the most robust samples, with their inputs in data units.
+        plan: with ``examples`` and ``features``, the transport plan between clean and adversarial features, summed by class: the mass
+            ``(K, K)`` that moves from clean samples of a class (rows) to adversarial samples of a class (columns), in total 1. Mass
+            beside the diagonal shows which classes the attack makes overlap.
+        seconds: seconds of the ``"attacks"``, and in ``"total"``; with several processes, of the slowest.
 
     **Columns of the samples.**
 
@@ -67,6 +76,9 @@ class EvaluationResult:
     threat: ThreatModel
     attacks: tuple[str, ...]
     curve: AccuracyCurve | None = None
+    examples: Examples | None = None
+    plan: Tensor | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def clean_acc(self) -> float:
@@ -91,7 +103,25 @@ class EvaluationResult:
         counts as one sample, because its pixels depend on each other: the interval is rather too wide.
         """
         names = (name for name in self.values if name.startswith((CLEAN, ROBUST)))
-        return {name: wilson_interval(self.values[name], self._count) for name in names}
+        return {name: wilson_interval(self.values[name], self.count) for name in names}
+
+    def by_class(self) -> ClassAccuracies:
+        """Clean and robust accuracy of each class.
+
+        Raises:
+            ValueError: if the samples are masks, with several labels each.
+        """
+        return accuracies_by_class(self.samples)
+
+    def confusion(self) -> Tensor:
+        """Number of samples by label (rows) and prediction under attack (columns), ``(K, K)``.
+
+        The prediction is ``worst``: the first wrong one, or the label where none was wrong. Predictions of no class (-1) are left out.
+
+        Raises:
+            ValueError: if the samples are masks, with several labels each.
+        """
+        return confusion_of(self.samples)
 
     def to_pandas(self) -> DataFrame:
         """The samples as a table, one row each; ``broken_by`` holds the attack's name, ``"clean"``, or ``None`` for no attack.
@@ -133,13 +163,13 @@ class EvaluationResult:
         return "\n".join(rows)
 
     @property
-    def _count(self) -> int:
+    def count(self) -> int:
         """Number of samples with a label that counts."""
         return int(self.samples["clean_right"].isfinite().sum())
 
     def _curve(self, curve: AccuracyCurve, ax: Axes | None) -> tuple[Figure, Axes]:
         figure, ax = curve.plot(ax)
-        ends = [wilson_interval(share, self._count) for share in curve.accuracies.tolist()]
+        ends = [wilson_interval(share, self.count) for share in curve.accuracies.tolist()]
         lows, highs = ([end[side] for end in ends] for side in (0, 1))
         ax.fill_between(curve.epsilons.tolist(), lows, highs, alpha=0.2, linewidth=0)
         ax.set_xlabel(f"eps ({self.threat.norm})")

@@ -95,6 +95,7 @@ class TransportShift(Metric):
             raise ValueError(f"`max_samples` should be at least 1, got {max_samples}.")
         self.max_samples = max_samples
         self.label_cost = label_cost
+        self.keeps_labels = label_cost is not None
         self.divergence = SinkhornDivergence(p, blur, relative_blur, reach, cost, label_cost, tol, max_iter, solver)
         self.add_state("num_features", torch.tensor(0), dist_reduce_fx="max")
         # Flat, because a process without data takes part in gathering them with an empty vector.
@@ -121,7 +122,7 @@ class TransportShift(Metric):
         # Copies, because a view would keep the whole batch in memory, and a model may reuse its buffers.
         self.clean.append(clean_features[:room].flatten().to(self.dtype, copy=True))
         self.adversarial.append(adversarial_features[:room].flatten().to(self.dtype, copy=True))
-        if labels is not None and self.label_cost is not None:
+        if labels is not None and self.keeps_labels:
             self.labels.append(labels[:room].to(torch.long, copy=True))
 
     def compute(self) -> Tensor:

@@ -37,8 +37,10 @@ def measured(model, batches):
 
 
 def by_distance(model, batches):
-    result = evaluate(model, batches, THREAT, ["fgsm"], distances=FMN(THREAT, steps=5), features=None, progress=False)
-    return result.values, tuple(result.curve), result.samples["distance"]
+    options = {"distances": FMN(THREAT, steps=5), "examples": 3}
+    result = evaluate(model, batches, THREAT, ["fgsm"], **options, progress=False)
+    examples = [(*each[:5], each.inputs) for each in (*result.examples.least, *result.examples.most)]
+    return result.values, tuple(result.curve), result.samples["distance"], examples, result.plan, result.seconds
 
 
 def error_of(run: Callable[[], object]) -> str:

@@ -24,6 +24,7 @@ CASES = {
     "tabular.py": ([], [r"undefended: clean \d", r"defended: clean \d"]),
     "own_loop.py": (["--epochs=1"], [r"epoch 0: loss [\d.]+", r"defended batches: 21\b", r"clean_acc +0\.\d"]),
     "fabric.py": (["--epochs=1"], [r"epoch 0: loss [\d.]+, eps 0\.067", r"498 samples", r"clean_acc +0\.\d"]),
+    "report.py": (["--fast"], [r"robust_acc ", r"points more under attack", r"Wrote reports/comparison\.html"]),
     "text.py": (["--fast"], [r"plain, mean: clean \d", r"defended, mean: clean \d", r"gained: clean [+-]"]),
     "cli/train.py": (
         [

@@ -1,6 +1,18 @@
 """The table of planted faults, a module or two for each folder of the package; read by ``planted_faults.py``."""
 
-from faults import attack_kinds, attacks, audit, callbacks, defenses, detection, evaluation, metrics, steps, transport
+from faults import (
+    attack_kinds,
+    attacks,
+    audit,
+    callbacks,
+    defenses,
+    detection,
+    evaluation,
+    metrics,
+    reports,
+    steps,
+    transport,
+)
 from faults.fault import Fault
 
 FAULTS: list[Fault] = [
@@ -12,6 +24,7 @@ FAULTS: list[Fault] = [
     *detection.FAULTS,
     *evaluation.FAULTS,
     *metrics.FAULTS,
+    *reports.FAULTS,
     *steps.FAULTS,
     *transport.FAULTS,
 ]

@@ -51,8 +51,8 @@ FAULTS = [
     Fault(
         "the shift counts samples that were not attacked",
         "evaluation/protocol.py",
-        "clean[result.attacked], moved[result.attacked]",
-        "clean, moved",
+        "measures.add_shift(clean[right], moved[right])",
+        "measures.add_shift(clean, moved)",
         (f"{MONITOR}test_values_under_inference_mode",),
     ),
     Fault(
