@@ -39,7 +39,11 @@ def address(path: str) -> str | None:
 
 def results() -> list[str]:
     """The files with measured tables and their pictures."""
-    return [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / RESULTS).rglob("*")) if path.suffix in (".md", ".png")]
+    return [
+        path.relative_to(ROOT).as_posix()
+        for path in sorted((ROOT / RESULTS).rglob("*"))
+        if path.suffix in (".md", ".png")
+    ]
 
 
 def examples() -> dict[str, list[str]]:
