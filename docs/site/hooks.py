@@ -19,6 +19,8 @@ PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md", "
 NAMES = {"cpu": "CPU", "gpu": "GPU", "mnist": "MNIST", "h100": "H100"}
 """Words of file names that are written otherwise."""
 LANGUAGES = {".py": "python", ".yaml": "yaml"}
+WIDE = "---\nhide: [toc]\n---\n"
+"""At the top of a page: its tables have the place of the table of contents too."""
 FENCE = re.compile(r"(^ *```.*?^ *```$)", re.DOTALL | re.M)
 LINK = re.compile(r"(!?)\[((?:`[^`]*`|[^\]`])*)\]\(([^)\s#]*)(#[^)\s]*)?\)")
 
@@ -84,7 +86,7 @@ def on_files(files: Any, config: Any) -> Any:
             add(page, path, abs_src_path=str(ROOT / path))
         else:
             shown = f"\n\n![The figures of this page as a picture]({picture.name})\n" if picture.exists() else ""
-            add(page, path, content=(ROOT / path).read_text() + shown)
+            add(page, path, content=WIDE + (ROOT / path).read_text() + shown)
     for page, paths in examples().items():
         add(page, f"examples/{Path(page).name}", content=example(page, paths))
     for path in ("CHANGELOG.md", "CONTRIBUTING.md"):
@@ -115,4 +117,9 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         return f"{mark}[{text}]({posixpath.relpath(there, posixpath.dirname(here) or '.')}{anchor or ''})"
 
     parts = FENCE.split(markdown)
-    return "".join(part if i % 2 else LINK.sub(turned, part) for i, part in enumerate(parts))
+    return "".join(part if i % 2 else unbroken(LINK.sub(turned, part)) for i, part in enumerate(parts))
+
+
+def unbroken(text: str) -> str:
+    """A text whose figures stay on one line with their intervals."""
+    return text.replace(" ± ", "\u00a0±\u00a0")
