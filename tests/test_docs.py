@@ -134,6 +134,7 @@ def the_readers() -> dict[str, Any]:
 SMALLER = {
     "docs/index.md": {"max_epochs=30": "max_epochs=2", '["autoattack"]': '["fgsm"]'},
     "docs/distributional.md": {"samples=1000": "samples=100"},
+    "docs/attacks.md": {"steps=40": "steps=5", "WassersteinAttack(threat)(": "WassersteinAttack(threat, steps=5)("},
     "docs/honest.md": {'"autoattack"': '"apgd-ce"'},
     "docs/concepts/measuring.md": {'"square"': '"fgsm"'},
     "docs/coming_from/art.md": {'"square"': '"fgsm"'},
