@@ -87,3 +87,11 @@ def mixed(session: nox.Session, torch: str, lightning: str) -> None:
     )
     session.install("--no-deps", "-e", ".")
     run(session, CALLBACKS)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The documentation site, in ``build/site``, with every link followed."""
+    session.install("-r", "docs/requirements.txt")
+    session.run("mkdocs", "build", "--strict")
+    session.run("python", "docs/site/links.py", "build/site")

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import inspect
 import re
 import shlex
-from pathlib import Path
 
 import pytest
+import yaml
 from packaging.version import Version
+from support.pages import PAGES, ROOT, anchors, blocks, links, text
 
 import lightning_wdefense
 
-ROOT = Path(__file__).parents[1]
-GLOSSARY, CONTRIBUTING, COMPATIBILITY = (
-    (ROOT / page).read_text() for page in ("docs/glossary.md", "CONTRIBUTING.md", "docs/compatibility.md")
-)
-PYPROJECT = (ROOT / "pyproject.toml").read_text()
+GLOSSARY, CONTRIBUTING, COMPATIBILITY = map(text, ("docs/glossary.md", "CONTRIBUTING.md", "docs/compatibility.md"))
+PYPROJECT = text("pyproject.toml")
 
 
 def entries() -> dict[str, str]:
@@ -116,22 +114,97 @@ def test_files_that_contributors_are_shown_exist():
         assert re.search(rf"^{table}\b.*=", place.read_text(), re.M), f"{table} in {path}"
 
 
-def test_commands_that_contributors_are_shown_name_what_exists():
-    blocks = re.findall(r"```bash\n(.*?)```", CONTRIBUTING, re.DOTALL)
-    commands = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
-    assert len(commands) > 12
-    for command in commands:
+COMMANDS = {
+    page: [
+        shlex.split(line, comments=True)
+        for block in blocks(page, "bash")
+        for line in block.replace("\\\n", " ").splitlines()
+    ]
+    for page in PAGES
+}
+"""The commands in a page's blocks, as words."""
+SUBCOMMANDS = {"evaluate", "audit", "compare"}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if any(COMMANDS[page])])
+def test_commands_name_what_exists(page):
+    sessions = set(re.findall(r"^def (\w+)\(session", text("noxfile.py"), re.M))
+    for command in COMMANDS[page]:
         for word in command:
-            if re.match(r"(tests|docs|lightning_wdefense)/", word):
+            if re.match(r"(tests|docs|examples|lightning_wdefense)/", word):
                 assert (ROOT / word).exists(), command
             if word.startswith("benchmarks."):
                 assert (ROOT / word.replace(".", "/") / "__main__.py").exists(), command
+        if command[:2] == ["nox", "-s"]:
+            assert command[2].split("-")[0] in sessions, command
+        if command[:1] == ["lightning-wdefense"]:
+            assert command[1] in SUBCOMMANDS, command
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
-)
+def test_contributors_are_shown_commands():
+    assert len(COMMANDS["CONTRIBUTING.md"]) > 12
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#\s]+)\)", (ROOT / page).read_text()):
-        if "://" not in target:
-            assert ((ROOT / page).parent / target).exists(), target
+    for file, fragment in links(page):
+        target = ((ROOT / page).parent / file).resolve() if file else ROOT / page
+        assert target.exists(), file
+        if fragment:
+            assert fragment in anchors(target.relative_to(ROOT).as_posix()), f"{file}#{fragment}"
+
+
+SITE = yaml.safe_load(text("mkdocs.yml"))
+MADE = {"contributing.md", "changelog.md"}
+"""Pages of the site that docs/site/hooks.py makes of files beside docs/; those of tables and examples it adds itself."""
+
+
+def shown(nav: list) -> list[str]:
+    """The pages that a part of the site's navigation names."""
+    found = []
+    for entry in nav:
+        (value,) = entry.values() if isinstance(entry, dict) else (entry,)
+        found += shown(value) if isinstance(value, list) else [value]
+    return found
+
+
+def test_every_page_is_on_the_site():
+    pages = [page.removeprefix("docs/") for page in PAGES if page.startswith("docs/")]
+    assert sorted(shown(SITE["nav"])) == sorted([*pages, *MADE])
+
+
+def test_every_room_has_a_page_of_reference():
+    rooms = {
+        re.match(r"# lightning_wdefense\.(\w+)$", text(page), re.M)[1]: text(page)
+        for page in PAGES
+        if page.startswith("docs/reference/") and not page.endswith("index.md")
+    }
+    package = ROOT / "lightning_wdefense"
+    public = {path.parent.name for path in package.glob("*/__init__.py") if "__all__" in path.read_text()}
+    assert rooms.keys() == public | {"mixin"}
+    assert all(f"::: lightning_wdefense.{room}\n" in page for room, page in rooms.items())
+
+
+def test_the_site_loads_nothing_from_elsewhere():
+    assert SITE["theme"]["font"] is False
+    assert not any("://" in str(each) for key in ("extra_css", "extra_javascript") for each in SITE.get(key, []))
+
+
+_spec = importlib.util.spec_from_file_location("links", ROOT / "docs" / "site" / "links.py")
+site_links = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(site_links)
+
+
+def test_links_of_a_built_site_are_followed(tmp_path):
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "page.html").write_text("<h2 id=here>Here</h2> <a href=../index.html>back</a>")
+    good = "<a href=more/page.html#here>a</a> <a href=https://example.org>b</a> <a href=#top>c</a> <p id=top>"
+    (tmp_path / "index.html").write_text(good)
+    assert site_links.broken(tmp_path) == []
+    bad = "<a href=more/page.html#there>a</a> <img src=gone.png> <script src=https://example.org/it.js></script>"
+    (tmp_path / "index.html").write_text(bad)
+    assert site_links.broken(tmp_path) == [
+        "index.html loads https://example.org/it.js",
+        "index.html links more/page.html#there, which has no such place",
+        "index.html links gone.png, which does not exist",
+    ]

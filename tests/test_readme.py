@@ -46,12 +46,11 @@ def test_the_first_example_runs(tmp_path, monkeypatch):
     assert 0 <= metrics["val/robust_acc"] <= metrics["val/clean_acc"] <= 1
 
 
-def test_every_recipe_is_in_the_tables():
+def test_every_recipe_is_in_the_table():
     from lightning_wdefense.defenses import RECIPES
 
     guide = (ROOT / "docs" / "recipes.md").read_text()
     for recipe in RECIPES:
-        assert f"`{recipe}`" in README
         assert f"| `{recipe}` |" in guide
 
 
