@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -184,7 +186,7 @@ def test_outputs_of_a_dictionary():
         ({"batch": (torch.rand(4, 1, 8, 8), torch.zeros(4, 3, dtype=torch.long))}, ValueError, "labels have shape"),
         ({"model": nn.Conv2d(1, 4, 1), "batch": (torch.rand(2, 1, 4, 4), torch.zeros(2, 4, 4, dtype=torch.long))}, ValueError, "one class for each sample"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
 def test_bad_input(change, error, says):
     with pytest.raises(error, match=says):
@@ -205,3 +207,9 @@ def test_findings_know_their_verdicts():
 
 def test_the_top_level_has_the_function():
     assert lightning_wdefense.audit is audit
+
+
+def test_the_page_explains_every_check():
+    page = (Path(__file__).parents[2] / "docs" / "audit.md").read_text()
+    table = page.split("## The checks")[1].split("\n## ")[0]
+    assert re.findall(r"^\| `([\w-]+)` \|", table, re.M) == list(CHECKS)
