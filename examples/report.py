@@ -21,7 +21,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_wdefense import ThreatModel, WassersteinDefense, evaluate
+from lightning_wdefense import ThreatModel, WassersteinDefense, audit, evaluate
 from lightning_wdefense.attacks import FMN
 from lightning_wdefense.audit import Report, compare
 
@@ -88,14 +88,15 @@ def report(name, callbacks, fast):
     seconds = time.perf_counter() - start
     attacks, distances = ["pgd"] if fast else ["autoattack"], FMN(THREAT, steps=20 if fast else 100)
     result = evaluate(module, test, THREAT, attacks, distances=distances, examples=4, seed=SEED)
-    print(f"{name}\n{result}\n")
+    checked = audit(module, test, THREAT, samples=20 if fast else 100, seed=SEED)
+    print(f"{name}\n{result}\n\n{checked}\n")
     settings = {
         "seed": SEED,
         "data": "500 images of scikit-learn's digits",
         "epochs": epochs,
         "callbacks": [type(each).__name__ for each in callbacks],
     }
-    return Report(name, result, cost={"training (s)": seconds}, settings=settings)
+    return Report(name, result, checked, cost={"training (s)": seconds}, settings=settings)
 
 
 def main():

@@ -105,9 +105,10 @@ def hooks_of(model: nn.Module) -> list[int]:
 
 
 def test_it_runs_in_inference_mode():
+    model = linear_model()
     with torch.inference_mode():
         images, labels = held_out(20)
-        found = report(batch=(images.clone(), labels.clone()), samples=20)
+        found = report(model, batch=(images.clone(), labels.clone()), samples=20)
         assert torch.is_inference_mode_enabled()
     assert found.samples == 20
 
