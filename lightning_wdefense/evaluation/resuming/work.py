@@ -178,6 +178,13 @@ class KeptWork:
             raise
 
 
+def finished_batches(path: Path) -> int:
+    """The number of finished batches in a file; 0 if there is none, or it is no such file."""
+    with contextlib.suppress(Exception):  # torch.load has many
+        return len(torch.load(path, map_location="cpu", weights_only=True)["batches"])
+    return 0
+
+
 def _own(tensor: Tensor) -> Tensor:
     """The tensor without a graph, and with a storage that is no larger than itself."""
     tensor = tensor.detach()
