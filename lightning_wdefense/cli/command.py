@@ -9,6 +9,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from lightning_wdefense.cli.usage import UsageError, note
@@ -61,11 +62,16 @@ def _check_extra() -> None:
 
 
 def _sentence(error: Exception, debug: bool) -> str:
-    """What is shown of an error. The type says something only where the message was not written for the user of this command."""
-    written = isinstance(error, (UsageError, ValueError, TypeError, FileNotFoundError))
-    text = str(error) if written else f"{type(error).__name__}: {error}".rstrip(": ")
-    more = "" if debug or isinstance(error, UsageError) else "\n(--debug shows where it happened)"
-    return f"{NAME}: error: {text}{more}"
+    """What is shown of an error: where it happened as well, if its message was not written here."""
+    if isinstance(error, UsageError):
+        return f"{NAME}: error: {error}"
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    ours = Path(__file__).parents[1] in Path(place.filename).parents
+    if ours and isinstance(error, (ValueError, TypeError)):
+        return f"{NAME}: error: {error}"
+    text = f"{type(error).__name__}: {error}".rstrip(": ")
+    more = "" if debug else "; --debug shows the way there"
+    return f"{NAME}: error: {text}\n({place.filename}, line {place.lineno}{more})"
 
 
 @contextmanager

@@ -17,7 +17,8 @@ from lightning_wdefense.cli.loading.loaders import FirstSamples
 from lightning_wdefense.cli.usage import UsageError, note
 from lightning_wdefense.evaluation.evaluate import evaluate
 from lightning_wdefense.evaluation.result import EvaluationResult
-from lightning_wdefense.evaluation.resuming import finished_batches
+from lightning_wdefense.evaluation.resuming import ADVICE, OtherEvaluationError, finished_batches
+from lightning_wdefense.evaluation.resuming.work import Kept
 
 FINISHED = "finished_batches.pt"
 """The file in the output folder that holds the finished batches."""
@@ -80,17 +81,32 @@ def _evaluated(
     """
     file = Path(options.output) / FINISHED
     before, began = finished_batches(file), time.perf_counter()
-    if before:
-        note(f"Going on after {_batches(before)} in {file}.")
+    if before.batches and not before.finished:
+        note(f"Going on after {_batches(before.batches)} in {file}.")
     if "examples" in inspect.signature(evaluate).parameters:
         measured["examples"] = options.examples
+
+    def run() -> EvaluationResult:
+        return evaluate(model, loader, threat, options.attacks, **measured, **_common(options), resume=file)
+
     try:
-        result = evaluate(model, loader, threat, options.attacks, **measured, **_common(options), resume=file)
+        try:
+            result = run()
+            if before.finished:
+                note(f"Nothing was attacked again: {file} holds this evaluation already.")
+        except OtherEvaluationError as error:
+            if not before.finished:
+                advice = f"The evaluation there is not finished. Delete {file} to start anew, or give another --output."
+                raise UsageError(str(error).replace(ADVICE, advice)) from error
+            note(f"{file} is of another evaluation, which is finished: this one takes its place.")
+            file.unlink()
+            before, began = Kept(0, False), time.perf_counter()
+            result = run()
     except KeyboardInterrupt:
-        kept = finished_batches(file)
-        how = f"{_batches(kept)} kept in {file}: the same command goes on there" if kept else "no batch was finished"
-        raise KeyboardInterrupt(f"interrupted; {how}.") from None
-    return result, {} if before else {"evaluation_seconds": round(time.perf_counter() - began, 2)}
+        kept = finished_batches(file).batches
+        how = f"{_batches(kept)} kept in {file}, the same command goes on there" if kept else "no batch was finished"
+        raise KeyboardInterrupt(f"interrupted: {how}.") from None
+    return result, {} if before.batches else {"evaluation_seconds": round(time.perf_counter() - began, 2)}
 
 
 def _audited(options: Any, model: nn.Module, loader: Any, threat: ThreatModel) -> Any:

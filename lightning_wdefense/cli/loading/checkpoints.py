@@ -58,9 +58,9 @@ class Checkpoint:
                     f"--checkpoint {path} holds more than tensors and plain values{_unsafe(str(error))}. Reading that can run code: give "
                     "--trust-checkpoint if you trust who made the file, or store a state_dict alone."
                 ) from error
-            raise UsageError(
-                f"--checkpoint {path} is no checkpoint of PyTorch or Lightning: {_first_line(error)}"
-            ) from error
+            reason = "" if "weights_only" in str(error) else f" ({_first_line(error)})"
+            what = "cannot be read" if trust else "is no checkpoint of PyTorch or Lightning"
+            raise UsageError(f"--checkpoint {path} {what}{reason}.") from error
         if isinstance(found, nn.Module):
             return cls(path, {}, found.state_dict())
         if isinstance(found, Mapping) and isinstance(found.get("state_dict"), Mapping):
@@ -171,7 +171,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _counted(keys: Sequence[str], what: str) -> str:
-    return f"{len(keys)} keys that {what}" + (f": {_listed(keys)}" if keys else "")
+    return f"{len(keys)} key{'s' * (len(keys) != 1)} that {what}" + (f": {_listed(keys)}" if keys else "")
 
 
 def _listed(keys: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,16 @@ class ExportedModel(nn.Module):
         super().__init__()
         if not path.is_file():
             raise UsageError(f"--model {path}: there is no such file.")
+        logging.disable(logging.WARNING)  # what goes wrong inside of torch.export.load, at length
         try:
             program = torch.export.load(str(path))
         except Exception as error:  # torch.export.load has many
             raise UsageError(
-                f"--model {path} is no file of torch.export (torch.export.save(torch.export.export(model.eval(), (inputs,)), path) writes one): "
-                f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+                f"--model {path} is no file of torch.export, or of a newer one. This writes one: "
+                "torch.export.save(torch.export.export(model.eval(), (inputs,)), 'model.pt2')."
             ) from error
+        finally:
+            logging.disable(logging.NOTSET)
         if device is not None and any(tensor.device != device for tensor in program.state_dict.values()):
             from torch.export.passes import move_to_device_pass
 

@@ -50,7 +50,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
             loose = len(_images(folder, deep=False))
             raise UsageError(
                 f"--data {folder}: "
-                + (f"the {loose} images stand in no sub-folder. " if loose else "there is no image. ")
+                + (f"images stand in no sub-folder ({loose}). " if loose else "there is no image. ")
                 + expected
             )
         if empty:

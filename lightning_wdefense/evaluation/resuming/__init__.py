@@ -2,6 +2,6 @@
 
 from lightning_wdefense.evaluation.resuming.asked import asked_for
 from lightning_wdefense.evaluation.resuming.fingerprint import data_digest
-from lightning_wdefense.evaluation.resuming.work import KeptWork, finished_batches
+from lightning_wdefense.evaluation.resuming.work import ADVICE, KeptWork, OtherEvaluationError, finished_batches
 
-__all__ = ["KeptWork", "asked_for", "data_digest", "finished_batches"]
+__all__ = ["ADVICE", "KeptWork", "OtherEvaluationError", "asked_for", "data_digest", "finished_batches"]

@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,10 @@ SHOWN = 80
 ADVICE = "Delete the file to start anew, or name another one."
 
 
+class OtherEvaluationError(ValueError):
+    """The finished batches in a file are of another model, other settings or other data."""
+
+
 class KeptWork:
     """Finished batches of an evaluation in a file.
 
@@ -39,7 +43,8 @@ class KeptWork:
         whole: whether the model must be run on whole batches; ``None`` before the first one.
 
     Raises:
-        ValueError: if the file is of another evaluation, or no file of an evaluation at all. It stays as it is.
+        OtherEvaluationError: if the file is of another evaluation. It stays as it is.
+        ValueError: if it is no file of an evaluation at all. It stays as it is.
     """
 
     def __init__(self, path: Path, asked: Mapping[str, str]) -> None:
@@ -66,16 +71,16 @@ class KeptWork:
             digest: digest of its inputs and labels.
 
         Raises:
-            ValueError: if another batch was finished in its place, or the evaluation ended before it.
+            OtherEvaluationError: if another batch was finished in its place, or the evaluation ended before it.
         """
         if index >= len(self) and not self._finished:
             return False
         if index >= len(self):
-            raise ValueError(
+            raise OtherEvaluationError(
                 f"The loader gives more batches than the {len(self)} of {self._path}, which is of a finished evaluation: the data differ. {ADVICE}"
             )
         if digest != self._digests[index]:
-            raise ValueError(
+            raise OtherEvaluationError(
                 f"Batch {index} of the loader is another one than in {self._path}: the data, their order or the batch size differ. A loader "
                 f"that shuffles needs the same seed in both runs; better is shuffle=False. {ADVICE}"
             )
@@ -85,7 +90,7 @@ class KeptWork:
         """Give new metrics the states that they had after the finished batches."""
         metrics = measures.metrics()
         if metrics.keys() != self._states.keys():
-            raise ValueError(
+            raise OtherEvaluationError(
                 f"{self._path} holds other metrics than this evaluation: {sorted(metrics.keys() ^ self._states.keys())}. {ADVICE}"
             )
         for name, metric in metrics.items():
@@ -116,10 +121,10 @@ class KeptWork:
         """The loader has ended after so many batches.
 
         Raises:
-            ValueError: if more of them were finished before.
+            OtherEvaluationError: if more of them were finished before.
         """
         if batches < len(self):
-            raise ValueError(
+            raise OtherEvaluationError(
                 f"The loader gave {batches} batches, but {self._path} holds {len(self)} finished ones: the data differ. {ADVICE}"
             )
         if batches and not self._finished:
@@ -153,7 +158,7 @@ class KeptWork:
             if kept.get(name) != self._asked.get(name)
         ]
         if differ:
-            raise ValueError(
+            raise OtherEvaluationError(
                 f"{self._path} holds finished batches of another evaluation. What differs (there, here): {'; '.join(differ)}. {ADVICE}"
             )
 
@@ -178,11 +183,24 @@ class KeptWork:
             raise
 
 
-def finished_batches(path: Path) -> int:
-    """The number of finished batches in a file; 0 if there is none, or it is no such file."""
+class Kept(NamedTuple):
+    """What a file says of itself.
+
+    Attributes:
+        batches: number of finished batches.
+        finished: whether they are all.
+    """
+
+    batches: int
+    finished: bool
+
+
+def finished_batches(path: Path) -> Kept:
+    """What a file holds; nothing if there is none, or it is no such file."""
     with contextlib.suppress(Exception):  # torch.load has many
-        return len(torch.load(path, map_location="cpu", weights_only=True)["batches"])
-    return 0
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        return Kept(len(found["batches"]), found["finished"])
+    return Kept(0, False)
 
 
 def _own(tensor: Tensor) -> Tensor:
