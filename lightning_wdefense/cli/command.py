@@ -57,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _check_extra() -> None:
-    if importlib.util.find_spec("jsonargparse") is None:
+    needed = ("jsonargparse", "docstring_parser", "typeshed_client")  # jsonargparse[signatures]
+    if any(importlib.util.find_spec(name) is None for name in needed):
         raise UsageError('the command needs jsonargparse: pip install "lightning-wdefense[cli]"')
 
 

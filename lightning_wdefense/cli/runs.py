@@ -12,13 +12,15 @@ from lightning.fabric.utilities.seed import seed_everything
 from torch import nn
 
 from lightning_wdefense.attacks import ThreatModel
-from lightning_wdefense.cli.loading import loader_of, model_of
+from lightning_wdefense.cli.loading import ImageFolder, loader_of, model_of
 from lightning_wdefense.cli.loading.loaders import FirstSamples
 from lightning_wdefense.cli.usage import UsageError, note
 from lightning_wdefense.evaluation.evaluate import evaluate
 from lightning_wdefense.evaluation.result import EvaluationResult
 from lightning_wdefense.evaluation.resuming import ADVICE, OtherEvaluationError, finished_batches
 from lightning_wdefense.evaluation.resuming.work import Kept
+from lightning_wdefense.evaluation.subject import Subject
+from lightning_wdefense.modules.outputs import output_picker
 
 FINISHED = "finished_batches.pt"
 """The file in the output folder that holds the finished batches."""
@@ -68,7 +70,11 @@ RUNS: dict[str, Callable[[Any], bool]] = {"evaluate": run_evaluate, "audit": run
 def _prepared(options: Any) -> tuple[Any, nn.Module, ThreatModel]:
     seed_everything(options.seed, verbose=False)
     model = model_of(options.model, options.checkpoint, options.device)
-    return loader_of(options.data, options, options.threat), model, options.threat
+    loader = loader_of(options.data, options, options.threat)
+    if isinstance(images := getattr(loader, "dataset", None), ImageFolder):
+        pick = output_picker(options.outputs) or (lambda found: found)
+        images.check_outputs(lambda inputs: pick(model(inputs)), Subject(model).device)
+    return loader, model, options.threat
 
 
 def _evaluated(

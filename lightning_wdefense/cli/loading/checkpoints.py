@@ -58,9 +58,8 @@ class Checkpoint:
                     f"--checkpoint {path} holds more than tensors and plain values{_unsafe(str(error))}. Reading that can run code: give "
                     "--trust-checkpoint if you trust who made the file, or store a state_dict alone."
                 ) from error
-            reason = "" if "weights_only" in str(error) else f" ({_first_line(error)})"
-            what = "cannot be read" if trust else "is no checkpoint of PyTorch or Lightning"
-            raise UsageError(f"--checkpoint {path} {what}{reason}.") from error
+            what = f"cannot be read: {_first_line(error)}" if trust else "is no checkpoint of PyTorch or Lightning"
+            raise UsageError(f"--checkpoint {path} {what}.") from error
         if isinstance(found, nn.Module):
             return cls(path, {}, found.state_dict())
         if isinstance(found, Mapping) and isinstance(found.get("state_dict"), Mapping):

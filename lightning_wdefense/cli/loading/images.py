@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.utils.data import Dataset
 
 from lightning_wdefense.attacks.threat import ThreatModel
 from lightning_wdefense.cli.usage import UsageError
+from lightning_wdefense.modules.outputs import logits_of
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """Files with other endings are left out, as by torchvision's ImageFolder."""
@@ -21,7 +23,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
     """Images ``(C, H, W)`` in model units with the index of their class: the place of the sub-folder's name in the alphabet.
 
     These are the classes of torchvision's ``ImageFolder``. Images are scaled to the bounds of the threat model, or to [0, 1] without bounds, then to the size if there is one (so that it is
-    covered, then cut out of the middle), and normalised by the threat model.
+    covered, then cut out of the middle), and normalised by the threat model. A sub-folder without images is a class without images.
 
     Args:
         folder: the folder.
@@ -30,7 +32,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         grayscale: one channel instead of three.
 
     Raises:
-        UsageError: if there is no such folder, if it has no sub-folders with images or only one, or if Pillow is missing.
+        UsageError: if there is no such folder, if it has no images in sub-folders or only one sub-folder, or if Pillow is missing.
     """
 
     def __init__(
@@ -43,18 +45,15 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         except ModuleNotFoundError as error:
             raise UsageError("A folder of images needs Pillow: pip install pillow") from error
         found = {each.name: _images(each) for each in sorted(folder.iterdir()) if each.is_dir()}
-        self.classes = [name for name, files in found.items() if files]
-        empty = [name for name, files in found.items() if not files]
+        self.classes = list(found)
         expected = f"Expected is one sub-folder for each class, with images ({', '.join(SUFFIXES)}) in it."
-        if not self.classes:
+        if not any(found.values()):
             loose = len(_images(folder, deep=False))
             raise UsageError(
                 f"--data {folder}: "
                 + (f"images stand in no sub-folder ({loose}). " if loose else "there is no image. ")
                 + expected
             )
-        if empty:
-            raise UsageError(f"--data {folder}: there is no image of the class {empty[0]!r}. {expected}")
         if len(self.classes) == 1:
             raise UsageError(f"--data {folder}: there is only one class, {self.classes[0]!r}. {expected}")
         self._folder, self._threat, self._size, self._grayscale = folder, threat, size, grayscale
@@ -86,6 +85,29 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         pixels = pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.permute(2, 0, 1)
         self._check_shape(path, tuple(pixels.shape))
         return self._threat.to_model(pixels.unsqueeze(0)).squeeze(0).contiguous(), label
+
+    def check_outputs(self, model: Callable[[Tensor], Any], device: torch.device | None) -> None:
+        """Check that the model has as many classes as there are sub-folders. Otherwise the labels mean other classes.
+
+        Args:
+            model: from inputs to logits.
+            device: where the model runs.
+
+        Raises:
+            UsageError: if it has not.
+        """
+        try:
+            with torch.no_grad():
+                classes = logits_of(model(self[0][0].unsqueeze(0).to(device))).shape[1]
+        except UsageError:
+            raise
+        except Exception:  # the evaluation says what is wrong
+            return
+        if classes != len(self.classes):
+            raise UsageError(
+                f"--data {self._folder} has {len(self.classes)} sub-folders, but the model {classes} classes. A sub-folder's place in the "
+                "alphabet is the label, so every class needs one: an empty one if it has no image."
+            )
 
     def _check_shape(self, path: Path, shape: tuple[int, ...]) -> None:
         self._shape = self._shape or shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from lightning_wdefense.attacks.threat import ThreatModel
 from lightning_wdefense.cli.class_paths import refused
 from lightning_wdefense.cli.loading.images import ImageFolder
 from lightning_wdefense.cli.usage import UsageError, note
+from lightning_wdefense.modules.paths import tensor_paths, value_at
 
 KIND = "a LightningDataModule or a folder of images"
 
@@ -32,10 +34,19 @@ class FirstSamples:
     def __init__(self, loader: Iterable[Any], samples: int) -> None:
         self._loader, self._samples = loader, samples
 
+    def __len__(self) -> int:
+        """Number of batches.
+
+        Raises:
+            TypeError: if the loader does not say how many samples a batch has.
+        """
+        size = getattr(self._loader, "batch_size", None)
+        if not isinstance(size, int):
+            raise TypeError("The loader does not say how many samples a batch has.")
+        return min(len(self._loader), math.ceil(self._samples / size))  # type: ignore[arg-type]
+
     def __iter__(self) -> Iterator[Any]:
         """The batches."""
-        from lightning_wdefense.modules.paths import tensor_paths, value_at
-
         seen = 0
         for batch in self._loader:
             yield batch
@@ -56,8 +67,6 @@ def loader_of(given: Any, options: Any, threat: ThreatModel) -> Iterable[Any]:
     Raises:
         UsageError: if the text is neither a class path nor a folder, or the data module has no such dataloader.
     """
-    if given is None:
-        raise UsageError(f"--data is missing: {KIND}.")
     if isinstance(given, str):
         if not (Path(given).exists() or "/" in given or "\\" in given):
             raise refused("--data", given, KIND)
@@ -101,4 +110,4 @@ def _overrides(module: Any, method: str) -> bool:
 
 def _classes(names: list[str]) -> str:
     shown = [f"{index} is {name!r}" for index, name in enumerate(names[:3])]
-    return ", ".join(shown) + (", ..." if len(names) > len(shown) else "") + "."
+    return ", ".join(shown) + (", ..." if len(names) > len(shown) else "")

@@ -28,8 +28,6 @@ def model_of(given: Any, checkpoint: Checkpoint | None, device: str) -> nn.Modul
     Raises:
         UsageError: if the text is neither a class path nor a file, or the checkpoint does not fit.
     """
-    if given is None:
-        raise UsageError(f"--model is missing: {KIND}.")
     if isinstance(given, str):
         if not (given.endswith(".pt2") or Path(given).exists()):
             raise refused("--model", given, KIND)
