@@ -7,16 +7,15 @@ from typing import TYPE_CHECKING, Any
 from lightning_wdefense.cli.command import main
 
 if TYPE_CHECKING:
-    from lightning_wdefense.cli.suggestions import SuggestingParser, suggestions
+    from lightning_wdefense.cli.suggesting import SuggestingParser, suggestions
 
 __all__ = ["SuggestingParser", "main", "suggestions"]
 
 
 def __getattr__(name: str) -> Any:
     # Only when asked for: these need jsonargparse, without which the command still says what to install.
-    if name in ("SuggestingParser", "suggestions"):
-        from lightning_wdefense.cli import suggestions as module
+    if name not in ("SuggestingParser", "suggestions"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from lightning_wdefense.cli import suggesting
 
-        globals().update({each: getattr(module, each) for each in ("SuggestingParser", "suggestions")})
-        return globals()[name]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(suggesting, name)

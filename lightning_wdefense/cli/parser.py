@@ -12,7 +12,7 @@ from jsonargparse import DefaultHelpFormatter
 
 import lightning_wdefense.cli.class_paths as class_paths
 from lightning_wdefense._names import unknown_name
-from lightning_wdefense.cli.suggestions import SuggestingParser, suggestions
+from lightning_wdefense.cli.suggesting import SuggestingParser, suggestions
 from lightning_wdefense.cli.usage import UsageError
 
 
