@@ -39,7 +39,7 @@ def parsed(words: Sequence[str]) -> tuple[str, Any]:
     command = config.subcommand
     if command is None:
         raise UsageError(f"give one of the commands {', '.join(ABOUT)}, such as: lightning-wdefense evaluate --help")
-    options = parser.instantiate_classes(config)[command]
+    options = parser.instantiate(config)[command]
     if command != "compare":
         options.checkpoint = checkpoint
         options.settings = _settings(commands[command], config[command])
