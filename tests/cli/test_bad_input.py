@@ -78,6 +78,7 @@ CASES = {
     "probabilities": (["--model", "cli.project.Probabilities", "--checkpoint=null"], r"The model's outputs look like probabilities"),
     "not-logits": (["--model", "cli.project.Named", "--checkpoint=null"], r"not logits but a dict"),
     "outputs": (["--model", "cli.project.Named", "--checkpoint=null", "--outputs", "score"], r"outputs='score' is not in .*'scores'"),
+    "no-forward": (["--model", "support.lightning_modules.HeadlessDigitsClassifier"], r"HeadlessDigitsClassifier has no forward\(\), by which it is attacked\. .*--model my_project\.Network"),
     "device": (["--device", "cuda:77"], r"--device cuda:77: "),
     # The data.
     "stage": (["--stage", "validate"], r"DigitsData has no val_dataloader\(\), which --stage validate needs\. It has one for --stage test or --stage fit\."),

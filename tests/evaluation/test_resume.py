@@ -18,6 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_wdefense import ThreatModel, evaluate
 from lightning_wdefense.attacks import FMN, PGD, TorchAttack
+from lightning_wdefense.evaluation.measures import Measures
+from lightning_wdefense.evaluation.resuming import KeptWork
 from lightning_wdefense.evaluation.resuming.fingerprint import described, model_digest
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -130,10 +132,11 @@ def test_a_model_that_needs_whole_batches_still_gets_them(tmp_path):
             self.sizes.add(len(x))
             return self.net(x + 0.5 * x.mean(0))
 
-    expected = evaluated(model=Attending())
-    interrupted(tmp_path / "work.pt", model=Attending())
+    options = {"model": Attending(), "epsilons": [0.05]}  # the second attack runs on what the first has left
+    expected = evaluated(**options)
+    interrupted(tmp_path / "work.pt", **options)
     Attending.sizes.clear()
-    same(evaluated(tmp_path / "work.pt", model=Attending()), expected)
+    same(evaluated(tmp_path / "work.pt", **options), expected)
     assert Attending.sizes == {32}
 
 
@@ -273,12 +276,15 @@ def test_half_a_file_never_takes_the_place_of_a_whole_one(tmp_path, monkeypatch)
 
 
 def test_the_file_is_as_large_as_what_it_holds(tmp_path):
-    images, labels = (torch.cat(parts) for parts in zip(*digits_loaders(val_size=1024)[1], strict=True))
-    batches = list(zip(images.split(16), labels.split(16), strict=True))  # views of all images and labels
-    evaluated(tmp_path / "work.pt", loader=batches, max_batches=1, features=None)
-    evaluated(tmp_path / "all.pt", loader=batches, features=None)
-    one, every = ((tmp_path / name).stat().st_size for name in ("work.pt", "all.pt"))
-    assert every - one < 64 * 1024 * 8
+    measures = Measures.of(["pgd"], None, shift=True, distances=True)
+    measures.distances.distances.append(torch.zeros(1_000_000)[:4])  # a view of much more
+    KeptWork(tmp_path / "work.pt", {}).add("digest", {}, measures, whole=False)
+    assert (tmp_path / "work.pt").stat().st_size < 50_000
+    again = Measures.of(["pgd"], None, shift=True, distances=True)
+    KeptWork(tmp_path / "work.pt", {}).restore(again)
+    assert torch.equal(again.distances.compute(), torch.zeros(4))
+    with pytest.raises(ValueError, match=r"holds other metrics than this evaluation: \['distances'\]"):
+        KeptWork(tmp_path / "work.pt", {}).restore(Measures.of(["pgd"], None, shift=True))
 
 
 def test_descriptions_hold_no_addresses():

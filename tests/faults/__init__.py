@@ -1,6 +1,17 @@
 """The table of planted faults, a module or two for each folder of the package; read by ``planted_faults.py``."""
 
-from faults import attack_kinds, attacks, callbacks, defenses, detection, evaluation, metrics, steps, transport
+from faults import (
+    attack_kinds,
+    attacks,
+    callbacks,
+    defenses,
+    detection,
+    evaluation,
+    metrics,
+    resuming,
+    steps,
+    transport,
+)
 from faults.fault import Fault
 
 FAULTS: list[Fault] = [
@@ -11,6 +22,7 @@ FAULTS: list[Fault] = [
     *detection.FAULTS,
     *evaluation.FAULTS,
     *metrics.FAULTS,
+    *resuming.FAULTS,
     *steps.FAULTS,
     *transport.FAULTS,
 ]

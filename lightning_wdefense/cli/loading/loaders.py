@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from lightning_wdefense.attacks.threat import ThreatModel
 from lightning_wdefense.cli.class_paths import refused
+from lightning_wdefense.cli.loading.hooks import note_of_hooks, overrides
 from lightning_wdefense.cli.loading.images import ImageFolder
 from lightning_wdefense.cli.usage import UsageError, note
 from lightning_wdefense.modules.paths import tensor_paths, value_at
@@ -19,8 +20,6 @@ KIND = "a LightningDataModule or a folder of images"
 
 STAGES = {"test": "test_dataloader", "validate": "val_dataloader", "predict": "predict_dataloader", "fit": "train_dataloader"}  # fmt: skip
 """The dataloader of each stage, by the names of the Trainer's stages."""
-
-HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
 class FirstSamples:
@@ -78,16 +77,14 @@ def loader_of(given: Any, options: Any, threat: ThreatModel) -> Iterable[Any]:
 
 def _of_module(module: Any, stage: str, place: int) -> Any:
     name = type(module).__name__
-    has = [each for each, method in STAGES.items() if _overrides(module, method)]
+    has = [each for each, method in STAGES.items() if overrides(module, method)]
     if stage not in has:
         others = " or ".join(f"--stage {each}" for each in has)
         raise UsageError(
             f"{name} has no {STAGES[stage]}(), which --stage {stage} needs. "
             + (f"It has one for {others}." if has else "It has none at all.")
         )
-    for hook in HOOKS:
-        if _overrides(module, hook):
-            note(f"{hook}() of {name} is not run: batches reach the model as the dataloader gives them.")
+    note_of_hooks(module)
     module.prepare_data()
     module.setup(stage)
     loader = getattr(module, STAGES[stage])()
@@ -100,12 +97,6 @@ def _of_module(module: Any, stage: str, place: int) -> Any:
     if loader is None or loader == []:
         raise UsageError(f"{STAGES[stage]}() of {name} returns {loader!r}, so there is nothing to measure.")
     return loader
-
-
-def _overrides(module: Any, method: str) -> bool:
-    """Whether a data module has a method of its own, and not Lightning's, which raises or does nothing."""
-    owner = getattr(getattr(type(module), method, None), "__module__", "")
-    return method in vars(module) or not str(owner).startswith(("lightning.pytorch.", "pytorch_lightning."))
 
 
 def _classes(names: list[str]) -> str:

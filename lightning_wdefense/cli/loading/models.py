@@ -12,6 +12,7 @@ from lightning_wdefense._compat import LightningModule
 from lightning_wdefense.cli.class_paths import refused
 from lightning_wdefense.cli.loading.checkpoints import Checkpoint
 from lightning_wdefense.cli.loading.exported import ExportedModel
+from lightning_wdefense.cli.loading.hooks import note_of_hooks, overrides
 from lightning_wdefense.cli.usage import UsageError, note
 
 KIND = "an nn.Module, a LightningModule or a file of torch.export (.pt2)"
@@ -35,12 +36,22 @@ def model_of(given: Any, checkpoint: Checkpoint | None, device: str) -> nn.Modul
             raise UsageError(f"--model {given} holds its own weights: leave out --checkpoint.")
         return ExportedModel(Path(given), None if device == "auto" else device_of(device))
     if isinstance(given, LightningModule):
+        _check_forward(given)
+        note_of_hooks(given)
         given.configure_model()
     if checkpoint is None:
         note("Without --checkpoint the weights are those of a new model.")
     else:
         checkpoint.load_into(given)
     return given.to(device_of(device)).eval()
+
+
+def _check_forward(model: LightningModule) -> None:
+    if not overrides(model, "forward"):
+        raise UsageError(
+            f"{type(model).__name__} has no forward(), by which it is attacked. Give it one that returns logits, or give the network inside, "
+            "--model my_project.Network: it takes its part of the same checkpoint."
+        )
 
 
 def device_of(text: str) -> torch.device:
