@@ -219,7 +219,7 @@ def test_work_that_is_not_finished_is_never_lost(evaluated, folder):
     assert (folder / "robustness" / FINISHED).read_bytes() == kept
 
 
-def test_a_real_process_that_is_killed(checkpoints, folder):
+def test_a_real_process_that_is_killed(command, checkpoints, folder):
     """The command as a user starts it."""
     (folder / "killed_project.py").write_text(
         "import os, signal\nfrom lightning_wdefense.attacks import FGSM\nfrom cli.project import *\n"
@@ -234,12 +234,10 @@ def test_a_real_process_that_is_killed(checkpoints, folder):
     (folder / "killed.yaml").write_text(yaml.safe_dump({"attacks": {"fgsm": attack}, "threat": {"eps": 0.1}}))
     words = ("--config=killed.yaml", "--model", MODEL, f"--checkpoint={checkpoints / 'digits.ckpt'}", "--data", DATA)
 
-    def run() -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "lightning_wdefense.cli", "evaluate", *words]
-        return subprocess.run(command, env=script_environment(), capture_output=True, text=True, timeout=120)
-
-    assert run().returncode == -signal.SIGKILL
-    done = run()
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == printed(expected())
-    assert "Going on after 1 finished batch in" in done.stderr
+    command_line = [sys.executable, "-m", "lightning_wdefense.cli", "evaluate", *words]
+    killed = subprocess.run(command_line, env=script_environment(), capture_output=True, text=True, timeout=120)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    done = command("evaluate", *words)
+    assert done.status == 0, done.err
+    assert done.out == printed(expected())
+    assert "Going on after 1 finished batch in" in done.err
