@@ -1,4 +1,4 @@
-"""For the shell: the command ``lightning-wdefense evaluate | audit | compare``, and a parser for LightningCLI whose errors name what was meant."""
+"""For the shell: the command ``lightning-wdefense`` (evaluate, audit, compare), and a parser for LightningCLI whose errors name what was meant."""
 
 from __future__ import annotations
 
