@@ -55,7 +55,7 @@ def parsers() -> tuple[CommandParser, dict[str, CommandParser]]:
     return parser, found
 
 
-def _add_measured(parser: CommandParser, attacks: Sequence[str]) -> None:
+def _add_measured(parser: CommandParser, attacks: Sequence[str] | None, which: str) -> None:
     """What is measured, on what, and where the report goes."""
     parser.add_argument("--config", action="config", help="YAML file with any of these options")
     parser.add_argument("--debug", action="store_true", default=SUPPRESS, help="show where an error happened")
@@ -82,7 +82,7 @@ def _add_measured(parser: CommandParser, attacks: Sequence[str]) -> None:
     parser.add_class_arguments(ThreatModel, "threat", help="the threat model")
 
     add = parser.add_argument_group("the attacks").add_argument
-    add("--attacks", type=Attacks, default=list(attacks), help="names, or class paths in a YAML file; a claim needs at least autoattack")  # fmt: skip
+    add("--attacks", type=Attacks | None, default=attacks, help=f"names, or class paths in a YAML file; {which}")
     add("--seed", type=int, default=0, help="of the attacks' noise, and of a data module that shuffles")
 
     add = parser.add_argument_group("what becomes of it").add_argument
@@ -93,7 +93,7 @@ def _add_measured(parser: CommandParser, attacks: Sequence[str]) -> None:
 
 
 def _add_evaluate(parser: CommandParser) -> None:
-    _add_measured(parser, ["pgd"])
+    _add_measured(parser, ["pgd"], "a claim needs at least autoattack")
     add = parser.add_argument_group("what is measured").add_argument
     add("--epsilons", type=list[float] | None, help="increasing values of eps for the accuracy curve")
     add("--distances", type=Union[str, MinimalAttack, None], help="minimum-norm attack, such as fmn: distances to the decision boundary, and the curve from one run")  # noqa: UP007 # fmt: skip
@@ -106,7 +106,7 @@ def _add_evaluate(parser: CommandParser) -> None:
 
 
 def _add_audit(parser: CommandParser) -> None:
-    _add_measured(parser, ["apgd-ce", "apgd-t"])
+    _add_measured(parser, None, "by default the strongest by gradients, APGD in most norms")
     parser.add_argument("--samples", type=int, default=200, help="how many samples are attacked and audited")
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,13 @@ from lightning.fabric.utilities.seed import seed_everything
 from torch import nn
 
 from lightning_wdefense.attacks import ThreatModel
+from lightning_wdefense.attacks.registry import Attacks
 from lightning_wdefense.cli.loading import ImageFolder, loader_of, model_of
 from lightning_wdefense.cli.loading.loaders import FirstSamples
 from lightning_wdefense.cli.usage import UsageError, note
 from lightning_wdefense.evaluation.evaluate import evaluate
 from lightning_wdefense.evaluation.result import EvaluationResult
 from lightning_wdefense.evaluation.resuming import ADVICE, OtherEvaluationError, finished_batches
-from lightning_wdefense.evaluation.resuming.work import Kept
 from lightning_wdefense.evaluation.subject import Subject
 from lightning_wdefense.modules.outputs import output_picker
 
@@ -29,20 +28,19 @@ FINISHED = "finished_batches.pt"
 def run_evaluate(options: Any) -> bool:
     """Evaluate, and audit if asked for; returns whether the model failed."""
     loader, model, threat = _prepared(options)
-    measured = {
-        name: options[name] for name in ("epsilons", "distances", "p", "independent", "features", "max_batches")
-    }
-    result, cost = _evaluated(options, model, loader, threat, **measured)
-    audit = _audited(options, model, loader, threat) if options.audit else None
-    return _reported(options, model, result, audit, cost)
+    names = ("epsilons", "distances", "p", "independent", "features", "max_batches")
+    measured = {name: options[name] for name in names}
+    result = _evaluated(options, model, loader, threat, options.attacks or ["pgd"], **measured)
+    return _reported(options, model, result, _audited(options, model, loader, threat) if options.audit else None)
 
 
 def run_audit(options: Any) -> bool:
-    """Evaluate a few samples and audit the model on them; returns whether it failed."""
+    """Audit the model on a few samples, and evaluate it on them; returns whether it failed."""
     loader, model, threat = _prepared(options)
     few = FirstSamples(loader, options.samples)
-    result, cost = _evaluated(options, model, few, threat)
-    return _reported(options, model, result, _audited(options, model, few, threat), cost)
+    audit = _audited(options, model, few, threat)
+    result = _evaluated(options, model, few, threat, options.attacks or audit.attacks)
+    return _reported(options, model, result, audit)
 
 
 def run_compare(options: Any) -> bool:
@@ -74,45 +72,43 @@ def _prepared(options: Any) -> tuple[Any, nn.Module, ThreatModel]:
     if isinstance(images := getattr(loader, "dataset", None), ImageFolder):
         pick = output_picker(options.outputs) or (lambda found: found)
         images.check_outputs(lambda inputs: pick(model(inputs)), Subject(model).device)
+        options.settings["class_names"] = images.classes
     return loader, model, options.threat
 
 
 def _evaluated(
-    options: Any, model: nn.Module, loader: Any, threat: ThreatModel, **measured: Any
-) -> tuple[EvaluationResult, dict[str, float]]:
-    """The result, and what it cost, if it was not interrupted on the way.
+    options: Any, model: nn.Module, loader: Any, threat: ThreatModel, attacks: Attacks, **measured: Any
+) -> EvaluationResult:
+    """The result, of finished batches as well.
 
     Raises:
         KeyboardInterrupt: with how to go on.
+        UsageError: if the finished batches are of another evaluation, which is not finished.
     """
     file = Path(options.output) / FINISHED
-    before, began = finished_batches(file), time.perf_counter()
+    before = finished_batches(file)
     if before.batches and not before.finished:
         note(f"Going on after {_batches(before.batches)} in {file}.")
+    measured |= _common(options) | {"ignore_index": options.ignore_index, "resume": file}
     if "examples" in inspect.signature(evaluate).parameters:
         measured["examples"] = options.examples
-
-    def run() -> EvaluationResult:
-        return evaluate(model, loader, threat, options.attacks, **measured, **_common(options), resume=file)
-
     try:
         try:
-            result = run()
-            if before.finished:
-                note(f"Nothing was attacked again: {file} holds this evaluation already.")
+            result = evaluate(model, loader, threat, attacks, **measured)
         except OtherEvaluationError as error:
             if not before.finished:
                 advice = f"The evaluation there is not finished. Delete {file} to start anew, or give another --output."
                 raise UsageError(str(error).replace(ADVICE, advice)) from error
             note(f"{file} is of another evaluation, which is finished: this one takes its place.")
             file.unlink()
-            before, began = Kept(0, False), time.perf_counter()
-            result = run()
+            return evaluate(model, loader, threat, attacks, **measured)
     except KeyboardInterrupt:
         kept = finished_batches(file).batches
         how = f"{_batches(kept)} kept in {file}, the same command goes on there" if kept else "no batch was finished"
         raise KeyboardInterrupt(f"interrupted: {how}.") from None
-    return result, {} if before.batches else {"evaluation_seconds": round(time.perf_counter() - began, 2)}
+    if before.finished:
+        note(f"Nothing was attacked again: {file} holds this evaluation already.")
+    return result
 
 
 def _audited(options: Any, model: nn.Module, loader: Any, threat: ThreatModel) -> Any:
@@ -120,21 +116,20 @@ def _audited(options: Any, model: nn.Module, loader: Any, threat: ThreatModel) -
     try:
         return audit(model, loader, threat, options.attacks, samples=options.samples, **_common(options))
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("interrupted in the audit, which starts anew; the evaluation is kept.") from None
+        raise KeyboardInterrupt("interrupted in the audit, which starts anew; an evaluation is kept.") from None
 
 
 def _common(options: Any) -> dict[str, Any]:
-    return {name: options[name] for name in ("ignore_index", "inputs", "labels", "outputs", "seed")}
+    return {name: options[name] for name in ("inputs", "labels", "outputs", "seed")}
 
 
-def _reported(options: Any, model: nn.Module, result: EvaluationResult, audit: Any, cost: Mapping[str, float]) -> bool:
+def _reported(options: Any, model: nn.Module, result: EvaluationResult, audit: Any) -> bool:
     """Print the result, write the report, and say whether the model failed."""
     print(result)
     if audit is not None:
         print(f"\n{audit}")
-        cost = {**cost, "audit_seconds": round(audit.seconds, 2)}
     name = options.name or (Path(options.model).stem if isinstance(options.model, str) else type(model).__name__)
-    _tell(_written(options, name=name, result=result, audit=audit, cost=cost, settings=options.settings))
+    _tell(_written(options, name=name, result=result, audit=audit, settings=options.settings))
     failed = audit is not None and bool(audit.failed)
     if failed:
         note(f"Failed: the audit ({', '.join(audit.failed)}).")
