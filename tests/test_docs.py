@@ -136,7 +136,10 @@ SMALLER = {
     "docs/distributional.md": {"samples=1000": "samples=100"},
     "docs/attacks.md": {"steps=40": "steps=5", "WassersteinAttack(threat)(": "WassersteinAttack(threat, steps=5)("},
     "docs/audit.md": {"samples=100)\nprint": "samples=8)\nprint"},
-    "docs/reports.md": {'["autoattack"]': '["fgsm"]', "audit(model, loader, threat)": "audit(model, loader, threat, samples=8)"},
+    "docs/reports.md": {
+        '["autoattack"]': '["fgsm"]',
+        "audit(model, loader, threat)": "audit(model, loader, threat, samples=8)",
+    },
     "docs/honest.md": {'"autoattack"': '"apgd-ce"'},
     "docs/concepts/measuring.md": {'"square"': '"fgsm"'},
     "docs/coming_from/art.md": {'"square"': '"fgsm"'},

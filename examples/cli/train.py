@@ -9,6 +9,10 @@ Another callback from the shell, with its arguments:
 python examples/cli/train.py fit --config examples/cli/config.yaml \
     --trainer.callbacks+=lightning_wdefense.DetectionMonitor \
     --trainer.callbacks.threat.eps=0.2 --trainer.callbacks.detectors='[energy, knn]'
+
+Measured afterwards, with `robustness.yaml`:
+
+lightning-wdefense evaluate --config examples/cli/robustness.yaml --checkpoint logs/lightning_logs/version_0/checkpoints/*.ckpt
 """
 
 from __future__ import annotations

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,11 +24,13 @@ from lightning_wdefense.evaluation.measures import Details, Measures
 from lightning_wdefense.evaluation.progress import TqdmProgress, status
 from lightning_wdefense.evaluation.protocol import EvaluationProtocol, check_examples, check_max_batches
 from lightning_wdefense.evaluation.result import EvaluationResult
+from lightning_wdefense.evaluation.resuming import KeptWork, asked_for, data_digest
 from lightning_wdefense.evaluation.samples import Samples, joined, samples_of
 from lightning_wdefense.evaluation.subject import Subject
 from lightning_wdefense.metrics import AccuracyCurve
 from lightning_wdefense.modules.batches import BatchReader, Inputs, Labels
 from lightning_wdefense.modules.outputs import Pick, output_picker
+from lightning_wdefense.modules.parallel import is_sharded
 from lightning_wdefense.modules.paths import map_tensors
 from lightning_wdefense.modules.recording import PENULTIMATE
 from lightning_wdefense.modules.state.random_state import RandomState
@@ -52,6 +56,7 @@ def evaluate(
     device: torch.device | str | None = None,
     seed: int = 0,
     progress: bool = True,
+    resume: str | Path | None = None,
 ) -> EvaluationResult:
     """Attack the batches of a loader and measure how robust a classifier is, without a Trainer.
 
@@ -91,7 +96,11 @@ def evaluate(
             without it.
         device: where the batches are moved to, if it is not the device of the model's first parameter.
         seed: seed of the attacks' noise.
-        progress: show a progress bar if the attacks take more than a few seconds.
+        progress: show a progress bar, with the time left, if the attacks take more than a few seconds.
+        resume: a file in which the finished batches are kept. Called again with the same arguments after an interruption, of whatever
+            kind, the finished batches are read from the loader but not attacked again, and the result is that of an uninterrupted run
+            to the bit. Called again after the end, nothing is attacked. A loader that shuffles needs the same seed each time. Your
+            own code is not compared: delete the file if you have changed it. Each of several ranks has a file of its own.
 
     Returns:
         The values with intervals, what happened to each sample, and the accuracy curve.
@@ -102,7 +111,8 @@ def evaluate(
         ValueError: if an attack is unknown, is unbounded, or was made for another threat model; if the loader gives no batch, inputs
             or labels are not found, the inputs do not fit the threat model, the outputs are probabilities, or the labels are no
             classes of the outputs. For other tasks, such as regression, use ``RobustnessMonitor``, which can attack the loss of a
-            LightningModule's own step.
+            LightningModule's own step. Also if the file of ``resume`` is of another model, other settings or other data, or is no such
+            file; the message says what differs, and the file stays as it is.
         RuntimeError: if the evaluation failed on another rank.
 
     Example:
@@ -132,6 +142,8 @@ def evaluate(
     evaluation = _Evaluation(subject, protocol, BatchReader(inputs, labels), outputs, place, seed)
     failure: Exception | None = None
     try:
+        if resume is not None:
+            evaluation.keep_in(Path(resume), max_batches=max_batches)
         evaluation.run(loader, max_batches, progress)
     except Exception as error:
         failure = error
@@ -156,9 +168,35 @@ class _Evaluation:
         self._device, self._seed = device, seed
         self._several = jit_distributed_available()
         self._rank = torch.distributed.get_rank() if self._several else 0
+        self._kept: KeptWork | None = None
         self._whole: bool | None = None
         self._measures: Measures | None = None
         self._samples: Samples = {}
+
+    @torch.inference_mode(False)
+    def keep_in(self, path: Path, **settings: Any) -> None:
+        """Keep the finished batches in a file, and take those that it holds.
+
+        Args:
+            path: the file; with several ranks each adds its own suffix.
+            settings: settings that decide the values, beside those that this evaluation knows.
+
+        Raises:
+            ValueError: if the file is of another evaluation, or the model is sharded.
+        """
+        module, protocol = self._subject.module, self._protocol
+        if is_sharded(module):
+            raise ValueError(
+                "resume= needs a model that each rank runs by itself. All ranks run a sharded model together, and may have finished "
+                "different numbers of batches: evaluate without resume=, or on one device, with the weights gathered."
+            )
+        size = torch.distributed.get_world_size() if self._several else 1
+        settings |= {field.name: getattr(protocol, field.name) for field in fields(protocol)}
+        settings |= {"outputs": self._outputs, "seed": self._seed, "rank": (self._rank, size)}
+        # Devices of one kind compute the same values.
+        settings |= {"precision": self._subject.precision, "device": self._device and self._device.type}
+        own = path if size == 1 else path.with_name(f"{path.name}.rank{self._rank}")
+        self._kept = KeptWork(own, asked_for(module, **settings))
 
     def run(self, loader: Iterable[Any], max_batches: int | None, progress: bool) -> None:
         """Attack the batches of this rank."""
@@ -166,16 +204,16 @@ class _Evaluation:
         random_state = RandomState(torch.device("cpu") if self._device is None else self._device)
         total = _batches(loader, max_batches) * self._protocol.attacks_a_batch
         bar = TqdmProgress(total, progress and self._rank == 0)
-        samples: list[Samples] = []
+        taken = 0
         try:
             start = time.perf_counter()
             for index, batch in enumerate(islice(loader, max_batches)):
                 # Tensors made under inference_mode, even a metric's state, cannot be used with gradients later.
                 with torch.inference_mode(False), torch.no_grad(), self._subject.context():
-                    samples.append(self._attack(index, batch, bar))
-                    assert self._measures is not None
-                    self._measures.seconds.update(total=-start + (start := time.perf_counter()))
-            self._samples = joined(samples)
+                    start = self._take(index, batch, bar, start)
+                taken += 1
+            if self._kept is not None:
+                self._kept.finish(taken)
         finally:
             bar.close()
             random_state.restore()
@@ -219,6 +257,38 @@ class _Evaluation:
         values, curve = self._protocol.compute(measures)
         curve = None if curve is None else AccuracyCurve(*(each.cpu() for each in curve))
         return values, curve, measures.details(start)
+
+    def _take(self, index: int, batch: Any, bar: TqdmProgress, start: float) -> float:
+        """Attack a batch, unless it is finished already.
+
+        Args:
+            index: place of the batch.
+            batch: the batch.
+            bar: the progress bar.
+            start: when the time of the batch began.
+
+        Returns:
+            When it ended.
+        """
+        kept = self._kept
+        if kept is not None:
+            read = self._reader.read(batch)
+            digest = data_digest(*read)
+            if kept.has(index, digest):
+                if self._measures is None:
+                    self._measures = self._protocol.new_measures(self._device or read[0].device)
+                    kept.restore(self._measures)
+                    self._samples, self._whole = kept.samples, kept.whole
+                bar.skip(self._protocol.attacks_a_batch)
+                return time.perf_counter()
+        samples = self._attack(index, batch, bar)
+        self._samples = joined([table for table in (self._samples, samples) if table])
+        assert self._measures is not None
+        end = time.perf_counter()
+        self._measures.seconds.update(total=end - start)
+        if kept is not None:
+            kept.add(digest, self._samples, self._measures, bool(self._whole))
+        return end
 
     def _attack(self, index: int, batch: Any, bar: TqdmProgress) -> Samples:
         batch = self._subject.inputs(map_tensors(batch, self._usable))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics import SumMetric
+from torchmetrics import Metric, SumMetric
 
 from lightning_wdefense.attacks.labels import IGNORED
 from lightning_wdefense.evaluation.details.classes import ClassCounts
@@ -108,23 +108,18 @@ class Measures:
 
     def to(self, device: torch.device) -> Measures:
         """Move all metrics to a device."""
-        for metric in (
-            self.accuracy,
-            self.success,
-            self.curve,
-            self.shift,
-            self.distances,
-            *self.losses.values(),
-            self.classified,
-            self.attacked,
-            self.classes,
-            self.seconds,
-            self.examples,
-            self.plan,
-        ):
-            if metric is not None:
-                metric.to(device)
+        for metric in self.metrics().values():
+            metric.to(device)
         return self
+
+    def metrics(self) -> dict[str, Metric]:
+        """All metrics by their names, without those that are ``None``."""
+        found: dict[str, Metric] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            found |= {f"{field.name}.{name}": each for name, each in value.items()} if isinstance(value, dict) else {}
+            found |= {field.name: value} if isinstance(value, Metric) else {}
+        return found
 
     def add_shift(self, clean: Tensor, attacked: Tensor, labels: Tensor | None = None, classes: int = 0) -> None:
         """Add features ``(N, D)`` of clean and of attacked samples to the transport shift and, with labels, to the plan, if measured."""

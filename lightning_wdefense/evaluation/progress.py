@@ -10,6 +10,9 @@ from tqdm import tqdm
 DELAY = 3.0
 """Seconds before a bar appears. Attacks that take less time show no bar."""
 
+FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} attacks, {elapsed} so far, {remaining} left{postfix}"
+"""What a bar shows, if the number of attacks is known."""
+
 
 class TqdmProgress:
     """A tqdm progress bar that disappears when it is closed.
@@ -27,7 +30,16 @@ class TqdmProgress:
             leave=False,
             delay=DELAY,
             disable=not show,
+            bar_format=None if math.isinf(total) else FORMAT,
+            smoothing=0,  # attacks differ in what they cost, so that the time of the last few says little of the time left
         )
+
+    def skip(self, attacks: int) -> None:
+        """So many attacks were done before, in no time that says something of the time left."""
+        if not self._bar.disable:
+            self._bar.n += attacks
+            self._bar.initial += attacks
+            self._bar.unpause()
 
     def advance(self, status: str) -> None:
         """Another attack is done."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -30,10 +31,10 @@ class Recording(PGD):
         return adversarial
 
 
-def measured(model, batches):
+def measured(model, batches, resume=None):
     """With an attack without noise, so that it does not matter which rank has which batch."""
     attacks = {"fgsm": "fgsm", "pgd": PGD(THREAT, steps=3, random_start=False)}
-    return evaluate(model, batches, THREAT, attacks, epsilons=[0.05], progress=False)
+    return evaluate(model, batches, THREAT, attacks, epsilons=[0.05], progress=False, resume=resume)
 
 
 def by_distance(model, batches):
@@ -76,6 +77,14 @@ def main(folder: str) -> None:
     found["perturbations"] = Recording.made[0]
     inputs, labels = batches[0]
     found["failure"] = error_of(lambda: measured(model(), [(inputs, labels + 5 * rank)]))
+    mine, work = [batches[index] for index in SHARES["unequal"][rank]], f"{folder}/work.pt"
+    bad = (inputs, labels + 5) if rank == 0 else (inputs, labels)
+    found["interrupted"] = error_of(lambda: measured(wrapped, [*mine[:2], bad], work))
+    result = measured(wrapped, mine if rank == 0 else [*mine, (inputs, labels)], work)
+    found["resumed"] = {"values": result.values, "samples": result.samples}
+    result = measured(wrapped, mine if rank == 0 else [*mine, (inputs, labels)])
+    found["uninterrupted"] = {"values": result.values, "samples": result.samples}
+    found["files"] = sorted(path.name for path in Path(folder).glob("work*"))
     found["empty"] = error_of(lambda: measured(model(), []))
     torch.save(found, f"{folder}/{rank}.pt")
 

@@ -63,3 +63,11 @@ def test_two_processes(ranks):
     assert second["failure"] in first["failure"]
     assert first["empty"] == second["empty"]
     assert first["empty"].startswith("ValueError: The loader gave no batch")
+    # Rank 0 failed in its third batch; rank 1 had finished. Each goes on with its own file.
+    assert first["interrupted"].startswith("ValueError: The labels run from")
+    assert second["interrupted"].startswith("RuntimeError: The evaluation failed on rank 0")
+    for found in ranks:
+        assert found["files"] == ["work.pt.rank0", "work.pt.rank1"]
+        assert found["resumed"]["values"] == found["uninterrupted"]["values"]
+        for name, column in found["resumed"]["samples"].items():
+            assert torch.equal(column, found["uninterrupted"]["samples"][name])

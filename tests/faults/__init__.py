@@ -10,6 +10,7 @@ from faults import (
     evaluation,
     metrics,
     reports,
+    resuming,
     steps,
     transport,
 )
@@ -25,6 +26,7 @@ FAULTS: list[Fault] = [
     *evaluation.FAULTS,
     *metrics.FAULTS,
     *reports.FAULTS,
+    *resuming.FAULTS,
     *steps.FAULTS,
     *transport.FAULTS,
 ]

@@ -1,0 +1,1 @@
+"""What `evaluate` costs beside its attacks, and what is left of it when it is killed."""
