@@ -125,7 +125,9 @@ def main() -> None:
         x, y = splits.test.first(options.images)
         batches = list(zip(x.split(options.batch_size), y.split(options.batch_size), strict=True))
         rows = measured(model, batches, threat, options)
-        killed = killed_and_resumed(model, batches, threat, folder, steps=5 if options.quick else 40)
+        killed = killed_and_resumed(
+            model, CASES[name].dataset, batches, threat, folder, steps=5 if options.quick else 40
+        )
     result = {
         "environment": {
             "command": command("attacks.evaluation", sys.argv[1:]),

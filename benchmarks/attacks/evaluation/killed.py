@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.attacks.autoattack.models import NETWORKS
 from lightning_wdefense import ThreatModel, evaluate
 from lightning_wdefense.attacks import PGD
 from lightning_wdefense.evaluation.resuming import finished_batches
@@ -35,19 +37,20 @@ class Counting(PGD):
 
 def evaluated(folder: Path, work: str) -> None:
     """Evaluate as the folder says, and write what was found beside the file of finished batches."""
-    model = torch.load(folder / "model.pt", weights_only=False)  # this benchmark wrote it
-    asked = torch.load(folder / "asked.pt", weights_only=False)
-    threat, attacks = asked["threat"], {"pgd": Counting(asked["threat"], steps=asked["steps"])}
-    result = evaluate(model, asked["batches"], threat, attacks, epsilons=[threat.eps / 2], progress=False, resume=folder / work)  # fmt: skip
+    asked = torch.load(folder / "asked.pt", weights_only=True)
+    model, threat = NETWORKS[asked["network"]](), ThreatModel(**asked["threat"])
+    model.load_state_dict(asked["weights"])
+    attacks = {"pgd": Counting(threat, steps=asked["steps"])}
+    result = evaluate(model.eval(), asked["batches"], threat, attacks, epsilons=[threat.eps / 2], progress=False, resume=folder / work)  # fmt: skip
     torch.save((result.values, result.samples, tuple(result.curve)), folder / f"{work}.result")
 
 
 def killed_and_resumed(
-    model: nn.Module, batches: list[tuple[Tensor, Tensor]], threat: ThreatModel, folder: Path, steps: int
+    model: nn.Module, network: str, batches: list[tuple[Tensor, Tensor]], threat: ThreatModel, folder: Path, steps: int
 ) -> dict[str, Any]:
     """What is left after SIGKILL half-way: whether the figures are the same to the bit, and how many batches were attacked twice."""
-    torch.save(model, folder / "model.pt")
-    torch.save({"batches": batches, "threat": threat, "steps": steps}, folder / "asked.pt")
+    asked = {"batches": batches, "threat": asdict(threat), "steps": steps, "network": network}
+    torch.save(asked | {"weights": model.state_dict()}, folder / "asked.pt")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])}
 
     def started(work: str) -> subprocess.Popen[bytes]:
