@@ -1,4 +1,7 @@
-"""Is a robustness claim to be believed? Checks of the model and of the attacks, and reports for people."""
+"""Is a robustness claim to be believed? Checks of the model and of the attacks, and reports for people.
+
+Import from here by name, ``from lightning_wdefense.audit import Report``: at the top level ``lightning_wdefense.audit`` is the function.
+"""
 
 from lightning_wdefense.audit.audit import audit
 from lightning_wdefense.audit.findings import AuditReport, Finding, Verdict

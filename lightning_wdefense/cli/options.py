@@ -85,6 +85,14 @@ def _add_measured(parser: CommandParser, attacks: Sequence[str] | None, which: s
     add("--attacks", type=Attacks | None, default=attacks, help=f"names, or class paths in a YAML file; {which}")
     add("--seed", type=int, default=0, help="of the attacks' noise, and of a data module that shuffles")
 
+    add = parser.add_argument_group("what is measured").add_argument
+    add("--epsilons", type=list[float] | None, help="increasing values of eps for the accuracy curve")
+    add("--distances", type=Union[str, MinimalAttack, None], help="minimum-norm attack, such as fmn: distances to the decision boundary, and the curve from one run")  # noqa: UP007 # fmt: skip
+    add("--p", type=float, default=2.0, help="order of the Wasserstein distance of the distributional accuracy")
+    add("--independent", action="store_true", help="run each attack on all samples, not on those that others left")
+    add("--features", type=str | None, default="penultimate", help="layer of the transport shift; null for none")
+    add("--max-batches", type=int | None, help="attack only so many batches")
+
     add = parser.add_argument_group("what becomes of it").add_argument
     add("--output", type=str, default="robustness", help="folder of the report, and of the finished batches with which an interrupted run goes on")  # fmt: skip
     add("--name", type=str | None, help="name of the model in the report")
@@ -94,13 +102,7 @@ def _add_measured(parser: CommandParser, attacks: Sequence[str] | None, which: s
 
 def _add_evaluate(parser: CommandParser) -> None:
     _add_measured(parser, ["pgd"], "a claim needs at least autoattack")
-    add = parser.add_argument_group("what is measured").add_argument
-    add("--epsilons", type=list[float] | None, help="increasing values of eps for the accuracy curve")
-    add("--distances", type=Union[str, MinimalAttack, None], help="minimum-norm attack, such as fmn: distances to the decision boundary, and the curve from one run")  # noqa: UP007 # fmt: skip
-    add("--p", type=float, default=2.0, help="order of the Wasserstein distance of the distributional accuracy")
-    add("--independent", action="store_true", help="run each attack on all samples, not on those that others left")
-    add("--features", type=str | None, default="penultimate", help="layer of the transport shift; null for none")
-    add("--max-batches", type=int | None, help="attack only so many batches")
+    add = parser.add_argument_group("the audit").add_argument
     add("--audit", action="store_true", help="audit the model as well, on --samples; the report shows it")
     add("--samples", type=int, default=200, help="how many samples are audited")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torch import nn
 
 from lightning_wdefense.attacks import ThreatModel
 from lightning_wdefense.attacks.registry import Attacks
+from lightning_wdefense.audit import AuditReport, Report, audit, compare
 from lightning_wdefense.cli.loading import ImageFolder, loader_of, model_of
 from lightning_wdefense.cli.loading.loaders import FirstSamples
 from lightning_wdefense.cli.usage import UsageError, note
@@ -28,9 +28,7 @@ FINISHED = "finished_batches.pt"
 def run_evaluate(options: Any) -> bool:
     """Evaluate, and audit if asked for; returns whether the model failed."""
     loader, model, threat = _prepared(options)
-    names = ("epsilons", "distances", "p", "independent", "features", "max_batches")
-    measured = {name: options[name] for name in names}
-    result = _evaluated(options, model, loader, threat, options.attacks or ["pgd"], **measured)
+    result = _evaluated(options, model, loader, threat, options.attacks or ["pgd"])
     return _reported(options, model, result, _audited(options, model, loader, threat) if options.audit else None)
 
 
@@ -38,9 +36,9 @@ def run_audit(options: Any) -> bool:
     """Audit the model on a few samples, and evaluate it on them; returns whether it failed."""
     loader, model, threat = _prepared(options)
     few = FirstSamples(loader, options.samples)
-    audit = _audited(options, model, few, threat)
-    result = _evaluated(options, model, few, threat, options.attacks or audit.attacks)
-    return _reported(options, model, result, audit)
+    audited = _audited(options, model, few, threat)
+    result = _evaluated(options, model, few, threat, options.attacks or audited.attacks)
+    return _reported(options, model, result, audited)
 
 
 def run_compare(options: Any) -> bool:
@@ -53,8 +51,7 @@ def run_compare(options: Any) -> bool:
             raise UsageError(
                 f"There is no report in {given}: `lightning-wdefense evaluate --output {given} ...` writes one."
             )
-    Report, compare = _of_audit("Report", "compare")  # noqa: N806
-    comparison = compare([_report_in(Report, file) for file in files])
+    comparison = compare([_report_in(file) for file in files])
     written = comparison.write(Path(options.output))
     print(comparison)
     _tell(written)
@@ -76,9 +73,7 @@ def _prepared(options: Any) -> tuple[Any, nn.Module, ThreatModel]:
     return loader, model, options.threat
 
 
-def _evaluated(
-    options: Any, model: nn.Module, loader: Any, threat: ThreatModel, attacks: Attacks, **measured: Any
-) -> EvaluationResult:
+def _evaluated(options: Any, model: nn.Module, loader: Any, threat: ThreatModel, attacks: Attacks) -> EvaluationResult:
     """The result, of finished batches as well.
 
     Raises:
@@ -89,9 +84,8 @@ def _evaluated(
     before = finished_batches(file)
     if before.batches and not before.finished:
         note(f"Going on after {_batches(before.batches)} in {file}.")
-    measured |= _common(options) | {"ignore_index": options.ignore_index, "resume": file}
-    if "examples" in inspect.signature(evaluate).parameters:
-        measured["examples"] = options.examples
+    names = ("epsilons", "distances", "p", "independent", "features", "max_batches", "ignore_index", "examples")
+    measured = {name: options[name] for name in names} | _common(options) | {"resume": file}
     try:
         try:
             result = evaluate(model, loader, threat, attacks, **measured)
@@ -111,8 +105,7 @@ def _evaluated(
     return result
 
 
-def _audited(options: Any, model: nn.Module, loader: Any, threat: ThreatModel) -> Any:
-    (audit,) = _of_audit("audit")
+def _audited(options: Any, model: nn.Module, loader: Any, threat: ThreatModel) -> AuditReport:
     try:
         return audit(model, loader, threat, options.attacks, samples=options.samples, **_common(options))
     except KeyboardInterrupt:
@@ -123,16 +116,16 @@ def _common(options: Any) -> dict[str, Any]:
     return {name: options[name] for name in ("inputs", "labels", "outputs", "seed")}
 
 
-def _reported(options: Any, model: nn.Module, result: EvaluationResult, audit: Any) -> bool:
+def _reported(options: Any, model: nn.Module, result: EvaluationResult, audited: AuditReport | None) -> bool:
     """Print the result, write the report, and say whether the model failed."""
     print(result)
-    if audit is not None:
-        print(f"\n{audit}")
+    if audited is not None:
+        print(f"\n{audited}")
     name = options.name or (Path(options.model).stem if isinstance(options.model, str) else type(model).__name__)
-    _tell(_written(options, name=name, result=result, audit=audit, settings=options.settings))
-    failed = audit is not None and bool(audit.failed)
-    if failed:
-        note(f"Failed: the audit ({', '.join(audit.failed)}).")
+    _tell(Report(name, result, audited, settings=options.settings).write(Path(options.output)))
+    failed = audited is not None and not audited.passed
+    if audited is not None and failed:
+        note(f"Failed: the audit ({', '.join(audited.failed)}).")
     least = options.min_robust_acc
     if least is not None and not result.robust_acc >= least:  # NaN fails as well
         note(f"Failed: the robust accuracy, {result.robust_acc:.4f}, is below --min-robust-acc {least:g}.")
@@ -140,25 +133,9 @@ def _reported(options: Any, model: nn.Module, result: EvaluationResult, audit: A
     return failed
 
 
-def _written(options: Any, **contents: Any) -> list[Path]:
-    import lightning_wdefense.audit as audit
-
-    return audit.Report(**contents).write(Path(options.output)) if hasattr(audit, "Report") else []
-
-
-def _of_audit(*names: str) -> list[Any]:
-    """What reports are made of, which loads only when it is needed."""
-    import lightning_wdefense.audit as audit
-
-    missing = [name for name in names if not hasattr(audit, name)]
-    if missing:
-        raise UsageError(f"this version has no {' or '.join(missing)}.")
-    return [getattr(audit, name) for name in names]
-
-
-def _report_in(report: Any, file: Path) -> Any:
+def _report_in(file: Path) -> Report:
     try:
-        return report.load(file)
+        return Report.load(file)
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{file} is no report: {type(error).__name__}: {error}") from error
 
