@@ -33,6 +33,14 @@ def folder(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture(autouse=True)
+def no_reports(monkeypatch):
+    """No report is written, which takes longer than all else; tests/cli/test_whole.py writes some."""
+    from lightning_wdefense.audit import Report
+
+    monkeypatch.setattr(Report, "write", lambda self, folder: [])
+
+
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory) -> Path:
     """A folder with ``digits.ckpt``, as Lightning writes it, and ``digits.pt``, a state_dict. The class needs ``batch_norm=True`` for both."""

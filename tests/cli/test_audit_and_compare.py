@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from cli.conftest import DATA, MODEL
 
-import lightning_wdefense.audit as rooms
 from lightning_wdefense import ThreatModel
 from lightning_wdefense.audit import AuditReport, Finding
+from lightning_wdefense.cli import runs
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -67,9 +67,9 @@ def stand_ins(monkeypatch):
     made.clear()
     audited.clear()
     verdict = ["pass"]
-    monkeypatch.setattr(rooms, "Report", Report, raising=False)
-    monkeypatch.setattr(rooms, "compare", Comparison, raising=False)
-    monkeypatch.setattr(rooms, "audit", audit, raising=False)
+    monkeypatch.setattr(runs, "Report", Report)
+    monkeypatch.setattr(runs, "compare", Comparison)
+    monkeypatch.setattr(runs, "audit", audit)
     return verdict
 
 
@@ -138,7 +138,7 @@ def test_an_interruption_of_the_audit_keeps_the_evaluation(evaluated, monkeypatc
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(rooms, "audit", interrupted)
+    monkeypatch.setattr(runs, "audit", interrupted)
     done = evaluated("--audit")
     assert done.status == 130
     assert done.err == "lightning-wdefense: interrupted in the audit, which starts anew; an evaluation is kept.\n"
@@ -155,10 +155,3 @@ def test_reports_are_compared(command, evaluated, folder):
     assert done.status == 2
     assert "two/report.json is no report: " in done.err
     assert not (folder / "comparison").exists()
-
-
-def test_a_version_without_these_says_so(command, monkeypatch, evaluated):
-    for name in ("one", "two"):
-        evaluated("--output", name)
-    monkeypatch.delattr(rooms, "compare")
-    assert command("compare", "one", "two").err == "lightning-wdefense: error: this version has no compare.\n"
