@@ -40,7 +40,9 @@ def test_evaluate_audit_and_compare(command, evaluated, checkpoints, folder):
     assert audited.samples == 20
     assert audited.verdict in done.out
     model = ("--model", MODEL, "--checkpoint", checkpoints / "digits.ckpt", "--data", DATA, "--threat.eps", 0.1)
-    done = command("audit", *model, "--samples", 64, "--output", "two", "--name", "two", "--attacks", "apgd-ce", "apgd-t")
+    done = command(
+        "audit", *model, "--samples", 64, "--output", "two", "--name", "two", "--attacks", "apgd-ce", "apgd-t"
+    )
     assert done.status == 0, done.err
     done = command("compare", "one", "two", "--output", "both")
     assert done.status == 0, done.err
