@@ -46,4 +46,6 @@ def test_evaluate_audit_and_compare(command, evaluated, checkpoints, folder):
     assert done.status == 0, done.err
     done = command("compare", "one", "two", "--output", "both")
     assert done.status == 0, done.err
+    assert "DigitsClassifier - two" in done.out
+    assert "Comparison(" not in done.out
     assert (folder / "both" / "comparison.html").is_file()

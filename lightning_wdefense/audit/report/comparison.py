@@ -40,9 +40,9 @@ class Difference(NamedTuple):
     robust: PairedDifference
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Comparison:
-    """Several models, measured on the same samples under the same threat; made by :func:`compare`.
+    """Several models, measured on the same samples under the same threat; made by :func:`compare`. Printed, it is a short table.
 
     Attributes:
         reports: the reports of the models.
@@ -77,6 +77,26 @@ class Comparison:
             for each in self.differences
         ]
         return {"format": FORMAT, "models": plain(models), "differences": plain(differences)}
+
+    def __repr__(self) -> str:
+        """The accuracies of each model, and the differences of each pair in points with their 95% intervals, as a table."""
+        pairs = [f"{each.first} - {each.second}" for each in self.differences]
+        width = max(map(len, (*pairs, *(report.name for report in self.reports))))
+        rows = [f"{'':{width}}  {'clean':22}  robust"]
+        for report in self.reports:
+            clean, robust = (
+                f"{100 * report.result.values[name]:.1f}% ({100 * low:.1f} to {100 * high:.1f})"
+                for name, (low, high) in report.result.intervals.items()
+                if name in ("clean_acc", "robust_acc")
+            )
+            rows.append(f"{report.name:{width}}  {clean:22}  {robust}")
+        for pair, each in zip(pairs, self.differences, strict=True):
+            clean, robust = (
+                f"{100 * found.difference:+.1f} ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
+                for found in (each.clean, each.robust)
+            )
+            rows.append(f"{pair:{width}}  {clean:22}  {robust}")
+        return "\n".join(rows)
 
 
 def compare(reports: Sequence[Report]) -> Comparison:

@@ -45,6 +45,17 @@ def test_differences_of_all_pairs(three):
     assert three.differences[0].clean.difference == 0
 
 
+def test_it_prints_as_a_table(three):
+    head, *rows = str(three).splitlines()
+    assert head.split() == ["clean", "robust"]
+    assert [row.split("  ")[0].strip() for row in rows] == [
+        *("one", "other " + EVIL, "three"),
+        *(f"{each.first} - {each.second}" for each in three.differences),
+    ]
+    assert re.search(r"12\.5% \([\d.]+ to [\d.]+\)$", rows[1])
+    assert re.search(r"\+0\.0 \(-[\d.]+ to \+[\d.]+\)  \s*\+0\.0 \(-[\d.]+ to \+[\d.]+\)$", rows[4])
+
+
 def test_files(three, tmp_path):
     paths = three.write(tmp_path)
     assert [path.name for path in paths] == ["comparison.html", "comparison.md", "comparison.json"]
