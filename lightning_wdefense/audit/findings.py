@@ -38,6 +38,12 @@ class Finding:
         if self.verdict not in get_args(Verdict):
             raise ValueError(f"verdict must be one of {get_args(Verdict)}, got {self.verdict!r}.")
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Finding:
+        """A finding from its plain values."""
+        numbers = {name: None if values[name] is None else float(values[name]) for name in ("value", "accuracy")}
+        return cls(**values | numbers)
+
 
 @dataclass(frozen=True, repr=False)
 class AuditReport:
@@ -102,9 +108,10 @@ class AuditReport:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> AuditReport:
-        """A report from what :meth:`to_dict` gave."""
+        """A report from what :meth:`to_dict` gave, or from its JSON, where numbers that are not finite are texts."""
         given = {key: value for key, value in values.items() if key != "verdict"}
-        given["findings"] = tuple(Finding(**finding) for finding in given["findings"])
+        given |= {name: float(given[name]) for name in ("clean_acc", "robust_acc", "audited_acc", "seconds")}
+        given["findings"] = tuple(Finding.from_dict(finding) for finding in given["findings"])
         given["threat"], given["attacks"] = ThreatModel(**given["threat"]), tuple(given["attacks"])
         return cls(**given)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from lightning_wdefense.attacks import ThreatModel
 from lightning_wdefense.attacks.registry import Attacks
 from lightning_wdefense.audit import AuditReport, audit
 from lightning_wdefense.audit.case import claimed_attacks
+from lightning_wdefense.audit.report.storage import plain, to_json, write_files
 from lightning_wdefense.callbacks.evaluation.route import EvaluationRoute
 from lightning_wdefense.callbacks.requirements import attacked_model
 from lightning_wdefense.callbacks.schedule import logged_step
@@ -149,8 +149,7 @@ class RobustnessAudit(Callback):
         print(f"\n{report}\n")
         if self.path is not None:
             path = Path(self.path)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(report.to_dict(), indent=1))
+            write_files(path.parent, {path.name: to_json(plain(report.to_dict()))})
         scores = {"pass": 1.0, "warn": 0.5, "fail": 0.0}
         values = {
             f"test/audit/{each.check}": scores[each.verdict] for each in report.findings if each.verdict in scores

@@ -156,11 +156,17 @@ def check_logits(outputs: Any) -> None:
                 stacklevel=2,
             )
         return
-    rounding = max(1e-3, 4 * torch.finfo(values.dtype).eps)
-    if not bool(((rows.sum(1) - 1).abs() < rounding).all()):
+    if not are_distributions(values):
         return
     if made_by == "softmax" or len(rows[:1024].unique(dim=0)) >= MIN_ROWS:
         _refuse("every row is non-negative and sums to 1")
+
+
+def are_distributions(values: Tensor) -> bool:
+    """Whether every row of outputs ``(N, K, ...)`` is non-negative and sums to 1, up to rounding in their precision."""
+    rows = _rows(values.detach().float())
+    rounding = max(1e-3, 4 * torch.finfo(values.dtype).eps)
+    return bool((rows >= 0).all()) and bool(((rows.sum(1) - 1).abs() < rounding).all())
 
 
 def _rows(values: Tensor) -> Tensor:

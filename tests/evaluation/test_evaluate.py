@@ -15,6 +15,7 @@ from support.lightning_modules import (
     quiet_trainer,
     trained_classifier,
 )
+from support.modules import Attending
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
@@ -201,20 +202,7 @@ def test_a_lightning_module_and_a_model_in_training(plain):
 
 
 def test_a_model_that_needs_whole_batches_gets_them():
-    class Attending(nn.Module):
-        """Mixes the samples of a batch."""
-
-        sizes: set = set()  # noqa: RUF012
-
-        def __init__(self):
-            super().__init__()
-            self.net = trained_classifier().net
-
-        def forward(self, x):
-            self.sizes.add(len(x))
-            return self.net(x + 0.5 * x.mean(0))
-
-    model = Attending()
+    model = Attending(trained_classifier().net)
     with pytest.warns(UserWarning, match="not run on parts of a batch"):
         result = evaluated(digits_loaders()[1], model)
     assert model.sizes == {16, 32}  # 16 in the look at the first batch

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.lightning_modules import digits_loaders, trained_classifier
+from support.modules import Attending
 from support.processes import script_environment
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -131,23 +132,13 @@ def test_a_failure_keeps_what_was_done(tmp_path):
 
 
 def test_a_model_that_needs_whole_batches_still_gets_them(tmp_path):
-    class Attending(nn.Module):
-        sizes: set = set()  # noqa: RUF012
-
-        def __init__(self):
-            super().__init__()
-            self.net = trained_classifier().net
-
-        def forward(self, x):
-            self.sizes.add(len(x))
-            return self.net(x + 0.5 * x.mean(0))
-
-    options = {"model": Attending(), "epsilons": [0.05]}  # the second attack runs on what the first has left
+    model = Attending(trained_classifier().net)
+    options = {"model": model, "epsilons": [0.05]}  # the second attack runs on what the first has left
     expected = evaluated(**options)
     interrupted(tmp_path / "work.pt", **options)
-    Attending.sizes.clear()
+    model.sizes.clear()
     same(evaluated(tmp_path / "work.pt", **options), expected)
-    assert Attending.sizes == {32}
+    assert model.sizes == {32}
 
 
 def test_masks(tmp_path):

@@ -32,6 +32,22 @@ def batch(*shape: int, model: nn.Module | None = None, n: int = 8, seed: int = 0
         return inputs, (model or classifier(*shape))(inputs).argmax(1)
 
 
+class Attending(nn.Module):
+    """Mixes the samples of a batch, so that it needs whole batches.
+
+    Attributes:
+        sizes: numbers of samples that it was run on.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net, self.sizes = net, set()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.sizes.add(len(x))
+        return self.net(x + 0.5 * x.mean(0))
+
+
 class Nasty(nn.Module):
     """Does in ``forward`` what attacks must undo, and keeps flags that a plain ``train()`` would lose.
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_wdefense._seeding import seeded_generator
 from lightning_wdefense.attacks.losses import margin
-from lightning_wdefense.attacks.norms import BALLS, rows
+from lightning_wdefense.attacks.norms import BALLS, random_uniform, rows
 from lightning_wdefense.audit.case import Case
 from lightning_wdefense.audit.findings import Finding, Verdict
 from lightning_wdefense.audit.views.base import View
@@ -127,9 +127,7 @@ def rough_surface(case: Case) -> Finding:
 def _slopes(case: Case, view: View) -> tuple[Tensor, Tensor]:
     """A point near each sample, where nothing lies on a round value, and the gradient of the margin there; data units."""
     clean = case.threat.to_data(case.inputs)
-    noise = torch.rand(
-        clean.shape, generator=seeded_generator(clean.device, case.seed, 1), device=clean.device, dtype=clean.dtype
-    )
+    noise = random_uniform(clean, seeded_generator(clean.device, case.seed, 1))
     radius = 0.25 * case.threat.eps if case.threat.norm == "linf" else 1e-3
     data = case.threat.box(clean).clamp(clean + (2 * noise - 1) * radius).detach()
     size = case.size if view.accepts_partial_batches else len(case)

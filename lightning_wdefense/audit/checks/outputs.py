@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 
@@ -116,14 +117,8 @@ def saturated_logits(case: Case) -> Finding:
     verdict: Verdict = (
         "fail" if share >= MANY else "warn" if share >= WARN and found.verdict == "pass" else found.verdict
     )
-    if verdict == found.verdict:
-        return Finding(name, verdict, figure, found.meaning, found.advice, share, found.accuracy)
-    return Finding(
-        name,
-        verdict,
-        figure,
-        "An attack by the cross-entropy has no gradient to follow on these samples.",
-        "Divide the logits by a constant, or attack the margin or the DLR loss.",
-        share,
-        found.accuracy,
-    )
+    if verdict != found.verdict:
+        meaning = "An attack by the cross-entropy has no gradient to follow on these samples."
+        advice = "Divide the logits by a constant, or attack the margin or the DLR loss."
+        found = replace(found, verdict=verdict, meaning=meaning, advice=advice)
+    return replace(found, figure=figure, value=share)

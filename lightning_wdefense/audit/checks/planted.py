@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_wdefense._seeding import seeded_generator
-from lightning_wdefense.attacks.norms import rows
+from lightning_wdefense.attacks.norms import random_normal, rows
 from lightning_wdefense.attacks.threat import ThreatModel
 from lightning_wdefense.audit.case import Case
 from lightning_wdefense.audit.findings import Finding, Verdict
@@ -170,7 +170,7 @@ def _points(
     """Points around a sample, in data units: uniform in a ball of ``radius`` times eps, or on the surface (``None``)."""
     data = threat.to_data(sample.unsqueeze(0)).expand(count, *sample.shape)
     if radius is None:
-        direction = torch.randn(data.shape, generator=generator, device=data.device, dtype=data.dtype)
+        direction = random_normal(data, generator)
         delta = threat.ball.steepest(direction) * threat.eps
     else:
         delta = threat.ball.uniform(data, radius * threat.eps, generator)

@@ -6,7 +6,7 @@ import warnings
 
 from lightning_wdefense.attacks import Attack, AutoAttack
 from lightning_wdefense.attacks.losses import margin
-from lightning_wdefense.audit.case import FAIL, WARN, Case
+from lightning_wdefense.audit.case import FAIL, WARN, Case, strong_attacks
 from lightning_wdefense.audit.findings import Finding, Verdict
 
 FACTORS = (0.25, 0.5, 1.0, 2.0)
@@ -68,7 +68,7 @@ def unbounded(case: Case) -> Finding:
 def _attack(case: Case) -> Attack:
     """The claim's first attack; for AutoAttack, which takes long, the first one that is as strong as a claim needs."""
     first = next(iter(case.attacks.values()))
-    return next(iter(case.strong_attacks().values())) if isinstance(first, AutoAttack) else first
+    return next(iter(strong_attacks(case.threat).values())) if isinstance(first, AutoAttack) else first
 
 
 def _attacked(case: Case, attack: Attack, eps: float) -> tuple[float, float]:

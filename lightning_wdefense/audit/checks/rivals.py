@@ -6,7 +6,7 @@ import torch
 
 from lightning_wdefense.attacks import FGSM, Square, WassersteinAttack
 from lightning_wdefense.attacks.standard.found import NORMS
-from lightning_wdefense.audit.case import Case
+from lightning_wdefense.audit.case import Case, strong_attacks
 from lightning_wdefense.audit.findings import Finding
 
 QUERIES = 1000
@@ -16,7 +16,7 @@ QUERIES = 1000
 def stronger_attacks(case: Case) -> Finding:
     """What the strongest attacks by gradients find, with other losses than the claim's."""
     name, broken, ran = "stronger-attacks", case.plain, ["PGD-50"]
-    for key, attack in case.strong_attacks().items():
+    for key, attack in strong_attacks(case.threat).items():
         if attack not in case.attacks.values() or case.random:
             ran.append(key)
             broken = broken | case.breaks(attack, samples=case.claimed & ~broken)
@@ -72,7 +72,7 @@ def transfer(case: Case) -> Finding:
             "Give audit(..., twin=undefended_model).",
         )
     broken = torch.zeros_like(case.claimed)
-    for attack in (case.gradient_attack(), *case.strong_attacks().values()):
+    for attack in (case.gradient_attack(), *strong_attacks(case.threat).values()):
         broken = broken | case.breaks(attack, case.twin)
     return case.hidden(
         name,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from lightning_wdefense.attacks import Attack, AutoAttack
@@ -18,9 +20,9 @@ def steps(case: Case) -> Finding:
     name = "steps"
     attack = _with(case, "steps")
     if attack is None:
-        return _fixed(name, "steps")
+        return _fixed(name, "more steps")
     count: int = attack.steps  # type: ignore[attr-defined]
-    more = changed(attack, steps=count * (4 if count < 50 else 2), step_size=getattr(attack, "step_size", None))
+    more = changed(attack, steps=count * (4 if count < 50 else 2))
     left = case.claimed
     if not bool(left.any()):
         return Finding(name, "pass", "nothing is left", "The claim's attacks broke every sample.")
@@ -41,12 +43,13 @@ def steps(case: Case) -> Finding:
         "fail" if rise >= RISING else "warn" if rise >= SLOWLY and found.verdict == "pass" else found.verdict
     )
     figure = f"{found.figure}; {rise:.1%} of the margin's rise comes with the steps beyond the claim's"
-    if verdict == found.verdict:
-        return Finding(name, verdict, figure, found.meaning, found.advice, rise, found.accuracy)
-    meaning = "The loss still rises at the last steps."
-    return Finding(
-        name, verdict, figure, meaning, "Give the attack more steps, until the loss stands still.", rise, found.accuracy
-    )
+    if verdict != found.verdict:
+        meaning, advice = (
+            "The loss still rises at the last steps.",
+            "Give the attack more steps, until the loss stands still.",
+        )
+        found = replace(found, verdict=verdict, meaning=meaning, advice=advice)
+    return replace(found, figure=figure, value=rise)
 
 
 def step_size(case: Case) -> Finding:
@@ -54,7 +57,7 @@ def step_size(case: Case) -> Finding:
     name = "step-size"
     attack = _with(case, "step_size")
     if attack is None:
-        return _fixed(name, "step size")
+        return _fixed(name, "another step size")
     default = 2.5 * case.threat.eps / attack.steps  # type: ignore[attr-defined]
     given = getattr(attack, "step_size", None) or default
     sizes = sorted({default, given / 4, given * 4} - {given})
@@ -76,7 +79,7 @@ def restarts(case: Case) -> Finding:
     name = "restarts"
     attack = _with(case, "restarts")
     if attack is None:
-        return _fixed(name, "number of restarts")
+        return _fixed(name, "more restarts")
     count = attack.restarts + 2  # type: ignore[attr-defined]
     # A targeted attack has other targets in the place of other starts; the first of them find nearly all.
     return case.missed(
@@ -95,6 +98,4 @@ def _with(case: Case, setting: str) -> Attack | None:
 
 
 def _fixed(name: str, setting: str) -> Finding:
-    return Finding(
-        name, "skipped", f"none of the claim's attacks has a {setting} to change", "There is nothing to vary."
-    )
+    return Finding(name, "skipped", f"none of the claim's attacks can be given {setting}", "There is nothing to vary.")

@@ -94,7 +94,7 @@ class Report:
         return cls(
             values["name"],
             result_from_dict(values),
-            None if values["audit"] is None else AuditReport.from_dict(_numbers_of_audit(values["audit"])),
+            None if values["audit"] is None else AuditReport.from_dict(values["audit"]),
             {name: float(value) for name, value in values["cost"].items()},
             values["settings"],
             values["environment"],
@@ -114,13 +114,3 @@ class Report:
         except (ValueError, KeyError, TypeError) as error:
             problem = f"the entry {error} is missing" if isinstance(error, KeyError) else str(error)
             raise ValueError(f"{file} cannot be read as a report: {problem}") from error
-
-
-def _numbers_of_audit(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Numbers that were not finite are strings in JSON."""
-    numbers = {name: float(values[name]) for name in ("clean_acc", "robust_acc", "audited_acc", "seconds")}
-    findings = [
-        finding | {name: None if finding[name] is None else float(finding[name]) for name in ("value", "accuracy")}
-        for finding in values["findings"]
-    ]
-    return {**values, **numbers, "findings": findings}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_wdefense.modules.activation import activation
 from lightning_wdefense.modules.outputs import (
     PickedOutputModel,
+    are_distributions,
     float32_or_better,
     has_one_output,
     logits_of,
@@ -19,9 +20,6 @@ from lightning_wdefense.modules.outputs import (
 
 Activation = Literal["softmax", "sigmoid"]
 """What turned the logits into probabilities."""
-
-SURE = 1e-3
-"""How far from 1 the rows of probabilities may sum."""
 
 
 class View(ABC):
@@ -84,6 +82,6 @@ def activation_of(outputs: Any) -> Activation | None:
     made_by = activation(values)
     if has_one_output(values):
         return "sigmoid" if made_by == "sigmoid" else None
-    if bool(((rows.sum(1) - 1).abs() < SURE).all()) and (made_by == "softmax" or len(rows.unique(dim=0)) > 1):
+    if are_distributions(values) and (made_by == "softmax" or len(rows.unique(dim=0)) > 1):
         return "softmax"
     return "sigmoid" if made_by == "sigmoid" else None
