@@ -137,12 +137,12 @@ class Case:
             advice: what to do then.
             by: who else has missed these samples, if ``broken`` is about that.
         """
-        count, share = int(broken.sum()), self.accuracy(broken)
+        count, tried, share = int(broken.sum()), int(self.claimed.sum()), self.accuracy(broken)
         left = self.accuracy(self.claimed & ~broken)
         verdict: Verdict = "fail" if share >= FAIL and count > 1 else "warn" if share >= WARN and count > 1 else "pass"
-        figure = f"{what}: {count} of {int(self.claimed.sum())} samples fall"
-        if by:
-            figure += f" that {by} do not break"
+        figure = f"{what}: " + (f"{count} of {tried} fall" if tried else "nothing is left to break")
+        if by and tried:
+            figure += f" beyond {by}"
         if count:
             figure += f", {self.accuracy(self.claimed):.1%} to {left:.1%}"
         if verdict == "pass":

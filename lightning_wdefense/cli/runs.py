@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +53,7 @@ def run_compare(options: Any) -> bool:
             raise UsageError(
                 f"There is no report in {given}: `lightning-wdefense evaluate --output {given} ...` writes one."
             )
-    comparison = compare([_report_in(file) for file in files])
+    comparison = compare(_told_apart([_report_in(file) for file in files], [file.parent for file in files]))
     written = comparison.write(Path(options.output))
     print(comparison)
     _tell(written)
@@ -138,6 +140,17 @@ def _report_in(file: Path) -> Report:
         return Report.load(file)
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{file} is no report: {type(error).__name__}: {error}") from error
+
+
+def _told_apart(reports: list[Report], folders: list[Path]) -> list[Report]:
+    """The reports; those of models of the same name, such as two checkpoints of one class, are named by their folders."""
+    for name_of in (lambda folder: folder.resolve().name, str):
+        names = Counter(report.name for report in reports)
+        reports = [
+            replace(report, name=name_of(folder)) if names[report.name] > 1 else report
+            for report, folder in zip(reports, folders, strict=True)
+        ]
+    return reports
 
 
 def _tell(written: list[Path]) -> None:

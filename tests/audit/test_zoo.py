@@ -32,7 +32,7 @@ def test_the_audit_tells_it_apart(exhibit):
     if exhibit.name == "quantised inputs":
         assert report.audited_acc < report.robust_acc - 0.3
     for finding in report.findings:
-        assert finding.figure
+        assert 0 < len(finding.figure) <= 100, "it stands in one line of a terminal"
         assert finding.meaning
         assert bool(finding.advice) or finding.verdict not in ("warn", "fail")
 

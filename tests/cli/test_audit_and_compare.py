@@ -155,3 +155,15 @@ def test_reports_are_compared(command, evaluated, folder):
     assert done.status == 2
     assert "two/report.json is no report: " in done.err
     assert not (folder / "comparison").exists()
+
+
+def test_models_of_the_same_name_are_called_by_their_folders(command, evaluated, folder):
+    evaluated("--name", "other", "--output", "runs/c")
+    for name in ("runs/a", "runs/b"):
+        evaluated("--name", "Net", "--output", name)
+    done = command("compare", "runs/a", "runs/b/report.json", "runs/c", "--output", "all")
+    assert done.out.startswith("a against b against other\n"), done
+    (folder / "more").mkdir()
+    (folder / "runs" / "a").rename(folder / "more" / "b")
+    done = command("compare", "more/b", "runs/b", "--output", "again")
+    assert done.out.startswith("more/b against runs/b\n"), done

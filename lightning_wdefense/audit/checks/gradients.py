@@ -63,8 +63,7 @@ def finite_differences(case: Case) -> Finding:
     return Finding(
         name,
         verdict,
-        f"for {share:.1%} of {int(known.sum())} samples a small step changes the margin by less than a fifth, or more than five times, of what "
-        "the gradient says",
+        f"gradients more than five times off for {share:.1%} of {int(known.sum())} samples",
         "The gradients do not say how the outputs change, so attacks by gradients go astray."
         if verdict != "pass"
         else "The gradients say how the outputs change.",
@@ -97,7 +96,7 @@ def straight_through(case: Case) -> Finding:
             name, "pass", "no operation without gradient was met", "Nothing is rounded, detached or cut off in forward."
         )
     broken = case.breaks(case.gradient_attack(), view)
-    what = f"an attack straight through {', '.join(sorted(view.met))}"
+    what = f"straight through {', '.join(sorted(view.met))}"
     return case.hidden(
         name,
         broken,
@@ -118,7 +117,7 @@ def rough_surface(case: Case) -> Finding:
     return case.hidden(
         "rough-surface",
         case.breaks(case.gradient_attack(steps=30), view),
-        "an attack on the model blurred over a small neighbourhood",
+        "blurred",
         "The surface of the loss is rough: single gradients mislead, and their mean does not.",
         "Evaluate with gradients averaged over small noise on the inputs, and with queries (Square).",
     )

@@ -61,8 +61,8 @@ def training_mode(case: Case) -> Finding:
     return Finding(
         name,
         "fail",
-        f"given in training mode, with other outputs than in eval mode ({kinds}); clean {accuracies[1]:.1%} and {accuracies[0]:.1%}",
-        "What is measured in training mode, with dropout or statistics of the batch, is another model than the one that will be used.",
+        f"given in training mode; clean {accuracies[1]:.1%}, in eval mode {accuracies[0]:.1%}",
+        f"Outputs differ in training mode ({kinds}): what is measured there is another model than the one that will be used.",
         "Call model.eval() before you measure. This audit is of the model in eval mode.",
     )
 
@@ -86,9 +86,10 @@ def randomness(case: Case) -> Finding:
     return Finding(
         name,
         verdict,
-        f"{flips:.1%} of the samples change their class within 8 calls; clean accuracy {right.mean():.1%} ± {right.std():.1%} over calls; "
-        f"claimed {case.accuracy(case.claimed):.1%}, {left:.1%} once the attack averages over draws, {fixed:.1%} with the noise fixed",
-        "A random model hides its gradients from an attack that draws once, and a sample counts as robust for being lucky once."
+        f"{flips:.1%} flip in 8 calls; clean {right.mean():.1%} ± {right.std():.1%}, claimed {case.accuracy(case.claimed):.1%}, "
+        f"averaged {left:.1%}, fixed noise {fixed:.1%}",
+        "A random model hides its gradients from an attack that draws once, and a sample counts as robust for being lucky once. 'averaged' is "
+        "what an attack on the mean over draws leaves of the claim, 'fixed noise' the accuracy of the model with its noise fixed."
         if verdict == "fail"
         else "The outputs are random, but averaging over draws finds next to nothing more.",
         "Attack the mean over draws of the noise (EoT), decide by the mean over draws, and state the accuracy with the noise fixed "
@@ -108,12 +109,12 @@ def saturated_logits(case: Case) -> Finding:
     found = case.hidden(
         name,
         broken,
-        "cross-entropy of rescaled logits",
+        "rescaled",
         "The logits are so large that the cross-entropy is flat: its gradients are lost to rounding.",
         "Attack the margin or the DLR loss, or divide the logits by their spread in the attack; do not train with a temperature that the "
         "attack keeps.",
     )
-    figure = f"{share:.1%} of the samples have a cross-entropy without gradient in float32; {found.figure}"
+    figure = f"{share:.1%} have a flat cross-entropy; {found.figure}"
     verdict: Verdict = (
         "fail" if share >= MANY else "warn" if share >= WARN and found.verdict == "pass" else found.verdict
     )

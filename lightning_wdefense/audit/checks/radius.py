@@ -23,16 +23,18 @@ def growing_eps(case: Case) -> Finding:
         f"{share:.1%} at {factor * case.threat.eps:.3g}" for share, factor in zip(shares, FACTORS, strict=True)
     )
     # At a small eps accuracy may stay, but the margin does not.
-    moves = shares[-1] < shares[0] or margins[-1] > margins[0] or not bool(case.right.any())
+    falls = shares[-1] < shares[0]
+    moves = falls or margins[-1] > margins[0] or not bool(case.right.any())
     verdict: Verdict = "fail" if rise >= FAIL or not moves else "warn" if rise >= WARN else "pass"
+    if verdict == "pass":
+        meaning = f"{'Accuracy falls' if falls else 'Accuracy stays, but margins shrink'} as the attacker may do more."
+        return Finding("growing-eps", verdict, written, meaning, "", rise)
     return Finding(
         "growing-eps",
         verdict,
         written,
-        "Accuracy falls as the attacker may do more."
-        if verdict == "pass"
-        else "Whoever may change more can do no worse, so the attack fails where accuracy rises, or stays, as eps grows.",
-        "" if verdict == "pass" else "Look for masked gradients, and for a step size that does not fit the radius.",
+        "Whoever may change more can do no worse, so the attack fails where accuracy rises, or stays, as eps grows.",
+        "Look for masked gradients, and for a step size that does not fit the radius.",
         rise,
     )
 

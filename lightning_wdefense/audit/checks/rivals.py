@@ -35,7 +35,7 @@ def single_step(case: Case) -> Finding:
         attack, what = WassersteinAttack(case.threat, steps=1, restarts=1), "one step"
         broken = case.breaks(attack)
     else:
-        what = "one step (FGSM)"
+        what = "FGSM"
         broken = case.breaks(FGSM(case.threat)) | case.breaks(FGSM(case.threat, loss="margin"))
     return case.hidden(
         "single-step",
@@ -54,7 +54,7 @@ def black_box(case: Case) -> Finding:
     return case.hidden(
         name,
         case.breaks(Square(case.threat, queries=QUERIES, rescale_schedule=True)),
-        f"Square with {QUERIES} queries and no gradients",
+        f"Square, {QUERIES} queries",
         "An attacker who knows nothing of the model does better than those who know all: the gradients are masked.",
         "Do not trust attacks by gradients on this model; evaluate with more queries, and mend the gradients.",
     )
@@ -77,7 +77,7 @@ def transfer(case: Case) -> Finding:
     return case.hidden(
         name,
         broken,
-        "what breaks the undefended twin",
+        "inputs made for the twin",
         "Inputs made for another model break this one where its own gradients do not.",
         "The gradients are masked: attack the twin, and transfer, as a part of the evaluation.",
     )

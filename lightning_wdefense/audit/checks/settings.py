@@ -25,7 +25,7 @@ def steps(case: Case) -> Finding:
     more = changed(attack, steps=count * (4 if count < 50 else 2))
     left = case.claimed
     if not bool(left.any()):
-        return Finding(name, "pass", "nothing is left", "The claim's attacks broke every sample.")
+        return Finding(name, "pass", "nothing is left to break", "The claim's attacks broke every sample.")
     with torch.no_grad():
         clean, short, long = (
             margin(case.logits(inputs), case.labels)[left].double().mean()
@@ -34,7 +34,7 @@ def steps(case: Case) -> Finding:
     found = case.missed(
         name,
         case.breaks(more),
-        f"{attack.name} with {more.steps} steps in place of {count}",  # type: ignore[attr-defined]
+        f"{attack.name}, {more.steps} steps instead of {count}",  # type: ignore[attr-defined]
         "The attack had not converged: more steps find more.",
         "Give the attack more steps, until more of them change nothing; for a claim use AutoAttack.",
     )
@@ -42,7 +42,7 @@ def steps(case: Case) -> Finding:
     verdict: Verdict = (
         "fail" if rise >= RISING else "warn" if rise >= SLOWLY and found.verdict == "pass" else found.verdict
     )
-    figure = f"{found.figure}; {rise:.1%} of the margin's rise comes with the steps beyond the claim's"
+    figure = f"{found.figure}; {rise:.1%} of the rise after {count}"
     if verdict != found.verdict:
         meaning, advice = (
             "The loss still rises at the last steps.",
@@ -68,7 +68,7 @@ def step_size(case: Case) -> Finding:
     return case.missed(
         name,
         broken,
-        f"{attack.name} with step sizes {written} in place of {given:.2g}",
+        f"{attack.name}, step size {written} instead of {given:.2g}",
         "The result depends on the step size, so the claim's was not the right one.",
         "Tune the step size, or leave it out (2.5 eps / steps); APGD chooses it by itself.",
     )
@@ -85,7 +85,7 @@ def restarts(case: Case) -> Finding:
     return case.missed(
         name,
         case.breaks(changed(attack, restarts=count, seed=case.seed + 1, targets=3)),
-        f"{attack.name} with {count} restarts in place of {attack.restarts}",  # type: ignore[attr-defined]
+        f"{attack.name}, {count} restarts instead of {attack.restarts}",  # type: ignore[attr-defined]
         "The result depends on where the attack starts.",
         "Give the attack more restarts, and other losses; for a claim use AutoAttack.",
     )
