@@ -19,7 +19,7 @@ class Finding:
     Attributes:
         check: name of the check, such as ``"zero-gradients"``.
         verdict: ``"pass"``, ``"warn"``, ``"fail"`` or ``"skipped"``.
-        figure: what was measured, in words with numbers: ``"38.0% of 200 samples"``.
+        figure: what was measured, in words with numbers: ``"no gradient for 38.0% of 200 samples"``.
         meaning: a sentence that says what the figure means.
         advice: what to do; empty if there is nothing to do.
         value: the figure as a number, if it is one number.

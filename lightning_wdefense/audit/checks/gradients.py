@@ -30,7 +30,7 @@ def zero_gradients(case: Case) -> Finding:
     return Finding(
         name,
         verdict,
-        f"{share:.1%} of {len(lengths)} samples",
+        f"no gradient for {share:.1%} of {len(lengths)} samples",
         "Attacks by gradients have nothing to follow on these samples, so their failure says nothing."
         if verdict != "pass"
         else "The margin of the samples has gradients to follow.",
@@ -63,7 +63,7 @@ def finite_differences(case: Case) -> Finding:
     return Finding(
         name,
         verdict,
-        f"gradients more than five times off for {share:.1%} of {int(known.sum())} samples",
+        f"gradient more than five times off for {share:.1%} of {int(known.sum())} samples",
         "The gradients do not say how the outputs change, so attacks by gradients go astray."
         if verdict != "pass"
         else "The gradients say how the outputs change.",

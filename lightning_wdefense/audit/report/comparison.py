@@ -79,24 +79,26 @@ class Comparison:
         return {"format": FORMAT, "models": plain(models), "differences": plain(differences)}
 
     def __repr__(self) -> str:
-        """The accuracies of each model, and the differences of each pair in points with their 95% intervals, as a table."""
+        """The accuracies of each model, and the differences of each pair in points with their 95% intervals, as a table, with verdicts of the audits."""
         pairs = [f"{each.first} - {each.second}" for each in self.differences]
         width = max(map(len, (*pairs, *(report.name for report in self.reports))))
-        rows = [f"{'':{width}}  {'clean':22}  robust"]
+        audited = any(report.audit is not None for report in self.reports)
+        rows = [f"{'':{width}}  {'clean':22}  {'robust':22}  {'audit' if audited else ''}"]
         for report in self.reports:
             clean, robust = (
                 f"{100 * report.result.values[name]:.1f}% ({100 * low:.1f} to {100 * high:.1f})"
                 for name, (low, high) in report.result.intervals.items()
                 if name in ("clean_acc", "robust_acc")
             )
-            rows.append(f"{report.name:{width}}  {clean:22}  {robust}")
+            verdict = report.audit.verdict if report.audit else "not audited" if audited else ""
+            rows.append(f"{report.name:{width}}  {clean:22}  {robust:22}  {verdict}")
         for pair, each in zip(pairs, self.differences, strict=True):
             clean, robust = (
                 f"{100 * found.difference:+.1f} ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
                 for found in (each.clean, each.robust)
             )
             rows.append(f"{pair:{width}}  {clean:22}  {robust}")
-        return "\n".join(rows)
+        return "\n".join(row.rstrip() for row in rows)
 
 
 def compare(reports: Sequence[Report]) -> Comparison:

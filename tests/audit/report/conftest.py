@@ -22,7 +22,7 @@ EVIL = "<script>alert('1')</script> & \"friends\" | *now* [x](y)"
 FINDINGS = (
     Finding("logits", "pass", "0.0% of 40 samples", "The outputs are logits."),
     Finding("zero-gradients", "fail", "38.0% of 40 samples", f"No gradient. {EVIL}", "Use float64.", 0.38),
-    Finding("black-box", "warn", "Square left 1.5 points less", "Odd.", "Repeat it.", float("nan"), 0.5),
+    Finding("black-box", "warn", "pgd, 80 steps: 1 of 20 fall", "Odd.", "Repeat it.", float("nan"), 0.5),
 )
 AUDIT = AuditReport(FINDINGS, THREAT, ("fgsm", "pgd"), 40, 0.95, 0.5, 0.25, 61.0)
 

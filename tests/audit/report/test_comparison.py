@@ -47,12 +47,13 @@ def test_differences_of_all_pairs(three):
 
 def test_it_prints_as_a_table(three):
     head, *rows = str(three).splitlines()
-    assert head.split() == ["clean", "robust"]
+    assert head.split() == ["clean", "robust", "audit"]
     assert [row.split("  ")[0].strip() for row in rows] == [
         *("one", "other " + EVIL, "three"),
         *(f"{each.first} - {each.second}" for each in three.differences),
     ]
-    assert re.search(r"12\.5% \([\d.]+ to [\d.]+\)$", rows[1])
+    assert rows[0].endswith(AUDIT.verdict)
+    assert re.search(r"12\.5% \([\d.]+ to [\d.]+\)  +not audited$", rows[1])
     assert re.search(r"\+0\.0 \(-[\d.]+ to \+[\d.]+\)  \s*\+0\.0 \(-[\d.]+ to \+[\d.]+\)$", rows[4])
 
 
@@ -80,6 +81,7 @@ def test_table(three, tmp_path):
     assert (row[1], row[3]) == (f"{result.robust_acc:.1%}", f"{result.clean_acc:.1%}")
     assert row[-1] == "fail |"
     assert "not audited" in text
+    assert "The audit failed one: do not believe these accuracies before what failed is mended." in text
     assert any("one − three" in line and "+0.0" in line for line in text.splitlines())
     assert re.search(r"Newcombe.*McNemar", text)
     share = f"{result.values['robust_acc_fgsm']:.1%}"

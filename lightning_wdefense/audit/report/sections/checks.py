@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from lightning_wdefense.audit.findings import AuditReport, Verdict
 from lightning_wdefense.audit.report.pages.charts.bars import percent
 from lightning_wdefense.audit.report.pages.page import Block, Mark, Remark, Section, Table, Text, Tone
@@ -32,19 +34,29 @@ def audit_section(audit: AuditReport | None) -> Section:
         for found in audit.findings:
             if found.verdict == verdict:
                 blocks.append(
-                    Remark(mark_of(verdict), found.check, _sentence(found.figure), found.meaning, found.advice)
+                    Remark(
+                        mark_of(verdict),
+                        found.check,
+                        _sentence(found.figure, audit.attacks),
+                        found.meaning,
+                        found.advice,
+                    )
                 )
     rest = [found for found in audit.findings if found.verdict not in OPEN]
     if rest:
-        rows = [(found.check, mark_of(found.verdict), f"{_sentence(found.figure)} {found.meaning}") for found in rest]
+        rows = [
+            (found.check, mark_of(found.verdict), f"{_sentence(found.figure, audit.attacks)} {found.meaning}")
+            for found in rest
+        ]
         blocks.append(Table(("Check", "Verdict", "What was found"), rows, numbers=False))
     blocks.append(Text(f"The audit took {duration(audit.seconds)}.", note=True))
     return Section("Audit", tuple(blocks))
 
 
-def _sentence(figure: str) -> str:
-    """A figure as a sentence."""
-    return f"{figure[:1].upper()}{figure[1:].rstrip('.')}."
+def _sentence(figure: str, attacks: Sequence[str]) -> str:
+    """A figure as a sentence; names of attacks keep their letters."""
+    first = figure[:1] if figure.startswith(tuple(attacks)) else figure[:1].upper()
+    return f"{first}{figure[1:].rstrip('.')}."
 
 
 def _conclusion(audit: AuditReport) -> str:

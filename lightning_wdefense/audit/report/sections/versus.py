@@ -51,10 +51,16 @@ def comparison_page(models: Sequence[Model], differences: Sequence[Any]) -> Page
         "Robust accuracies are upper bounds under these attacks: a stronger attack may leave less, and change the order. The differences say how "
         "well these samples tell the models apart, and nothing of other seeds of their training."
     )
+    openings = [opening]
+    failed = [name for name, _, audit, _ in models if audit is not None and audit.failed]
+    if failed:
+        openings.append(
+            Text(f"The audit failed {listed(failed)}: do not believe these accuracies before what failed is mended.")
+        )
     title = listed([name for name, *_ in models])
     if len(title) > LONGEST_TITLE:
         title = f"{len(models)} models"
-    return Page(title, None, lead, (opening,), tuple(sections))
+    return Page(title, None, lead, tuple(openings), tuple(sections))
 
 
 def _accuracies(models: Sequence[Model]) -> Table:
