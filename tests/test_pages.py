@@ -208,3 +208,8 @@ def test_links_of_a_built_site_are_followed(tmp_path):
         "index.html links more/page.html#there, which has no such place",
         "index.html links gone.png, which does not exist",
     ]
+
+
+def test_the_reference_names_what_the_top_level_exports():
+    rows = text("docs/reference/index.md").split("| room | what it is for |")[0]
+    assert set(re.findall(r"`(\w+)`", rows)) - {"lightning_wdefense"} == set(lightning_wdefense.__all__)

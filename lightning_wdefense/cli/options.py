@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from argparse import SUPPRESS
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, Union
 
 from torch import nn
@@ -100,16 +100,22 @@ def _add_measured(parser: CommandParser, attacks: Sequence[str] | None, which: s
     add("--min-robust-acc", type=float | None, help="robust accuracy, from 0 to 1, below which the exit status is 1")
 
 
+def _add_twin(add: Callable[..., object]) -> None:
+    add("--twin", type=str | None, help="checkpoint of an undefended model of the same class, or a file of torch.export: the audit transfers attacks from it")  # fmt: skip
+
+
 def _add_evaluate(parser: CommandParser) -> None:
     _add_measured(parser, ["pgd"], "a claim needs at least autoattack")
     add = parser.add_argument_group("the audit").add_argument
     add("--audit", action="store_true", help="audit the model as well, on --samples; the report shows it")
     add("--samples", type=int, default=200, help="how many samples are audited")
+    _add_twin(add)
 
 
 def _add_audit(parser: CommandParser) -> None:
     _add_measured(parser, None, "by default the strongest by gradients, APGD in most norms")
     parser.add_argument("--samples", type=int, default=200, help="how many samples are attacked and audited")
+    _add_twin(parser.add_argument)
 
 
 def _add_compare(parser: CommandParser) -> None:

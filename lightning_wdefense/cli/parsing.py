@@ -129,6 +129,8 @@ def _check(options: Any) -> None:
         raise UsageError(
             f"--epsilons must increase, got {epsilons}: write {' '.join(f'{eps:g}' for eps in sorted(set(epsilons)))}."
         )
+    if options.twin is not None and not getattr(options, "audit", True):
+        raise UsageError(f"--twin {options.twin} is for the audit: give --audit as well.")
     share = options.min_robust_acc
     if share is not None and not 0 <= share <= 1:
         raise UsageError(

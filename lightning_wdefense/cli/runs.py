@@ -14,7 +14,7 @@ from torch import nn
 from lightning_wdefense.attacks import ThreatModel
 from lightning_wdefense.attacks.registry import Attacks
 from lightning_wdefense.audit import AuditReport, Report, audit, compare
-from lightning_wdefense.cli.loading import ImageFolder, loader_of, model_of
+from lightning_wdefense.cli.loading import ImageFolder, loader_of, model_of, twin_of
 from lightning_wdefense.cli.loading.loaders import FirstSamples
 from lightning_wdefense.cli.usage import UsageError, note
 from lightning_wdefense.evaluation.evaluate import evaluate
@@ -67,6 +67,7 @@ RUNS: dict[str, Callable[[Any], bool]] = {"evaluate": run_evaluate, "audit": run
 def _prepared(options: Any) -> tuple[Any, nn.Module, ThreatModel]:
     seed_everything(options.seed, verbose=False)
     model = model_of(options.model, options.checkpoint, options.device)
+    options.twin = twin_of(model, options.twin, options.device, trust=options.trust_checkpoint)
     loader = loader_of(options.data, options, options.threat)
     if isinstance(images := getattr(loader, "dataset", None), ImageFolder):
         pick = output_picker(options.outputs) or (lambda found: found)
@@ -109,7 +110,8 @@ def _evaluated(options: Any, model: nn.Module, loader: Any, threat: ThreatModel,
 
 def _audited(options: Any, model: nn.Module, loader: Any, threat: ThreatModel) -> AuditReport:
     try:
-        return audit(model, loader, threat, options.attacks, samples=options.samples, **_common(options))
+        chosen = {"samples": options.samples, "twin": options.twin} | _common(options)
+        return audit(model, loader, threat, options.attacks, **chosen)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted in the audit, which starts anew; an evaluation is kept.") from None
 

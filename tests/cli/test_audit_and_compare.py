@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cli.conftest import DATA, MODEL
+from support.lightning_modules import trained_classifier
 
 from lightning_wdefense import ThreatModel
 from lightning_wdefense.audit import AuditReport, Finding
@@ -167,3 +169,31 @@ def test_models_of_the_same_name_are_called_by_their_folders(command, evaluated,
     (folder / "runs" / "a").rename(folder / "more" / "b")
     done = command("compare", "more/b", "runs/b", "--output", "again")
     assert done.out.startswith("more/b against runs/b\n"), done
+
+
+@pytest.mark.parametrize("command_of", ["evaluate", "audit"])
+def test_a_twin_has_weights_of_its_own(command, checkpoints, folder, command_of):
+    weights = {key: 2 * value for key, value in torch.load(checkpoints / "digits.pt", weights_only=True).items()}
+    torch.save(weights, "twin.pt")
+    words = ("--model", MODEL, "--checkpoint", checkpoints / "digits.ckpt", "--data", DATA, "--threat.eps", 0.1)
+    more = ("--audit", "--attacks", "fgsm") if command_of == "evaluate" else ()
+    assert command(command_of, *words, *more, "--samples", 40, "--twin", "twin.pt").status == 0
+    (call,) = audited
+    for key, value in call["twin"].state_dict().items():
+        assert torch.equal(value, weights[key])
+        assert torch.equal(
+            call["model"].state_dict()[key], torch.load(checkpoints / "digits.pt", weights_only=True)[key]
+        )
+    assert not call["twin"].training
+    assert made[0].settings["twin"] == "twin.pt"
+
+
+def test_the_twin_of_an_exported_model_is_one(command, checkpoints, folder):
+    inputs = torch.rand(2, 1, 8, 8)
+    torch.export.save(torch.export.export(trained_classifier().net.eval(), (inputs,)), "model.pt2")
+    words = ("audit", "--model", "model.pt2", "--data", DATA, "--threat.eps", 0.1, "--samples", 40, "--attacks", "fgsm")
+    done = command(*words, "--twin", checkpoints / "digits.ckpt")
+    assert done.status == 2
+    assert "the twin of an exported model is an exported model" in done.err
+    assert command(*words, "--twin", "model.pt2").status == 0
+    assert type(audited[0]["twin"]).__name__ == "ExportedModel"

@@ -63,6 +63,13 @@ CASES = {
     "keys": (["--checkpoint", "keys.pt", "--model.batch_norm=true"], r"2 keys that the model has and the checkpoint lacks: 'net\.head\.weight', 'net\.head\.bias'; 5 keys that the checkpoint has and the model lacks: 'layer\.0', 'layer\.1', 'layer\.2', \.\.\.\. Is it"),
     "shape": (["--checkpoint", "shape.pt", "--model.batch_norm=true"], r"1 of 11 shapes differ\. net\.head\.weight is \(3, 32\) in the checkpoint and \(10, 32\) in the model\. Give the init arguments"),
     "two-models": (["--checkpoint", "two.pt", "--model.batch_norm=true"], r"under several names: 'student\.', 'teacher\.'"),
+    # The twin.
+    "twin-of-nothing": (["--twin", "keys.pt"], r"--twin keys\.pt is for the audit: give --audit as well\."),
+    "twin-no-file": (["--audit", "--twin", "nothing.ckpt"], r"--twin nothing\.ckpt: there is no such file\."),
+    "twin-objects": (["--audit", "--twin", "module.pt"], r"--twin module\.pt holds more than tensors .*give --trust-checkpoint"),
+    "twin-shape": (["--audit", "--twin", "shape.pt"], r"--twin shape\.pt does not fit the model: 1 of 11 shapes differ.*in the model\. A twin has the class and the init arguments of the model; any other can"),
+    "twin-keys": (["--audit", "--twin", "keys.pt"], r"--twin keys\.pt does not fit .* A twin has the class"),
+    "twin-no-export": (["--audit", "--twin", "broken.pt2"], r"^broken\.pt2 is no file of torch\.export"),
     # The model.
     "class": (["--model", "cli.project.Probabilites"], r"--model cli\.project\.Probabilites: There is no class in cli\.project 'Probabilites'\. Did you mean 'Probabilities'"),
     "module-path": (["--model", "cli.projct.Wide"], r"There is no class in cli 'projct'\. Did you mean 'project'"),

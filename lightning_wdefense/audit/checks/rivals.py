@@ -69,7 +69,7 @@ def transfer(case: Case) -> Finding:
             "skipped",
             "no twin was given",
             "A twin is the same architecture, trained without the defence.",
-            "Give audit(..., twin=undefended_model).",
+            "Give audit(..., twin=undefended_model), or --twin in the command.",
         )
     broken = torch.zeros_like(case.claimed)
     for attack in (case.gradient_attack(), *strong_attacks(case.threat).values()):

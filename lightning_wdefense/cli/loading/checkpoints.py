@@ -31,37 +31,40 @@ class Checkpoint:
         path: the file.
         content: of a Lightning checkpoint all that it holds; of other files empty.
         weights: the parameters and buffers by their keys.
+        option: the option that names the file, for messages.
     """
 
     path: Path
     content: Mapping[str, Any]
     weights: Mapping[str, Tensor]
+    option: str = "--checkpoint"
 
     @classmethod
-    def read(cls, path: Path, *, trust: bool = False) -> Checkpoint:
+    def read(cls, path: Path, *, trust: bool = False, option: str = "--checkpoint") -> Checkpoint:
         """A Lightning checkpoint, or a plain state_dict.
 
         Args:
             path: the file.
             trust: run the code that a pickled file may hold.
+            option: the option that names the file, for messages.
 
         Raises:
             UsageError: if there is no such file, it is no checkpoint, or it holds more than tensors and plain values and is not trusted.
         """
         if not path.is_file():
-            raise UsageError(f"--checkpoint {path}: there is no such file.")
+            raise UsageError(f"{option} {path}: there is no such file.")
         try:
             found = torch.load(path, map_location="cpu", weights_only=not trust)
         except Exception as error:  # torch.load has many
             if "weights_only" in str(error) and _is_pickled(path):
                 raise UsageError(
-                    f"--checkpoint {path} holds more than tensors and plain values{_unsafe(str(error))}. Reading that can run code: give "
+                    f"{option} {path} holds more than tensors and plain values{_unsafe(str(error))}. Reading that can run code: give "
                     "--trust-checkpoint if you trust who made the file, or store a state_dict alone."
                 ) from error
             what = f"cannot be read: {_first_line(error)}" if trust else "is no checkpoint of PyTorch or Lightning"
-            raise UsageError(f"--checkpoint {path} {what}.") from error
+            raise UsageError(f"{option} {path} {what}.") from error
         if isinstance(found, nn.Module):
-            return cls(path, {}, found.state_dict())
+            return cls(path, {}, found.state_dict(), option)
         if isinstance(found, Mapping) and isinstance(found.get("state_dict"), Mapping):
             content, weights = found, found["state_dict"]
         else:
@@ -69,9 +72,9 @@ class Checkpoint:
         if not isinstance(weights, Mapping) or not any(isinstance(value, Tensor) for value in weights.values()):
             there = f"the keys {_listed(list(map(str, found)))}" if isinstance(found, Mapping) else _kind(found)
             raise UsageError(
-                f"--checkpoint {path} holds no weights but {there}: give a Lightning checkpoint, or what torch.save(model.state_dict(), ...) wrote."
+                f"{option} {path} holds no weights but {there}: give a Lightning checkpoint, or what torch.save(model.state_dict(), ...) wrote."
             )
-        return cls(path, content, {str(key).replace(COMPILED, ""): value for key, value in weights.items()})
+        return cls(path, content, {str(key).replace(COMPILED, ""): value for key, value in weights.items()}, option)
 
     def init_args(self, class_path: str | None) -> tuple[str | None, dict[str, Any]]:
         """The class path and the init arguments that ``save_hyperparameters()`` stored.
@@ -96,10 +99,14 @@ class Checkpoint:
             stored = {str(named): stored}
         return class_path, {key: value for key, value in stored.items() if key in taken and _is_plain(value)}
 
-    def load_into(self, model: nn.Module) -> None:
+    def load_into(self, model: nn.Module, *, advice: str = "") -> None:
         """Load the weights into a model.
 
         A plain network takes its part of the weights of a LightningModule: all keys with one prefix, if just one prefix has them all.
+
+        Args:
+            model: the model.
+            advice: what to do if they do not fit; by default to look at the class and its init arguments.
 
         Raises:
             UsageError: if the keys or the shapes do not fit; the message lists the first that differ.
@@ -119,8 +126,9 @@ class Checkpoint:
         )
         if missing or unexpected:
             raise UsageError(
-                f"--checkpoint {self.path} does not fit the model. {_counted(missing, 'the model has and the checkpoint lacks')}; "
-                f"{_counted(unexpected, 'the checkpoint has and the model lacks')}. Is it of another class, or do its init arguments differ?"
+                f"{self.option} {self.path} does not fit the model. {_counted(missing, 'the model has and the checkpoint lacks')}; "
+                f"{_counted(unexpected, 'the checkpoint has and the model lacks')}. "
+                f"{advice or 'Is it of another class, or do its init arguments differ?'}"
             )
         apart = [
             f"{key} is {tuple(weights[key].shape)} in the checkpoint and {tuple(value.shape)} in the model"
@@ -129,8 +137,9 @@ class Checkpoint:
         ]
         if apart:
             raise UsageError(
-                f"--checkpoint {self.path} does not fit the model: {len(apart)} of {len(wanted)} shapes differ. {'; '.join(apart[:SHOWN])}"
-                f"{'; ...' if len(apart) > SHOWN else ''}. Give the init arguments with which it was trained, such as --model.init_args.width."
+                f"{self.option} {self.path} does not fit the model: {len(apart)} of {len(wanted)} shapes differ. {'; '.join(apart[:SHOWN])}"
+                f"{'; ...' if len(apart) > SHOWN else ''}. "
+                f"{advice or 'Give the init arguments with which it was trained, such as --model.init_args.width.'}"
             )
         model.load_state_dict(weights)
 
@@ -143,7 +152,7 @@ class Checkpoint:
         found = [prefix for prefix in ends if all(prefix + key in self.weights for key in wanted)]
         if len(found) > 1:
             raise UsageError(
-                f"--checkpoint {self.path} has weights for the model under several names: {_listed(found)}. Give the whole LightningModule "
+                f"{self.option} {self.path} has weights for the model under several names: {_listed(found)}. Give the whole LightningModule "
                 "with --model, or store the state_dict of the one that is meant."
             )
         return found[0] if found else ""

@@ -33,13 +33,13 @@ class ExportedModel(nn.Module):
     def __init__(self, path: Path, device: torch.device | None = None) -> None:
         super().__init__()
         if not path.is_file():
-            raise UsageError(f"--model {path}: there is no such file.")
+            raise UsageError(f"{path}: there is no such file.")
         logging.disable(logging.WARNING)  # what goes wrong inside of torch.export.load, at length
         try:
             program = torch.export.load(str(path))
         except Exception as error:  # torch.export.load has many
             raise UsageError(
-                f"--model {path} is no file of torch.export, or of a newer one. This writes one: "
+                f"{path} is no file of torch.export, or of a newer one. This writes one: "
                 "torch.export.save(torch.export.export(model.eval(), (inputs,)), 'model.pt2')."
             ) from error
         finally:
@@ -75,8 +75,6 @@ def _fixed_batch_size(program: Any, path: Path) -> int | None:
     names = program.graph_signature.user_inputs
     shapes = [node.meta["val"].shape for node in program.graph.nodes if node.op == "placeholder" and node.name in names and isinstance(node.meta.get("val"), Tensor)]  # fmt: skip
     if len(shapes) != 1 or not len(shapes[0]):
-        raise UsageError(
-            f"--model {path}: the program takes {len(shapes)} tensors, but must take one, the inputs of a batch."
-        )
+        raise UsageError(f"{path}: the program takes {len(shapes)} tensors, but must take one, the inputs of a batch.")
     size = shapes[0][0]
     return int(size) if isinstance(size, int) else None

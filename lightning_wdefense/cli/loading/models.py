@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,11 @@ from lightning_wdefense.cli.loading.checkpoints import Checkpoint
 from lightning_wdefense.cli.loading.exported import ExportedModel
 from lightning_wdefense.cli.loading.hooks import note_of_hooks, overrides
 from lightning_wdefense.cli.usage import UsageError, note
+
+TWINS = (
+    "A twin has the class and the init arguments of the model; any other can be given as a file of torch.export (.pt2)."
+)
+"""What to do if the twin's checkpoint does not fit."""
 
 KIND = "an nn.Module, a LightningModule or a file of torch.export (.pt2)"
 
@@ -44,6 +50,32 @@ def model_of(given: Any, checkpoint: Checkpoint | None, device: str) -> nn.Modul
     else:
         checkpoint.load_into(given)
     return given.to(device_of(device)).eval()
+
+
+def twin_of(model: nn.Module, given: str | None, device: str, *, trust: bool) -> nn.Module | None:
+    """The undefended twin that ``--twin`` names: other weights for the same class, or a program of its own.
+
+    Args:
+        model: the model whose class and arguments the twin has.
+        given: a checkpoint, or a file of ``torch.export``; ``None`` for no twin.
+        device: as in :func:`model_of`.
+        trust: run the code that a pickled checkpoint may hold.
+
+    Raises:
+        UsageError: if there is no such file, or it does not fit the class.
+    """
+    if given is None:
+        return None
+    if given.endswith(".pt2"):
+        return model_of(given, None, device)
+    if isinstance(model, ExportedModel):
+        raise UsageError(
+            f"--twin {given}: the twin of an exported model is an exported model, a file that ends in .pt2."
+        )
+    checkpoint = Checkpoint.read(Path(given), trust=trust, option="--twin")
+    twin = copy.deepcopy(model)
+    checkpoint.load_into(twin, advice=TWINS)
+    return twin
 
 
 def _check_forward(model: LightningModule) -> None:
