@@ -75,13 +75,13 @@ def _nearest(owner: object | None, name: str, place: str, missing: str) -> str:
         if "Did you mean" in text or len(local) in range(1, SHOWN):
             return text.replace(" Known:", f" Modules in {place}:") if local else text.split(" Known:")[0]
         return f"There is no module {name!r}, neither installed nor in {place}."
-    own = [each for each, value in vars(owner).items() if each[:1] != "_" and _makes_objects(value)]
+    own = [each for each, value in vars(owner).items() if each[:1] != "_" and makes_objects(value)]
     below = [each.name for each in pkgutil.iter_modules(getattr(owner, "__path__", []))]
     text = unknown_name(f"class in {place}", name, [*own, *below] or ["nothing"])
     return text if len(own) + len(below) <= SHOWN else text.split(" Known:")[0]
 
 
-def _makes_objects(found: object) -> bool:
+def makes_objects(found: object) -> bool:
     """Whether it is a class, or a function that says what it returns."""
     return isinstance(found, type) or (inspect.isfunction(found) and "return" in found.__annotations__)
 
@@ -89,4 +89,6 @@ def _makes_objects(found: object) -> bool:
 def _what(found: object) -> str:
     if isinstance(found, type):
         return f"the class {found.__name__}, which is something else"
+    if inspect.isfunction(found) and not makes_objects(found):
+        return f"a function that does not say what it returns; write def {found.__name__}(...) -> torch.nn.Module, if it returns one"
     return f"a {type(found).__name__}"

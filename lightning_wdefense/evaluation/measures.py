@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
@@ -138,8 +139,10 @@ class Measures:
         Args:
             since: when the computation of the values began, by ``time.perf_counter()``.
         """
-        examples = None if self.examples is None else self.examples.compute()
-        plan = None if self.plan is None else self.plan.compute()
+        with warnings.catch_warnings():  # masks have no examples and no plan
+            warnings.filterwarnings("ignore", "The ``compute`` method of metric .* was called before the ``update``")
+            examples = None if self.examples is None else self.examples.compute()
+            plan = None if self.plan is None else self.plan.compute()
         plan = None if plan is None else plan.cpu()
         self.seconds.update(total=time.perf_counter() - since)
         return Details(examples, plan, self.seconds.compute())

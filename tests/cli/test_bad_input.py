@@ -74,6 +74,7 @@ CASES = {
     "class": (["--model", "cli.project.Probabilites"], r"--model cli\.project\.Probabilites: There is no class in cli\.project 'Probabilites'\. Did you mean 'Probabilities'"),
     "module-path": (["--model", "cli.projct.Wide"], r"There is no class in cli 'projct'\. Did you mean 'project'"),
     "top-module": (["--model", "jsonargparze.Wide"], r"There is no module 'jsonargparze'"),
+    "function": (["--model", "cli.project.untold"], r"this is a function that does not say what it returns; write def untold\(\.\.\.\) -> torch\.nn\.Module"),
     "no-module": (["--model", "cli.project.DigitsData"], r"this is the class DigitsData, which is something else\. It must be an nn\.Module"),
     "no-class-path": (["--model", "digits"], r"--model digits: this is neither a class path.* nor an nn\.Module.*\.pt2"),
     "no-export": (["--model", "broken.pt2", "--checkpoint=null"], r"broken\.pt2 is no file of torch\.export, .*torch\.export\.save"),

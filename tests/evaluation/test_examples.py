@@ -222,6 +222,7 @@ def test_classes_are_torchmetrics(by_attack):
         torch.testing.assert_close(share, multiclass_accuracy(samples[name], samples["label"], 10, average=None))
 
 
+@pytest.mark.filterwarnings("error:The ``compute`` method")
 def test_masks_have_no_examples_and_no_classes():
     class Bright(nn.Module):
         def forward(self, x):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_wdefense._compat import LightningModule
-from lightning_wdefense.cli.class_paths import imported
+from lightning_wdefense.cli.class_paths import imported, makes_objects
 from lightning_wdefense.cli.usage import UsageError, note
 
 SHOWN = 3
@@ -90,9 +90,12 @@ class Checkpoint:
         if class_path is None:
             return None, {}
         try:
-            signature = inspect.signature(imported(class_path))  # type: ignore[arg-type]
+            found = imported(class_path)
+            signature = inspect.signature(found)  # type: ignore[arg-type]
         except (UsageError, TypeError, ValueError):
             return class_path, {}  # the parser says what is wrong with it
+        if not makes_objects(found):
+            return class_path, {}
         taken = set(signature.parameters)
         named = self.content.get("hparams_name")
         if named in taken and named != "kwargs":  # save_hyperparameters of one argument that is a mapping
