@@ -160,6 +160,23 @@ def test_a_single_logit(kind):
     assert found.clean_acc > 0.7
 
 
+class Picked(nn.Module):
+    """One of several networks, another one at each call."""
+
+    def __init__(self, *networks: nn.Module):
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+
+    def forward(self, x):
+        return self.networks[int(torch.randint(len(self.networks), ()))](x)
+
+
+def test_a_model_that_runs_other_layers_at_each_call():
+    found = report(Picked(trained(), linear_model()), held_out(16), samples=16)
+    assert found["randomness"].verdict in ("warn", "fail")
+    assert found["planted"].verdict != "skipped"
+
+
 def test_a_tiny_radius_is_no_reason_to_fail():
     assert report(trained(), threat=ThreatModel(eps=1e-4), attacks=None).passed
 

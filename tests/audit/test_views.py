@@ -66,6 +66,41 @@ def test_straight_through(name):
 
 
 @pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (lambda x: x.clamp(0, 1), "clamp"),
+        (lambda x: torch.clamp(x, min=0, max=1), "clamp"),
+        (lambda x: torch.clamp(x, torch.zeros(4), max=torch.ones(4)), "clamp"),
+        (lambda x: (1 * x).clamp_(0.0, 1.0), "clamp"),
+        (lambda x: x.clip(0, 1), "clip"),
+        (lambda x: nn.functional.hardtanh(x, 0.0, 1.0), "hardtanh"),
+        (nn.Hardtanh(0.0, 1.0), "hardtanh"),
+        (lambda x: nn.functional.hardtanh(1 * x, 0.0, 1.0, inplace=True), "hardtanh"),
+    ],
+)
+def test_values_at_a_bound_have_a_gradient(function, name):
+    last = nn.Linear(4, 3)
+    view = StraightThrough(Logits(Before(function, last)))
+    x = torch.tensor([[0.0, 1.0, 0.3, -0.2]], requires_grad=True)
+    logits = view(x)
+    torch.testing.assert_close(logits, Before(function, last)(x))
+    (gradient,) = torch.autograd.grad(logits[:, 0].sum(), x)
+    torch.testing.assert_close(gradient, last.weight[:1] * torch.tensor([1, 1, 1, 0]))
+    assert view.met == {name}
+    view.met.clear()
+    assert torch.autograd.grad(view(x * 0.9 + 0.05)[:, 0].sum(), x)[0].ne(0).sum() == 3
+    assert not view.met
+
+
+@pytest.mark.parametrize("bounds", [{"min": 0}, {"max": 1}])
+def test_one_bound(bounds):
+    view = StraightThrough(Logits(Before(lambda x: x.clamp(**bounds), nn.Identity())))
+    x = torch.tensor([[0.0, 1.0, 0.3, 2.0, -2.0]], requires_grad=True)
+    (gradient,) = torch.autograd.grad(view(x).sum(), x)
+    assert gradient.tolist() == [[1, 1, 1, 0 if "max" in bounds else 1, 0 if "min" in bounds else 1]]
+
+
+@pytest.mark.parametrize(
     "function",
     [lambda x: torch.from_numpy(x.detach().numpy().round()), lambda x: torch.ones(256, 4)[(x[:, 0] * 255).long()]],
     ids=["numpy", "index"],

@@ -95,6 +95,20 @@ FAULTS = [
         (f"{AUDIT}test_the_claim_is_the_worst_case_of_its_attacks",),
     ),
     Fault(
+        "values at a bound have no gradient",
+        "audit/views/straight_through.py",
+        "values.where(inside, bounded)",
+        "values.where(inside & ~at_bound, bounded)",
+        ("tests/audit/test_views.py::test_values_at_a_bound_have_a_gradient",),
+    ),
+    Fault(
+        "features of other layers are taken for the same ones",
+        "audit/checks/planted.py",
+        "            raise NoFeaturesError\n        found",
+        "            return self._view(inputs).float()\n        found",
+        (f"{AUDIT}test_a_model_that_runs_other_layers_at_each_call",),
+    ),
+    Fault(
         "the hooks of the planted features stay",
         "audit/checks/planted.py",
         "        features.close()",

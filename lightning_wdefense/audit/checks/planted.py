@@ -13,7 +13,7 @@ from lightning_wdefense.attacks.threat import ThreatModel
 from lightning_wdefense.audit.case import Case
 from lightning_wdefense.audit.findings import Finding, Verdict
 from lightning_wdefense.audit.views.base import View
-from lightning_wdefense.modules.recording import OUTPUTS, PENULTIMATE, ForwardRecorder
+from lightning_wdefense.modules.recording import PENULTIMATE, ForwardRecorder
 from lightning_wdefense.modules.state.isolation import eager
 
 PROBLEMS, INNER = 24, 200
@@ -56,35 +56,49 @@ class Planted(View):
 
 
 class Features:
-    """The features of a model ``(N, F)`` with their graph: the penultimate ones, or the logits where there is not one row for each input."""
+    """The features of a model ``(N, F)`` with their graph: the penultimate ones, or the logits.
 
-    def __init__(self, case: Case) -> None:
+    Raises:
+        NoFeaturesError: if the penultimate layer does not give one row for each input at each call, in a call as well.
+    """
+
+    def __init__(self, case: Case, *, penultimate: bool) -> None:
         self._view = case.base
+        self._recorder = ForwardRecorder(case.module, PENULTIMATE) if penultimate else None
+        if self._recorder is None:
+            return
         example = case.inputs[: case.size]
-        with case.running():
-            for features in (PENULTIMATE, OUTPUTS):
-                self._recorder = ForwardRecorder(case.module, features)
-                try:
-                    self._recorder.attach(example, temporary=True)
-                    if len(self(example)) == len(example):
-                        break
-                except ValueError:  # neither a linear layer nor a convolution
-                    pass
-                self._recorder.detach()
+        try:
+            with case.running():
+                self._recorder.attach(example, temporary=True)
+                self(example)
+        except BaseException as error:
+            self.close()
+            if isinstance(error, ValueError):  # neither a linear layer nor a convolution
+                raise NoFeaturesError from error
+            raise
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """The features of inputs in model units."""
+        if self._recorder is None:
+            return self._view(inputs).float()
         with self._recorder.recording() as recording:
-            outputs = self._view(inputs)
-        if not recording.features:
-            return outputs.float()
+            self._view(inputs)
+        if not recording.features:  # a random model took another way
+            raise NoFeaturesError
         found = self._recorder.rows(recording.features[-1]).float()
-        # With a graph in any case, as the logits have.
-        return found + 0 * inputs.flatten(1).sum(1, keepdim=True) if len(found) == len(inputs) else found
+        if len(found) != len(inputs):
+            raise NoFeaturesError
+        return found + 0 * inputs.flatten(1).sum(1, keepdim=True)  # with a graph in any case, as the logits have
 
     def close(self) -> None:
         """Take the hooks from the model."""
-        self._recorder.detach()
+        if self._recorder is not None:
+            self._recorder.detach()
+
+
+class NoFeaturesError(Exception):
+    """The model has no layer whose inputs are one row for each sample at each call."""
 
 
 def planted(case: Case) -> Finding:
@@ -94,10 +108,18 @@ def planted(case: Case) -> Finding:
     points inside. So an adversarial input exists, and an attack that fails to find it would fail to find others (Zimmermann et al., "Increasing
     confidence in adversarial robustness evaluations", 2022).
     """
-    name, threat = "planted", case.threat
-    if threat.norm == "wasserstein":
-        return Finding(name, "skipped", "norm wasserstein", "Points are planted in balls of L-infinity, L2 and L1.")
-    features = Features(case)
+    if case.threat.norm == "wasserstein":
+        return Finding(
+            "planted", "skipped", "norm wasserstein", "Points are planted in balls of L-infinity, L2 and L1."
+        )
+    try:
+        return _found(case, penultimate=True)
+    except NoFeaturesError:
+        return _found(case, penultimate=False)
+
+
+def _found(case: Case, *, penultimate: bool) -> Finding:
+    name, features = "planted", Features(case, penultimate=penultimate)
     try:
         with eager():
             clean = case.inputs[case.right][:PROBLEMS]

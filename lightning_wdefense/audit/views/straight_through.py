@@ -1,4 +1,4 @@
-"""A model with the identity as the gradient of operations that have none: rounding, conversions to integers, `detach`, `no_grad`."""
+"""A model with the identity as the gradient of operations that have none: rounding, bounds, conversions to integers, `detach`, `no_grad`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from lightning_wdefense.audit.views.base import View
 STEPS = {"round", "floor", "ceil", "trunc", "fix", "sign", "sgn"}
 COMPARISONS = {"gt": 1, "ge": 1, "greater": 1, "greater_equal": 1, "lt": -1, "le": -1, "less": -1, "less_equal": -1}
 INTEGERS = {"to", "type", "int", "long", "short", "byte", "char", "type_as"}
+BOUNDS = {"clamp": ("min", "max"), "clip": ("min", "max"), "hardtanh": ("min_val", "max_val")}
 FLOATS = {"to", "type", "type_as", "float", "double", "half", "bfloat16"}
 _SOURCE = "_lightning_wdefense_source"
 
@@ -22,8 +23,8 @@ class StraightThrough(View):
     """Backward pass differentiable approximation (BPDA), without a change of the model.
 
     The forward pass is the model's own. In the backward pass the operations of :data:`STEPS`, conversions to integers, comparisons that
-    become numbers, ``detach``, ``.data`` and ``torch.no_grad`` are passed as if they were the identity. What leaves PyTorch (NumPy, PIL) cannot be
-    passed.
+    become numbers, ``detach``, ``.data`` and ``torch.no_grad`` are passed as if they were the identity; so are :data:`BOUNDS`, for values at a
+    bound, where recent versions of PyTorch have a gradient of zero. What leaves PyTorch (NumPy, PIL) cannot be passed.
 
     Args:
         inner: the model, as a view.
@@ -81,7 +82,23 @@ class _Mode(TorchFunctionMode):
             if name.rstrip("_") in STEPS:
                 self._met.add(name.rstrip("_"))
                 return self._step(getattr(torch, name.rstrip("_")), first, args, kwargs, in_place=name.endswith("_"))
+            if name.rstrip("_") in BOUNDS:
+                return self._bounded(func, name.rstrip("_"), first, args, kwargs, in_place=name.endswith("_"))
         return self._converted(func, name, first, args, kwargs)
+
+    def _bounded(self, func: Any, name: str, values: Tensor, args: Any, kwargs: Any, *, in_place: bool) -> Any:
+        low, high = (kwargs.get(key, each) for key, each in zip(BOUNDS[name], (*args[1:3], None, None), strict=False))
+        at_bound, inside = torch.zeros_like(values, dtype=torch.bool), torch.ones_like(values, dtype=torch.bool)
+        if low is not None:
+            at_bound, inside = at_bound | (values == low), inside & (values >= low)
+        if high is not None:
+            at_bound, inside = at_bound | (values == high), inside & (values <= high)
+        if not bool(at_bound.any()):
+            return func(*args, **kwargs)
+        self._met.add(name)
+        bounded = func(values.detach().clone(), *args[1:], **kwargs)
+        found = _passed(values.where(inside, bounded), bounded)
+        return values.copy_(found.clone()) if in_place or kwargs.get("inplace") else found
 
     def _step(
         self, function: Callable[..., Tensor], values: Tensor, args: Any, kwargs: Any, *, in_place: bool

@@ -39,6 +39,11 @@ def thermometer(x: Tensor) -> Tensor:
     return torch.stack([(x > level).float() for level in (0.2, 0.4, 0.6, 0.8)]).mean(0)
 
 
+def clamped(x: Tensor) -> Tensor:
+    """As ``x.clamp(0, 1)`` in recent versions of PyTorch, and in all of them: at 0 and at 1 the gradient is zero."""
+    return nn.functional.hardtanh(x, 0.0, 1.0)
+
+
 def through_integers(x: Tensor) -> Tensor:
     return (x * 4).to(torch.uint8).float() / 4
 
