@@ -80,7 +80,7 @@ def test_a_lost_sample_leaves_and_the_rest_go_on(digits_cnn):
     APGD(ThreatModel(eps=0.15), steps=30)(run, inputs[:60], labels[:60])
     assert seen[1:] == sorted(seen[1:], reverse=True)
     assert seen[-1] < seen[1] / 2
-    for attack in (FAB(ThreatModel(eps=0.3), steps=30, targets=1), Square(ThreatModel(eps=0.3), queries=60)):
+    for attack in (FAB(ThreatModel(eps=0.15), steps=30, targets=1), Square(ThreatModel(eps=0.3), queries=60)):
         run, seen = counting(plain)
         attack(run, inputs[:60], labels[:60])
         assert seen[-1] < seen[1] / 2, attack
