@@ -140,8 +140,8 @@ class Case:
         count, tried, share = int(broken.sum()), int(self.claimed.sum()), self.accuracy(broken)
         left = self.accuracy(self.claimed & ~broken)
         verdict: Verdict = "fail" if share >= FAIL and count > 1 else "warn" if share >= WARN and count > 1 else "pass"
-        figure = f"{what}: " + (f"{count} of {tried} fall" if tried else "nothing is left to break")
-        if by and tried:
+        figure = f"{what}: {count} of {tried} fall" if tried else f"{what}: nothing is left to break"
+        if tried and by:
             figure += f" beyond {by}"
         if count:
             figure += f", {self.accuracy(self.claimed):.1%} to {left:.1%}"

@@ -171,8 +171,11 @@ class Picked(nn.Module):
         return self.networks[int(torch.randint(len(self.networks), ()))](x)
 
 
-def test_a_model_that_runs_other_layers_at_each_call():
-    found = report(Picked(trained(), linear_model()), held_out(16), samples=16)
+@pytest.mark.parametrize("seed", range(3))  # the first two calls are alike for some
+def test_a_model_that_runs_other_layers_at_each_call(seed):
+    model = Picked(trained(), linear_model())
+    torch.manual_seed(seed)
+    found = report(model, held_out(16), samples=16)
     assert found["randomness"].verdict in ("warn", "fail")
     assert found["planted"].verdict != "skipped"
 

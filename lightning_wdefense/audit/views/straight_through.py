@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -88,16 +89,12 @@ class _Mode(TorchFunctionMode):
 
     def _bounded(self, func: Any, name: str, values: Tensor, args: Any, kwargs: Any, *, in_place: bool) -> Any:
         low, high = (kwargs.get(key, each) for key, each in zip(BOUNDS[name], (*args[1:3], None, None), strict=False))
-        at_bound, inside = torch.zeros_like(values, dtype=torch.bool), torch.ones_like(values, dtype=torch.bool)
-        if low is not None:
-            at_bound, inside = at_bound | (values == low), inside & (values >= low)
-        if high is not None:
-            at_bound, inside = at_bound | (values == high), inside & (values <= high)
-        if not bool(at_bound.any()):
+        low, high = -math.inf if low is None else low, math.inf if high is None else high
+        if not bool(((values == low) | (values == high)).any()):
             return func(*args, **kwargs)
         self._met.add(name)
         bounded = func(values.detach().clone(), *args[1:], **kwargs)
-        found = _passed(values.where(inside, bounded), bounded)
+        found = _passed(values.where((values >= low) & (values <= high), bounded), bounded)
         return values.copy_(found.clone()) if in_place or kwargs.get("inplace") else found
 
     def _step(
